@@ -1,0 +1,293 @@
+"""What a run is, as frozen dataclasses: validated when made, settable field by field from the command line.
+
+The docstring under a field is its help text. Sizes are in tokens unless a field says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mod_star.errors import InputError, require
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-family decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+    vocab_size: int = 0
+    """Rows of the embedding. 0: as many as the tokenizer has, rounded up to a multiple of 64."""
+    width: int = 256
+    """Width D of the residual stream."""
+    layers: int = 6
+    """Number of blocks, routed ones included."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int | None = None
+    """Key/value heads, a divisor of heads (grouped-query attention). None: as many as heads."""
+    head_dim: int | None = None
+    """Width of one head, even. None: width / heads."""
+    mlp_width: int | None = None
+    """Hidden width of the feed-forward layer. None: 8/3 of width, rounded up to a multiple of 64."""
+    context: int = 256
+    """Longest sequence S: tokens per training sequence, and the limit of prompt plus generated tokens."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-6
+    """Epsilon inside RMSNorm."""
+    tie_embeddings: bool = True
+    """Use the embedding matrix as the LM head too."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products. Parameters, router, softmax and losses are float32 always."""
+    attention: Literal["auto", "fused", "segments"] = "auto"
+    """fused: jax.nn.dot_product_attention; segments: our own softmax; auto: fused on a GPU, segments elsewhere."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing; all but matrix products; everything but each group's input."""
+    scan: bool = True
+    """Scan over groups of blocks (compile time independent of depth). False: a Python loop, for debugging."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "context"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        require(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "must be 0 (from the tokenizer) or positive")
+        require(self.context >= 2, "model.context", self.context, "must be at least 2 (a token and its successor)")
+        if self.head_dim is None:
+            require(
+                self.width % self.heads == 0,
+                "model.heads",
+                self.heads,
+                f"must divide model.width = {self.width} (or give model.head_dim)",
+            )
+        require(
+            self.head_size % 2 == 0 and self.head_size > 0,
+            "model.head_dim",
+            self.head_size,
+            "must be even and positive (rotary positions turn pairs)",
+        )
+        require(
+            self.kv_heads is None or (self.kv_heads >= 1 and self.heads % self.kv_heads == 0),
+            "model.kv_heads",
+            self.kv_heads,
+            f"must be a divisor of model.heads = {self.heads}",
+        )
+        require(self.hidden_width >= 1, "model.mlp_width", self.mlp_width, "must be at least 1")
+        require(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "must be greater than 1")
+        require(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "must lie between 0 and 1")
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head."""
+        return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def key_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def hidden_width(self) -> int:
+        """Hidden width of the feed-forward layer."""
+        return 64 * math.ceil(8 * self.width / 3 / 64) if self.mlp_width is None else self.mlp_width
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """Mixture-of-Depths (arXiv 2404.02258): which blocks are routed, and how tokens are chosen."""
+
+    every: int = 2
+    """Every n-th block is routed (2: every other, 1: all). 0: none, a dense model."""
+    capacity: float = 0.125
+    """Share of a sequence's tokens that a routed block computes, in (0, 1]."""
+    capacity_tokens: int | None = None
+    """The same as an absolute count for a full context; overrides capacity."""
+    gate: Literal["sigmoid", "identity", "tanh"] = "sigmoid"
+    """What scales a routed block's output: sigmoid(r), r (the paper), or 1 + 0.2 tanh(r)."""
+    causal_rule: Literal["predictor", "router"] = "predictor"
+    """Who decides without seeing the future: a small MLP on the detached stream, or the router's own logit > 0."""
+    predictor_width: int = 64
+    """Hidden width of the predictor."""
+    auxiliary_weight: float = 0.01
+    """Weight of the binary cross-entropy that trains the causal rule."""
+    selection: Literal["learned", "stochastic"] = "learned"
+    """learned: top-C by router score. stochastic: top-C of Gaussian noise, the paper's control."""
+    headroom: float = 1.5
+    """Slots of a routed block under the causal rule, as a multiple of its capacity; further tokens pass by."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "routing.every", self.every, "must be 0 (dense) or positive")
+        require(0 < self.capacity <= 1, "routing.capacity", self.capacity, "must lie in (0, 1]")
+        require(
+            self.capacity_tokens is None or self.capacity_tokens >= 1,
+            "routing.capacity_tokens",
+            self.capacity_tokens,
+            "must be at least 1",
+        )
+        require(self.predictor_width >= 1, "routing.predictor_width", self.predictor_width, "must be at least 1")
+        require(self.auxiliary_weight >= 0, "routing.auxiliary_weight", self.auxiliary_weight, "must not be negative")
+        require(self.headroom >= 1, "routing.headroom", self.headroom, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes sequences."""
+
+    source: tuple[str, ...] = ("python-docs",)
+    """What to read: python-docs (embedded), files or globs (.txt .md .jsonl .json .arrayrecord), tfds:NAME[/CONFIG]:SPLIT."""
+    weights: tuple[float, ...] = ()
+    """Share of each source in the mixture, one number per source. Empty: in proportion to their documents."""
+    template: str | None = None
+    """How a JSON record becomes text, such as "Q: {question}\\nA: {answer}". None: its field "text"."""
+    tokenizer: str = "bytes"
+    """bytes, or the path of a Hugging Face tokenizer.json."""
+    held_out: float = 0.05
+    """Share of the documents kept for evaluation, in (0, 1); a document is never in both parts."""
+    pack: bool = True
+    """Fill sequences with several documents that don't see each other. False: one document each, cut or padded."""
+    seed: int = 0
+    """Seed of the shuffle and of the split."""
+
+    def __post_init__(self) -> None:
+        require(len(self.source) >= 1, "data.source", self.source, "must name at least one source")
+        require(
+            len(self.weights) in (0, len(self.source)),
+            "data.weights",
+            self.weights,
+            f"must give one weight per source ({len(self.source)}) or none",
+        )
+        require(all(w > 0 for w in self.weights), "data.weights", self.weights, "must be positive")
+        require(0 < self.held_out < 1, "data.held_out", self.held_out, "must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay, clipping and a learning-rate schedule."""
+
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After warm-up: cosine to the final rate; stable then linear decay over the last decay_fraction; constant."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up from 0; at most half of the run."""
+    decay_fraction: float = 0.2
+    """Share of the steps in which the wsd schedule decays."""
+    final_fraction: float = 0.1
+    """Final learning rate as a share of the peak."""
+    weight_decay: float = 0.1
+    """Decoupled decay (times the learning rate) of matrices; norms, router and predictor are not decayed."""
+    b1: float = 0.9
+    """Adam's decay of the first moment."""
+    b2: float = 0.95
+    """Adam's decay of the second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip: float = 1.0
+    """Global gradient norm at which gradients are scaled down; 0: no clipping. The predictor is clipped apart."""
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative")
+        require(0 < self.decay_fraction <= 1, "optimizer.decay_fraction", self.decay_fraction, "must lie in (0, 1]")
+        require(0 <= self.final_fraction <= 1, "optimizer.final_fraction", self.final_fraction, "must lie in [0, 1]")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "must not be negative")
+        for name in ("b1", "b2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must lie in [0, 1)")
+        require(self.eps > 0, "optimizer.eps", self.eps, "must be positive")
+        require(self.clip >= 0, "optimizer.clip", self.clip, "must be 0 (off) or positive")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, in what portions, and what to write down."""
+
+    steps: int = 1000
+    """Optimizer steps. Ignored when flops is given."""
+    flops: float | None = None
+    """Training budget in floating-point operations, such as 1e15: as many steps as fit into it."""
+    batch_size: int = 8
+    """Sequences per optimizer step."""
+    accumulation: int = 1
+    """Equal portions in which a batch is computed, one after the other (less memory, same gradient)."""
+    seed: int = 0
+    """Seed of the initial parameters and of stochastic routing."""
+    loss_chunk: int = 128
+    """Positions per sequence whose logits exist at one time in the loss."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 200
+    """Steps between held-out evaluations; 0: only at the end."""
+    eval_batches: int = 16
+    """Batches of a held-out evaluation at the most."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 3
+    """How many of the latest checkpoints stay on disk."""
+    max_skipped: int = 5
+    """Steps with a non-finite loss or gradient, in a row, after which training stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "loss_chunk", "log_every", "eval_batches"):
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        for name in ("keep_checkpoints", "max_skipped"):
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        for name in ("eval_every", "checkpoint_every", "seed"):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
+        require(self.flops is None or self.flops > 0, "train.flops", self.flops, "must be positive")
+        require(
+            self.batch_size % self.accumulation == 0,
+            "train.accumulation",
+            self.accumulation,
+            f"must divide train.batch_size = {self.batch_size}",
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a training run; stored as config.json in its directory."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parts: str | None = None
+    """Your own router, gate, feed-forward or block: FILE.py:NAME of a mod_star.Parts. None: the built-in ones."""
+
+    def __post_init__(self) -> None:
+        routing, model = self.routing, self.model
+        if routing.every:
+            require(
+                model.layers % routing.every == 0,
+                "model.layers",
+                model.layers,
+                f"must be a multiple of routing.every = {routing.every}",
+            )
+            tokens = routing.capacity_tokens
+            require(
+                tokens is None or tokens <= model.context,
+                "routing.capacity_tokens",
+                tokens,
+                f"must be at most model.context = {model.context}",
+            )
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain JSON-able values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """Builds a `RunConfig` from what `to_dict` gave (possibly through JSON). Unknown or missing names are errors."""
+    groups = {"model": ModelConfig, "routing": RoutingConfig, "data": DataConfig}
+    groups |= {"optimizer": OptimizerConfig, "train": TrainConfig}
+    built: dict[str, Any] = {"parts": values.get("parts")}
+    for name, group in groups.items():
+        given = dict(values.get(name, {}))
+        known = {f.name for f in dataclasses.fields(group)}
+        if given.keys() != known:
+            odd = sorted(given.keys() ^ known)
+            raise InputError(f"config.{name}: unknown or missing fields {odd}; it must have exactly {sorted(known)}")
+        built[name] = group(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
+    return RunConfig(**built)

@@ -1,0 +1,17 @@
+"""Errors a user can cause: one clear line each, exit code 2 at the command line."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Bad input from the user: a configuration value, a file, a checkpoint.
+
+    The message is one line that names the field (or file), the value and what is allowed. The command line prints it
+    without a traceback and exits with code 2; library callers can catch it as a `ValueError`.
+    """
+
+
+def require(condition: bool, field: str, value: object, allowed: str) -> None:
+    """Raises `InputError("<field> = <value>: <allowed>")` unless `condition` holds."""
+    if not condition:
+        raise InputError(f"{field} = {value!r}: {allowed}")

@@ -1,0 +1,5 @@
+"""What the network computes, as pure functions of (params, arrays); knows nothing of files, devices or loops."""
+
+from mod_star.model.transformer import Decoder, Output, Trace
+
+__all__ = ["Decoder", "Output", "Trace"]

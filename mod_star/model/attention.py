@@ -1,0 +1,93 @@
+"""One attention primitive: softmax over several segments of keys and values at once.
+
+A segment is a set of keys/values with what decides who may look at it: positions, document ids and validity. A
+training step attends to one segment, its own tokens; decoding to the prompt's, the generated tokens' and its own;
+nothing else about the network changes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mod_star.config import ModelConfig
+
+
+@struct.dataclass
+class Segment:
+    """Keys and values of M tokens.
+
+    A query of document d at position p sees token m iff `valid[m]`, `segment_ids[m] == d` and `positions[m] <= p`.
+    """
+
+    keys_KxMxE: jax.Array
+    values_KxMxE: jax.Array
+    positions_M: jax.Array
+    """int32 positions inside the document."""
+    segment_ids_M: jax.Array
+    """int32 document ids; 0 marks padding."""
+    valid_M: jax.Array
+    """bool; False for slots that hold no token."""
+
+
+def visible(segment: Segment, positions_N: jax.Array, segment_ids_N: jax.Array) -> jax.Array:
+    """Bool NxM: which of the segment's tokens each query sees."""
+    same = segment_ids_N[:, None] == segment.segment_ids_M
+    return same & (segment.positions_M <= positions_N[:, None]) & segment.valid_M
+
+
+def attend(
+    query_NxHxE: jax.Array,
+    positions_N: jax.Array,
+    segment_ids_N: jax.Array,
+    segments: Sequence[Segment],
+    *,
+    fused: bool = False,
+) -> jax.Array:
+    """Softmax attention over the union of `segments`; scores and softmax in float32.
+
+    Args:
+      query_NxHxE: rotated queries. H must be a multiple of the segments' K (grouped-query attention).
+      positions_N: int32 positions of the queries.
+      segment_ids_N: int32 document ids of the queries.
+      segments: at least one; a query that sees no token at all gets a finite, meaningless result.
+      fused: use cuDNN's fused kernel through `jax.nn.dot_product_attention` (one segment, GPU, 16-bit types).
+
+    Returns:
+      NxHxE in the type of the query.
+    """
+    if fused and len(segments) == 1:
+        (only,) = segments
+        keys, values = (jnp.swapaxes(a, 0, 1) for a in (only.keys_KxMxE, only.values_KxMxE))
+        mask = visible(only, positions_N, segment_ids_N)[None]
+        return jax.nn.dot_product_attention(query_NxHxE, keys, values, mask=mask, implementation="cudnn")
+
+    N, H, E = query_NxHxE.shape
+    K = segments[0].keys_KxMxE.shape[0]
+    query_KxGNxE = (query_NxHxE * E**-0.5).reshape(N, K, H // K, E).transpose(1, 2, 0, 3).reshape(K, -1, E)
+    scores = []
+    for segment in segments:
+        score = jnp.einsum("kne,kme->knm", query_KxGNxE, segment.keys_KxMxE, preferred_element_type=jnp.float32)
+        mask = visible(segment, positions_N, segment_ids_N)
+        score = score.reshape(K, H // K, N, -1)
+        scores.append(jnp.where(mask, score, -1e30).reshape(K, H // K * N, -1))
+    highest = functools.reduce(jnp.maximum, [score.max(-1, keepdims=True) for score in scores])
+    weights = [jnp.exp(score - jax.lax.stop_gradient(highest)) for score in scores]
+    total = sum(weight.sum(-1, keepdims=True) for weight in weights)
+    mixed = sum(
+        jnp.einsum("knm,kme->kne", weight.astype(query_NxHxE.dtype), s.values_KxMxE, preferred_element_type=jnp.float32)
+        for weight, s in zip(weights, segments, strict=True)
+    )
+    mixed_KxGxNxE = (mixed / total).astype(query_NxHxE.dtype).reshape(K, H // K, N, E)
+    return mixed_KxGxNxE.transpose(2, 0, 1, 3).reshape(N, H, E)
+
+
+def use_fused(config: ModelConfig) -> bool:
+    """Whether `config.attention` means the fused kernel on the platform that JAX uses now."""
+    if config.attention == "auto":
+        return jax.default_backend() == "gpu" and config.dtype == "bfloat16"
+    return config.attention == "fused"

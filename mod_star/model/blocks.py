@@ -1,0 +1,73 @@
+"""A transformer block as its delta: attention plus feed-forward, without the identity path around both.
+
+Written as a delta so that a routed block can gate it (papers: x + g(r)·f(x)) and a full block just adds it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from mod_star.config import ModelConfig
+from mod_star.model.attention import Segment, attend, use_fused
+from mod_star.model.layers import fan_in_normal, rms_norm, rotate
+
+if TYPE_CHECKING:
+    from mod_star.model.parts import Parts
+
+
+def block_init(key: jax.Array, config: ModelConfig, parts: Parts) -> dict[str, Any]:
+    """Float32 parameters of `block`: projections query DxHxE, key and value DxKxE, output HxExD, norms D, feed_forward."""
+    D, H, K, E = config.width, config.heads, config.key_heads, config.head_size
+    query, key_, value, output, feed_forward = jax.random.split(key, 5)
+    return {
+        "attention_norm": jnp.ones(D),
+        "query": fan_in_normal(query, (D, H, E), D),
+        "key": fan_in_normal(key_, (D, K, E), D),
+        "value": fan_in_normal(value, (D, K, E), D),
+        "output": fan_in_normal(output, (H, E, D), H * E, (2 * config.layers) ** -0.5),
+        "feed_forward_norm": jnp.ones(D),
+        "feed_forward": parts.feed_forward.init(feed_forward, config),
+    }
+
+
+def block(
+    params: dict[str, Any],
+    x_NxD: jax.Array,
+    positions_N: jax.Array,
+    segment_ids_N: jax.Array,
+    valid_N: jax.Array,
+    context: tuple[Segment, ...],
+    config: ModelConfig,
+    parts: Parts,
+) -> tuple[jax.Array, Segment]:
+    """Attention over `context` and the tokens themselves, then the feed-forward layer.
+
+    Args:
+      params: from `block_init`.
+      x_NxD: residual stream of N tokens in the compute type.
+      positions_N: int32 original positions (not slots): what the rotary embedding and the causal mask go by.
+      segment_ids_N: int32 document ids.
+      valid_N: bool; False for empty slots, which nobody attends to.
+      context: keys/values computed before, such as a cache.
+      config: sizes.
+      parts: supplies the feed-forward layer.
+
+    Returns:
+      The delta NxD to add to x (gated, in a routed block), and the tokens' own keys/values.
+    """
+    dtype = x_NxD.dtype
+    query, key, value, output = (params[name].astype(dtype) for name in ("query", "key", "value", "output"))
+    h = rms_norm(x_NxD, params["attention_norm"], config.norm_eps)
+    query_NxHxE = rotate(jnp.einsum("nd,dhe->nhe", h, query), positions_N, config.rope_theta)
+    key_NxKxE = rotate(jnp.einsum("nd,dke->nke", h, key), positions_N, config.rope_theta)
+    value_NxKxE = jnp.einsum("nd,dke->nke", h, value)
+    own = Segment(
+        jnp.swapaxes(key_NxKxE, 0, 1), jnp.swapaxes(value_NxKxE, 0, 1), positions_N, segment_ids_N, valid_N
+    )
+    attended = attend(query_NxHxE, positions_N, segment_ids_N, (*context, own), fused=use_fused(config))
+    delta = jnp.einsum("nhe,hed->nd", attended, output)
+    h = rms_norm(x_NxD + delta, params["feed_forward_norm"], config.norm_eps)
+    return delta + parts.feed_forward.apply(params["feed_forward"], h), own

@@ -1,0 +1,271 @@
+"""The decoder: embedding, groups of (full blocks, one routed block), final norm. Written for one sequence; vmap it.
+
+Parameters are a plain nested dict. The blocks' are stacked over groups, {"groups": {"full_0": ..., "routed": ...}},
+and applied by `lax.scan`, so that compile time does not grow with depth.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mod_star.config import ModelConfig, RoutingConfig
+from mod_star.errors import require
+from mod_star.model.attention import Segment
+from mod_star.model.layers import fan_in_normal, rms_norm
+from mod_star.model.routing import (
+    Selection,
+    capacity_of,
+    causal_slots,
+    combine,
+    dispatch,
+    noise_threshold,
+    position_noise,
+    predict,
+    predictor_init,
+    select_first,
+    select_top,
+)
+from mod_star.model.parts import DEFAULT_PARTS, Parts
+
+RoutingMode = Literal["top_k", "causal"]
+
+
+@struct.dataclass
+class Trace:
+    """What the routed blocks decided; each array is [groups, S]."""
+
+    scores: jax.Array
+    """float32 router scores r."""
+    selected: jax.Array
+    """bool; the tokens that were computed."""
+    gates: jax.Array
+    """float32 gate of the selected tokens, 0 elsewhere."""
+    logits: jax.Array
+    """float32 logit of the causal rule: positive means "compute this token"."""
+    overflow: jax.Array
+    """bool; tokens that the causal rule wanted but no slot was left for."""
+
+
+@struct.dataclass
+class Output:
+    """What `Decoder` returns for one sequence."""
+
+    hidden: jax.Array
+    """SxD after the final norm, in the compute type; times the LM head gives logits."""
+    trace: Trace | None
+    """Routing decisions; None for a dense model."""
+    keys_values: dict[str, Segment] | None
+    """Each block's keys/values stacked over groups, by block name; None unless asked for."""
+
+
+def block_names(routing: RoutingConfig) -> tuple[str, ...]:
+    """Names of the blocks of one group, in order: full_0, ..., routed."""
+    if routing.every == 0:
+        return ("full_0",)
+    return (*(f"full_{i}" for i in range(routing.every - 1)), "routed")
+
+
+def group_count(config: ModelConfig, routing: RoutingConfig) -> int:
+    """Number of groups that the blocks are stacked over."""
+    return config.layers // len(block_names(routing))
+
+
+def group_init(key: jax.Array, config: ModelConfig, routing: RoutingConfig, parts: Parts) -> dict[str, Any]:
+    """Float32 parameters of one group of blocks."""
+    params: dict[str, Any] = {}
+    for name, block_key in zip(block_names(routing), jax.random.split(key, len(block_names(routing))), strict=True):
+        params[name] = {"block": parts.block.init(block_key, config, parts)}
+        if name == "routed":
+            router, predictor = jax.random.split(jax.random.fold_in(block_key, 1))
+            params[name]["router"] = parts.router.init(router, config)
+            if routing.selection == "learned" and routing.causal_rule == "predictor":
+                params[name]["predictor"] = predictor_init(predictor, config, routing)
+    return params
+
+
+def causal_logit(
+    params: dict[str, Any], x_SxD: jax.Array, scores_S: jax.Array, noise_S: jax.Array | None, routing: RoutingConfig,
+    tokens: int,
+) -> jax.Array:
+    """Float32 logit of the causal rule for each token, from that token alone: positive means "compute it".
+
+    Args:
+      params: the routed block's.
+      x_SxD: the stream before the block.
+      scores_S: router scores.
+      noise_S: the noise of stochastic routing, None when routing is learned.
+      routing: names the rule.
+      tokens: length of a full sequence, which sets the share that stochastic routing takes.
+    """
+    if noise_S is not None:
+        return noise_S - noise_threshold(routing, tokens)
+    return predict(params["predictor"], x_SxD) if routing.causal_rule == "predictor" else scores_S
+
+
+def stochastic_noise(key: jax.Array | None, positions_S: jax.Array, routing: RoutingConfig) -> jax.Array | None:
+    """The noise that stochastic routing selects by, or None when routing is learned."""
+    if routing.selection == "learned":
+        return None
+    if key is None:
+        raise ValueError("routing.selection = 'stochastic' needs a key")
+    return position_noise(key, positions_S)
+
+
+class Decoder(nn.Module):
+    """A Llama-family decoder with Mixture-of-Depths blocks, for one sequence.
+
+    Example:
+      decoder = Decoder(ModelConfig(vocab_size=258), RoutingConfig())
+      params = decoder.init(jax.random.key(0), tokens_S)["params"]
+      output = jax.vmap(lambda tokens: decoder.apply({"params": params}, tokens))(tokens_BxS)
+    """
+
+    config: ModelConfig
+    routing: RoutingConfig
+    parts: Parts = DEFAULT_PARTS
+
+    def setup(self) -> None:
+        V, D = self.config.vocab_size, self.config.width
+        require(V > 0, "model.vocab_size", V, "must be positive (0 is filled in from the tokenizer by a run)")
+        self.embedding = self.param("embedding", lambda key: fan_in_normal(key, (V, D), D))
+        self.groups = self.param("groups", self._init_groups)
+        self.final_norm = self.param("final_norm", lambda key: jnp.ones(D))
+        if not self.config.tie_embeddings:
+            self.head = self.param("head", lambda key: fan_in_normal(key, (V, D), D))
+
+    def _init_groups(self, key: jax.Array) -> dict[str, Any]:
+        keys = jax.random.split(key, group_count(self.config, self.routing))
+        return jax.vmap(lambda k: group_init(k, self.config, self.routing, self.parts))(keys)
+
+    def embed(self, tokens_S: jax.Array) -> jax.Array:
+        """Embeddings SxD in the compute type."""
+        return jnp.take(self.embedding, tokens_S, axis=0, mode="clip").astype(self.config.dtype)
+
+    def __call__(
+        self,
+        tokens_S: jax.Array,
+        positions_S: jax.Array | None = None,
+        segment_ids_S: jax.Array | None = None,
+        *,
+        mode: RoutingMode = "top_k",
+        slots: int | None = None,
+        key: jax.Array | None = None,
+        keep_keys_values: bool = False,
+    ) -> Output:
+        """Hidden states of a whole sequence.
+
+        Args:
+          tokens_S: int32 token ids.
+          positions_S: int32 positions, restarting in each document; 0, 1, ... by default.
+          segment_ids_S: int32 document ids, 0 for padding; one document by default.
+          mode: top_k: expert choice among all tokens, as trained. causal: the rule that sees no later token.
+          slots: slots of a routed block under the causal rule; `causal_slots` of S by default.
+          key: for stochastic routing only.
+          keep_keys_values: return every block's keys/values, to fill a cache with.
+        """
+        S = tokens_S.shape[0]
+        positions_S = jnp.arange(S, dtype=jnp.int32) if positions_S is None else positions_S
+        segment_ids_S = jnp.ones(S, jnp.int32) if segment_ids_S is None else segment_ids_S
+        slots = causal_slots(self.routing, S) if slots is None else min(S, slots)
+
+        def group(x_SxD: jax.Array, inputs: tuple[dict[str, Any], jax.Array]) -> tuple[jax.Array, Any]:
+            params, index = inputs
+            group_key = None if key is None else jax.random.fold_in(key, index)
+            keys_values, trace = {}, None
+            for name in block_names(self.routing):
+                if name == "routed":
+                    delta, keys_values[name], trace = self._routed(
+                        params[name], x_SxD, positions_S, segment_ids_S, mode, slots, group_key
+                    )
+                else:
+                    delta, keys_values[name] = self.parts.block.apply(
+                        params[name]["block"], x_SxD, positions_S, segment_ids_S, segment_ids_S > 0, (),
+                        self.config, self.parts,
+                    )  # fmt: skip
+                x_SxD = x_SxD + delta
+            return x_SxD, (trace, keys_values if keep_keys_values else None)
+
+        if self.config.remat != "none":
+            policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+            group = jax.checkpoint(group, policy=policies[self.config.remat], prevent_cse=not self.config.scan)
+        indices = jnp.arange(group_count(self.config, self.routing))
+        x_SxD = self.embed(tokens_S)
+        if self.config.scan:
+            x_SxD, (trace, keys_values) = jax.lax.scan(group, x_SxD, (self.groups, indices))
+        else:
+            results = []
+            for i in range(len(indices)):
+                x_SxD, result = group(x_SxD, jax.tree.map(lambda leaf, i=i: leaf[i], (self.groups, indices)))
+                results.append(result)
+            trace, keys_values = jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+        hidden = rms_norm(x_SxD, self.final_norm, self.config.norm_eps)
+        return Output(hidden, trace, keys_values)
+
+    def _routed(
+        self,
+        params: dict[str, Any],
+        x_SxD: jax.Array,
+        positions_S: jax.Array,
+        segment_ids_S: jax.Array,
+        mode: RoutingMode,
+        slots: int,
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, Segment, Trace]:
+        """The gated delta of a routed block, SxD, zero where tokens pass by."""
+        S = x_SxD.shape[0]
+        valid_S = segment_ids_S > 0
+        scores_S = self.parts.router.apply(params["router"], x_SxD)
+        noise_S = stochastic_noise(key, jnp.arange(S), self.routing)
+        logits_S = causal_logit(params, x_SxD, scores_S, noise_S, self.routing, S)
+        if mode == "top_k":
+            selection = select_top(scores_S if noise_S is None else noise_S, valid_S, capacity_of(self.routing, S))
+            overflow_S = jnp.zeros(S, bool)
+        else:
+            wanted_S = (logits_S > 0) & valid_S
+            selection = select_first(wanted_S, slots)
+            overflow_S = wanted_S & ~selection.mask_S
+        gated_CxD, gates_C, own = routed_rows(
+            params, dispatch(x_SxD, selection), dispatch(scores_S, selection), dispatch_ids(positions_S, selection),
+            dispatch_ids(segment_ids_S, selection), selection.filled_C, (), self.config, self.routing, self.parts,
+        )  # fmt: skip
+        trace = Trace(scores_S, selection.mask_S, combine(gates_C, selection), logits_S, overflow_S)
+        return combine(gated_CxD, selection), own, trace
+
+
+def dispatch_ids(ids_S: jax.Array, selection: Selection) -> jax.Array:
+    """`dispatch` for integers, which have no gradient: int32 C, 0 in empty slots."""
+    return jnp.where(selection.filled_C, ids_S[selection.indices_C], 0)
+
+
+def routed_rows(
+    params: dict[str, Any],
+    x_CxD: jax.Array,
+    scores_C: jax.Array,
+    positions_C: jax.Array,
+    segment_ids_C: jax.Array,
+    filled_C: jax.Array,
+    context: tuple[Segment, ...],
+    config: ModelConfig,
+    routing: RoutingConfig,
+    parts: Parts,
+) -> tuple[jax.Array, jax.Array, Segment]:
+    """g(r)·f(x) of the rows that a routed block computes (section 3.3 of the paper).
+
+    Returns:
+      The gated delta CxD in x's type, the float32 gates C, and the rows' keys/values.
+    """
+    delta_CxD, own = parts.block.apply(
+        params["block"], x_CxD, positions_C, segment_ids_C, filled_C, context, config, parts
+    )
+    gates_C = parts.gate_of(routing)(scores_C)
+    return (delta_CxD * gates_C[:, None]).astype(x_CxD.dtype), gates_C, own
+
+
+def head_matrix(params: dict[str, Any]) -> jax.Array:
+    """The LM head VxD, float32: the embedding where they are tied."""
+    return params["head"] if "head" in params else params["embedding"]

@@ -1,0 +1,85 @@
+"""AdamW with decoupled decay, a learning-rate schedule, and clipping that keeps the predictor apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mod_star.config import OptimizerConfig
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate by optimizer step: linear warm-up, then cosine, warm-up-stable-decay or constant."""
+    warmup = min(config.warmup_steps, total_steps // 2)
+    rest = max(1, total_steps - warmup)
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    after: optax.Schedule
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, config.final_fraction)
+    elif config.schedule == "wsd":
+        decay = max(1, round(rest * config.decay_fraction))
+        after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
+    else:
+        after = optax.constant_schedule(peak)
+    # Step 0 already moves: the warm-up goes from peak / warmup to peak.
+    return optax.join_schedules([optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1)), after], [warmup])
+
+
+def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Names along a key path of the params tree, outermost first."""
+    return tuple(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
+
+
+def decay_mask(params: Any) -> Any:
+    """True for leaves that are decayed: matrices, except in routers and predictors. Blocks are stacked over groups."""
+
+    def decayed(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+        names = path_names(path)
+        if "router" in names or "predictor" in names:
+            return False
+        return leaf.ndim - (names[0] == "groups") >= 2
+
+    return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def predictor_mask(params: Any) -> Any:
+    """True for the leaves of causal predictors, which do not belong to the language model."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "predictor" in path_names(path), params)
+
+
+def split_norms(grads: Any) -> tuple[jax.Array, jax.Array]:
+    """Global gradient norms of the language model and of the predictors, float32."""
+    mask = predictor_mask(grads)
+    squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g.astype(jnp.float32))), grads)
+    sums = [jnp.zeros(()), jnp.zeros(())]
+    for is_predictor, square in zip(jax.tree.leaves(mask), jax.tree.leaves(squares), strict=True):
+        sums[is_predictor] += square
+    return jnp.sqrt(sums[0]), jnp.sqrt(sums[1])
+
+
+def clip_apart(limit: float) -> optax.GradientTransformation:
+    """Clips the global norm of the language model's gradients and of the predictors' to `limit`, each on its own.
+
+    Clipped together, a large predictor gradient would shrink the language model's step, and the auxiliary predictor
+    would no longer be free of cost to the LM objective (Mixture-of-Depths, section 3.5).
+    """
+
+    def update(grads: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        del params
+        scales = [jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-30)) for norm in split_norms(grads)]
+        return jax.tree.map(lambda g, is_predictor: g * scales[is_predictor], grads, predictor_mask(grads)), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101): decay is added after Adam's scaling, times the rate."""
+    return optax.chain(
+        clip_apart(config.clip) if config.clip else optax.identity(),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(make_schedule(config, total_steps)),
+    )
