@@ -74,7 +74,9 @@ def plot_curves(
     # The first steps, far above everything that follows, would press the curves flat: they may leave the picture.
     loss_axes.set_ylim(top=highest + 0.04 * (highest - loss_axes.get_ylim()[0]))
     loss_axes.set_ylabel("loss (nats per token)")
-    legend = loss_axes.legend(loc="upper right", title="held-out loss at the end", frameon=False, alignment="left")
+    evaluated = any(_series(records, "eval_loss", against)[0].size for records in loaded.values())
+    heading = "held-out loss at the end" if evaluated else None
+    legend = loss_axes.legend(loc="upper right", title=heading, frameon=False, alignment="left")
     loss_axes.add_artist(legend)  # a second legend would replace it
     causal = any(_series(records, "eval_loss_causal", against)[0].size for records in loaded.values())
     routings = {"held out, routed as in training": SOLID, "held out, routed causally": DASHED}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from mod_star.config import ModelConfig
 from mod_star.model.attention import Segment, attend, use_fused
 from mod_star.model.layers import fan_in_normal, rms_norm, rotate
+from mod_star.model.linear import linear
 
 if TYPE_CHECKING:
     from mod_star.model.parts import Parts
@@ -59,15 +60,20 @@ def block(
       The delta NxD to add to x (gated, in a routed block), and the tokens' own keys/values.
     """
     dtype = x_NxD.dtype
-    query, key, value, output = (params[name].astype(dtype) for name in ("query", "key", "value", "output"))
+    N, D = x_NxD.shape
+
+    def project(name: str) -> jax.Array:
+        weight = params[name].astype(dtype)
+        return linear(h, weight.reshape(D, -1)).reshape(N, *weight.shape[1:])
+
     h = rms_norm(x_NxD, params["attention_norm"], config.norm_eps)
-    query_NxHxE = rotate(jnp.einsum("nd,dhe->nhe", h, query), positions_N, config.rope_theta)
-    key_NxKxE = rotate(jnp.einsum("nd,dke->nke", h, key), positions_N, config.rope_theta)
-    value_NxKxE = jnp.einsum("nd,dke->nke", h, value)
+    query_NxHxE = rotate(project("query"), positions_N, config.rope_theta)
+    key_NxKxE = rotate(project("key"), positions_N, config.rope_theta)
+    value_NxKxE = project("value")
     own = Segment(
         jnp.swapaxes(key_NxKxE, 0, 1), jnp.swapaxes(value_NxKxE, 0, 1), positions_N, segment_ids_N, valid_N
     )
     attended = attend(query_NxHxE, positions_N, segment_ids_N, (*context, own), fused=use_fused(config))
-    delta = jnp.einsum("nhe,hed->nd", attended, output)
+    delta = linear(attended.reshape(N, -1), params["output"].astype(dtype).reshape(-1, D))
     h = rms_norm(x_NxD + delta, params["feed_forward_norm"], config.norm_eps)
     return delta + parts.feed_forward.apply(params["feed_forward"], h), own

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mod_star.config import ModelConfig
+from mod_star.model.linear import linear
 
 Params = dict[str, jax.Array]
 
@@ -49,4 +50,4 @@ def swiglu_init(key: jax.Array, config: ModelConfig) -> Params:
 def swiglu(params: Params, x_NxD: jax.Array) -> jax.Array:
     """silu(x·gate) * (x·up), projected down (Shazeer 2020, arXiv 2002.05202). NxD in x's type."""
     gate, up, down = (params[name].astype(x_NxD.dtype) for name in ("gate", "up", "down"))
-    return (jax.nn.silu(x_NxD @ gate) * (x_NxD @ up)) @ down
+    return linear(jax.nn.silu(linear(x_NxD, gate)) * linear(x_NxD, up), down)

@@ -17,6 +17,7 @@ from flax import struct
 
 from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.model.layers import Params, fan_in_normal
+from mod_star.model.linear import linear
 
 
 def capacity_of(routing: RoutingConfig, tokens: int) -> int:
@@ -134,7 +135,7 @@ def predict(params: Params, x_SxD: jax.Array) -> jax.Array:
     """
     x = jax.lax.stop_gradient(x_SxD).astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
-    return jax.nn.relu(x @ params["hidden"] + params["bias"]) @ params["output"] + params["shift"]
+    return jax.nn.relu(linear(x, params["hidden"]) + params["bias"]) @ params["output"] + params["shift"]
 
 
 def position_noise(key: jax.Array, positions_S: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.errors import require
 from mod_star.model.attention import Segment
 from mod_star.model.layers import fan_in_normal, rms_norm
+from mod_star.model.linear import linear_saveable
 from mod_star.model.routing import (
     Selection,
     capacity_of,
@@ -191,7 +192,7 @@ class Decoder(nn.Module):
             return x_SxD, (trace, keys_values if keep_keys_values else None)
 
         if self.config.remat != "none":
-            policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+            policies = {"dots": linear_saveable, "full": None}
             group = jax.checkpoint(group, policy=policies[self.config.remat], prevent_cse=not self.config.scan)
         indices = jnp.arange(group_count(self.config, self.routing))
         x_SxD = self.embed(tokens_S)

@@ -62,7 +62,13 @@ class MetricsWriter:
         os.replace(beside, path)
         self._file = path.open("a", encoding="utf-8")
         first_step = 0 if resume_step is None else resume_step + 1
-        self._events = SummaryWriter(str(run_dir / TENSORBOARD_DIRECTORY), purge_step=first_step, flush_secs=30)
+        # Event files are named by the second; the suffix keeps a quick resume from writing over its predecessor's.
+        self._events = SummaryWriter(
+            str(run_dir / TENSORBOARD_DIRECTORY),
+            purge_step=first_step,
+            flush_secs=30,
+            filename_suffix=f".from_step_{first_step}",
+        )
 
     def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Writes one record and gives it back as plain Python values.

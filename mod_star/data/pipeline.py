@@ -1,0 +1,234 @@
+"""Documents to batches, with grain: split -> shuffle -> repeat -> mix -> tokenise -> pack -> batch -> prefetch.
+
+A batch is a dict of NumPy arrays, all [B, S]:
+
+| key           | dtype   | what                                                                                      |
+|---------------|---------|-------------------------------------------------------------------------------------------|
+| `tokens`      | int32   | input tokens; a document is bos, its text, and (as a target only) eos                      |
+| `targets`     | int32   | the next token of the same document                                                        |
+| `positions`   | int32   | position in the segment, from 0                                                            |
+| `segment_ids` | int32   | 1, 2, ... for the documents in the sequence, 0 for padding                                 |
+| `weights`     | float32 | 1 where there is a target, 0 for padding                                                   |
+
+Tokens and targets are packed as pairs, so no target is lost: neither at the end of a document (eos is never an input,
+for nothing follows it) nor where a sequence ends in the middle of one (it goes on in the next sequence, as a new
+segment). Every token of a document except bos is a target exactly once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from grain.experimental import ConcatThenSplitIterDataset, ThreadPrefetchIterDataset, batch_and_pad
+
+from mod_star.config import DataConfig
+from mod_star.data.sources import read_sources
+from mod_star.data.tokenizers import Tokenizer
+from mod_star.errors import InputError, require
+
+Batch = dict[str, np.ndarray]
+
+
+def train_batches(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    context: int,
+    batch_size: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.IterDataset:
+    """Training batches without end, in an order that only `config.seed` and the process decide.
+
+    Each source is shuffled anew in every epoch; sources are mixed by document in proportion to `config.weights`. In
+    every epoch of a source each document goes to exactly one process. The iterator's `get_state()` is small, survives
+    JSON, and lets another iterator go on exactly where it was taken, in the middle of a document if need be.
+
+    Args:
+        config: Sources, weights, split, packing, seed.
+        tokenizer: Makes the ids.
+        context: S, length of a sequence.
+        batch_size: B, sequences per batch of this process.
+        process_index: This process, from 0.
+        process_count: How many processes share the data.
+
+    Returns:
+        A dataset of batches (see the module).
+
+    Raises:
+        InputError: A source cannot be read or split, or has too little text for S.
+    """
+    require(0 <= process_index < process_count, "process_index", process_index, f"must lie in [0, {process_count})")
+    parts = _split_documents(config, tokenizer, context)
+    streams = []
+    for index, (train, _) in enumerate(parts):
+        stream = grain.MapDataset.source(train).shuffle(seed=_seed(config.seed, 1, index)).repeat()
+        streams.append(stream[process_index::process_count])
+    # Slicing each source, not the mixture, keeps its proportions in every process.
+    weights = config.weights or [len(train) for train, _ in parts]
+    mixture = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights)
+    return _sequences(mixture, config, tokenizer, context).batch(batch_size, drop_remainder=True)
+
+
+def held_out_batches(config: DataConfig, tokenizer: Tokenizer, context: int, batch_size: int) -> grain.IterDataset:
+    """One pass over the held-out documents, the same whenever it is iterated.
+
+    With `config.pack` every token of every document (except bos) is a target exactly once; the last sequence and the
+    last batch are filled up with padding of weight 0. The order is fixed but mixes the sources, so that the first
+    batches stand for all of them.
+
+    Args, Raises: See `train_batches`.
+
+    Returns:
+        A finite dataset of batches, all of `batch_size`.
+    """
+    held_out = [held_out for _, held_out in _split_documents(config, tokenizer, context)]
+    documents = grain.MapDataset.concatenate([grain.MapDataset.source(part) for part in held_out])
+    documents = documents.shuffle(seed=_seed(config.seed, 2, 0))
+    fill = functools.partial(batch_and_pad, batch_size=batch_size)
+    return _sequences(documents, config, tokenizer, context).batch(batch_size, drop_remainder=False, batch_fn=fill)
+
+
+def prefetch_to_device(
+    batches: grain.IterDataset, sharding: jax.sharding.Sharding | None = None, buffer: int = 2
+) -> grain.IterDataset:
+    """Makes batches in a background thread and puts them on the devices ahead of time.
+
+    Args:
+        batches: Batches of this process.
+        sharding: Where the global batch goes, of which `batches` holds this process's share. None: the default device.
+        buffer: Batches that wait on the device at the most.
+
+    Returns:
+        A dataset of dicts of `jax.Array`. Its iterator's state is that of the batch last taken, not of those ahead, and
+        fits the iterator of `batches` too. Call the iterator's `close()` to end the thread early.
+    """
+
+    def put(batch: Batch) -> dict[str, jax.Array]:
+        if sharding is None:
+            return jax.device_put(batch)
+        return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+    return ThreadPrefetchIterDataset(batches.map(put), prefetch_buffer_size=buffer)
+
+
+@dataclass(frozen=True)
+class _Subset(Sequence[str]):
+    """Some documents of a source."""
+
+    documents: Sequence[str]
+    indices: np.ndarray  # int64 [n]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.documents[int(self.indices[index])]
+
+
+def _split_documents(config: DataConfig, tokenizer: Tokenizer, context: int) -> list[tuple[_Subset, _Subset]]:
+    """(training, held-out) documents of every source; both hold at least one document, and together S + 1 tokens."""
+    require(config.seed >= 0, "data.seed", config.seed, "must not be negative")
+    sources = read_sources(config.source, config.template)
+    parts = []
+    for index, (spec, documents) in enumerate(zip(config.source, sources, strict=True)):
+        if len(documents) < 2:
+            raise InputError(
+                f"data.source = {spec!r}: has a single document; one to train on and one to hold out are needed"
+            )
+        order = np.random.default_rng([config.seed, 0, index]).permutation(len(documents))
+        count = min(max(round(len(documents) * config.held_out), 1), len(documents) - 1)
+        parts.append((_Subset(documents, np.sort(order[count:])), _Subset(documents, np.sort(order[:count]))))
+    _require_tokens([train for train, _ in parts], "training", tokenizer, context)
+    _require_tokens([held_out for _, held_out in parts], "held-out", tokenizer, context)
+    return parts
+
+
+def _require_tokens(parts: Sequence[_Subset], name: str, tokenizer: Tokenizer, context: int) -> None:
+    """Raises InputError if the documents have fewer than S + 1 tokens. Reads no more of them than it must."""
+    tokens = 0
+    for text in (text for part in parts for text in part):
+        tokens += len(tokenizer.encode(text)) + 2
+        if tokens > context:
+            return
+    raise InputError(
+        f"model.context = {context}: the {name} documents have {tokens} tokens, at least context + 1 are needed "
+        "(a shorter context, more data, or another data.held_out)"
+    )
+
+
+def _seed(*words: int) -> int:
+    """An unsigned 32-bit seed that differs with any of the words."""
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def _sequences(
+    documents: grain.MapDataset, config: DataConfig, tokenizer: Tokenizer, context: int
+) -> grain.IterDataset:
+    """Documents (str) to sequences: the entries of a batch, [S] each."""
+    pairs = documents.map(functools.partial(_token_pairs, tokenizer))
+    # No reader threads: tokenising holds the interpreter lock, so that they only cost (a fifth of the throughput);
+    # `prefetch_to_device` has one thread for the whole pipeline.
+    stream = pairs.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    if not config.pack:
+        return stream.map(functools.partial(_one_document, context))
+    packed = ConcatThenSplitIterDataset(stream, length_struct={"pairs": context})
+    return _JsonState(packed).map(_packed_documents)
+
+
+def _token_pairs(tokenizer: Tokenizer, text: str) -> dict[str, np.ndarray]:
+    """Each token of [bos] text [eos] with its successor, int32 [length - 1, 2]."""
+    ids = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], dtype=np.int32)
+    return {"pairs": np.stack([ids[:-1], ids[1:]], axis=1)}
+
+
+def _one_document(context: int, document: dict[str, np.ndarray]) -> Batch:
+    """A document cut or padded to S tokens."""
+    pairs_Lx2 = document["pairs"][:context]
+    pairs_Sx2 = np.zeros((context, 2), np.int32)
+    pairs_Sx2[: len(pairs_Lx2)] = pairs_Lx2
+    segment_ids_S = (np.arange(context) < len(pairs_Lx2)).astype(np.int32)
+    return _sequence(pairs_Sx2, np.arange(context, dtype=np.int32) * segment_ids_S, segment_ids_S)
+
+
+def _packed_documents(packed: dict[str, np.ndarray]) -> Batch:
+    return _sequence(packed["pairs"], packed["pairs_positions"], packed["pairs_segment_ids"])
+
+
+def _sequence(pairs_Sx2: np.ndarray, positions_S: np.ndarray, segment_ids_S: np.ndarray) -> Batch:
+    return {
+        "tokens": pairs_Sx2[:, 0],
+        "targets": pairs_Sx2[:, 1],
+        "positions": positions_S,
+        "segment_ids": segment_ids_S,
+        "weights": (segment_ids_S > 0).astype(np.float32),
+    }
+
+
+class _JsonState(grain.IterDataset):
+    """Lets the packing's state go through JSON, as in a checkpoint.
+
+    grain 0.2.18 tells "no rest of a document" from its state by comparing tuples. JSON makes them lists: a state taken
+    before the first batch would then skip a document.
+    """
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _JsonStateIterator(iter(self._parent))
+
+
+class _JsonStateIterator(grain.DatasetIterator):
+    def __next__(self) -> Any:
+        return next(self._parent)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._parent.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        slices = {feature: tuple(bounds) for feature, bounds in state["remainder_slices"].items()}
+        self._parent.set_state(state | {"remainder_slices": slices})

@@ -1,0 +1,236 @@
+"""Text to token ids and back: bytes, or any Hugging Face `tokenizer.json`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from mod_star.data.templates import unicode_text
+from mod_star.errors import InputError, require
+
+SAVED_NAME = "tokenizer.json"
+"""Name of a tokenizer inside a run directory."""
+END_OF_TEXT = "<|endoftext|>"
+# Most specific first; a tokenizer.json does not say which special token starts or ends a text.
+_BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", END_OF_TEXT, "[CLS]")
+_EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", END_OF_TEXT, "[EOS]", "[SEP]")
+_PRINTABLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
+
+
+class Tokenizer(Protocol):
+    """What the package asks of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included: every id is below it."""
+        ...
+
+    @property
+    def bos_id(self) -> int:
+        """Id that starts a document."""
+        ...
+
+    @property
+    def eos_id(self) -> int:
+        """Id that ends a document; may equal `bos_id`."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two tokenizers that give the same ids."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without bos and eos. Raises InputError if `text` is no valid Unicode."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`. Special ids and ids outside the vocabulary give nothing, broken UTF-8 gives U+FFFD."""
+        ...
+
+    def token_text(self, token: int) -> str:
+        """A short printable form of one token, for pictures; never empty."""
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0 to 255, bos 256, eos 257."""
+
+    vocab_size = 258
+    bos_id = 256
+    eos_id = 257
+    fingerprint = "bytes"
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of `text` in UTF-8."""
+        return list(unicode_text(text, "text").encode())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids that are bytes."""
+        return bytes(token for token in ids if 0 <= token < 256).decode(errors="replace")
+
+    def token_text(self, token: int) -> str:
+        """ASCII as it is, other bytes as \\xNN."""
+        if 0x20 <= token < 0x7F or token in (9, 10, 13):
+            return chr(token).translate(_PRINTABLE)
+        names = {self.bos_id: "<bos>", self.eos_id: "<eos>"}
+        return f"\\x{token:02x}" if 0 <= token < 256 else names.get(token, f"<{token}>")
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`, read by the `tokenizers` package. Its truncation, padding and template are not applied."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Args:
+            path: The file, or a directory that holds a `tokenizer.json`.
+
+        Raises:
+            InputError: No such file, not a tokenizer, or no special token to start or end a text with.
+        """
+        file = Path(path).expanduser()
+        file = file / SAVED_NAME if file.is_dir() else file
+        try:
+            content = file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise InputError(
+                f"data.tokenizer = {str(path)!r}: no such file (allowed: bytes, or a tokenizer.json)"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"data.tokenizer = {str(path)!r}: cannot be read ({error})") from None
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content)
+        except Exception as error:  # The package raises bare Exception.
+            raise InputError(f"data.tokenizer = {str(path)!r}: not a tokenizer.json ({error})") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        bos, eos = self._find(_BOS_NAMES), self._find(_EOS_NAMES)
+        if bos is None and eos is None:
+            names = ", ".join(dict.fromkeys(_BOS_NAMES + _EOS_NAMES))
+            raise InputError(
+                f"data.tokenizer = {str(path)!r}: has no special token to start or end a text (one of {names})"
+            )
+        self.bos_id: int = eos if bos is None else bos  # type: ignore[assignment]
+        self.eos_id: int = bos if eos is None else eos  # type: ignore[assignment]
+        self.content = content
+        self.fingerprint = "tokenizer.json " + hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def _find(self, names: Sequence[str]) -> int | None:
+        found = (self._tokenizer.token_to_id(name) for name in names)
+        return next((token for token in found if token is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; special tokens spelled out in it count as such."""
+        return self._tokenizer.encode(unicode_text(text, "text"), add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids, as the file's decoder gives it."""
+        special = (self.bos_id, self.eos_id)
+        known = [int(token) for token in ids if 0 <= token < self.vocab_size and token not in special]
+        return self._tokenizer.decode(known, skip_special_tokens=True)
+
+    def token_text(self, token: int) -> str:
+        """The token's text, with visible white space; part of a character as the vocabulary spells it."""
+        spelling = self._tokenizer.id_to_token(token) if 0 <= token < self.vocab_size else None
+        if not spelling:
+            return f"<{token}>"
+        text = self._tokenizer.decode([token], skip_special_tokens=False)
+        # A decoder may drop a text's first space.
+        text = spelling if not text or "\ufffd" in text else text
+        text = " " + text if spelling.startswith("▁") and not text.startswith((" ", "▁")) else text
+        text = text.translate(_PRINTABLE)
+        return text if text.isprintable() else ascii(text)[1:-1]
+
+
+class StreamDecoder:
+    """Text as tokens arrive: the pieces, joined, are what `decode` gives for all ids at once.
+
+    A character whose bytes are spread over several tokens is held back until it is complete.
+
+    Example:
+        >>> stream = StreamDecoder(ByteTokenizer())
+        >>> [stream.push(token) for token in "é!".encode()], stream.flush()
+        (['', 'é', '!'], '')
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # Ids not yet settled, after one settled piece as context for the decoder.
+        self._shown = 0  # Characters of their text that were returned.
+
+    def push(self, token: int) -> str:
+        """The text that id `token` completes, possibly empty."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        # A trailing U+FFFD may be the start of a character: at most three bytes, so at most three of them.
+        pending = min(len(text) - len(text.rstrip("\ufffd")), 3)
+        new = text[self._shown : len(text) - pending]
+        self._shown += len(new)
+        if new and not pending:
+            # Keep one token: decoders that drop a text's first space need to see that this is not the first.
+            self._ids = [token]
+            self._shown = len(self._tokenizer.decode(self._ids))
+        return new
+
+    def flush(self) -> str:
+        """What is still held back, and a fresh start."""
+        rest = self._tokenizer.decode(self._ids)[self._shown :]
+        self._ids, self._shown = [], 0
+        return rest
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that `DataConfig.tokenizer` names: "bytes", or the path of a `tokenizer.json`.
+
+    Raises:
+        InputError: It is neither.
+    """
+    return ByteTokenizer() if spec == "bytes" else HuggingFaceTokenizer(spec)
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
+    """Puts a tokenizer into a run directory, which then no longer needs the original. Bytes need no file."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        (Path(directory) / SAVED_NAME).write_text(tokenizer.content, encoding="utf-8")
+
+
+def load_saved_tokenizer(directory: str | Path, spec: str) -> Tokenizer:
+    """The tokenizer that `save_tokenizer` put into `directory`.
+
+    Args:
+        directory: The run directory.
+        spec: The run's `DataConfig.tokenizer`.
+    """
+    return load_tokenizer(spec if spec == "bytes" else str(Path(directory) / SAVED_NAME))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> HuggingFaceTokenizer:
+    """Trains a byte-level BPE tokenizer and writes it as a `tokenizer.json`.
+
+    Args:
+        texts: What to train on: training documents only, if held-out loss is to be compared.
+        vocab_size: Ids at the most, with all 256 bytes and <|endoftext|> (its bos and eos); fewer if `texts` has fewer
+            pairs to merge.
+        path: The file to write.
+
+    Raises:
+        InputError: `vocab_size` below 257.
+    """
+    require(vocab_size >= 257, "vocab_size", vocab_size, "must be at least 257 (all bytes and <|endoftext|>)")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(path))
+    return HuggingFaceTokenizer(path)

@@ -1,0 +1,215 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped, written by Orbax in the background.
+
+    RUN/checkpoints/200/params      parameters (all that sampling reads)
+                        training    optimizer state, step, random key, counts of skipped steps
+                        data        state of the grain iterator
+                        progress    JSON: seconds trained so far
+                        SHA256SUMS  checksums of all of these, as `sha256sum -c` reads them
+
+Orbax writes aside and renames when everything is there, the checksums included: a checkpoint exists wholly or not at
+all. Orbax itself doesn't notice a flipped bit in an array, therefore the checksums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from grain.checkpoint import CheckpointRestore, CheckpointSave
+
+from mod_star.errors import InputError
+from mod_star.training.state import TrainState
+
+SUMS_FILE = "SHA256SUMS"
+# Orbax rewrites these two after our checksums are made: its time stamps, and an empty marker.
+ORBAX_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+class CheckpointWriter:
+    """Saves checkpoints into a directory, asynchronously, and deletes all but the latest few.
+
+    Args:
+      directory: RUN/checkpoints; made if absent. What an interrupted save left there is removed.
+      keep: how many checkpoints stay.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self._directory = directory.absolute()
+        self._saving = 0
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            item_names=("params", "training", "data", "progress"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_sums),
+            ),
+        )
+
+    def save(self, state: TrainState, batches: grain.DatasetIterator, progress: dict[str, Any]) -> None:
+        """Copies the state and returns; writing goes on in the background. The state's buffers may be donated at once.
+
+        Args:
+          state: what the steps so far made.
+          batches: the iterator that the next batch will come from.
+          progress: JSON values to keep beside it.
+        """
+        step = int(state.step)
+        self.wait()
+        self._saving = step
+        saved = _to_saved(state)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(saved["params"]),
+                training=ocp.args.StandardSave(saved["training"]),
+                data=CheckpointSave(batches),
+                progress=ocp.args.JsonSave(progress),
+            ),
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk, and raises what went wrong there."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and ends the background threads."""
+        self._manager.close()
+
+    def _write_sums(self) -> None:
+        # Orbax calls this when all files are written, just before the rename that makes the checkpoint.
+        for written in self._directory.glob(f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}*"):
+            files = sorted(path for path in written.rglob("*") if path.is_file() and path.name not in ORBAX_FILES)
+            lines = [f"{_sha256(path)}  {path.relative_to(written)}\n" for path in files]
+            (written / SUMS_FILE).write_text("".join(lines))
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints in RUN/checkpoints, ascending, damaged ones included."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+def choose_checkpoint(directory: Path, step: int | None, option: str) -> int | None:
+    """The checkpoint to load: the one asked for, else the newest; None if there is none at all.
+
+    Args:
+      directory: RUN/checkpoints.
+      step: which one; None: the newest.
+      option: name of the command's option that chooses a step, for the error message.
+
+    Raises:
+      InputError: the step doesn't exist, or its checkpoint is damaged. An older one is offered, never taken silently.
+    """
+    steps = saved_steps(directory)
+    if step is None and not steps:
+        return None
+    if step is None:
+        step = steps[-1]
+    elif step not in steps:
+        raise InputError(f"{option} = {step}: {directory} has {'checkpoints ' if steps else 'no checkpoints'}{steps or ''}")
+    if damage := find_damage(directory / str(step)):
+        older = [earlier for earlier in steps if earlier < step and not find_damage(directory / str(earlier))]
+        offer = f"{option} {older[-1]} takes the one before it" if older else "there is no intact one before it"
+        raise InputError(f"checkpoint {directory / str(step)} is damaged ({damage}); {offer}")
+    return step
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None. Reads all of them."""
+    try:
+        for name in ORBAX_FILES:
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+        lines = (checkpoint / SUMS_FILE).read_text().splitlines()
+        if not lines:
+            return f"{SUMS_FILE} is empty"
+        for line in lines:
+            expected, _, name = line.partition("  ")
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            if _sha256(checkpoint / name) != expected:
+                return f"{name} has changed since it was written"
+    except FileNotFoundError:
+        return f"{SUMS_FILE} is missing"
+    except (OSError, UnicodeDecodeError) as error:
+        return str(error)
+    return None
+
+
+def delete_after(directory: Path, step: int) -> None:
+    """Deletes the checkpoints of later steps, which a run that goes on from `step` will make again."""
+    for later in saved_steps(directory):
+        if later > step:
+            shutil.rmtree(directory / str(later))
+
+
+def restore_state(
+    directory: Path, step: int, like: TrainState, batches: grain.DatasetIterator
+) -> tuple[TrainState, dict[str, Any]]:
+    """Loads a checkpoint to train on from; sets `batches` to where it was.
+
+    Args:
+      directory: RUN/checkpoints.
+      step: which checkpoint.
+      like: the state's shapes and types, as from `jax.eval_shape`.
+      batches: an iterator over the same data.
+
+    Returns:
+      The state, and what `progress` was.
+
+    Raises:
+      InputError: the checkpoint can't be read or doesn't fit.
+    """
+    saved = _placed(jax.eval_shape(_to_saved, like))
+    found = _restore(
+        directory,
+        step,
+        params=ocp.args.StandardRestore(saved["params"]),
+        training=ocp.args.StandardRestore(saved["training"]),
+        data=CheckpointRestore(batches),
+        progress=ocp.args.JsonRestore(),
+    )
+    training = dict(found["training"])
+    key = jax.random.wrap_key_data(training.pop("key"))
+    return TrainState(params=found["params"], key=key, **training), found["progress"]
+
+
+def restore_params(directory: Path, step: int, like: Any) -> dict[str, Any]:
+    """Loads only the parameters. Args and errors as for `restore_state`, with `like` the parameters' shapes."""
+    return _restore(directory, step, params=ocp.args.StandardRestore(_placed(like)))["params"]
+
+
+def _restore(directory: Path, step: int, **items: Any) -> Any:
+    checkpoint = (directory / str(step)).absolute()
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            return reader.restore(checkpoint, args=ocp.args.Composite(**items))
+    except Exception as error:  # Orbax, tensorstore and JSON each have their own
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"checkpoint {checkpoint} cannot be loaded: {type(error).__name__}: {reason}") from error
+
+
+def _to_saved(state: TrainState) -> dict[str, Any]:
+    """The state as two pytrees that Orbax can write: parameters, and the rest with the key as plain numbers."""
+    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}
+    return {"params": state.params, "training": rest | {"key": jax.random.key_data(state.key)}}
+
+
+def _placed(like: Any) -> Any:
+    """Shapes with the default device as their place; without it Orbax would look for the devices that saved them."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), like)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,236 @@
+"""A run's directory: what it holds, when it may be written, and how a trained model is loaded from it.
+
+    RUN/config.json      the whole configuration, and the versions that started the run
+        tokenizer/       copy of the tokenizer
+        parts.py         copy of the user's own parts, if any: a run needs nothing but its directory
+        checkpoints/     see `mod_star.training.checkpoints`
+        metrics.jsonl    what was measured; tensorboard/ and curves.png show the same
+        summary.json     the result, once training is complete
+        .lock            held by the process that trains
+
+config.json is written last: a directory without it is not a run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import mod_star
+from mod_star.config import RunConfig, from_dict, to_dict
+from mod_star.data import Tokenizer, load_saved_tokenizer, load_tokenizer, save_tokenizer
+from mod_star.errors import InputError, require
+from mod_star.model import Decoder
+from mod_star.parts import load_parts
+from mod_star.training.checkpoints import choose_checkpoint, restore_params
+from mod_star.training.state import init_params
+
+CONFIG_FILE = "config.json"
+PARTS_FILE = "parts.py"
+TOKENIZER_DIRECTORY = "tokenizer"
+CHECKPOINTS_DIRECTORY = "checkpoints"
+LOCK_FILE = ".lock"
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model with what belongs to it."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    decoder: Decoder
+    params: dict[str, Any]
+    """float32 parameters, a plain nested dict."""
+    step: int
+    """Step of the checkpoint that the parameters are from."""
+
+
+def load_run(directory: str | Path, step: int | None = None) -> LoadedRun:
+    """Loads a run's model from its newest checkpoint, or from that of `step`.
+
+    Raises:
+      InputError: the directory isn't a run, has no checkpoint, or the checkpoint is damaged (an older one is named).
+    """
+    path = Path(directory)
+    run = read_config(path)
+    checkpoints = path / CHECKPOINTS_DIRECTORY
+    chosen = choose_checkpoint(checkpoints, step, "--step")
+    if chosen is None:
+        raise InputError(f"{path}: has no checkpoint yet")
+    tokenizer = load_saved_tokenizer(path / TOKENIZER_DIRECTORY, run.data.tokenizer)
+    require_vocabulary(run, tokenizer)
+    decoder = Decoder(run.model, run.routing, load_parts(run.parts))
+    like = jax.eval_shape(lambda: init_params(decoder, run.train.seed))
+    return LoadedRun(run, tokenizer, decoder, restore_params(checkpoints, chosen, like), chosen)
+
+
+def is_run(path: Path) -> bool:
+    """Whether the directory holds a run."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def read_config(path: Path) -> RunConfig:
+    """The stored configuration; its `parts` name the run's own copy.
+
+    Raises:
+      InputError: the directory isn't a run, or its config.json is damaged.
+    """
+    if not is_run(path):
+        found = f"it has no {CONFIG_FILE}" if path.is_dir() else "there is no such directory"
+        raise InputError(f"{path}: is not a run ({found})")
+    try:
+        run = from_dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path / CONFIG_FILE}: cannot be read: {error}") from error
+    return run if run.parts is None else replace(run, parts=str(path / run.parts))
+
+
+def resumed_config(path: Path, run: RunConfig) -> RunConfig:
+    """The stored configuration, if it is the one that is asked for.
+
+    Every field counts, `train.steps` too: the learning-rate schedule is drawn from it, so that a longer run is another
+    run from its first step on. A file of parts or a tokenizer that has changed since counts as well; one that is gone
+    doesn't matter, the run has its own copy.
+
+    Raises:
+      InputError: they differ; the message lists field: stored → asked for.
+    """
+    stored = read_config(path)
+    if run.model.vocab_size == 0:  # what "from the tokenizer" came to is in the stored one
+        run = replace(run, model=replace(run.model, vocab_size=stored.model.vocab_size))
+    if same_parts(stored.parts, run.parts):
+        run = replace(run, parts=stored.parts)
+    found = differences(to_dict(stored), to_dict(run))
+    spec = run.data.tokenizer
+    if spec == stored.data.tokenizer and Path(spec).exists():
+        copy = load_saved_tokenizer(path / TOKENIZER_DIRECTORY, spec)
+        if load_tokenizer(spec).fingerprint != copy.fingerprint:
+            found.append(f"data.tokenizer: {spec} has changed")
+    if found:
+        raise InputError(f"{path}: holds a run of another configuration: {'; '.join(found)}")
+    return stored
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The values that differ between two nested dicts, as "group.field: old → new"."""
+    found = []
+    for name in old:
+        if isinstance(old[name], Mapping):
+            found += differences(old[name], new[name], f"{prefix}{name}.")
+        elif old[name] != new[name]:
+            found.append(f"{prefix}{name}: {old[name]} → {new[name]}")
+    return found
+
+
+def same_parts(stored: str | None, asked: str | None) -> bool:
+    """Whether `asked` names what the run's copy was made from, as far as that file still exists."""
+    if stored is None or asked is None:
+        return stored is asked
+    (copy, _, old_name), (original, _, new_name) = stored.rpartition(":"), asked.rpartition(":")
+    if old_name != new_name:
+        return False
+    return not Path(original).is_file() or Path(original).read_bytes() == Path(copy).read_bytes()
+
+
+def require_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> None:
+    """Raises InputError if the tokenizer has ids that the model has no embedding for."""
+    V = run.model.vocab_size
+    require(V >= tokenizer.vocab_size, "model.vocab_size", V, f"the tokenizer has {tokenizer.vocab_size} ids")
+
+
+def require_creatable(path: Path) -> None:
+    """Raises InputError unless a new run can be made at `path`: absent or empty, and writable."""
+    if path.exists():
+        if not path.is_dir():
+            raise InputError(f"{path}: must be a directory, and is a file")
+        try:
+            names = {entry.name for entry in path.iterdir()}
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        if names - {LOCK_FILE}:
+            raise InputError(f"{path}: is neither empty nor a run (it has no {CONFIG_FILE}); choose another directory")
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"{path}: cannot be made, {existing} is not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: {'is' if existing == path.absolute() else f'{existing} is'} not writable")
+
+
+@contextmanager
+def created(path: Path, run: RunConfig, tokenizer: Tokenizer) -> Iterator[RunConfig]:
+    """Makes the directory of a new run, yields its stored configuration, and keeps others out until left.
+
+    What was made is removed again if it can't be completed.
+
+    Args:
+      path: where; see `require_creatable`.
+      run: a configuration that has been checked in full, `model.vocab_size` included.
+      tokenizer: the tokenizer to copy.
+
+    Raises:
+      InputError: the directory can't be written, or another process was faster.
+    """
+    require_creatable(path)
+    new = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made: {error.strerror}") from error
+    with locked(path):
+        require_creatable(path)
+        try:
+            _write(path, run, tokenizer)
+        except BaseException as error:
+            shutil.rmtree(path / TOKENIZER_DIRECTORY, ignore_errors=True)
+            for name in (PARTS_FILE, CONFIG_FILE + ".new", CONFIG_FILE, LOCK_FILE):
+                (path / name).unlink(missing_ok=True)
+            if new:
+                path.rmdir()
+            if isinstance(error, OSError):
+                raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+            raise
+        yield read_config(path)
+
+
+def _write(path: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
+    save_tokenizer(tokenizer, path / TOKENIZER_DIRECTORY)
+    if run.parts is not None:
+        original, _, name = run.parts.rpartition(":")
+        shutil.copyfile(original, path / PARTS_FILE)
+        run = replace(run, parts=f"{PARTS_FILE}:{name}")
+    versions = {"mod_star": mod_star.__version__, "jax": jax.__version__, "python": platform.python_version()}
+    # Written aside and moved into place: this file makes the directory a run.
+    beside = path / (CONFIG_FILE + ".new")
+    beside.write_text(json.dumps(versions | {"config": to_dict(run)}, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path / CONFIG_FILE)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other processes from training in the same directory; the lock ends with the process, however it ends.
+
+    Raises:
+      InputError: another process holds it, or the directory isn't writable.
+    """
+    try:
+        file = (path / LOCK_FILE).open("a")
+    except OSError as error:
+        raise InputError(f"{path}: is not writable: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another process is training here") from None
+        yield

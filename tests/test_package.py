@@ -1,0 +1,80 @@
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import mod_star
+
+ROOT = Path(__file__).parent.parent
+
+IMPORT_EVERYTHING = """
+import importlib, sys
+from pathlib import Path
+files = [path for path in Path("mod_star").rglob("*.py") if path.name != "__main__.py"]
+for path in files:
+    importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+print(len(files), *sorted({name.split(".")[0] for name in sys.modules} & {"tensorflow", "torch", "matplotlib"}))
+"""
+
+
+def test_importing_everything_brings_in_neither_tensorflow_nor_torch_and_matplotlib_only_to_draw() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_EVERYTHING], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    modules, *heavy = done.stdout.split()
+    assert int(modules) >= 10
+    assert heavy == []
+
+
+def test_importing_the_package_alone_imports_nothing_heavy() -> None:
+    program = "import sys, mod_star; print(*{'jax', 'numpy', 'flax'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_the_version_is_the_installed_one() -> None:
+    assert importlib.metadata.version("mod-star") == mod_star.__version__
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (Path(mod_star.__file__).parent / "py.typed").is_file()
+
+
+def test_the_lock_holds_every_dependency_and_no_address() -> None:
+    lock = (ROOT / "requirements.lock").read_text()
+    assert not re.search(r"://|^\s*-|@ ", lock, re.MULTILINE), "an address or a pip option"
+    assert not re.search(r"(^|\s)/\w", lock), "a path of the machine that made it"
+    locked = set(re.findall(r"^([a-z0-9._-]+)==", lock, re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    names = {re.split(r"[\[<>=!~; ]", name)[0].lower().replace("_", "-") for name in wanted}
+    assert names <= locked
+    jax = re.findall(r"^jax==(\S+) ; (.+)$", lock, re.MULTILINE)
+    assert ("0.10.2", "python_full_version < '3.12'") in jax, "the last JAX for Python 3.11"
+
+
+@pytest.mark.parametrize("script", ["tpu_setup.sh", ".ci/run"])
+def test_scripts_are_executable_and_sound(script: str) -> None:
+    assert (ROOT / script).stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
+
+
+def test_the_tpu_set_up_can_be_rehearsed() -> None:
+    done = subprocess.run(
+        ["bash", "tpu_setup.sh", "--dry-run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.stderr == ""
+    assert "+ make PYTHON=" in done.stdout
+    assert r"pip install --quiet --disable-pip-version-check -r requirements.lock jax\[tpu\]" in done.stdout
+    refused = subprocess.run(["bash", "tpu_setup.sh", "--dryrun"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "unknown argument '--dryrun'" in refused.stderr
