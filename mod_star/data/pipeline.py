@@ -17,7 +17,9 @@ segment). Every token of a document except bos is a target exactly once.
 
 from __future__ import annotations
 
+import atexit
 import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +109,7 @@ def prefetch_to_device(
 
     Returns:
         A dataset of dicts of `jax.Array`. Its iterator's state is that of the batch last taken, not of those ahead, and
-        fits the iterator of `batches` too. Call the iterator's `close()` to end the thread early.
+        fits the iterator of `batches` too. Its thread ends with it, or when `close()` is called.
     """
 
     def put(batch: Batch) -> dict[str, jax.Array]:
@@ -115,7 +117,7 @@ def prefetch_to_device(
             return jax.device_put(batch)
         return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
 
-    return ThreadPrefetchIterDataset(batches.map(put), prefetch_buffer_size=buffer)
+    return _ClosedAtExit(ThreadPrefetchIterDataset(batches.map(put), prefetch_buffer_size=buffer))
 
 
 @dataclass(frozen=True)
@@ -232,3 +234,23 @@ class _JsonStateIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         slices = {feature: tuple(bounds) for feature, bounds in state["remainder_slices"].items()}
         self._parent.set_state(state | {"remainder_slices": slices})
+
+
+class _ClosedAtExit(grain.IterDataset):
+    """Ends the threads of its iterators before the interpreter goes down; inside JAX they would abort the process."""
+
+    def __iter__(self) -> grain.DatasetIterator:
+        iterator = iter(self._parent)
+        _open_iterators.add(iterator)
+        return iterator
+
+
+_open_iterators: weakref.WeakSet[grain.DatasetIterator] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_iterators() -> None:
+    for iterator in list(_open_iterators):
+        iterator.close()
+        # grain closes again on deletion, which may come when its modules are gone already.
+        vars(iterator)["close"] = lambda: None

@@ -178,27 +178,28 @@ def split_text(text: str) -> list[str]:
     return sections
 
 
+def _parse_json(text: str, where: str, one_line: bool = True) -> Any:
+    """The value that `text` holds; errors say where, and the line too unless `where` has it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = "" if one_line else f", line {error.lineno}"
+        raise InputError(f"{where}{line}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error})") from None
+
+
 def _jsonl_records(path: str) -> Iterator[tuple[Any, str]]:
     """The records of a JSON Lines file, and where each stands. Blank lines are skipped."""
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
-            try:
-                yield json.loads(line), where
-            except json.JSONDecodeError as error:
-                raise InputError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: not valid JSON ({error})") from None
+            yield _parse_json(line, where), where
 
 
 def _json_records(path: str) -> Iterator[tuple[Any, str]]:
     """The records of a JSON file: a list, or the only list in an object."""
-    try:
-        content = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
+    content = _parse_json(_read(path), path, one_line=False)
     lists = [content]
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
@@ -237,12 +238,7 @@ def _array_record(spec: str, paths: list[str], template: Template, raw: bool) ->
 
     def render(record: bytes, where: str) -> str:
         text = unicode_text(record, where)
-        if raw:
-            return text
-        try:
-            return template.render(json.loads(text), where)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{where}: not valid JSON ({error}), which data.template needs") from None
+        return text if raw else template.render(_parse_json(text, where), where)
 
     for path in paths:
         if not os.path.getsize(path):

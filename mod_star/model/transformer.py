@@ -101,7 +101,7 @@ def causal_logit(
       scores_S: router scores.
       noise_S: the noise of stochastic routing, None when routing is learned.
       routing: names the rule.
-      tokens: length of a full sequence, which sets the share that stochastic routing takes.
+      tokens: the context length, which sets the share that stochastic routing takes.
     """
     if noise_S is not None:
         return noise_S - noise_threshold(routing, tokens)
@@ -222,7 +222,7 @@ class Decoder(nn.Module):
         valid_S = segment_ids_S > 0
         scores_S = self.parts.router.apply(params["router"], x_SxD)
         noise_S = stochastic_noise(key, jnp.arange(S), self.routing)
-        logits_S = causal_logit(params, x_SxD, scores_S, noise_S, self.routing, S)
+        logits_S = causal_logit(params, x_SxD, scores_S, noise_S, self.routing, self.config.context)
         if mode == "top_k":
             selection = select_top(scores_S if noise_S is None else noise_S, valid_S, capacity_of(self.routing, S))
             overflow_S = jnp.zeros(S, bool)

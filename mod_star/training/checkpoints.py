@@ -115,7 +115,9 @@ def choose_checkpoint(directory: Path, step: int | None, option: str) -> int | N
     if step is None:
         step = steps[-1]
     elif step not in steps:
-        raise InputError(f"{option} = {step}: {directory} has {'checkpoints ' if steps else 'no checkpoints'}{steps or ''}")
+        raise InputError(
+            f"{option} = {step}: {directory} has {'checkpoints ' if steps else 'no checkpoints'}{steps or ''}"
+        )
     if damage := find_damage(directory / str(step)):
         older = [earlier for earlier in steps if earlier < step and not find_damage(directory / str(earlier))]
         offer = f"{option} {older[-1]} takes the one before it" if older else "there is no intact one before it"

@@ -145,7 +145,7 @@ def same_parts(stored: str | None, asked: str | None) -> bool:
 def require_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> None:
     """Raises InputError if the tokenizer has ids that the model has no embedding for."""
     V = run.model.vocab_size
-    require(V >= tokenizer.vocab_size, "model.vocab_size", V, f"the tokenizer has {tokenizer.vocab_size} ids")
+    require(tokenizer.vocab_size <= V, "model.vocab_size", V, f"the tokenizer has {tokenizer.vocab_size} ids")
 
 
 def require_creatable(path: Path) -> None:

@@ -1,0 +1,71 @@
+"""The command `mod-star`: finds the subcommand, and turns errors into one line and an exit code.
+
+Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import mod_star
+from mod_star.errors import InputError
+
+# A subcommand is a module of `mod_star.commands`, by the same name, and a line here.
+COMMANDS = {
+    "train": "train a Mixture-of-Depths model (or its dense twin), or go on with an interrupted run",
+}
+
+HELP = """usage: mod-star COMMAND ...
+
+Adaptive-compute language models in JAX: a Mixture-of-Depths network decides which tokens each block computes.
+
+commands:
+{commands}
+
+example:
+  mod-star train runs/first --preset tiny
+
+Every command explains itself: mod-star COMMAND --help
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs `mod-star` with these arguments (None: the process's own) and exits."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        _run(argv)
+    except InputError as error:
+        _leave(2, f"error: {error}")
+    except KeyboardInterrupt:
+        _leave(130, "aborted; what was saved before is kept")
+    except BrokenPipeError:  # as in `mod-star train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    sys.exit(0)
+
+
+def _run(argv: Sequence[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        commands = "\n".join(f"  {name:10}{summary}" for name, summary in COMMANDS.items())
+        print(HELP.format(commands=commands), end="")
+        return
+    if argv[0] == "--version":
+        print(f"mod-star {mod_star.__version__}")
+        return
+    name, *rest = argv
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        meant = f"; perhaps you meant {near[0]}" if near else ""
+        raise InputError(f"unknown command {name!r}{meant}; there are {', '.join(COMMANDS)}, see mod-star --help")
+    command = importlib.import_module(f"mod_star.commands.{name}")
+    command.run(rest)
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,121 @@
+"""The subcommands of `mod-star`, one module each, and how they read their options.
+
+A command module has a function `run(argv)`: it reads its options with `parse_options` and only then imports what it
+needs of JAX, so that help and mistyped options are answered at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import io
+import os
+import platform
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from mod_star.errors import InputError
+
+Options = TypeVar("Options")
+
+
+def parse_options(kind: type[Options], argv: Sequence[str], prog: str, default: Any = None) -> Options:
+    """Reads a dataclass from a command line: its docstring is the help, its fields the options.
+
+    Underscores and hyphens are the same in option names. `--help` prints and exits.
+
+    Args:
+      kind: the dataclass.
+      argv: what follows the subcommand's name.
+      prog: how the user calls it, such as "mod-star train".
+      default: an instance whose values are the defaults; None: the dataclass's own. A bool that is False by default
+        becomes a flag; annotate with `tyro.conf.FlagConversionOff` for an option that takes True or False.
+
+    Raises:
+      InputError: an option is unknown, mistyped or missing; one line that names it.
+    """
+    errors = io.StringIO()
+    # tyro draws boxes as wide as the terminal; without line breaks they are easy to make one line of.
+    with contextlib.redirect_stderr(errors), _environment(COLUMNS=None if _wants_help(argv) else "10000"):
+        try:
+            return tyro.cli(
+                kind,
+                args=list(argv),
+                prog=prog,
+                description=inspect.getdoc(kind),
+                default=default,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+        except SystemExit as stop:
+            if not stop.code:
+                raise
+    raise InputError(f"{_one_line(errors.getvalue())}; see {prog} --help")
+
+
+def keep_compiled_programs() -> None:
+    """Makes JAX keep compiled programs in the user's cache directory, so that resuming or sampling again starts fast.
+
+    `JAX_COMPILATION_CACHE_DIR` names another directory, `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. Call it
+    before the first compilation.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:  # JAX has read the environment
+        return
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    # A program compiled for one processor may not run on another that shares the home directory.
+    processor = hashlib.sha256(_processor().encode()).hexdigest()[:12]
+    directory = root / "mod_star" / f"jax-{jax.__version__}-{processor}"
+    with contextlib.suppress(OSError):  # no cache, then
+        directory.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def _processor() -> str:
+    """What the machine's processor is and can do."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        wanted = ("model name", "flags", "Features", "CPU part")
+        return "".join(sorted({line for line in file if line.startswith(wanted)}))
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def _wants_help(argv: Sequence[str]) -> bool:
+    return "--help" in argv or "-h" in argv
+
+
+@contextlib.contextmanager
+def _environment(**values: str | None) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update({name: value for name, value in values.items() if value is not None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _one_line(box: str) -> str:
+    """What tyro's error box says before its first rule, and the option it suggests."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯ ") for line in box.splitlines()]
+    body = lines[1:]
+    end = next((i for i, line in enumerate(body) if not line or set(line) <= {"─"}), len(body))
+    message = " ".join(body[:end]).rstrip(".")
+    for pattern, better in (
+        (r"^Error parsing (config(\.\w+)?: )?", ""),
+        (r"^Unrecognized options: ([^,]*).*", r"unknown option \1"),
+        (r"^Missing from [^:]*: (\S+).*", r"\1 is missing"),
+        (r"^Missing value", "missing value"),
+    ):
+        message = re.sub(pattern, better, message)
+    if "Perhaps you meant:" in body:
+        suggestion = body[body.index("Perhaps you meant:") + 1].split()[0]
+        message += f"; perhaps you meant {suggestion}"
+    return message

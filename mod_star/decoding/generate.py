@@ -1,0 +1,236 @@
+"""Generation: prefill the prompts once, then one `lax.while_loop` over a documented state."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from mod_star.decoding.caches import Cache, RoutedCache, full_cache, routed_cache
+from mod_star.decoding.sampling import Sampling, draw
+from mod_star.decoding.step import decode_step, logits_of, unstack
+from mod_star.errors import InputError, require
+from mod_star.model import Decoder
+from mod_star.model.routing import causal_slots
+from mod_star.model.transformer import block_names, group_count
+
+PROMPT_MULTIPLE = 32
+"""Prompts are padded to a multiple of this, so that few programs are compiled for prompts of many lengths."""
+
+
+@struct.dataclass
+class DecodeState:
+    """Everything that changes while decoding a batch of B rows with room for T new tokens."""
+
+    caches: tuple[Cache, ...]
+    """One per block, in order."""
+    logits_BxV: jax.Array
+    """float32 logits of the next token."""
+    tokens_BxT: jax.Array
+    """int32 generated tokens; -1 where none (yet)."""
+    log_probs_BxT: jax.Array
+    """float32 log-probability of each generated token under the model itself (temperature 1, all tokens)."""
+    step: jax.Array
+    """int32 number of tokens generated in each unfinished row."""
+    done_B: jax.Array
+    """bool; the row has generated an end token."""
+    lengths_B: jax.Array
+    """int32 prompt lengths."""
+    keys_B: jax.Array
+    """A random key per row: what a row draws does not depend on the rows beside it."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What became of one prompt."""
+
+    tokens: list[int]
+    """New tokens, without the end token."""
+    log_probs: list[float]
+    """Their log-probabilities in nats under the model (temperature 1, all tokens)."""
+    finished: bool
+    """Whether it ended by itself rather than by the limit."""
+    routed_fraction: list[float]
+    """Share of prompt and new tokens that each routed block computed; empty for a dense model."""
+    overflow: int
+    """Times a routed block wanted a token but had no slot left, over all routed blocks."""
+
+
+class Generator:
+    """Generates with one model. Compiles once per (batch size, padded prompt length, room, sampling).
+
+    Args:
+      decoder: the model.
+      params: its parameters as trained (stacked).
+      end_ids: tokens that end a row.
+      routing_key: for models with stochastic routing.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        params: dict[str, Any],
+        end_ids: Sequence[int] = (),
+        routing_key: jax.Array | None = None,
+    ) -> None:
+        self.decoder = decoder
+        self.params = unstack(decoder, params)
+        self._stacked = params
+        self._end_ids = tuple(end_ids)
+        self._routing_key = routing_key if decoder.routing.selection == "stochastic" else None
+        self._prefill = jax.jit(self._prefill_fn, static_argnames=("room", "slots"))
+        self._advance = jax.jit(self._advance_fn, static_argnames=("sampling",), donate_argnames=("state",))
+
+    def start(self, prompts: Sequence[Sequence[int]], new_tokens: int, seed: int = 0) -> DecodeState:
+        """Runs the prompts and returns the state before the first new token.
+
+        Args:
+          prompts: token ids, at least one per prompt; lengths may differ.
+          new_tokens: the most tokens to generate per row (T).
+          seed: of the rows' random keys.
+
+        Raises:
+          InputError: a prompt is empty or leaves no room for `new_tokens` in the model's context.
+        """
+        require(len(prompts) > 0, "prompts", list(prompts), "must be at least one")
+        require(new_tokens >= 1, "new_tokens", new_tokens, "must be at least 1")
+        context = self.decoder.config.context
+        for number, prompt in enumerate(prompts, 1):
+            if not 1 <= len(prompt) <= context - new_tokens:
+                raise InputError(
+                    f"prompt {number} = {len(prompt)} tokens: must have 1 to {context - new_tokens} "
+                    f"(context {context} minus {new_tokens} new tokens)"
+                )
+        longest = max(map(len, prompts))
+        padded = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, context - new_tokens)
+        tokens = np.zeros((len(prompts), padded), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(prompts)))
+        lengths = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
+        # The slots do not depend on how prompts are padded, so neither does what is generated.
+        slots = causal_slots(self.decoder.routing, context)
+        return self._prefill(self._stacked, jnp.asarray(tokens), lengths, keys, room=new_tokens, slots=slots)
+
+    def _prefill_fn(
+        self, params: dict[str, Any], tokens_BxP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array, room: int,
+        slots: int,
+    ) -> DecodeState:  # fmt: skip
+        B, P = tokens_BxP.shape
+        segment_ids_BxP = (jnp.arange(P) < lengths_B[:, None]).astype(jnp.int32)
+        positions_P = jnp.arange(P, dtype=jnp.int32)
+
+        def run(tokens_P: jax.Array, segment_ids_P: jax.Array) -> Any:
+            return self.decoder.apply(
+                {"params": params}, tokens_P, positions_P, segment_ids_P, mode="causal", slots=slots,
+                key=self._routing_key, keep_keys_values=True,
+            )  # fmt: skip
+
+        output = jax.vmap(run)(tokens_BxP, segment_ids_BxP)
+        caches: list[Cache] = []
+        for group in range(group_count(self.decoder.config, self.decoder.routing)):
+            for name in block_names(self.decoder.routing):
+                prompt = jax.tree.map(lambda leaf, group=group: leaf[:, group], output.keys_values[name])
+                if name == "routed":
+                    overflow_B = jnp.sum(output.trace.overflow[:, group], -1, dtype=jnp.int32)
+                    caches.append(routed_cache(prompt, overflow_B, slots))
+                else:
+                    caches.append(full_cache(prompt, room))
+        last_BxD = jnp.take_along_axis(output.hidden, (lengths_B - 1)[:, None, None], 1)[:, 0]
+        return DecodeState(
+            caches=tuple(caches),
+            logits_BxV=logits_of(params, last_BxD),
+            tokens_BxT=jnp.full((B, room), -1, jnp.int32),
+            log_probs_BxT=jnp.zeros((B, room), jnp.float32),
+            step=jnp.zeros((), jnp.int32),
+            done_B=jnp.zeros(B, bool),
+            lengths_B=lengths_B,
+            keys_B=keys_B,
+        )
+
+    def advance(self, state: DecodeState, until: int, sampling: Sampling) -> DecodeState:
+        """Generates until `until` tokens per row exist or every row is finished. Consumes `state`."""
+        until = min(until, state.tokens_BxT.shape[1])
+        return self._advance(self.params, state, jnp.int32(until), sampling=sampling)
+
+    def _advance_fn(
+        self, params: dict[str, Any], state: DecodeState, until: jax.Array, sampling: Sampling
+    ) -> DecodeState:
+        def unfinished(state: DecodeState) -> jax.Array:
+            return (state.step < until) & ~jnp.all(state.done_B)
+
+        def one_token(state: DecodeState) -> DecodeState:
+            keys_B = jax.vmap(lambda key: jax.random.fold_in(key, state.step))(state.keys_B)
+            tokens_B = jax.vmap(functools.partial(draw, sampling=sampling))(keys_B, state.logits_BxV)
+            log_probs_B = jnp.take_along_axis(jax.nn.log_softmax(state.logits_BxV), tokens_B[:, None], 1)[:, 0]
+            ends_B = functools.reduce(jnp.logical_or, [tokens_B == i for i in self._end_ids], state.done_B)
+            hidden_BxD, caches = decode_step(
+                self.decoder, params, state.caches, tokens_B, state.lengths_B, state.step, ~ends_B, self._routing_key
+            )
+
+            def column(buffer: jax.Array, values_B: jax.Array, none: float) -> jax.Array:
+                values = jnp.where(state.done_B, none, values_B).astype(buffer.dtype)[:, None]
+                return jax.lax.dynamic_update_slice_in_dim(buffer, values, state.step, 1)
+
+            return state.replace(
+                caches=caches,
+                logits_BxV=logits_of(params, hidden_BxD),
+                tokens_BxT=column(state.tokens_BxT, tokens_B, -1),
+                log_probs_BxT=column(state.log_probs_BxT, log_probs_B, 0.0),
+                step=state.step + 1,
+                done_B=ends_B,
+            )
+
+        return jax.lax.while_loop(unfinished, one_token, state)
+
+    def results(self, state: DecodeState) -> list[Generated]:
+        """What has been generated up to now, row by row."""
+        tokens, log_probs, done, lengths = jax.device_get(
+            (state.tokens_BxT, state.log_probs_BxT, state.done_B, state.lengths_B)
+        )
+        routed = [c for c in state.caches if isinstance(c, RoutedCache)]
+        counts = np.array(jax.device_get([cache.count_B for cache in routed])).reshape(len(routed), len(tokens))
+        overflow = np.array(jax.device_get([cache.overflow_B for cache in routed])).reshape(len(routed), len(tokens))
+        results = []
+        for row in range(len(tokens)):
+            new = tokens[row][tokens[row] >= 0].tolist()
+            ended = bool(done[row])
+            seen = int(lengths[row]) + len(new) - ended
+            results.append(
+                Generated(
+                    tokens=new[:-1] if ended else new,
+                    log_probs=log_probs[row][: len(new) - ended].tolist(),
+                    finished=ended,
+                    routed_fraction=(counts[:, row] / seen).tolist() if routed else [],
+                    overflow=int(overflow[:, row].sum()) if routed else 0,
+                )
+            )
+        return results
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        sampling: Sampling,
+        seed: int = 0,
+        burst: int = 8,
+    ) -> Iterator[list[Generated]]:
+        """Yields the results so far after every `burst` tokens; the last one yielded is complete."""
+        state = self.start(prompts, new_tokens, seed)
+        for until in range(burst, new_tokens + burst, burst):
+            state = self.advance(state, until, sampling)
+            yield self.results(state)
+            if bool(jnp.all(state.done_B)):
+                return
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling, seed: int = 0
+    ) -> list[Generated]:
+        """All at once: `new_tokens` tokens per prompt, or fewer where an end token comes first."""
+        return self.results(self.advance(self.start(prompts, new_tokens, seed), new_tokens, sampling))

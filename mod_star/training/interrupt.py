@@ -1,0 +1,54 @@
+"""SIGTERM and Ctrl-C as a wish to stop after the current step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C ended training after a whole step; everything is saved.
+
+    Attributes:
+      signal: number of the signal.
+      step: steps done.
+    """
+
+    def __init__(self, signal_number: int, step: int, total_steps: int) -> None:
+        self.signal, self.step = signal_number, step
+        done = f"after step {step} of {total_steps}, all of it saved" if step else "before the first step"
+        super().__init__(f"{_name(signal_number)}: stopped {done}")
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int | None]]:
+    """Yields a function that tells which signal asked to stop, None as long as none did; a second Ctrl-C aborts at once.
+
+    Outside the main thread, where Python allows no handlers, signals keep their usual effect.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+        # Not print: a handler may interrupt one.
+        os.write(2, f"\n{_name(number)}: stopping after this step; Ctrl-C aborts at once\n".encode())
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _name(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

@@ -1,0 +1,366 @@
+"""The training loop: builds what a run needs, resumes it where it stopped, and stops it where it must.
+
+The loop never waits for a step it has just started: the numbers of step n−1 are read after step n is on its way.
+What belongs to step n (its record, its evaluation) is written before the checkpoint of step n, so that a run that was
+interrupted and resumed leaves the same files as one that wasn't.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grain
+import jax
+import numpy as np
+from rich.console import Console
+
+from mod_star.config import RunConfig
+from mod_star.data import (
+    Batch,
+    Tokenizer,
+    held_out_batches,
+    load_saved_tokenizer,
+    load_tokenizer,
+    prefetch_to_device,
+    train_batches,
+)
+from mod_star.errors import InputError, require
+from mod_star.flops import parameter_count, training_step_flops
+from mod_star.model import Decoder
+from mod_star.parts import load_parts
+from mod_star.plots import plot_curves
+from mod_star.terminal import duration, short_number
+from mod_star.training import checkpoints, run_dir
+from mod_star.training.interrupt import Interrupted, stop_signals
+from mod_star.training.metrics import MetricsWriter, read_metrics
+from mod_star.training.progress import TrainingProgress
+from mod_star.training.state import TrainState, init_state
+from mod_star.training.step import make_eval_step, make_train_step, summarise_eval
+
+SUMMARY_FILE = "summary.json"
+CURVES_FILE = "curves.png"
+
+Metrics = dict[str, jax.Array]
+StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+EvalFn = Callable[[dict[str, Any], Any, jax.Array], Metrics]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, through no fault of the input's form; the message is one line."""
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """The result of a complete run; also RUN/summary.json."""
+
+    directory: str
+    steps: int
+    parameters: int
+    """Number of parameters."""
+    flops: float
+    """Floating-point operations spent on training steps."""
+    tokens: int
+    """Tokens trained on, padding included."""
+    seconds: float
+    """Time in training steps over all sittings: without compilation, evaluation, and waiting for checkpoints."""
+    tokens_per_second: float
+    """tokens / seconds."""
+    compile_seconds: float
+    """Compilation of the training and evaluation step in the last sitting."""
+    skipped: int
+    """Steps whose update was left out because loss or gradient was not finite."""
+    evaluation: dict[str, Any]
+    """Held-out metrics after the last step, see `mod_star.training.step.summarise_eval`."""
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run is made from, checked and ready."""
+
+    run: RunConfig
+    tokenizer: Tokenizer
+    decoder: Decoder
+    batches: grain.IterDataset
+    held_out: list[Batch]
+    step_flops: float
+    total_steps: int
+
+
+def train(
+    run: RunConfig, directory: str | Path, *, resume_from: int | None = None, quiet: bool = False
+) -> TrainSummary:
+    """Trains a run to its end, from the start or from where it was interrupted.
+
+    All input is checked before anything is compiled or written. A complete run is left as it is.
+
+    Args:
+      run: what to train. `model.vocab_size` 0 is filled in from the tokenizer.
+      directory: where the run is kept; see `mod_star.training.run_dir`. It may hold the same run, interrupted.
+      resume_from: step of an older checkpoint to go on from; later ones are deleted. None: the newest.
+      quiet: print nothing.
+
+    Returns:
+      The result.
+
+    Raises:
+      InputError: a field, the data, the directory or a checkpoint is no good.
+      TrainingError: `train.max_skipped` steps in a row had a non-finite loss or gradient.
+      Interrupted: SIGTERM or Ctrl-C (in the main thread); call again to go on.
+    """
+    path = Path(directory)
+    console = Console(quiet=quiet)
+    if run_dir.is_run(path):
+        with run_dir.locked(path):
+            stored = run_dir.resumed_config(path, run)
+            if resume_from is None and (path / SUMMARY_FILE).is_file():
+                summary = _read_summary(path)
+                _say(console, f"{path}: is complete already\n{describe(summary)}")
+                return summary
+            tokenizer = load_saved_tokenizer(path / run_dir.TOKENIZER_DIRECTORY, stored.data.tokenizer)
+            return _Training(_load_inputs(stored, tokenizer), path, resume_from, console).run_to_end()
+    if resume_from is not None:
+        raise InputError(f"--resume-from = {resume_from}: {path} is not a run yet")
+    run_dir.require_creatable(path)
+    inputs = _load_inputs(run, load_tokenizer(run.data.tokenizer))
+    with run_dir.created(path, inputs.run, inputs.tokenizer):
+        return _Training(inputs, path, None, console).run_to_end()
+
+
+def describe(summary: TrainSummary) -> str:
+    """The result in one line."""
+    losses = f"held-out loss {summary.evaluation['eval_loss']:.4f}"
+    if "eval_loss_causal" in summary.evaluation:
+        losses += f" ({summary.evaluation['eval_loss_causal']:.4f} under causal routing)"
+    skipped = f", {summary.skipped} of them skipped" if summary.skipped else ""
+    return (
+        f"{losses} after {summary.steps} steps{skipped}: {short_number(summary.tokens)} tokens, "
+        f"{short_number(summary.flops)} FLOP, {duration(summary.seconds)}, "
+        f"{short_number(summary.tokens_per_second)} tokens/s"
+    )
+
+
+def _load_inputs(run: RunConfig, tokenizer: Tokenizer) -> _Inputs:
+    """Reads and checks everything that a run is made from."""
+    parts = load_parts(run.parts)
+    if run.model.vocab_size == 0:
+        run = replace(run, model=replace(run.model, vocab_size=64 * math.ceil(tokenizer.vocab_size / 64)))
+    run_dir.require_vocabulary(run, tokenizer)
+    source = (run.data, tokenizer, run.model.context, run.train.batch_size)
+    batches = train_batches(*source)
+    next(iter(batches))  # a document that cannot be read or tokenised comes to light now, not after compilation
+    held_out = list(itertools.islice(held_out_batches(*source), run.train.eval_batches))
+    step_flops = training_step_flops(run)
+    budget = run.train.flops
+    total_steps = run.train.steps if budget is None else int(budget // step_flops)
+    require(total_steps >= 1, "train.flops", budget, f"must be at least one step's, {step_flops:.3g}")
+    return _Inputs(run, tokenizer, Decoder(run.model, run.routing, parts), batches, held_out, step_flops, total_steps)
+
+
+class _Training:
+    """One sitting of a run in its directory."""
+
+    def __init__(self, inputs: _Inputs, path: Path, resume_from: int | None, console: Console) -> None:
+        self.inputs, self.run, self.path, self.console = inputs, inputs.run, path, console
+        self.checkpoints = path / run_dir.CHECKPOINTS_DIRECTORY
+        self.last_saved = checkpoints.choose_checkpoint(self.checkpoints, resume_from, "--resume-from")
+        self.start = self.last_saved or 0
+        self.earlier_seconds = self.began = self.paused = 0.0
+
+    def run_to_end(self) -> TrainSummary:
+        """Trains what is left to train, evaluates, saves, draws the curves."""
+        with ExitStack() as stack:
+            self.stop = stack.enter_context(stop_signals())
+            self.batches = iter(prefetch_to_device(self.inputs.batches))
+            stack.callback(self.batches.close)
+            state = self._first_state()
+            self.writer = checkpoints.CheckpointWriter(self.checkpoints, self.run.train.keep_checkpoints)
+            stack.callback(self.writer.close)
+            self.metrics = stack.enter_context(MetricsWriter(self.path, self.last_saved))
+            self.progress = stack.enter_context(self._progress())
+            self._announce(parameter_count(state.params))
+            step_fn, self.eval_fn, compile_seconds = self._compile(state)
+            state = self._loop(state, step_fn)
+            seconds = self._seconds()
+        return self._finish(parameter_count(state.params), int(state.skipped), seconds, compile_seconds)
+
+    def _first_state(self) -> TrainState:
+        initial = jax.jit(lambda: init_state(self.inputs.decoder, self.run, self.inputs.total_steps))
+        if self.last_saved is None:
+            return initial()
+        like = jax.eval_shape(initial)
+        state, saved = checkpoints.restore_state(self.checkpoints, self.last_saved, like, self.batches)
+        checkpoints.delete_after(self.checkpoints, self.last_saved)
+        (self.path / SUMMARY_FILE).unlink(missing_ok=True)
+        self.earlier_seconds = saved["seconds"]
+        return state
+
+    def _compile(self, state: TrainState) -> tuple[StepFn, EvalFn, float]:
+        """Compiles both steps ahead of time, so that compilation is part of no step's time."""
+        began = time.perf_counter()
+        batch = jax.device_put(self.inputs.held_out[0])
+        decoder, run = self.inputs.decoder, self.run
+        step = jax.jit(make_train_step(decoder, run, self.inputs.total_steps), donate_argnums=0)
+        step_fn = step.lower(state, batch).compile()
+        eval_fn = jax.jit(make_eval_step(decoder, run)).lower(state.params, batch, self._eval_key()).compile()
+        seconds = time.perf_counter() - began
+        self.progress.say(f"compiled in {seconds:.1f} s")
+        return step_fn, eval_fn, seconds
+
+    def _loop(self, state: TrainState, step_fn: StepFn) -> TrainState:
+        total = self.inputs.total_steps
+        unread: tuple[int, Metrics] | None = None
+        self.began = time.perf_counter()
+        if self.start and self._evaluation_due(self.start) and self._last_evaluation(self.start) is None:
+            self._evaluate(state, self.start)  # the interruption came between the step and its evaluation
+        for step in range(self.start + 1, total + 1):
+            if self.stop() is not None:
+                self._record(unread)
+                self._leave(state)
+            state, metrics = step_fn(state, next(self.batches))
+            self._record(unread)
+            unread = (step, metrics)
+            evaluation_due, checkpoint_due = self._evaluation_due(step), self._checkpoint_due(step)
+            if evaluation_due or checkpoint_due:
+                self._record(unread)
+                unread = None
+            if evaluation_due:
+                self._evaluate(state, step)
+            # A checkpoint in a streak of non-finite steps would not be a good one to go back to: wait for its end.
+            if checkpoint_due and (step == total or int(state.streak) == 0):
+                self._save(state)
+        if self._last_evaluation(total) is None:  # a signal cut it short
+            self._leave(state)
+        return state
+
+    def _record(self, unread: tuple[int, Metrics] | None) -> None:
+        """Reads a step's numbers (waiting for it, if need be), shows and writes them; stops a run that diverges."""
+        if unread is None:
+            return
+        step, metrics = unread
+        values = jax.device_get(metrics)
+        streak, _ = int(values.pop("streak")), values.pop("finite")
+        self.progress.update(step, float(values["loss"]))
+        if step % self.run.train.log_every == 0 or step == self.inputs.total_steps:
+            if (rate := self.progress.tokens_per_second) is not None:
+                values["tokens_per_second"] = rate
+            self.metrics.write(step, values | {"train_flops": step * self.inputs.step_flops})
+        if streak >= self.run.train.max_skipped:
+            good = "there is no good checkpoint"
+            if self.last_saved is not None:
+                good = f"the last good checkpoint is {self.checkpoints / str(self.last_saved)}"
+            raise TrainingError(
+                f"loss or gradient was not finite in {streak} steps in a row, {step - streak + 1} to {step}; {good}. "
+                f"A lower --optimizer.learning-rate (now {self.run.optimizer.learning_rate:g}) in a new run may help"
+            )
+
+    def _evaluate(self, state: TrainState, step: int) -> None:
+        """Evaluates on the held-out batches and records it; a signal in the middle leaves it to the next sitting."""
+        with self._pause("evaluating"):
+            sums: list[Any] = []
+            for number, batch in enumerate(self.inputs.held_out):
+                if self.stop() is not None:
+                    return
+                key = jax.random.fold_in(self._eval_key(), number)
+                sums.append(jax.device_get(self.eval_fn(state.params, jax.device_put(batch), key)))
+            added = jax.tree.map(lambda *values: np.sum(np.asarray(values, np.float64), axis=0), *sums)
+            self.metrics.write(step, summarise_eval(added))
+
+    def _save(self, state: TrainState) -> None:
+        seconds = self._seconds()
+        with self._pause("saving"):
+            self.writer.save(state, self.batches, {"seconds": seconds})
+        self.last_saved = int(state.step)
+
+    def _leave(self, state: TrainState) -> NoReturn:
+        """Saves what isn't saved yet and raises `Interrupted`."""
+        step, number = int(state.step), self.stop()
+        if step != (self.last_saved or 0):
+            self._save(state)
+        self.writer.wait()
+        raise Interrupted(number or signal.SIGINT, step, self.inputs.total_steps)
+
+    def _finish(self, parameters: int, skipped: int, seconds: float, compile_seconds: float) -> TrainSummary:
+        steps = self.inputs.total_steps
+        tokens = steps * self.run.train.batch_size * self.run.model.context
+        summary = TrainSummary(
+            directory=str(self.path),
+            steps=steps,
+            parameters=parameters,
+            flops=steps * self.inputs.step_flops,
+            tokens=tokens,
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            compile_seconds=compile_seconds,
+            skipped=skipped,
+            evaluation=self._last_evaluation(steps) or {},
+        )
+        plot_curves({self.path.name: self.path}, self.path / CURVES_FILE)
+        beside = self.path / (SUMMARY_FILE + ".new")
+        beside.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, self.path / SUMMARY_FILE)
+        _say(self.console, f"{describe(summary)}\ncurves: {self.path / CURVES_FILE}")
+        return summary
+
+    def _announce(self, parameters: int) -> None:
+        begun = f"goes on from step {self.start}" if self.start else "starts"
+        steps, flops = self.inputs.total_steps, short_number(self.inputs.total_steps * self.inputs.step_flops)
+        self.progress.say(f"{self.path} {begun}: {short_number(parameters)} parameters, {steps} steps, {flops} FLOP")
+
+    def _progress(self) -> TrainingProgress:
+        tokens = self.run.train.batch_size * self.run.model.context
+        return TrainingProgress(
+            self.inputs.total_steps, tokens, start=self.start, label=self.path.name, console=self.console
+        )
+
+    def _evaluation_due(self, step: int) -> bool:
+        return self._due(step, self.run.train.eval_every)
+
+    def _checkpoint_due(self, step: int) -> bool:
+        return self._due(step, self.run.train.checkpoint_every)
+
+    def _due(self, step: int, every: int) -> bool:
+        return step == self.inputs.total_steps or (every > 0 and step % every == 0)
+
+    def _last_evaluation(self, step: int) -> dict[str, Any] | None:
+        """What was measured on held-out text after this step, if it was."""
+        for record in reversed(read_metrics(self.path)):
+            if record["step"] == step and "eval_loss" in record:
+                return {name: value for name, value in record.items() if name != "step"}
+        return None
+
+    def _eval_key(self) -> jax.Array:
+        """Random key of evaluations: the same every time, and apart from training's."""
+        return jax.random.fold_in(jax.random.key(self.run.train.seed), 2)
+
+    def _seconds(self) -> float:
+        """Time in training steps up to now, over all sittings."""
+        return self.earlier_seconds + time.perf_counter() - self.began - self.paused
+
+    @contextmanager
+    def _pause(self, what: str) -> Iterator[None]:
+        """Shows `what` is being done, and leaves its time out of the run's."""
+        began = time.perf_counter()
+        with self.progress.pause(what):
+            yield
+        self.paused += time.perf_counter() - began
+
+
+def _read_summary(path: Path) -> TrainSummary:
+    try:
+        return TrainSummary(**json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path / SUMMARY_FILE}: cannot be read: {error}; delete it to make it again") from error
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
