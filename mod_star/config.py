@@ -9,9 +9,36 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mod_star.errors import InputError, require
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of a field's type; numbers must be finite."""
+    origin, options = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in options
+    if origin is UnionType:
+        return any(_fits(value, option) for option in options)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, options[0]) for item in value)
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    if hint is int:
+        return isinstance(value, Integral)
+    if hint is float:
+        return isinstance(value, Real) and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def _require_types(group: str, config: object) -> None:
+    """Raises InputError for a value that is not of its field's type: not every configuration comes by command line."""
+    for name, hint in get_type_hints(type(config)).items():
+        said = f"one of {', '.join(get_args(hint))}" if get_origin(hint) is Literal else getattr(hint, "__name__", hint)
+        require(_fits(getattr(config, name), hint), f"{group}.{name}", getattr(config, name), f"must be {said}")
 
 
 @dataclass(frozen=True)
@@ -50,6 +77,7 @@ class ModelConfig:
     """Scan over groups of blocks (compile time independent of depth). False: a Python loop, for debugging."""
 
     def __post_init__(self) -> None:
+        _require_types("model", self)
         for name in ("width", "layers", "heads", "context"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         require(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "must be 0 (from the tokenizer) or positive")
@@ -76,6 +104,12 @@ class ModelConfig:
         require(self.hidden_width >= 1, "model.mlp_width", self.mlp_width, "must be at least 1")
         require(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "must be greater than 1")
         require(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "must lie between 0 and 1")
+        require(
+            self.attention != "fused" or self.dtype == "bfloat16",
+            "model.attention",
+            self.attention,
+            "needs model.dtype = 'bfloat16' (the fused kernel takes 16-bit types only)",
+        )
 
     @property
     def head_size(self) -> int:
@@ -117,6 +151,7 @@ class RoutingConfig:
     """Slots of a routed block under the causal rule, as a multiple of its capacity; further tokens pass by."""
 
     def __post_init__(self) -> None:
+        _require_types("routing", self)
         require(self.every >= 0, "routing.every", self.every, "must be 0 (dense) or positive")
         require(0 < self.capacity <= 1, "routing.capacity", self.capacity, "must lie in (0, 1]")
         require(
@@ -135,7 +170,7 @@ class DataConfig:
     """Where text comes from and how it becomes sequences."""
 
     source: tuple[str, ...] = ("python-docs",)
-    """What to read: python-docs (embedded), files or globs (.txt .md .jsonl .json .arrayrecord), tfds:NAME[/CONFIG]:SPLIT."""
+    """What to read: python-docs (embedded), files or globs (.txt .md .jsonl .json .arrayrecord), tfds:NAME[:SPLIT]."""
     weights: tuple[float, ...] = ()
     """Share of each source in the mixture, one number per source. Empty: in proportion to their documents."""
     template: str | None = None
@@ -150,6 +185,7 @@ class DataConfig:
     """Seed of the shuffle and of the split."""
 
     def __post_init__(self) -> None:
+        _require_types("data", self)
         require(len(self.source) >= 1, "data.source", self.source, "must name at least one source")
         require(
             len(self.weights) in (0, len(self.source)),
@@ -187,6 +223,7 @@ class OptimizerConfig:
     """Global gradient norm at which gradients are scaled down; 0: no clipping. The predictor is clipped apart."""
 
     def __post_init__(self) -> None:
+        _require_types("optimizer", self)
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive")
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative")
         require(0 < self.decay_fraction <= 1, "optimizer.decay_fraction", self.decay_fraction, "must lie in (0, 1]")
@@ -228,6 +265,7 @@ class TrainConfig:
     """Steps with a non-finite loss or gradient, in a row, after which training stops."""
 
     def __post_init__(self) -> None:
+        _require_types("train", self)
         for name in ("steps", "batch_size", "accumulation", "loss_chunk", "log_every", "eval_batches"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
         for name in ("keep_checkpoints", "max_skipped"):
@@ -282,9 +320,11 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """Builds a `RunConfig` from what `to_dict` gave (possibly through JSON). Unknown or missing names are errors."""
     groups = {"model": ModelConfig, "routing": RoutingConfig, "data": DataConfig}
     groups |= {"optimizer": OptimizerConfig, "train": TrainConfig}
-    built: dict[str, Any] = {"parts": values.get("parts")}
+    if odd := sorted(values.keys() ^ {f.name for f in dataclasses.fields(RunConfig)}):
+        raise InputError(f"config: unknown or missing fields {odd}")
+    built: dict[str, Any] = {"parts": values["parts"]}
     for name, group in groups.items():
-        given = dict(values.get(name, {}))
+        given = dict(values[name])
         known = {f.name for f in dataclasses.fields(group)}
         if given.keys() != known:
             odd = sorted(given.keys() ^ known)

@@ -7,7 +7,9 @@ within 5 % (tests/test_flops.py). A routed block is counted at its capacity.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +126,6 @@ def _part_flops(part: Part, model: ModelConfig, tokens: int, dtype: str) -> floa
     return _analysed(part.apply, params, jax.ShapeDtypeStruct((tokens, model.width), dtype))
 
 
-def _analysed(function: object, *shapes: object) -> float:
-    analysis = jax.jit(function).lower(*shapes).cost_analysis()  # type: ignore[call-overload]
+def _analysed(function: Callable[..., Any], *shapes: Any) -> float:
+    analysis: Any = jax.jit(function).lower(*shapes).cost_analysis()
     return float(analysis["flops"])

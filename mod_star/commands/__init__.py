@@ -65,7 +65,7 @@ def keep_compiled_programs() -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None:  # JAX has read the environment
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX reads it itself
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     # A program compiled for one processor may not run on another that shares the home directory.

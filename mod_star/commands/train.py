@@ -47,7 +47,8 @@ def run(argv: Sequence[str]) -> None:
     start = TrainOptions(run=tyro.MISSING, config=PRESETS[_preset(argv)]())
     options = parse_options(TrainOptions, argv, "mod-star train", start)
     # Only now, when the command line is known to be good: JAX takes seconds to import.
-    from mod_star.training.loop import Interrupted, TrainingError, train
+    from mod_star.training.interrupt import Interrupted
+    from mod_star.training.loop import TrainingError, train
 
     keep_compiled_programs()
     try:
@@ -74,7 +75,7 @@ def _command_to_go_on(argv: Sequence[str]) -> str:
 
 def _preset(argv: Sequence[str]) -> str:
     """The preset's name; it must be known first, for the other options' defaults depend on it."""
-    name = TrainOptions.preset
+    name: str = TrainOptions.preset
     for option, value in zip(argv, [*argv[1:], ""], strict=True):
         if option == "--preset":
             name = value

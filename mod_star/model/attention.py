@@ -69,6 +69,11 @@ def attend(
     N, H, E = query_NxHxE.shape
     K = segments[0].keys_KxMxE.shape[0]
     query_KxGNxE = (query_NxHxE * E**-0.5).reshape(N, K, H // K, E).transpose(1, 2, 0, 3).reshape(K, -1, E)
+
+    def weigh(weight_KxGNxM: jax.Array, segment: Segment) -> jax.Array:
+        weight_KxGNxM = weight_KxGNxM.astype(query_NxHxE.dtype)
+        return jnp.einsum("knm,kme->kne", weight_KxGNxM, segment.values_KxMxE, preferred_element_type=jnp.float32)
+
     scores = []
     for segment in segments:
         score = jnp.einsum("kne,kme->knm", query_KxGNxE, segment.keys_KxMxE, preferred_element_type=jnp.float32)
@@ -77,17 +82,18 @@ def attend(
         scores.append(jnp.where(mask, score, -1e30).reshape(K, H // K * N, -1))
     highest = functools.reduce(jnp.maximum, [score.max(-1, keepdims=True) for score in scores])
     weights = [jnp.exp(score - jax.lax.stop_gradient(highest)) for score in scores]
-    total = sum(weight.sum(-1, keepdims=True) for weight in weights)
-    mixed = sum(
-        jnp.einsum("knm,kme->kne", weight.astype(query_NxHxE.dtype), s.values_KxMxE, preferred_element_type=jnp.float32)
-        for weight, s in zip(weights, segments, strict=True)
-    )
+    total = functools.reduce(jnp.add, [weight.sum(-1, keepdims=True) for weight in weights])
+    mixed = functools.reduce(jnp.add, [weigh(*pair) for pair in zip(weights, segments, strict=True)])
     mixed_KxGxNxE = (mixed / total).astype(query_NxHxE.dtype).reshape(K, H // K, N, E)
     return mixed_KxGxNxE.transpose(2, 0, 1, 3).reshape(N, H, E)
 
 
-def use_fused(config: ModelConfig) -> bool:
-    """Whether `config.attention` means the fused kernel on the platform that JAX uses now."""
+def use_fused(config: ModelConfig, tokens: int) -> bool:
+    """Whether `config.attention` means the fused kernel for a block of `tokens`, on the platform that JAX uses now.
+
+    auto takes it only where cuDNN can: its backward pass with a mask wants even lengths, and odd capacities are common.
+    """
     if config.attention == "auto":
-        return jax.default_backend() == "gpu" and config.dtype == "bfloat16"
+        possible = config.dtype == "bfloat16" and tokens % 2 == 0 and config.head_size % 8 == 0
+        return possible and config.head_size <= 128 and jax.default_backend() == "gpu"
     return config.attention == "fused"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def block_init(key: jax.Array, config: ModelConfig, parts: Parts) -> dict[str, Any]:
-    """Float32 parameters of `block`: projections query DxHxE, key and value DxKxE, output HxExD, norms D, feed_forward."""
+    """Float32 parameters of `block`: query DxHxE, key and value DxKxE, output HxExD, norms D, feed_forward."""
     D, H, K, E = config.width, config.heads, config.key_heads, config.head_size
     query, key_, value, output, feed_forward = jax.random.split(key, 5)
     return {
@@ -70,10 +70,8 @@ def block(
     query_NxHxE = rotate(project("query"), positions_N, config.rope_theta)
     key_NxKxE = rotate(project("key"), positions_N, config.rope_theta)
     value_NxKxE = project("value")
-    own = Segment(
-        jnp.swapaxes(key_NxKxE, 0, 1), jnp.swapaxes(value_NxKxE, 0, 1), positions_N, segment_ids_N, valid_N
-    )
-    attended = attend(query_NxHxE, positions_N, segment_ids_N, (*context, own), fused=use_fused(config))
+    own = Segment(jnp.swapaxes(key_NxKxE, 0, 1), jnp.swapaxes(value_NxKxE, 0, 1), positions_N, segment_ids_N, valid_N)
+    attended = attend(query_NxHxE, positions_N, segment_ids_N, (*context, own), fused=use_fused(config, N))
     delta = linear(attended.reshape(N, -1), params["output"].astype(dtype).reshape(-1, D))
     h = rms_norm(x_NxD + delta, params["feed_forward_norm"], config.norm_eps)
     return delta + parts.feed_forward.apply(params["feed_forward"], h), own

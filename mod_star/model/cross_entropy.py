@@ -8,6 +8,7 @@ the backward pass costs four, and never holds more than B x chunk x V numbers.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def _scan(
 
     narrow = head.astype(hidden.dtype)
 
-    def one(carry: tuple[jax.Array, jax.Array | None], inputs: tuple[jax.Array, ...]):  # type: ignore[no-untyped-def]
+    def one(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], Any]:
         total, grad_head = carry
         h, target, weight = inputs
         logits = jnp.einsum("bcd,vd->bcv", h, narrow, preferred_element_type=jnp.float32)
@@ -69,14 +70,18 @@ def _scan(
     return total, grad_hidden, grad_head
 
 
-def _forward(hidden, head, targets, weights, chunk):  # type: ignore[no-untyped-def]
+def _forward(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
+) -> tuple[jax.Array, Any]:
     total, grad_hidden, grad_head = _scan(hidden, head, targets, weights, chunk, with_gradients=True)
     return total, (grad_hidden, grad_head)
 
 
-def _backward(chunk, residuals, grad):  # type: ignore[no-untyped-def]
+def _backward(chunk: int, residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[Any, ...]:
+    del chunk
     grad_hidden, grad_head = residuals
-    return (grad_hidden * grad.astype(grad_hidden.dtype), grad_head * grad, None, None)
+    # The factor stays float32: rounded to bfloat16 it would scale the whole model's gradient, but not the head's.
+    return (grad_hidden * grad).astype(grad_hidden.dtype), grad_head * grad, None, None
 
 
 cross_entropy.defvjp(_forward, _backward)

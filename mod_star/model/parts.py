@@ -35,7 +35,7 @@ class Parts:
     router: Part = Part(linear_router_init, linear_router)
     """apply(params, x_SxD) -> r_S, float32 scores. Score i must depend on x_i alone, or causal sampling breaks."""
     gate: Callable[[jax.Array], jax.Array] | None = None
-    """Elementwise r_C -> gate_C, float32, that scales a routed block's delta. None: the one `RoutingConfig.gate` names."""
+    """Elementwise r_C -> gate_C, float32, that scales a routed block's delta. None: what `RoutingConfig.gate` names."""
     feed_forward: Part = Part(swiglu_init, swiglu)
     """apply(params, x_NxD) -> NxD, token by token, in x's type."""
     block: Part = Part(block_init, block)

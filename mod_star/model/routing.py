@@ -56,7 +56,9 @@ def select_top(scores_S: jax.Array, valid_S: jax.Array, capacity: int) -> Select
     """
     S = scores_S.shape[0]
     # -inf puts pads behind every real score; a real -inf or NaN loses to real scores but never lets a pad in.
-    _, chosen = jax.lax.top_k(jnp.where(valid_S, jnp.nan_to_num(scores_S, nan=-3e38, neginf=-3e38), -jnp.inf), capacity)
+    ranks_S = jnp.where(valid_S, jnp.nan_to_num(scores_S, nan=-3e38, neginf=-3e38), -jnp.inf)
+    # top_k takes the earlier of equal scores, but 0.0 before -0.0.
+    _, chosen = jax.lax.top_k(jnp.where(ranks_S == 0, 0.0, ranks_S), capacity)
     indices_C = jnp.sort(chosen).astype(jnp.int32)
     slot_S = jnp.searchsorted(indices_C, jnp.arange(S, dtype=jnp.int32), method="compare_all")
     slot_S = jnp.minimum(slot_S, capacity - 1).astype(jnp.int32)
@@ -111,7 +113,8 @@ def linear_router_init(key: jax.Array, config: ModelConfig) -> Params:
 
 def linear_router(params: Params, x_SxD: jax.Array) -> jax.Array:
     """The paper's router: r = x·w, a float32 scalar per token."""
-    return x_SxD.astype(jnp.float32) @ params["weight"]
+    # Left to itself a float32 product runs in bfloat16 on a TPU and in TF32 on a GPU.
+    return jnp.matmul(x_SxD.astype(jnp.float32), params["weight"], precision=jax.lax.Precision.HIGHEST)
 
 
 GATES = {
@@ -125,7 +128,8 @@ GATES = {
 def predictor_init(key: jax.Array, config: ModelConfig, routing: RoutingConfig) -> Params:
     """Parameters of `predict`: a hidden layer and an output of zeros, so that training starts at probability 1/2."""
     D, P = config.width, routing.predictor_width
-    return {"hidden": fan_in_normal(key, (D, P), D), "bias": jnp.zeros(P), "output": jnp.zeros(P), "shift": jnp.zeros(())}
+    hidden = fan_in_normal(key, (D, P), D)
+    return {"hidden": hidden, "bias": jnp.zeros(P), "output": jnp.zeros(P), "shift": jnp.zeros(())}
 
 
 def predict(params: Params, x_SxD: jax.Array) -> jax.Array:
@@ -146,4 +150,5 @@ def position_noise(key: jax.Array, positions_S: jax.Array) -> jax.Array:
 def noise_threshold(routing: RoutingConfig, tokens: int) -> jax.Array:
     """What noise must exceed for a token to be routed with probability C/S: stochastic routing's causal rule."""
     share = capacity_of(routing, tokens) / tokens
-    return -jax.scipy.special.ndtri(jnp.float32(share))
+    # Finite at C = S too: an infinite logit would make the routing entropy NaN.
+    return jnp.maximum(-jax.scipy.special.ndtri(jnp.float32(share)), -1e9)

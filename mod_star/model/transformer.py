@@ -18,6 +18,7 @@ from mod_star.errors import require
 from mod_star.model.attention import Segment
 from mod_star.model.layers import fan_in_normal, rms_norm
 from mod_star.model.linear import linear_saveable
+from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.model.routing import (
     Selection,
     capacity_of,
@@ -31,7 +32,6 @@ from mod_star.model.routing import (
     select_first,
     select_top,
 )
-from mod_star.model.parts import DEFAULT_PARTS, Parts
 
 RoutingMode = Literal["top_k", "causal"]
 
@@ -90,7 +90,11 @@ def group_init(key: jax.Array, config: ModelConfig, routing: RoutingConfig, part
 
 
 def causal_logit(
-    params: dict[str, Any], x_SxD: jax.Array, scores_S: jax.Array, noise_S: jax.Array | None, routing: RoutingConfig,
+    params: dict[str, Any],
+    x_SxD: jax.Array,
+    scores_S: jax.Array,
+    noise_S: jax.Array | None,
+    routing: RoutingConfig,
     tokens: int,
 ) -> jax.Array:
     """Float32 logit of the causal rule for each token, from that token alone: positive means "compute it".
@@ -131,6 +135,7 @@ class Decoder(nn.Module):
     parts: Parts = DEFAULT_PARTS
 
     def setup(self) -> None:
+        """Makes the parameters; Flax calls it."""
         V, D = self.config.vocab_size, self.config.width
         require(V > 0, "model.vocab_size", V, "must be positive (0 is filled in from the tokenizer by a run)")
         self.embedding = self.param("embedding", lambda key: fan_in_normal(key, (V, D), D))

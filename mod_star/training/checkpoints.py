@@ -86,8 +86,7 @@ class CheckpointWriter:
     def _write_sums(self) -> None:
         # Orbax calls this when all files are written, just before the rename that makes the checkpoint.
         for written in self._directory.glob(f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}*"):
-            files = sorted(path for path in written.rglob("*") if path.is_file() and path.name not in ORBAX_FILES)
-            lines = [f"{_sha256(path)}  {path.relative_to(written)}\n" for path in files]
+            lines = [f"{_sha256(written / name)}  {name}\n" for name in _files(written)]
             (written / SUMS_FILE).write_text("".join(lines))
 
 
@@ -131,14 +130,15 @@ def find_damage(checkpoint: Path) -> str | None:
         for name in ORBAX_FILES:
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
-        lines = (checkpoint / SUMS_FILE).read_text().splitlines()
-        if not lines:
-            return f"{SUMS_FILE} is empty"
-        for line in lines:
-            expected, _, name = line.partition("  ")
-            if not (checkpoint / name).is_file():
-                return f"{name} is missing"
-            if _sha256(checkpoint / name) != expected:
+        lines = (checkpoint / SUMS_FILE).read_text().split("\n")
+        sums = {name: expected for expected, _, name in (line.partition("  ") for line in lines[:-1])}
+        if lines[-1] or not sums:
+            return f"{SUMS_FILE} is cut off"
+        found = _files(checkpoint)
+        for name in sorted(sums.keys() ^ set(found)):
+            return f"{name} is missing" if name in sums else f"{name} is not in {SUMS_FILE}"
+        for name in found:
+            if _sha256(checkpoint / name) != sums[name]:
                 return f"{name} has changed since it was written"
     except FileNotFoundError:
         return f"{SUMS_FILE} is missing"
@@ -210,6 +210,14 @@ def _placed(like: Any) -> Any:
     """Shapes with the default device as their place; without it Orbax would look for the devices that saved them."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), like)
+
+
+def _files(checkpoint: Path) -> list[str]:
+    """Paths of the files that have checksums, relative and sorted. Hidden ones are none of ours."""
+    files = [path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file()]
+    return sorted(
+        str(path) for path in files if str(path) not in (*ORBAX_FILES, SUMS_FILE) and not path.name.startswith(".")
+    )
 
 
 def _sha256(path: Path) -> str:

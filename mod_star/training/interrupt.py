@@ -26,7 +26,7 @@ class Interrupted(Exception):
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Yields a function that tells which signal asked to stop, None as long as none did; a second Ctrl-C aborts at once.
+    """Yields a function that says which signal asked to stop (None: none). A second Ctrl-C aborts at once.
 
     Outside the main thread, where Python allows no handlers, signals keep their usual effect.
     """
@@ -39,8 +39,8 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
         if number == signal.SIGINT and received:
             raise KeyboardInterrupt
         received.append(number)
-        # Not print: a handler may interrupt one.
-        os.write(2, f"\n{_name(number)}: stopping after this step; Ctrl-C aborts at once\n".encode())
+        if number == signal.SIGINT:  # someone is watching. Not print: a handler may interrupt one.
+            os.write(2, b"\nstopping after this step; Ctrl-C again aborts at once\n")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

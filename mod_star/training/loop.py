@@ -207,11 +207,14 @@ class _Training:
     def _compile(self, state: TrainState) -> tuple[StepFn, EvalFn, float]:
         """Compiles both steps ahead of time, so that compilation is part of no step's time."""
         began = time.perf_counter()
-        batch = jax.device_put(self.inputs.held_out[0])
         decoder, run = self.inputs.decoder, self.run
+        # From shapes alone: with arrays, a restored state would make another program of it than a new one.
+        like, batch, key = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, self.inputs.held_out[0], self._eval_key())
+        )
         step = jax.jit(make_train_step(decoder, run, self.inputs.total_steps), donate_argnums=0)
-        step_fn = step.lower(state, batch).compile()
-        eval_fn = jax.jit(make_eval_step(decoder, run)).lower(state.params, batch, self._eval_key()).compile()
+        step_fn = step.lower(like, batch).compile()
+        eval_fn = jax.jit(make_eval_step(decoder, run)).lower(like.params, batch, key).compile()
         seconds = time.perf_counter() - began
         self.progress.say(f"compiled in {seconds:.1f} s")
         return step_fn, eval_fn, seconds

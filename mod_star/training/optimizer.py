@@ -25,7 +25,8 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     else:
         after = optax.constant_schedule(peak)
     # Step 0 already moves: the warm-up goes from peak / warmup to peak.
-    return optax.join_schedules([optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1)), after], [warmup])
+    rising = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
+    return optax.join_schedules([rising, after], [warmup])
 
 
 def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:

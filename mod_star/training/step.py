@@ -30,7 +30,8 @@ def forward(
     keys = None if key is None or decoder.routing.selection == "learned" else jax.random.split(key, B)
 
     def one(tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, key: jax.Array | None) -> Output:
-        return decoder.apply({"params": params}, tokens, positions, segment_ids, mode=mode, key=key)
+        output: Any = decoder.apply({"params": params}, tokens, positions, segment_ids, mode=mode, key=key)
+        return output
 
     return jax.vmap(one)(batch["tokens"], batch["positions"], batch["segment_ids"], keys)
 
@@ -61,7 +62,7 @@ def routing_sums(trace: Trace, valid_BxS: jax.Array, routing: RoutingConfig) -> 
 
 
 def routing_metrics(sums: Metrics, tokens: jax.Array) -> Metrics:
-    """Accuracy of the causal rule (scalar) and, per routed layer, routed fraction, routing entropy, gate mean and std."""
+    """The causal rule's accuracy (scalar); per routed layer: routed fraction, routing entropy, gate mean and std."""
     routed = jnp.maximum(sums["routed"], 1.0)
     mean = sums["gates"] / routed
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -265,8 +266,8 @@ iterator = iter(prefetch_to_device(train_batches(DataConfig(), ByteTokenizer(), 
 next(iterator)
 print({"tensorflow", "tensorflow_datasets", "torch"} & set(sys.modules))
 """
-    root = Path(__file__).parents[2]
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    root, environment = Path(__file__).parents[2], os.environ | {"JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env=environment)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "set()\n", "")
 
 

@@ -1,0 +1,105 @@
+"""Tiny models and batches that tests share, and faster compilation: the programs here are small and run seldom."""
+
+import os
+
+# Halves the time that XLA's CPU compiler takes. It changes machine code only: the optimised HLO that tests read is the
+# same. Before JAX starts its backend.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, TrainConfig
+from mod_star.model import Decoder
+from mod_star.model.parts import DEFAULT_PARTS, Parts
+from mod_star.training.optimizer import make_optimizer
+from mod_star.training.state import TrainState, init_params
+
+
+@pytest.fixture(scope="session")
+def tiny_run() -> RunConfig:
+    """Two groups of (full, routed) with grouped-query attention; six of 24 tokens are routed, the loss chunk is odd."""
+    return RunConfig(
+        model=ModelConfig(vocab_size=29, width=16, layers=4, heads=4, kv_heads=2, mlp_width=24, context=24),
+        routing=RoutingConfig(capacity=0.25, predictor_width=8),
+        optimizer=OptimizerConfig(learning_rate=0.01, schedule="constant", warmup_steps=0),
+        train=TrainConfig(batch_size=4, loss_chunk=10),
+    )
+
+
+@pytest.fixture(scope="session")
+def routed_run(tiny_run: RunConfig) -> RunConfig:
+    """One group of one routed block: the smallest model with routing, quick to compile."""
+    model = replace(tiny_run.model, layers=1, heads=2, kv_heads=1)
+    return replace(tiny_run, model=model, routing=replace(tiny_run.routing, every=1))
+
+
+@pytest.fixture(scope="session")
+def tiny_batch() -> dict[str, jax.Array]:
+    """Four sequences of 24: one document; two; three and five pads; one of 4 tokens (fewer than C) and 20 pads."""
+    return make_batch([[24], [10, 14], [7, 8, 4], [4]], 24, 29)
+
+
+def make_batch(documents: list[list[int]], length: int, vocab: int, seed: int = 0) -> dict[str, jax.Array]:
+    """A batch with documents of these lengths in each row, then padding; the last token of a document has weight 0."""
+    rng = np.random.default_rng(seed)
+    shape = (len(documents), length)
+    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
+    weights = np.zeros(shape, np.float32)
+    for row, lengths in enumerate(documents):
+        start = 0
+        for number, size in enumerate(lengths, start=1):
+            span = slice(start, start + size)
+            batch["tokens"][row, span] = rng.integers(0, vocab, size)
+            batch["targets"][row, span] = rng.integers(0, vocab, size)
+            batch["positions"][row, span] = np.arange(size)
+            batch["segment_ids"][row, span] = number
+            weights[row, start : start + size - 1] = 1
+            start += size
+    return {name: jnp.asarray(a) for name, a in {**batch, "weights": weights}.items()}
+
+
+def random_params(model: ModelConfig, routing: RoutingConfig, parts: Parts = DEFAULT_PARTS, seed: int = 0) -> Any:
+    """Random parameters of the right shapes, without compiling the initialiser: no zeros, no ones, strong routers."""
+    shapes = jax.eval_shape(lambda: init_params(Decoder(model, routing, parts), 0))
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        values = rng.standard_normal(shape.shape)
+        if "norm" in name:
+            values = 1 + 0.2 * values
+        elif "router" not in name and "predictor" not in name:
+            values = values * (1.0 if "embedding" in name else 0.25)
+        return jnp.asarray(values, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def random_state(run: RunConfig, parts: Parts = DEFAULT_PARTS, total_steps: int = 100, seed: int = 0) -> TrainState:
+    """The state before the first step, with `random_params`."""
+    params = random_params(run.model, run.routing, parts, seed)
+    step, skipped, streak = (jnp.zeros((), jnp.int32) for _ in range(3))
+    opt_state = make_optimizer(run.optimizer, total_steps).init(params)
+    return TrainState(step, params, opt_state, jax.random.key(seed + 7), skipped, streak)
+
+
+@pytest.fixture(scope="session", name="make_batch")
+def _make_batch() -> Callable[..., dict[str, jax.Array]]:
+    return make_batch
+
+
+@pytest.fixture(scope="session", name="random_params")
+def _random_params() -> Callable[..., Any]:
+    return random_params
+
+
+@pytest.fixture(scope="session", name="random_state")
+def _random_state() -> Callable[..., TrainState]:
+    return random_state

@@ -1,0 +1,146 @@
+"""The decoder once more, written from the papers in float64 NumPy: loops over tokens and heads, no batching, no JAX.
+
+What tests compare `mod_star.model.Decoder` with. Nothing is imported from the package but its configuration's types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mod_star.config import ModelConfig, RoutingConfig
+
+Array = np.ndarray
+
+
+def float64(tree: Any) -> Any:
+    """A nested dict of arrays in float64."""
+    return {k: float64(v) for k, v in tree.items()} if isinstance(tree, dict) else np.asarray(tree, np.float64)
+
+
+def layer(tree: Any, index: int) -> Any:
+    """One layer of parameters that are stacked along their first axis."""
+    return {k: layer(v, index) for k, v in tree.items()} if isinstance(tree, dict) else tree[index]
+
+
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    return np.stack([row / np.sqrt(np.mean(row**2) + eps) * scale for row in x])
+
+
+def rope(vector: Array, position: int, theta: float) -> Array:
+    """Turns the pair (e, e + E/2) by position · theta^(-2e/E), as a complex number."""
+    half = len(vector) // 2
+    angles = position * theta ** (-2 * np.arange(half) / len(vector))
+    turned = (vector[:half] + 1j * vector[half:]) * np.exp(1j * angles)
+    return np.concatenate([turned.real, turned.imag])
+
+
+def attention(params: Any, h: Array, rows: list[tuple[int, int]], config: ModelConfig) -> Array:
+    """`rows` gives each token's (position, document); document 0 sees nothing, and its result is arbitrary."""
+    out = np.zeros_like(h)
+    group = config.heads // config.key_heads
+    for i, (position, document) in enumerate(rows):
+        seen = [j for j, (p, d) in enumerate(rows) if d == document and p <= position and d > 0]
+        for head in range(config.heads) if seen else ():
+            query = rope(h[i] @ params["query"][:, head], position, config.rope_theta)
+            scores, values = [], []
+            for j in seen:
+                key = rope(h[j] @ params["key"][:, head // group], rows[j][0], config.rope_theta)
+                scores.append(query @ key / np.sqrt(config.head_size))
+                values.append(h[j] @ params["value"][:, head // group])
+            weights = np.exp(np.array(scores) - max(scores))
+            out[i] += (weights / weights.sum()) @ np.array(values) @ params["output"][head]
+    return out
+
+
+def swiglu(params: Any, h: Array) -> Array:
+    gate = h @ params["gate"]
+    return (gate * sigmoid(gate) * (h @ params["up"])) @ params["down"]
+
+
+def block_delta(params: Any, x: Array, rows: list[tuple[int, int]], config: ModelConfig) -> Array:
+    delta = attention(params, rms_norm(x, params["attention_norm"], config.norm_eps), rows, config)
+    return delta + swiglu(params["feed_forward"], rms_norm(x + delta, params["feed_forward_norm"], config.norm_eps))
+
+
+def top_tokens(scores: Array, valid: Array, capacity: int) -> list[int]:
+    """The `capacity` best valid tokens in order of position; of equal scores the earlier; NaN and -inf come last."""
+    rank = [-np.inf if np.isnan(s) else s for s in scores]
+    order = sorted((i for i in range(len(scores)) if valid[i]), key=lambda i: (-rank[i], i))
+    return sorted(order[:capacity])
+
+
+def first_tokens(wanted: Array, slots: int) -> list[int]:
+    """The first `slots` wanted tokens."""
+    chosen: list[int] = []
+    for i, want in enumerate(wanted):
+        if want and len(chosen) < slots:
+            chosen.append(i)
+    return chosen
+
+
+def predictor_logits(params: Any, x: Array) -> Array:
+    unit = rms_norm(x, np.ones(x.shape[1]), 1e-6)
+    return np.maximum(unit @ params["hidden"] + params["bias"], 0) @ params["output"] + params["shift"]
+
+
+GATES: dict[str, Callable[[Array], Array]] = {
+    "sigmoid": sigmoid,
+    "identity": lambda r: r,
+    "tanh": lambda r: 1 + 0.2 * np.tanh(r),
+}
+
+
+def decode(
+    params: Any,
+    tokens: Array,
+    positions: Array,
+    segment_ids: Array,
+    config: ModelConfig,
+    routing: RoutingConfig,
+    *,
+    mode: str,
+    capacity: int,
+    slots: int,
+    noise: Array | None = None,
+    threshold: float = 0.0,
+) -> tuple[Array, list[dict[str, Array]]]:
+    """Hidden states SxD and what each routed block decided: scores, logits, selected and gates.
+
+    `noise` [groups, S] and `threshold` are those of stochastic routing.
+    """
+    params = float64(params)
+    x = params["embedding"][tokens]
+    rows = [(int(p), int(d)) for p, d in zip(positions, segment_ids, strict=True)]
+    valid = np.asarray(segment_ids) > 0
+    names = [*(f"full_{i}" for i in range(routing.every - 1)), "routed"] if routing.every else ["full_0"]
+    traces = []
+    for group in range(config.layers // len(names)):
+        for name in names:
+            own = layer(params["groups"][name], group)
+            if name != "routed":
+                x = x + block_delta(own["block"], x, rows, config)
+                continue
+            scores = x @ own["router"]["weight"]
+            if noise is not None:
+                ranked, logits = noise[group], noise[group] - threshold
+            else:
+                ranked = scores
+                logits = predictor_logits(own["predictor"], x) if routing.causal_rule == "predictor" else scores
+            wanted = (logits > 0) & valid
+            chosen = top_tokens(ranked, valid, capacity) if mode == "top_k" else first_tokens(wanted, slots)
+            delta = block_delta(own["block"], x[chosen], [rows[i] for i in chosen], config) if chosen else []
+            gates = GATES[routing.gate](scores)
+            selected = np.zeros(len(x), bool)
+            selected[chosen] = True
+            x = x.copy()
+            for i, change in zip(chosen, delta, strict=True):
+                x[i] = x[i] + gates[i] * change
+            traces.append({"scores": scores, "logits": logits, "selected": selected, "gates": gates * selected})
+    return rms_norm(x, params["final_norm"], config.norm_eps), traces
