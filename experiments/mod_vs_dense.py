@@ -32,7 +32,7 @@ class Options:
     """Directory with gsm8k_train.jsonl and tinyshakespeare.txt."""
     out: Path = Path("runs/mod_vs_dense")
     """Where the runs, the table and the plot are kept."""
-    flops: float = 4.5e13
+    flops: float = 3e13
     """Training budget of each run in floating-point operations."""
     seeds: int = 3
     """Seeds per arm; a seed changes initialisation, order of the data, and which documents are held out."""

@@ -18,6 +18,8 @@ from mod_star.errors import InputError
 # A subcommand is a module of `mod_star.commands`, by the same name, and a line here.
 COMMANDS = {
     "train": "train a Mixture-of-Depths model (or its dense twin), or go on with an interrupted run",
+    "sample": "generate text with a trained model",
+    "routes": "show which tokens of a text each routed block computes",
 }
 
 HELP = """usage: mod-star COMMAND ...

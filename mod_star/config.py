@@ -172,7 +172,7 @@ class DataConfig:
     source: tuple[str, ...] = ("python-docs",)
     """What to read: python-docs (embedded), files or globs (.txt .md .jsonl .json .arrayrecord), tfds:NAME[:SPLIT]."""
     weights: tuple[float, ...] = ()
-    """Share of each source in the mixture, one number per source. Empty: in proportion to their documents."""
+    """Share of each source in the mixture's documents, one number per source. Empty: as many as each has."""
     template: str | None = None
     """How a JSON record becomes text, such as "Q: {question}\\nA: {answer}". None: its field "text"."""
     tokenizer: str = "bytes"
@@ -195,6 +195,7 @@ class DataConfig:
         )
         require(all(w > 0 for w in self.weights), "data.weights", self.weights, "must be positive")
         require(0 < self.held_out < 1, "data.held_out", self.held_out, "must lie between 0 and 1")
+        require(self.seed >= 0, "data.seed", self.seed, "must not be negative")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Tiny models and batches that tests share, and faster compilation: the programs here are small and run seldom."""
 
 import os
+import re
 
 # Halves the time that XLA's CPU compiler takes. It changes machine code only: the optimised HLO that tests read is the
 # same. Before JAX starts its backend.
@@ -103,3 +104,9 @@ def _random_params() -> Callable[..., Any]:
 @pytest.fixture(scope="session", name="random_state")
 def _random_state() -> Callable[..., TrainState]:
     return random_state
+
+
+@pytest.fixture(scope="session")
+def scatters() -> Callable[[str], list[str]]:
+    """Finds scatters in the text of a program: StableHLO's, XLA's, and loops that XLA made of one."""
+    return re.compile(r"\"stablehlo\.scatter\"|\S+ = \S+ scatter\(|op_name=\"[^\"]*/scatter[^\"]*").findall

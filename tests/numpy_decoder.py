@@ -135,7 +135,7 @@ def decode(
                 logits = predictor_logits(own["predictor"], x) if routing.causal_rule == "predictor" else scores
             wanted = (logits > 0) & valid
             chosen = top_tokens(ranked, valid, capacity) if mode == "top_k" else first_tokens(wanted, slots)
-            delta = block_delta(own["block"], x[chosen], [rows[i] for i in chosen], config) if chosen else []
+            delta = block_delta(own["block"], x[chosen], [rows[i] for i in chosen], config) if chosen else np.zeros(0)
             gates = GATES[routing.gate](scores)
             selected = np.zeros(len(x), bool)
             selected[chosen] = True

@@ -104,9 +104,10 @@ def _environment(**values: str | None) -> Iterator[None]:
 
 def _one_line(box: str) -> str:
     """What tyro's error box says before its first rule, and the option it suggests."""
+    # A frame of │ and ─ around it all or, where the terminal isn't known to have those, two lines of hyphens.
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯ ") for line in box.splitlines()]
-    body = lines[1:]
-    end = next((i for i, line in enumerate(body) if not line or set(line) <= {"─"}), len(body))
+    body = [line for number, line in enumerate(lines) if number and not (number == 1 and set(line) == {"-"})]
+    end = next((i for i, line in enumerate(body) if set(line) <= {"─", "-"}), len(body))
     message = " ".join(body[:end]).rstrip(".")
     for pattern, better in (
         (r"^Error parsing (config(\.\w+)?: )?", ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ def _command_to_go_on(argv: Sequence[str]) -> str:
 def _preset(argv: Sequence[str]) -> str:
     """The preset's name; it must be known first, for the other options' defaults depend on it."""
     name: str = TrainOptions.preset
-    for option, value in zip(argv, [*argv[1:], ""], strict=True):
+    for option, value in itertools.pairwise([*argv, ""]):
         if option == "--preset":
             name = value
         elif option.startswith("--preset="):

@@ -129,7 +129,7 @@ def _python_docs() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def _read(path: str) -> str:
+def read_text(path: str) -> str:
     """A file as text with "\\n" line ends; errors name the file, and the line of a byte that is not UTF-8."""
     try:
         data = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
@@ -148,7 +148,7 @@ def _read(path: str) -> str:
 
 
 def _text_documents(path: str, alone: bool) -> list[str]:
-    text = _read(path)
+    text = read_text(path)
     return split_text(text) if alone or len(text) > WHOLE_FILE_CHARACTERS else [text]
 
 
@@ -191,7 +191,7 @@ def _parse_json(text: str, where: str, one_line: bool = True) -> Any:
 
 def _jsonl_records(path: str) -> Iterator[tuple[Any, str]]:
     """The records of a JSON Lines file, and where each stands. Blank lines are skipped."""
-    for number, line in enumerate(_read(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             yield _parse_json(line, where), where
@@ -199,7 +199,7 @@ def _jsonl_records(path: str) -> Iterator[tuple[Any, str]]:
 
 def _json_records(path: str) -> Iterator[tuple[Any, str]]:
     """The records of a JSON file: a list, or the only list in an object."""
-    content = _parse_json(_read(path), path, one_line=False)
+    content = _parse_json(read_text(path), path, one_line=False)
     lists = [content]
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]

@@ -197,7 +197,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
     """Puts a tokenizer into a run directory, which then no longer needs the original. Bytes need no file."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         Path(directory).mkdir(parents=True, exist_ok=True)
-    (Path(directory) / SAVED_NAME).write_text(tokenizer.content, encoding="utf-8")
+        (Path(directory) / SAVED_NAME).write_text(tokenizer.content, encoding="utf-8")
 
 
 def load_saved_tokenizer(directory: str | Path, spec: str) -> Tokenizer:

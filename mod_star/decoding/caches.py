@@ -7,6 +7,8 @@ between rows, the prompt's length, is data in the masks.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -47,7 +49,8 @@ class FullCache:
     def append(self, own: Segment, step: jax.Array) -> FullCache:
         """With the keys/values of one token per row (B x K x 1 x E) in slot `step`."""
         write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, step, 2)  # noqa: E731
-        return self.replace(
+        return replace(
+            self,
             keys_BxKxTxE=write(self.keys_BxKxTxE, own.keys_KxMxE),
             values_BxKxTxE=write(self.values_BxKxTxE, own.values_KxMxE),
         )

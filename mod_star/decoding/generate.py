@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ class DecodeState:
     step: jax.Array
     """int32 number of tokens generated in each unfinished row."""
     done_B: jax.Array
-    """bool; the row has generated an end token."""
+    """bool; the row has generated an end token, or `stream` was told to end it."""
     lengths_B: jax.Array
     """int32 prompt lengths."""
     keys_B: jax.Array
@@ -55,7 +55,7 @@ class Generated:
     log_probs: list[float]
     """Their log-probabilities in nats under the model (temperature 1, all tokens)."""
     finished: bool
-    """Whether it ended by itself rather than by the limit."""
+    """Whether it ended by itself, with an end token."""
     routed_fraction: list[float]
     """Share of prompt and new tokens that each routed block computed; empty for a dense model."""
     overflow: int
@@ -96,17 +96,11 @@ class Generator:
           seed: of the rows' random keys.
 
         Raises:
-          InputError: a prompt is empty or leaves no room for `new_tokens` in the model's context.
+          InputError: a prompt is empty, holds an id that the model doesn't have, or leaves no room for `new_tokens` in
+            the model's context.
         """
-        require(len(prompts) > 0, "prompts", list(prompts), "must be at least one")
-        require(new_tokens >= 1, "new_tokens", new_tokens, "must be at least 1")
+        self._check(prompts, new_tokens)
         context = self.decoder.config.context
-        for number, prompt in enumerate(prompts, 1):
-            if not 1 <= len(prompt) <= context - new_tokens:
-                raise InputError(
-                    f"prompt {number} = {len(prompt)} tokens: must have 1 to {context - new_tokens} "
-                    f"(context {context} minus {new_tokens} new tokens)"
-                )
         longest = max(map(len, prompts))
         padded = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, context - new_tokens)
         tokens = np.zeros((len(prompts), padded), np.int32)
@@ -117,6 +111,20 @@ class Generator:
         # The slots do not depend on how prompts are padded, so neither does what is generated.
         slots = causal_slots(self.decoder.routing, context)
         return self._prefill(self._stacked, jnp.asarray(tokens), lengths, keys, room=new_tokens, slots=slots)
+
+    def _check(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        context, V = self.decoder.config.context, self.decoder.config.vocab_size
+        require(len(prompts) > 0, "prompts", list(prompts), "must be at least one")
+        allowed = f"must lie in [1, {context - 1}] (context {context} minus a token of the prompt)"
+        require(1 <= new_tokens < context, "new_tokens", new_tokens, allowed)
+        for number, prompt in enumerate(prompts, 1):
+            if not 1 <= len(prompt) <= context - new_tokens:
+                raise InputError(
+                    f"prompt {number} = {len(prompt)} tokens: must have 1 to {context - new_tokens} "
+                    f"(context {context} minus {new_tokens} new tokens)"
+                )
+            if not 0 <= min(prompt) <= max(prompt) < V:
+                raise InputError(f"prompt {number}: token ids must lie in [0, {V}), has {min(prompt)} to {max(prompt)}")
 
     def _prefill_fn(
         self, params: dict[str, Any], tokens_BxP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array, room: int,
@@ -178,7 +186,8 @@ class Generator:
                 values = jnp.where(state.done_B, none, values_B).astype(buffer.dtype)[:, None]
                 return jax.lax.dynamic_update_slice_in_dim(buffer, values, state.step, 1)
 
-            return state.replace(
+            return replace(
+                state,
                 caches=caches,
                 logits_BxV=logits_of(params, hidden_BxD),
                 tokens_BxT=column(state.tokens_BxT, tokens_B, -1),
@@ -191,16 +200,14 @@ class Generator:
 
     def results(self, state: DecodeState) -> list[Generated]:
         """What has been generated up to now, row by row."""
-        tokens, log_probs, done, lengths = jax.device_get(
-            (state.tokens_BxT, state.log_probs_BxT, state.done_B, state.lengths_B)
-        )
+        tokens, log_probs, lengths = jax.device_get((state.tokens_BxT, state.log_probs_BxT, state.lengths_B))
         routed = [c for c in state.caches if isinstance(c, RoutedCache)]
         counts = np.array(jax.device_get([cache.count_B for cache in routed])).reshape(len(routed), len(tokens))
         overflow = np.array(jax.device_get([cache.overflow_B for cache in routed])).reshape(len(routed), len(tokens))
         results = []
         for row in range(len(tokens)):
             new = tokens[row][tokens[row] >= 0].tolist()
-            ended = bool(done[row])
+            ended = bool(new) and new[-1] in self._end_ids
             seen = int(lengths[row]) + len(new) - ended
             results.append(
                 Generated(
@@ -220,12 +227,26 @@ class Generator:
         sampling: Sampling,
         seed: int = 0,
         burst: int = 8,
+        stop: Callable[[list[Generated]], Sequence[bool]] | None = None,
     ) -> Iterator[list[Generated]]:
-        """Yields the results so far after every `burst` tokens; the last one yielded is complete."""
+        """Yields the results so far after every `burst` tokens; the last one yielded is complete.
+
+        Args:
+          prompts: as for `start`.
+          new_tokens: as for `start`.
+          sampling: how to draw.
+          seed: as for `start`.
+          burst: tokens per row between two results.
+          stop: sees the results before they are yielded, and says for each row whether to end it here; None: never.
+        """
+        require(burst >= 1, "burst", burst, "must be at least 1")
         state = self.start(prompts, new_tokens, seed)
         for until in range(burst, new_tokens + burst, burst):
             state = self.advance(state, until, sampling)
-            yield self.results(state)
+            results = self.results(state)
+            if stop is not None:
+                state = replace(state, done_B=state.done_B | jnp.asarray(stop(results), bool))
+            yield results
             if bool(jnp.all(state.done_B)):
                 return
 
@@ -234,3 +255,7 @@ class Generator:
     ) -> list[Generated]:
         """All at once: `new_tokens` tokens per prompt, or fewer where an end token comes first."""
         return self.results(self.advance(self.start(prompts, new_tokens, seed), new_tokens, sampling))
+
+    def warm_up(self, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling) -> None:
+        """Compiles what generating with these arguments takes, so that the next call can be timed. Draws no token."""
+        jax.block_until_ready(self.advance(self.start(prompts, new_tokens), 0, sampling))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -15,14 +16,15 @@ class Sampling:
     """Temperature, then top-k, then top-p (nucleus, Holtzman et al. 2020, arXiv 1904.09751)."""
 
     temperature: float = 1.0
-    """Divides the logits; 0: greedy."""
+    """Divides the logits; 0: greedy. At least 1e-6 otherwise, so that no logit overflows."""
     top_k: int = 0
     """Keep the k most probable tokens (more if several tie for the last place); 0: all."""
     top_p: float = 1.0
-    """Keep the most probable tokens until their probabilities reach this sum."""
+    """Keep the most probable tokens until their probabilities reach this sum (and those that tie with the last)."""
 
     def __post_init__(self) -> None:
-        require(self.temperature >= 0, "temperature", self.temperature, "must be 0 (greedy) or positive")
+        allowed = self.temperature == 0 or (self.temperature >= 1e-6 and math.isfinite(self.temperature))
+        require(allowed, "temperature", self.temperature, "must be 0 (greedy) or at least 1e-6")
         require(self.top_k >= 0, "top_k", self.top_k, "must be 0 (off) or positive")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
 

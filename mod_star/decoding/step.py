@@ -16,6 +16,7 @@ from mod_star.decoding.caches import Cache, FullCache, RoutedCache
 from mod_star.model import Decoder
 from mod_star.model.attention import Segment
 from mod_star.model.layers import rms_norm
+from mod_star.model.routing import capacity_of
 from mod_star.model.transformer import (
     block_names,
     causal_logit,
@@ -142,9 +143,10 @@ def _one_row(
     return jax.lax.cond(computed_1[0], compute, skip)
 
 
-def rows_at_once(batch: int, capacity: float) -> int:
+def rows_at_once(batch: int, decoder: Decoder) -> int:
     """Rows of a chunk in `_some_rows`: a little above the number of routed rows to expect, so that one mostly does."""
-    return min(batch, math.ceil(1.5 * capacity * batch) + 1)
+    share = capacity_of(decoder.routing, decoder.config.context) / decoder.config.context
+    return min(batch, math.ceil(1.5 * share * batch) + 1)
 
 
 def _some_rows(
@@ -162,7 +164,7 @@ def _some_rows(
     and computes every row.)
     """
     B = x_BxD.shape[0]
-    chunk = rows_at_once(B, decoder.routing.capacity)
+    chunk = rows_at_once(B, decoder)
     count = jnp.sum(computed_B)
     order_B = jnp.argsort(~computed_B)  # stable: routed rows first
     order_B = jnp.pad(order_B, (0, chunk))

@@ -63,7 +63,9 @@ def attend(
     if fused and len(segments) == 1:
         (only,) = segments
         keys, values = (jnp.swapaxes(a, 0, 1) for a in (only.keys_KxMxE, only.values_KxMxE))
-        mask = visible(only, positions_N, segment_ids_N)[None]
+        mask = visible(only, positions_N, segment_ids_N)
+        # One mask per head, though they are the same: JAX's rule for this call under vmap reshapes it to that.
+        mask = jnp.broadcast_to(mask, (query_NxHxE.shape[1], *mask.shape))
         return jax.nn.dot_product_attention(query_NxHxE, keys, values, mask=mask, implementation="cudnn")
 
     N, H, E = query_NxHxE.shape

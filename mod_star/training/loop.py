@@ -360,7 +360,8 @@ class _Training:
 
 def _read_summary(path: Path) -> TrainSummary:
     try:
-        return TrainSummary(**json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8")))
+        stored = json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))
+        return TrainSummary(**stored | {"directory": str(path)})  # it may have been moved
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path / SUMMARY_FILE}: cannot be read: {error}; delete it to make it again") from error
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import chex
+import grain
 import jax
 import pytest
 
@@ -20,7 +23,6 @@ from mod_star.model import Decoder
 from mod_star.training import run_dir
 from mod_star.training.checkpoints import CheckpointWriter
 from mod_star.training.state import init_state
-from tests.training.test_checkpoints import equal, make_batches
 
 BYTES = load_tokenizer("bytes")
 PARTS = "from mod_star.parts import Part, Parts\nmine = Parts()\n"
@@ -117,36 +119,27 @@ def test_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
-def lock_elsewhere(path: Path, answers: multiprocessing.Queue[str]) -> None:
-    try:
-        with run_dir.locked(path):
-            answers.put("locked")
-    except InputError as error:
-        answers.put(str(error))
-
-
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    answers: multiprocessing.Queue[str] = multiprocessing.get_context("fork").Queue()
-
-    def try_elsewhere() -> str:
-        process = multiprocessing.get_context("fork").Process(target=lock_elsewhere, args=(tmp_path, answers))
-        process.start()
-        answer = answers.get(timeout=30)
-        process.join()
-        return answer
-
+    hold = (
+        "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held'); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", hold, str(tmp_path / ".lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another process is training here"), run_dir.locked(tmp_path):
+            pass
+        other.communicate("")
     with run_dir.locked(tmp_path):
-        assert "another process is training here" in try_elsewhere()
-    assert try_elsewhere() == "locked"
+        pass
 
 
 def test_load_run(tmp_path: Path) -> None:
     run = make_run()
     path = tmp_path / "run"
-    with pytest.raises(InputError, match="is not a run .there is no such directory"):
+    with pytest.raises(InputError, match=r"is not a run .there is no such directory"):
         run_dir.load_run(path)
     path.mkdir()
-    with pytest.raises(InputError, match="is not a run .it has no config.json"):
+    with pytest.raises(InputError, match=r"is not a run .it has no config.json"):
         run_dir.load_run(path)
     create(path, run)
     with pytest.raises(InputError, match="has no checkpoint yet"):
@@ -154,12 +147,13 @@ def test_load_run(tmp_path: Path) -> None:
 
     state = jax.jit(lambda: init_state(Decoder(run.model, run.routing), run, 20))()
     writer = CheckpointWriter(path / "checkpoints", 3)
+    batches = iter(grain.MapDataset.range(9).to_iter_dataset())
     for step in (4, 5):
-        writer.save(state.replace(step=state.step + step), make_batches(), {"seconds": 0.0})
+        writer.save(replace(state, step=state.step + step), batches, {"seconds": 0.0})
     writer.close()
     loaded = run_dir.load_run(path)
     assert (loaded.step, loaded.config, loaded.tokenizer.fingerprint) == (5, run, "bytes")
-    assert equal(loaded.params, state.params)
+    chex.assert_trees_all_equal(loaded.params, state.params)
 
     array = max((path / "checkpoints" / "5" / "params").rglob("*"), key=lambda file: file.stat().st_size)
     array.write_bytes(array.read_bytes()[:-1])
@@ -170,8 +164,8 @@ def test_load_run(tmp_path: Path) -> None:
     small = replace(run, model=replace(run.model, vocab_size=64))
     config = path / "config.json"
     config.write_text(json.dumps({"config": to_dict(small)}))
-    with pytest.raises(InputError, match="model.vocab_size = 64: the tokenizer has 258 ids"):
+    with pytest.raises(InputError, match=r"model.vocab_size = 64: the tokenizer has 258 ids"):
         run_dir.load_run(path, step=4)
     config.write_text("{")
-    with pytest.raises(InputError, match="config.json: cannot be read"):
+    with pytest.raises(InputError, match=r"config.json: cannot be read"):
         run_dir.load_run(path)

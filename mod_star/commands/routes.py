@@ -1,0 +1,70 @@
+"""`mod-star routes`: shows which tokens each routed block computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from mod_star.commands import keep_compiled_programs, parse_options
+from mod_star.errors import InputError, require
+
+PNG_FILE = "routes.png"
+
+
+@dataclass(frozen=True)
+class RoutesOptions:
+    """Shows which tokens of a text each routed block of the model in RUN computes: in the terminal, and as a PNG.
+
+    Examples:
+      mod-star routes runs/first --text 'The import statement finds a module.'
+      mod-star routes runs/first --text-file notes.txt --mode top_k --png notes.png
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Directory of the run."""
+    text: str | None = None
+    """The text, at most as long as the model's context."""
+    text_file: Path | None = None
+    """A file to read it from, in UTF-8."""
+    mode: Literal["causal", "top_k"] = "causal"
+    """causal: as when sampling, no token sees a later one. top_k: as in training, among all tokens of the text."""
+    png: Path | None = None
+    """Where to draw the picture. RUN/routes.png if not given."""
+    step: int | None = None
+    """Step of the checkpoint to load. The newest if not given."""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the command. Errors are `mod_star.cli`'s to show."""
+    options = parse_options(RoutesOptions, argv, "mod-star routes")
+    if (options.text is None) == (options.text_file is None):
+        raise InputError("--text: give a text either so or with --text-file")
+    png = options.run / PNG_FILE if options.png is None else options.png
+    require(png.suffix == ".png", "--png", str(png), "must end with .png")
+
+    from rich.console import Console
+
+    from mod_star.data.sources import read_text
+    from mod_star.plots import plot_routes
+    from mod_star.routes import routes_of
+    from mod_star.terminal import routes_text
+    from mod_star.training.run_dir import load_run
+
+    text = read_text(str(options.text_file)) if options.text is None else options.text
+    loaded = load_run(options.run, options.step)
+    keep_compiled_programs()
+    routes = routes_of(loaded, text, options.mode)
+    shown = (routes.tokens, routes.routed_LxN, routes.block_names)
+    console = Console(highlight=False)
+    console.print(routes_text(*shown))
+    if routes.overflow:
+        console.print(f"{routes.overflow} times a block wanted a token but its cache was full (routing.headroom)")
+    try:
+        plot_routes(png, *shown, title=f"Which tokens each routed block computed ({options.mode} routing)")
+    except OSError as error:
+        raise InputError(f"--png = {str(png)!r}: cannot be written: {error.strerror}") from error
+    console.print(f"picture: {png}", markup=False, soft_wrap=True)

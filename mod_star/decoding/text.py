@@ -1,0 +1,132 @@
+"""Generation from text to text: prompts are encoded, what is generated is decoded as it comes, stop strings end it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mod_star.data.tokenizers import StreamDecoder, Tokenizer
+from mod_star.decoding.generate import Generated, Generator
+from mod_star.decoding.sampling import Sampling
+from mod_star.errors import require
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What became of one prompt, or what has up to now."""
+
+    prompt: str
+    text: str
+    """The new text, without the stop string. While `finished` is None, only what can't change any more."""
+    tokens: list[int]
+    """New tokens, without the end token, up to the one that completes a stop string."""
+    log_probs: list[float]
+    """Their log-probabilities in nats under the model (temperature 1, all tokens)."""
+    finished: Literal["end", "length", "stop"] | None
+    """By the model's own end token, the limit of new tokens, or a stop string; None: not yet."""
+    routed_fraction: list[float]
+    """Share of the tokens that each routed block computed, prompt included; empty for a dense model."""
+    overflow: int
+    """Times a routed block wanted a token but had no slot left, over all routed blocks."""
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt, as the model saw texts begin: bos first. An empty prompt is bos alone."""
+    return [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+
+
+def complete(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    new_tokens: int,
+    sampling: Sampling,
+    *,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    burst: int = 8,
+) -> Iterator[list[Completion]]:
+    """Completes texts, all in one batch.
+
+    Args:
+      generator: the model; its end ids should be the tokenizer's eos.
+      tokenizer: the model's.
+      prompts: the texts to go on from.
+      new_tokens: the most tokens to generate for each.
+      sampling: how to draw them.
+      seed: of the draws.
+      stop: strings that end a text, wherever their first and last character fall within tokens.
+      burst: tokens per row between two results; a row generates up to this many beyond its stop string.
+
+    Yields:
+      The completions so far, one for each prompt, after every burst; the last ones are finished.
+
+    Raises:
+      InputError: a stop string is empty, or as for `Generator.start`.
+    """
+    require(all(stop), "stop", tuple(stop), "must not be an empty string")
+    encoded = encode_prompts(tokenizer, prompts)
+    rows = [_Row(prompt, tokenizer, new_tokens, stop) for prompt in prompts]
+
+    def stopped(results: list[Generated]) -> list[bool]:
+        for row, result in zip(rows, results, strict=True):
+            row.take(result)
+        return [row.finished == "stop" for row in rows]
+
+    for results in generator.stream(encoded, new_tokens, sampling, seed, burst, stopped):
+        yield [row.completion(result) for row, result in zip(rows, results, strict=True)]
+
+
+class _Row:
+    """The text of one row as its tokens arrive."""
+
+    def __init__(self, prompt: str, tokenizer: Tokenizer, new_tokens: int, stop: Sequence[str]) -> None:
+        self._prompt = prompt
+        self._stream = StreamDecoder(tokenizer)
+        for token in tokenizer.encode(prompt):  # decoders may treat what starts a text in another way
+            self._stream.push(token)
+        self._stop = stop
+        self._limit = new_tokens
+        self._text = ""
+        self._taken = 0
+        self.finished: Literal["end", "length", "stop"] | None = None
+
+    def take(self, result: Generated) -> None:
+        """Adds the tokens that are new in `result`."""
+        if self.finished is not None:
+            return
+        for token in result.tokens[self._taken :]:
+            self._taken += 1
+            if self._add(self._stream.push(token)):
+                return
+        ended = result.finished or len(result.tokens) == self._limit
+        if ended and not self._add(self._stream.flush()):
+            self.finished = "end" if result.finished else "length"
+
+    def _add(self, piece: str) -> bool:
+        """Appends to the text; if that completes a stop string, ends the row before it and returns True."""
+        seen = len(self._text)
+        self._text += piece
+        places = [self._text.find(stop, max(0, seen - len(stop) + 1)) for stop in self._stop]
+        if found := [place for place in places if place >= 0]:
+            self._text = self._text[: min(found)]
+            self.finished = "stop"
+        return bool(found)
+
+    def completion(self, result: Generated) -> Completion:
+        """The row's state, with the numbers of the latest result."""
+        text = self._text
+        if self.finished is None:  # the end may yet turn out to begin a stop string
+            beginnings = (stop[:length] for stop in self._stop for length in range(1, len(stop)))
+            held = max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
+            text = text[: len(text) - held]
+        return Completion(
+            prompt=self._prompt,
+            text=text,
+            tokens=result.tokens[: self._taken],
+            log_probs=result.log_probs[: self._taken],
+            finished=self.finished,
+            routed_fraction=result.routed_fraction,
+            overflow=result.overflow,
+        )

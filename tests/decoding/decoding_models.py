@@ -1,0 +1,102 @@
+"""Tiny models to decode with, and what their tokens should be: full forward passes over prompt and new tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import random_params
+
+from mod_star.config import ModelConfig, RoutingConfig
+from mod_star.decoding import Generator
+from mod_star.model import Decoder
+from mod_star.model.parts import DEFAULT_PARTS, Parts
+from mod_star.model.routing import causal_slots
+from mod_star.model.transformer import head_matrix
+
+CONTEXT, VOCAB = 48, 29
+PROMPT_LENGTHS = (3, 20, 11, 1)
+ROUTING_KEY = jax.random.key(11)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One full forward pass under the causal rule."""
+
+    logits_SxV: np.ndarray
+    selected_LxS: np.ndarray
+    overflow_LxS: np.ndarray
+
+
+class Model:
+    """A decoder with random weights whose routing really varies from token to token.
+
+    Args:
+      routing: changes to the default `RoutingConfig`.
+      parts: of the network.
+      model: changes to the default `ModelConfig`.
+    """
+
+    def __init__(self, routing: dict[str, Any], parts: Parts = DEFAULT_PARTS, **model: Any) -> None:
+        sizes: dict[str, Any] = {"width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_width": 24}
+        self.config = ModelConfig(vocab_size=VOCAB, context=CONTEXT, **(sizes | model))
+        self.routing = RoutingConfig(**({"capacity": 0.25, "predictor_width": 8} | routing))
+        self.decoder = Decoder(self.config, self.routing, parts)
+        self.params = random_params(self.config, self.routing, parts)
+
+    def generator(self, end_ids: tuple[int, ...] = ()) -> Generator:
+        return Generator(self.decoder, self.params, end_ids, ROUTING_KEY)
+
+    def teach(self, tokens: list[int]) -> Teacher:
+        """The pass over a text: logits after each of its tokens, and the routing of each."""
+        padded = np.zeros(CONTEXT, np.int32)
+        padded[: len(tokens)] = tokens
+        logits, trace = self._teach(self.params, padded, np.int32(np.arange(CONTEXT) < len(tokens)))
+        none = np.zeros((0, CONTEXT), bool)
+        selected, overflow = (none, none) if trace is None else (trace.selected, trace.overflow)
+        N = len(tokens)
+        return Teacher(np.asarray(logits)[:N], np.asarray(selected)[:, :N], np.asarray(overflow)[:, :N])
+
+    @cached_property
+    def _teach(self) -> Any:
+        decoder = Decoder(replace(self.config, scan=False), self.routing, self.decoder.parts)
+
+        def run(params: Any, tokens_S: jax.Array, segment_ids_S: jax.Array) -> Any:
+            slots = causal_slots(self.routing, CONTEXT)
+            output: Any = decoder.apply(
+                {"params": params}, tokens_S, None, segment_ids_S, mode="causal", slots=slots, key=ROUTING_KEY
+            )
+            head = head_matrix(params).astype(output.hidden.dtype)
+            return jnp.dot(output.hidden, head.T, preferred_element_type=jnp.float32), output.trace
+
+        return jax.jit(run)
+
+
+def make_prompts(lengths: tuple[int, ...] = PROMPT_LENGTHS, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, length).tolist() for length in lengths]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64) - np.max(logits, -1, keepdims=True)
+    return logits - np.log(np.sum(np.exp(logits), -1, keepdims=True))
+
+
+def restrict_naively(logits_V: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    """Top-k and top-p one token after the other, in float64; -inf for tokens that are out."""
+    logits = logits_V.astype(np.float64) / temperature
+    ranked = sorted(range(len(logits)), key=lambda i: -logits[i])
+    allowed = set(ranked)
+    if top_k:
+        allowed = {i for i in allowed if logits[i] >= logits[ranked[min(top_k, len(ranked)) - 1]]}
+    probabilities = {i: np.exp(logits[i] - logits[ranked[0]]) for i in allowed}
+    total, before, last = sum(probabilities.values()), 0.0, np.inf
+    for i in ranked:
+        if i in allowed and before < top_p * total:
+            before += probabilities[i]
+            last = logits[i]
+    return np.array([logit if i in allowed and logit >= last else -np.inf for i, logit in enumerate(logits)])

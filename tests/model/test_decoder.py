@@ -1,0 +1,344 @@
+"""The decoder against the same in float64 NumPy, and what must hold of it: causality, documents apart, skipped rows."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_decoder
+import pytest
+
+from mod_star.config import ModelConfig, RoutingConfig, RunConfig
+from mod_star.model import Decoder, Output
+from mod_star.model.cross_entropy import cross_entropy
+from mod_star.model.parts import Part, Parts
+from mod_star.model.routing import capacity_of, causal_slots, noise_threshold, position_noise
+from mod_star.model.transformer import head_matrix
+
+Batch = dict[str, jax.Array]
+RandomParams = Callable[..., Any]
+
+
+def apply(decoder: Decoder, params: Any, batch: Batch, **options: Any) -> Output:
+    """Every sequence of a batch."""
+
+    def one(tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> Any:
+        return decoder.apply({"params": params}, tokens, positions, segment_ids, **options)
+
+    output: Output = jax.vmap(one)(batch["tokens"], batch["positions"], batch["segment_ids"])
+    return output
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run: RunConfig) -> ModelConfig:
+    return tiny_run.model
+
+
+@pytest.fixture(scope="module")
+def routing(tiny_run: RunConfig) -> RoutingConfig:
+    return tiny_run.routing
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dense": ({"layers": 2}, {"every": 0}),
+    "dense, untied, one key head, own head width": (
+        {"layers": 2, "tie_embeddings": False, "kv_heads": 1, "head_dim": 6, "rope_theta": 50.0, "norm_eps": 0.01},
+        {"every": 0},
+    ),
+    "sigmoid": ({}, {"gate": "sigmoid"}),
+    "identity": ({}, {"gate": "identity"}),
+    "tanh, every third": ({"layers": 3}, {"gate": "tanh", "every": 3, "capacity_tokens": 5}),
+    "every block, router's own rule": ({"layers": 2}, {"every": 1, "causal_rule": "router", "headroom": 1.2}),
+    "stochastic": ({}, {"selection": "stochastic"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_decoder_in_float64_numpy(
+    case: str, model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
+) -> None:
+    """Both routing modes, on rows with one document, several, and padding."""
+    model, routing = replace(model, **CASES[case][0]), replace(routing, **CASES[case][1])
+    params = random_params(model, routing, seed=1)
+    S = model.context
+    key = jax.random.key(3) if routing.selection == "stochastic" else None
+    options: dict[str, Any] = {"capacity": capacity_of(routing, S), "slots": causal_slots(routing, S)}
+    if key is not None:
+        folded = [jax.random.fold_in(key, group) for group in range(2)]
+        options["noise"] = np.array([position_noise(k, jnp.arange(S)) for k in folded], np.float64)
+        options["threshold"] = float(noise_threshold(routing, S))
+    decoder = Decoder(model, routing)
+    modes = ("top_k", "causal") if routing.every else ("top_k",)
+    outputs = jax.jit(lambda p, b: [apply(decoder, p, b, mode=mode, key=key) for mode in modes])(params, tiny_batch)
+    valid = np.asarray(tiny_batch["segment_ids"]) > 0
+    routed = []
+    for mode, output in zip(modes, outputs, strict=True):
+        for row in range(len(valid)):
+            tokens, positions, ids = (
+                np.asarray(tiny_batch[name][row]) for name in ("tokens", "positions", "segment_ids")
+            )
+            hidden, traces = numpy_decoder.decode(params, tokens, positions, ids, model, routing, mode=mode, **options)
+            np.testing.assert_allclose(output.hidden[row][valid[row]], hidden[valid[row]], rtol=2e-4, atol=2e-4)
+            for group, trace in enumerate(traces):
+                ours = jax.tree.map(lambda a, row=row, group=group: a[row, group], output.trace)
+                np.testing.assert_array_equal(ours.selected, trace["selected"])
+                for name in ("scores", "logits", "gates"):
+                    np.testing.assert_allclose(
+                        np.where(valid[row], getattr(ours, name), 0),
+                        np.where(valid[row], trace[name], 0),
+                        rtol=2e-4,
+                        atol=2e-4,
+                    )
+                wanted = (trace["logits"] > 0) & valid[row] & (mode == "causal")
+                np.testing.assert_array_equal(ours.overflow, wanted & ~trace["selected"])
+                routed.append((mode, int(trace["selected"].sum()), int(ours.overflow.sum())))
+    if routing.every:
+        counts = [count for mode, count, _ in routed if mode == "causal"]
+        assert len(set(counts)) > 1, "the causal rule decides by content"
+        assert all(c in (options["capacity"], 4) for mode, c, _ in routed if mode == "top_k"), "exactly C, or all four"
+    if case in ("sigmoid", "every block, router's own rule"):
+        assert any(overflow for *_, overflow in routed), "this case is to test the limit of slots"
+
+
+def test_parameters_and_trace_are_float32_and_bfloat16_compute_is_close(
+    model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
+) -> None:
+    params = random_params(model, routing)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    # The selection of a few near ties differs; compare with all tokens selected, and the first scores exactly.
+    everyone = replace(routing, capacity=1.0)
+    run = jax.jit(lambda p, b, dtype: apply(Decoder(replace(model, dtype=dtype), everyone), p, b), static_argnums=2)
+    wide, narrow = run(params, tiny_batch, "float32"), run(params, tiny_batch, "bfloat16")
+    assert wide.hidden.dtype == jnp.float32 and narrow.hidden.dtype == jnp.bfloat16
+    for name in ("scores", "gates", "logits"):
+        assert getattr(narrow.trace, name).dtype == jnp.float32
+    valid = np.asarray(tiny_batch["segment_ids"]) > 0
+    error = np.asarray(narrow.hidden, np.float32)[valid] - np.asarray(wide.hidden)[valid]
+    assert 0 < np.sqrt(np.mean(error**2)) < 0.02 * np.sqrt(np.mean(np.asarray(wide.hidden)[valid] ** 2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["top_k", "causal"])
+def test_skipped_tokens_pass_a_routed_block_unchanged_to_the_bit(
+    mode: Any, dtype: Any, routed_run: RunConfig, tiny_batch: Batch, random_params: RandomParams
+) -> None:
+    model, routing = replace(routed_run.model, dtype=dtype), routed_run.routing
+    decoder = Decoder(model, routing)
+    params = random_params(model, routing)
+    params["final_norm"] = jnp.ones(model.width)
+
+    def one(tokens: jax.Array, segment_ids: jax.Array) -> Any:
+        """The stream before and after the block: the output is its RMSNorm."""
+        output: Any = decoder.apply({"params": params}, tokens, None, segment_ids, mode=mode)
+        before: Any = decoder.apply({"params": params}, tokens, method="embed")
+        own = jax.tree.map(lambda a: a[0], params["groups"]["routed"])
+        delta, _, trace = decoder.bind({"params": params})._routed(
+            own, before, jnp.arange(24), segment_ids, mode, 9, None
+        )
+        return before, before + delta, trace.selected, output.trace.selected[0]
+
+    before, after, selected, selected_inside = jax.jit(jax.vmap(one))(tiny_batch["tokens"], tiny_batch["segment_ids"])
+    np.testing.assert_array_equal(selected, selected_inside)
+    changed = np.any(np.asarray(before) != np.asarray(after), -1)
+    np.testing.assert_array_equal(changed, selected)
+    assert 0 < np.sum(selected) < np.sum(tiny_batch["segment_ids"] > 0)
+
+
+def test_at_full_capacity_with_a_gate_of_one_it_is_the_dense_model(
+    model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
+) -> None:
+    routing = replace(routing, capacity=1.0)
+    parts = Parts(gate=jnp.ones_like)
+    params = random_params(model, routing)
+    groups = params["groups"]
+    interleaved = jax.tree.map(
+        lambda full, routed: jnp.stack([full, routed], 1).reshape(-1, *full.shape[1:]),
+        groups["full_0"]["block"],
+        groups["routed"]["block"],
+    )
+    dense_params = {**params, "groups": {"full_0": {"block": interleaved}}}
+    ours = jax.jit(lambda p, b: apply(Decoder(model, routing, parts), p, b).hidden)(params, tiny_batch)
+    dense_decoder = Decoder(model, replace(routing, every=0))
+    dense = jax.jit(lambda p, b: apply(dense_decoder, p, b).hidden)(dense_params, tiny_batch)
+    valid = np.asarray(tiny_batch["segment_ids"]) > 0
+    np.testing.assert_allclose(ours[valid], dense[valid], rtol=1e-5, atol=1e-5)
+
+
+def changed_by_later_tokens(decoder: Decoder, params: Any, tokens: jax.Array, **options: Any) -> np.ndarray:
+    """Bool [j, i]: changing token j changed the hidden state at i."""
+    S, V = len(tokens), decoder.config.vocab_size
+    others = jnp.where(jnp.eye(S, dtype=bool), (tokens + 1) % V, tokens)
+    run: Any = jax.jit(jax.vmap(lambda t: decoder.apply({"params": params}, t, **options)))
+    hidden = np.asarray(run(jnp.concatenate([tokens[None], others])).hidden)
+    return np.any(hidden[1:] != hidden[:1], -1)
+
+
+@pytest.mark.parametrize("rule", ["predictor", "router"])
+def test_under_the_causal_rule_no_token_changes_an_earlier_hidden_state(
+    rule: Any, model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
+) -> None:
+    routing = replace(routing, causal_rule=rule, headroom=1.0)
+    decoder, params = Decoder(model, routing), random_params(model, routing, seed=2)
+    changed = changed_by_later_tokens(decoder, params, tiny_batch["tokens"][0], mode="causal")
+    assert not np.any(np.tril(changed, -1))
+    assert np.all(np.diag(changed)) and np.mean(changed[np.triu_indices(24, 1)]) > 0.9
+
+
+def test_under_top_k_later_tokens_do_change_earlier_hidden_states(
+    model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
+) -> None:
+    decoder, params = Decoder(model, routing), random_params(model, routing, seed=2)
+    changed = changed_by_later_tokens(decoder, params, tiny_batch["tokens"][0])
+    assert np.any(np.tril(changed, -1)), "they compete for capacity"
+
+
+@pytest.mark.parametrize("mode", ["top_k", "causal"])
+def test_no_gradient_flows_from_a_hidden_state_to_a_later_embedding(
+    mode: Any, model: ModelConfig, routing: RoutingConfig, random_params: RandomParams
+) -> None:
+    """Under top-k neither: what later tokens change is who is selected, and that has no gradient."""
+    model = replace(model, tie_embeddings=False)
+    decoder, params = Decoder(model, routing), random_params(model, routing, seed=2)
+    tokens = jnp.arange(24)  # token i reads row i of the embedding
+    direction = jnp.asarray(np.random.default_rng(0).normal(size=model.width), jnp.float32)
+
+    def hidden(embedding: jax.Array) -> jax.Array:
+        output: Any = decoder.apply({"params": {**params, "embedding": embedding}}, tokens, mode=mode)
+        return output.hidden @ direction
+
+    jacobian = jax.jit(jax.jacrev(hidden))(params["embedding"])[:, :24]
+    reaches = np.any(np.asarray(jacobian) != 0, -1)
+    assert not np.any(np.triu(reaches, 1))
+    assert np.all(np.tril(reaches) == np.tri(24, dtype=bool))
+
+
+def test_packed_documents_equal_each_alone_under_the_causal_rule(
+    model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
+) -> None:
+    """With slots for all. (With fewer, earlier documents can leave none for later ones: documents share the slots.)"""
+    decoder, params = Decoder(model, routing), random_params(model, routing)
+    run = jax.jit(lambda p, t, q, s: decoder.apply({"params": p}, t, q, s, mode="causal", slots=24))
+    row = {name: np.asarray(tiny_batch[name][2]) for name in ("tokens", "positions", "segment_ids")}
+    packed: Any = run(params, row["tokens"], row["positions"], row["segment_ids"])
+    for document in (1, 2, 3):
+        own = np.flatnonzero(row["segment_ids"] == document)
+        alone = {name: np.zeros(24, np.int32) for name in row}
+        for name in row:
+            alone[name][: len(own)] = row[name][own]
+        output: Any = run(params, alone["tokens"], alone["positions"], np.minimum(alone["segment_ids"], 1))
+        np.testing.assert_allclose(packed.hidden[own], output.hidden[: len(own)], rtol=2e-5, atol=2e-5)
+        np.testing.assert_array_equal(packed.trace.selected[:, own], output.trace.selected[:, : len(own)])
+        assert np.any(output.trace.selected)
+
+
+def test_packed_documents_do_not_see_each_other_but_compete_for_capacity_under_top_k(
+    model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
+) -> None:
+    """With the selection held fixed, changing one document changes nothing in the other; with learned scores who is
+    selected among all tokens of the sequence may change, as the paper's top-k over a sequence has it."""
+    tokens, positions, ids = (tiny_batch[name][1] for name in ("tokens", "positions", "segment_ids"))
+    fixed = Parts(router=Part(lambda key, config: {}, lambda params, x: jnp.cos(2.0 * jnp.arange(x.shape[0]))))
+    others = jnp.where(ids == 2, (tokens[None] + jnp.arange(1, 9)[:, None]) % 29, tokens)
+    for parts, competes in [(fixed, False), (Parts(), True)]:
+        decoder, params = Decoder(model, routing, parts), random_params(model, routing, parts, seed=2)
+        run = jax.jit(jax.vmap(lambda t, d=decoder, p=params: d.apply({"params": p}, t, positions, ids)))
+        output = run(jnp.concatenate([tokens[None], others]))
+        first, second = np.asarray(output.hidden)[:, ids == 1], np.asarray(output.hidden)[:, ids == 2]
+        assert np.any(output.trace.selected[..., ids == 1]) and np.any(output.trace.selected[..., ids == 2])
+        assert np.all(np.any(second[1:] != second[:1], -1))
+        assert np.any(first[1:] != first[:1]) == competes
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "unscanned": {"scan": False},
+    "remat dots": {"remat": "dots"},
+    "remat full": {"remat": "full"},
+    "unscanned, remat dots": {"scan": False, "remat": "dots"},
+}
+
+
+def loss_and_gradient(model: ModelConfig, routing: RoutingConfig, params: Any, batch: Batch) -> Any:
+    def loss(params: Any) -> jax.Array:
+        output = apply(Decoder(model, routing), params, batch)
+        return cross_entropy(output.hidden, head_matrix(params), batch["targets"], batch["weights"], 24) / 50
+
+    return jax.value_and_grad(loss)(params)
+
+
+@pytest.fixture(scope="module")
+def scanned(
+    model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
+) -> tuple[Any, Any]:
+    """Parameters, and the loss with its gradient, scanned without rematerialisation."""
+    params = random_params(model, routing)
+    return params, jax.jit(partial(loss_and_gradient, model, routing))(params, tiny_batch)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scan_and_rematerialisation_change_neither_value_nor_gradient(
+    variant: str, model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, scanned: tuple[Any, Any]
+) -> None:
+    params, expected = scanned
+    changed = replace(model, **VARIANTS[variant])
+    result = jax.jit(partial(loss_and_gradient, changed, routing))(params, tiny_batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), result, expected)
+
+
+def test_without_jit_it_is_the_same(routed_run: RunConfig, tiny_batch: Batch, random_params: RandomParams) -> None:
+    """For debugging, in Python from the outermost loop to the single operation: unscanned, one sequence."""
+    model = replace(routed_run.model, scan=False)
+    decoder, params = Decoder(model, routed_run.routing), random_params(model, routed_run.routing)
+    direction = jnp.asarray(np.random.default_rng(0).normal(size=(24, model.width)), jnp.float32)
+
+    def loss(params: Any) -> jax.Array:
+        output: Any = decoder.apply({"params": params}, tiny_batch["tokens"][0])
+        return jnp.sum(output.hidden * direction)
+
+    expected = jax.jit(jax.value_and_grad(loss))(params)
+    with jax.disable_jit():
+        result = jax.value_and_grad(loss)(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), result, expected)
+
+
+def test_keys_and_values_are_kept_when_asked_for_and_hold_the_routed_tokens_original_positions(
+    model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
+) -> None:
+    decoder, params = Decoder(model, routing), random_params(model, routing)
+    row = [tiny_batch[name][2] for name in ("tokens", "positions", "segment_ids")]
+    output: Any = jax.jit(lambda p: decoder.apply({"params": p}, *row, keep_keys_values=True))(params)
+    assert output.keys_values["full_0"].keys_KxMxE.shape == (2, 2, 24, 4)
+    routed = output.keys_values["routed"]
+    assert routed.keys_KxMxE.shape == (2, 2, 6, 4) and np.all(routed.valid_M)
+    for group in range(2):
+        chosen = np.flatnonzero(output.trace.selected[group])
+        np.testing.assert_array_equal(routed.positions_M[group], row[1][chosen])
+        np.testing.assert_array_equal(routed.segment_ids_M[group], row[2][chosen])
+    without: Any = jax.eval_shape(lambda p: decoder.apply({"params": p}, *row), params)
+    assert without.keys_values is None
+
+
+def test_stochastic_routing_without_a_key_says_so(
+    model: ModelConfig, routing: RoutingConfig, random_params: RandomParams
+) -> None:
+    routing = replace(routing, selection="stochastic")
+    decoder, params = Decoder(model, routing), random_params(model, routing)
+    with pytest.raises(ValueError, match="needs a key"):
+        decoder.apply({"params": params}, jnp.zeros(4, jnp.int32))
+
+
+def test_a_vocabulary_of_zero_is_refused(routing: RoutingConfig) -> None:
+    with pytest.raises(ValueError, match=r"model\.vocab_size = 0"):
+        Decoder(ModelConfig(), routing).init(jax.random.key(0), jnp.zeros(4, jnp.int32))
+
+
+def test_initial_parameters_are_plain_float32_dicts_stacked_over_groups(
+    model: ModelConfig, routing: RoutingConfig
+) -> None:
+    shapes: Any = jax.eval_shape(Decoder(model, routing).init, jax.random.key(0), jnp.zeros(4, jnp.int32))["params"]
+    assert type(shapes) is dict and type(shapes["groups"]["routed"]["block"]) is dict
+    assert set(shapes) == {"embedding", "groups", "final_norm"}
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(shapes["groups"])} == {2}
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}

@@ -1,0 +1,168 @@
+"""`mod-star train` as a user meets it: real processes, their output and exit codes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import pytest
+
+from mod_star import presets
+from mod_star.cli import main
+from mod_star.config import RunConfig, to_dict
+from mod_star.training.metrics import read_metrics
+from mod_star.training.run_dir import load_run
+
+COMMAND = [sys.executable, "-m", "mod_star"]
+# Such that a process that imports JAX all the same fails.
+WITHOUT_JAX = "import sys; sys.modules['jax'] = None; from mod_star.cli import main; main(sys.argv[1:])"
+
+
+def call(*argv: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", WITHOUT_JAX, *argv]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line on stderr of a command that must fail with exit code 2."""
+    with pytest.raises(SystemExit) as left:
+        main(["train", *argv])
+    out, err = capsys.readouterr()
+    assert (left.value.code, out) == (2, "")
+    assert re.fullmatch(r"error: [^\n]+\n", err), err
+    return err
+
+
+def test_help_needs_no_jax_and_names_every_field() -> None:
+    top = call("--help")
+    assert top.returncode == 0 and "mod-star train runs/first" in top.stdout
+    found = call("train", "--help")
+    assert found.returncode == 0, found.stderr
+    for group, fields in to_dict(RunConfig()).items():
+        if isinstance(fields, dict):
+            assert f"{group} options" in found.stdout
+            for name in fields:
+                assert f"--{group}.{name.replace('_', '-')}" in found.stdout
+    assert "--parts" in found.stdout
+    # The help shows the defaults of the preset that is asked for.
+    tiny = " ".join(call("train", "--preset", "tiny", "--help").stdout.replace("│", " ").split())
+    assert "--model.width INT Width D of the residual stream. (default: 32)" in tiny
+
+
+def test_options_are_refused_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    for argv, message in (
+        ([run, "--model.widht", "3"], "unknown option --model.widht; perhaps you meant --model.width;"),
+        ([run, "--model.width", "wide"], "--model.width: invalid literal for int"),
+        ([run, "--routing.gate", "relu"], "'relu' for argument '--routing.gate'. Expected one of ('sigmoid',"),
+        ([run, "--model.kv_heads"], "missing value for argument '--model.kv-heads'"),
+        ([run, "--preset", "huge"], "--preset = 'huge': must be one of tiny, small, base"),
+        ([run, "--routing.capacity", "1.5"], "routing.capacity = 1.5: must lie in (0, 1]"),
+        ([run, "--model.heads", "3"], "model.heads = 3: must divide model.width = 256"),
+        ([run, "--model.layers", "5"], "model.layers = 5: must be a multiple of routing.every = 2"),
+        ([run, "twice"], "unknown option twice"),
+        ([], "RUN is missing"),
+    ):
+        assert message in error_of(capsys, *argv)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_underscores_hyphens_and_presets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = []
+    monkeypatch.setattr("mod_star.training.loop.train", lambda run, directory, **_: seen.append((run, directory)))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    argv = "train runs/x --preset=tiny --model.kv_heads 1 --model.head-dim 8 --data.pack False --data.source a b"
+    with pytest.raises(SystemExit) as left:
+        main([*argv.split(), "--train.flops", "1e15"])
+    assert left.value.code == 0
+    (run, directory) = seen[0]
+    tiny = presets.tiny()
+    assert directory == Path("runs/x")
+    assert (run.model.kv_heads, run.model.head_dim, run.model.width) == (1, 8, tiny.model.width)
+    assert (run.data.pack, run.data.source, run.train.flops) == (False, ("a", "b"), 1e15)
+    assert run.optimizer == tiny.optimizer
+
+
+def test_unknown_command() -> None:
+    found = call("trian")
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: unknown command 'trian'; perhaps you meant train;")
+
+
+def test_bad_input_is_one_line_and_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "fine"}\n{"text": \n')
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("42")
+    before = sorted(tmp_path.rglob("*"))
+    run = str(tmp_path / "run")
+    for argv, message in (
+        ([run, "--data.source", str(broken)], "broken.jsonl"),
+        ([run, "--data.source", str(tmp_path / "none.txt")], "none.txt"),
+        ([run, "--data.tokenizer", "none.json"], "none.json"),
+        ([run, "--model.context", "100000000"], "context"),
+        ([str(tmp_path / "thesis")], "neither empty nor a run"),
+        ([str(broken)], "must be a directory, and is a file"),
+        ([run, "--resume-from", "3"], "is not a run yet"),
+    ):
+        assert message in error_of(capsys, "--preset", "tiny", *argv)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_sigterm_and_the_same_command_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    options = "--preset tiny --model.width 16 --train.batch-size 2 --train.steps 160 --train.log-every 20 "
+    options += "--train.eval-every 60 --train.checkpoint-every 60"
+    words = {name: ["train", str(tmp_path / name), *options.split()] for name in ("stopped", "straight")}
+
+    process = subprocess.Popen(
+        [*COMMAND, *words["stopped"]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step" in line and "loss" in line:  # the first step is done
+            break
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143
+    said = re.fullmatch(r"SIGTERM: stopped after step (\d+) of 160, all of it saved. Go on with: (.+)\n", err)
+    assert said, err
+    assert said[2] == f"mod-star {' '.join(words['stopped'])}"
+    assert load_run(tmp_path / "stopped").step == int(said[1]) < 160
+
+    # Meanwhile another configuration is refused there, with the difference.
+    message = error_of(capsys, *words["stopped"][1:], "--train.seed", "1")
+    assert "holds a run of another configuration: train.seed: 0 → 1" in message
+
+    for name, argv in words.items():
+        done = subprocess.run([*COMMAND, *argv], capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        assert f"goes on from step {said[1]}:" in done.stdout or name == "straight"
+    records = [
+        [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_metrics(tmp_path / name)]
+        for name in words
+    ]
+    assert records[0] == records[1]
+    stopped, straight = (load_run(tmp_path / name) for name in words)
+    assert stopped.step == straight.step == 160
+    chex.assert_trees_all_equal(stopped.params, straight.params)
+
+
+def test_ctrl_c_outside_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mod_star.commands.train.run", interrupted)
+    with pytest.raises(SystemExit) as left:
+        main(["train"])
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "aborted; what was saved before is kept\n"
