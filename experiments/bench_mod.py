@@ -62,7 +62,7 @@ def in_turns(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 
 def matrix_products() -> dict[str, tuple[Callable[[], Any], float]]:
-    """Float32 matrix products whose rate stands for the machine's, with their FLOPs: the model's largest and a square."""
+    """Float32 matrix products, the model's largest and a square one, with their FLOPs; the faster rate counts."""
     product = jax.jit(lambda a, b: a @ b)
     found: dict[str, tuple[Callable[[], Any], float]] = {}
     for name, (m, k, n) in {"product_of_mlp": (2048, 512, 1408), "product_square": (2048, 2048, 2048)}.items():
@@ -133,9 +133,14 @@ def calibrated(decoder: Decoder) -> dict[str, Any]:
     predictor = params["groups"]["routed"]["predictor"]
     predictor["output"] = jax.random.normal(jax.random.key(3), predictor["output"].shape)
     tokens = jax.random.randint(jax.random.key(5), (4, CONTEXT), 0, decoder.config.vocab_size)
-    logits_of = jax.jit(
-        lambda params: jax.vmap(lambda t: decoder.apply({"params": params}, t, mode="causal").trace.logits)(tokens)
-    )
+
+    @jax.jit
+    def logits_of(params: dict[str, Any]) -> jax.Array:
+        ids = {"positions": jnp.broadcast_to(jnp.arange(CONTEXT), tokens.shape), "segment_ids": jnp.ones_like(tokens)}
+        trace = forward(decoder, params, {"tokens": tokens} | ids, None, "causal").trace
+        assert trace is not None
+        return trace.logits
+
     for layer in range(predictor["shift"].shape[0]):  # a block's decisions change what the next one sees
         logits = logits_of(params)[:, layer]
         predictor["shift"] = predictor["shift"].at[layer].set(-jnp.quantile(logits, 1 - decoder.routing.capacity))
@@ -168,7 +173,7 @@ def roofline(routing: RoutingConfig, batch_size: int, share: float, bandwidth: f
     weights = 4 * D * D + 3 * D * F
     cache = 2 * D  # elements per slot
     groups = config.layers // 2 if routing.every else config.layers
-    elements = groups * (weights + batch_size * CONTEXT * cache) + config.vocab_size * D
+    elements: float = groups * (weights + batch_size * CONTEXT * cache) + config.vocab_size * D
     flops = 2.0 * batch_size * (groups * (weights + CONTEXT * cache) + config.vocab_size * D)
     if routing.every:
         slots = causal_slots(routing, CONTEXT)
@@ -179,7 +184,7 @@ def roofline(routing: RoutingConfig, batch_size: int, share: float, bandwidth: f
 
 
 def decoding(generators: dict[str, Generator], batch_size: int, burst: int = 8, bursts: int = 12) -> dict[str, float]:
-    """Median seconds of one decoding step, dense and MoD in turns, with a full context of caches; and the routed share."""
+    """Median seconds of one decoding step, dense and MoD in turns, with caches for a full context; the routed share."""
     rng = np.random.default_rng(0)
     room = burst * (bursts + 1)
     prompts = [rng.integers(0, 4096, CONTEXT - room).tolist() for _ in range(batch_size)]

@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -118,9 +118,7 @@ def demo(options: Options) -> None:
     console.print(f"\n[dim]{duration(time.perf_counter() - began)} in all[/]")
 
 
-def comparison(
-    summaries: dict[str, TrainSummary], loaded: dict[str, LoadedRun], speeds: dict[str, float]
-) -> Padding:
+def comparison(summaries: dict[str, TrainSummary], loaded: dict[str, LoadedRun], speeds: dict[str, float]) -> Padding:
     """The table: a column per model, and what MoD comes to beside dense."""
     rows: list[list[Cell]] = []
 

@@ -80,7 +80,7 @@ def training_flops(model: ModelConfig, routing: RoutingConfig, tokens: int, part
     step = dataclasses.replace(step, predictor=2 * forward.predictor)
     if model.remat == "full":
         step += dataclasses.replace(forward, head=0.0)
-        if routing.every == 0 and parts is DEFAULT_PARTS:
+        if routing.every == 0 and parts == DEFAULT_PARTS:
             # The last product of a group is not needed again, but for a gate's gradient: here, every block's down.
             step += Flops(mlp=-forward.mlp / 3)
     elif model.remat == "dots":

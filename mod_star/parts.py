@@ -31,8 +31,9 @@ def load_parts(reference: str | None) -> Parts:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"parts = {reference!r}: {path} fails with {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"parts = {reference!r}: {path} fails with {type(error).__name__}: {said}") from error
     found = getattr(module, name, None)
     if not isinstance(found, Parts):
         raise InputError(f"parts = {reference!r}: {name} must be a mod_star.Parts, found {type(found).__name__}")

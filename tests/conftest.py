@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ import pytest
 from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, TrainConfig
 from mod_star.model import Decoder
 from mod_star.model.parts import DEFAULT_PARTS, Parts
+from mod_star.presets import tiny
+from mod_star.training.loop import train
 from mod_star.training.optimizer import make_optimizer
 from mod_star.training.state import TrainState, init_params
 
@@ -110,3 +113,18 @@ def _random_state() -> Callable[..., TrainState]:
 def scatters() -> Callable[[str], list[str]]:
     """Finds scatters in the text of a program: StableHLO's, XLA's, and loops that XLA made of one."""
     return re.compile(r"\"stablehlo\.scatter\"|\S+ = \S+ scatter\(|op_name=\"[^\"]*/scatter[^\"]*").findall
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a complete run with checkpoints 6 and 12, to load and sample from. Tests leave it as it is."""
+    run = tiny()
+    run = replace(
+        run,
+        model=replace(run.model, width=16, layers=4, heads=2, mlp_width=24),
+        routing=replace(run.routing, causal_rule="router", headroom=1.0),  # its caches soon are full
+        train=replace(run.train, steps=12, checkpoint_every=6, eval_every=0, eval_batches=1),
+    )
+    path = tmp_path_factory.mktemp("trained") / "run"
+    train(run, path, quiet=True)
+    return path

@@ -30,7 +30,8 @@ def router(params, x):  # a small MLP instead of one projection
 
 def mlp_init(key, config):
     up, down = jax.random.split(key)
-    return {"up": jax.random.normal(up, (config.width, 20)) / 4, "down": jax.random.normal(down, (20, config.width)) / 4}
+    D = config.width
+    return {"up": jax.random.normal(up, (D, 20)) / 4, "down": jax.random.normal(down, (20, D)) / 4}
 
 def mlp(params, x):
     return jax.nn.gelu(x @ params["up"].astype(x.dtype)) @ params["down"].astype(x.dtype)
@@ -48,10 +49,10 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_router_and_a_feed_forward_of_ones_own_train_through_the_library(
-    file: Path, tiny_run: RunConfig, tiny_batch: dict[str, jax.Array], random_state: Callable[..., TrainState]
+    file: Path, routed_run: RunConfig, tiny_batch: dict[str, jax.Array], random_state: Callable[..., TrainState]
 ) -> None:
     parts = load_parts(f"{file}:parts")
-    run = replace(tiny_run, parts=f"{file}:parts")
+    run = replace(routed_run, parts=f"{file}:parts")
     state = random_state(run, parts)
     routed = state.params["groups"]["routed"]
     assert set(routed["router"]) == {"hidden", "output"} and set(routed["block"]["feed_forward"]) == {"up", "down"}
@@ -116,7 +117,9 @@ def test_a_reference_that_is_no_good_is_one_clear_line(file: Path, reference: st
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("source", ["1/0", "def (", "import no_such_module", "raise SystemExit(3)"])
+@pytest.mark.parametrize(
+    "source", ["1/0", "def (", "import no_such_module", "raise SystemExit(3)", "raise ValueError('a\\nb')"]
+)
 def test_a_file_that_fails_is_one_clear_line(tmp_path: Path, source: str) -> None:
     path = tmp_path / "broken.py"
     path.write_text(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +43,9 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
     options = parse_options(RoutesOptions, argv, "mod-star routes")
     if (options.text is None) == (options.text_file is None):
-        raise InputError("--text: give a text either so or with --text-file")
+        raise InputError("--text: give a text either so or with --text-file, and not both")
     png = options.run / PNG_FILE if options.png is None else options.png
-    require(png.suffix == ".png", "--png", str(png), "must end with .png")
+    require(png.suffix == ".png" and not png.is_dir(), "--png", str(png), "must be a file that ends with .png")
 
     from rich.console import Console
 
@@ -56,6 +57,8 @@ def run(argv: Sequence[str]) -> None:
 
     text = read_text(str(options.text_file)) if options.text is None else options.text
     loaded = load_run(options.run, options.step)
+    place = next(parent for parent in png.absolute().parents if parent.exists())
+    require(place.is_dir() and os.access(place, os.W_OK), "--png", str(png), f"{place} is not a writable directory")
     keep_compiled_programs()
     routes = routes_of(loaded, text, options.mode)
     shown = (routes.tokens, routes.routed_LxN, routes.block_names)
@@ -63,8 +66,5 @@ def run(argv: Sequence[str]) -> None:
     console.print(routes_text(*shown))
     if routes.overflow:
         console.print(f"{routes.overflow} times a block wanted a token but its cache was full (routing.headroom)")
-    try:
-        plot_routes(png, *shown, title=f"Which tokens each routed block computed ({options.mode} routing)")
-    except OSError as error:
-        raise InputError(f"--png = {str(png)!r}: cannot be written: {error.strerror}") from error
+    plot_routes(png, *shown, title=f"Which tokens each routed block computed ({options.mode} routing)")
     console.print(f"picture: {png}", markup=False, soft_wrap=True)

@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> None:
     require(0 <= options.seed < 2**32, "--seed", options.seed, "must lie in [0, 2^32)")
     require(all(options.stop), "--stop", "", "must not be empty")
     if options.prompt and options.prompt_file is not None:
-        raise InputError("--prompt-file: give prompts either so or with --prompt")
+        raise InputError("--prompt-file: give prompts either so or with --prompt, not both")
 
     # Only now, when the command line is known to be good: JAX takes seconds to import.
     from mod_star.decoding import Sampling

@@ -1,0 +1,289 @@
+"""Every field is alive, every bad value is one clear line that names its field."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mod_star import presets
+from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, TrainConfig, from_dict, to_dict
+from mod_star.errors import InputError
+from mod_star.flops import training_step_flops
+from mod_star.model import Decoder
+from mod_star.model.attention import use_fused
+from mod_star.training.optimizer import make_optimizer
+from mod_star.training.state import init_params, init_state
+from mod_star.training.step import forward, make_loss, make_train_step
+
+GROUPS: dict[str, Any] = {
+    "model": ModelConfig,
+    "routing": RoutingConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+}
+RUN = RunConfig(
+    ModelConfig(vocab_size=13, width=8, layers=2, heads=2, mlp_width=6, context=12),
+    RoutingConfig(capacity=0.25, predictor_width=4),
+    optimizer=OptimizerConfig(warmup_steps=2),
+    train=TrainConfig(batch_size=2, loss_chunk=12),
+)
+
+
+def shapes(run: RunConfig) -> tuple[Any, Any]:
+    """Of the parameters and of a batch."""
+    ids = jax.ShapeDtypeStruct((run.train.batch_size, 12), jnp.int32)
+    batch: dict[str, Any] = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), ids)
+    batch["weights"] = jax.ShapeDtypeStruct(ids.shape, jnp.float32)
+    return jax.eval_shape(lambda: init_params(Decoder(run.model, run.routing), 0)), batch
+
+
+def program(run: RunConfig) -> str:
+    """The gradient of the loss, as XLA gets it; with a key, which only stochastic routing uses."""
+    loss = make_loss(Decoder(run.model, run.routing), run)
+    one = jnp.float32(1)
+
+    def gradient(params: Any, batch: Any) -> Any:
+        return jax.grad(lambda p: loss(p, batch, jax.random.key(0), one, one)[0])(params)
+
+    return jax.jit(gradient).lower(*shapes(run)).as_text()
+
+
+def causal_program(run: RunConfig) -> str:
+    decoder = Decoder(run.model, run.routing)
+    return jax.jit(lambda p, b: forward(decoder, p, b, None, "causal").hidden).lower(*shapes(run)).as_text()
+
+
+def step_program(run: RunConfig) -> str:
+    decoder = Decoder(run.model, run.routing)
+    state = jax.eval_shape(lambda: init_state(decoder, run, 10))
+    return jax.jit(make_train_step(decoder, run, 10)).lower(state, shapes(run)[1]).as_text()
+
+
+def updates(run: RunConfig) -> list[float]:
+    """What three optimizer steps of a run of twelve, and its last, do to a matrix with large and small gradients."""
+    optimizer = make_optimizer(run.optimizer, 12)
+    params = {"embedding": jnp.ones((2, 2))}
+    state, found = optimizer.init(params), []
+    update = jax.jit(optimizer.update)
+    for step in range(12):
+        grads = {"embedding": jnp.asarray([[3.0, -1.0], [1e-7, 0.5 * step]])}
+        change, state = update(grads, state, params)
+        found.extend(change["embedding"].ravel().tolist())
+    return found
+
+
+def first_key(run: RunConfig) -> list[int]:
+    key: Any = jax.jit(lambda: init_state(Decoder(run.model, run.routing), run, 10).key)()
+    return jax.random.key_data(key).tolist()
+
+
+def with_fields(run: RunConfig, group: str, **fields: Any) -> RunConfig:
+    return replace(run, **{group: replace(getattr(run, group), **fields)})
+
+
+Observed = Callable[[RunConfig], Any]
+fused_there: Observed = lambda run: use_fused(run.model, 8)  # noqa: E731
+
+# For each field another value, where to see that it matters, and what else to set for it to matter.
+ALIVE: dict[str, tuple[Any, Observed, dict[str, Any]]] = {
+    "model.vocab_size": (14, program, {}),
+    "model.width": (16, program, {}),
+    "model.layers": (4, program, {}),
+    "model.heads": (4, program, {}),
+    "model.kv_heads": (1, program, {}),
+    "model.head_dim": (6, program, {}),
+    "model.mlp_width": (5, program, {}),
+    "model.context": (10, training_step_flops, {}),
+    "model.rope_theta": (20.0, program, {}),
+    "model.norm_eps": (0.01, program, {}),
+    "model.tie_embeddings": (False, program, {}),
+    "model.dtype": ("bfloat16", program, {}),
+    "model.attention": ("fused", fused_there, {"model": {"dtype": "bfloat16"}}),
+    "model.remat": ("dots", program, {}),
+    "model.scan": (False, program, {}),
+    "routing.every": (1, program, {}),
+    "routing.capacity": (0.5, program, {}),
+    "routing.capacity_tokens": (5, program, {}),
+    "routing.gate": ("tanh", program, {}),
+    "routing.causal_rule": ("router", program, {}),
+    "routing.predictor_width": (5, program, {}),
+    "routing.auxiliary_weight": (0.5, program, {}),
+    "routing.selection": ("stochastic", program, {}),
+    "routing.headroom": (2.0, causal_program, {}),
+    "optimizer.learning_rate": (0.1, updates, {}),
+    "optimizer.schedule": ("wsd", updates, {}),
+    "optimizer.warmup_steps": (4, updates, {}),
+    "optimizer.decay_fraction": (0.5, updates, {"optimizer": {"schedule": "wsd"}}),
+    "optimizer.final_fraction": (0.5, updates, {}),
+    "optimizer.weight_decay": (0.0, updates, {}),
+    "optimizer.b1": (0.5, updates, {}),
+    "optimizer.b2": (0.5, updates, {}),
+    "optimizer.eps": (1e-3, updates, {}),
+    "optimizer.clip": (0.0, updates, {}),
+    "train.batch_size": (4, training_step_flops, {}),
+    "train.accumulation": (2, step_program, {}),
+    "train.seed": (1, first_key, {}),
+    "train.loss_chunk": (4, program, {}),
+}
+# The loop's: tests/training/test_loop.py tests what they do.
+OF_THE_LOOP = {"steps", "flops", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"}
+OF_THE_LOOP |= {"max_skipped"}
+FIELDS = [f"{group}.{field.name}" for group, kind in GROUPS.items() for field in dataclasses.fields(kind)]
+
+
+@pytest.fixture(scope="module")
+def before() -> Callable[[Observed, RunConfig], Any]:
+    """What is observed of a run with the field unchanged; each computed once."""
+    seen: dict[Any, Any] = {}
+
+    def look(observe: Observed, run: RunConfig) -> Any:
+        if (observe, run) not in seen:
+            seen[observe, run] = observe(run)
+        return seen[observe, run]
+
+    return look
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name.removeprefix("train.") not in OF_THE_LOOP])
+def test_every_field_changes_something(name: str, before: Callable[[Observed, RunConfig], Any]) -> None:
+    assert name in ALIVE, f"{name} is new: say here what it changes"
+    value, observe, others = ALIVE[name]
+    run = RUN
+    for group, fields in others.items():
+        run = with_fields(run, group, **fields)
+    group, field = name.split(".")
+    assert getattr(getattr(run, group), field) != value
+    assert observe(with_fields(run, group, **{field: value})) != before(observe, run)
+
+
+@pytest.mark.parametrize("observe", [program, causal_program, step_program, updates, first_key])
+def test_what_is_observed_is_the_same_when_nothing_changes(
+    observe: Observed, before: Callable[[Observed, RunConfig], Any]
+) -> None:
+    """Or the test above could not fail: no addresses, no counters in it."""
+    assert observe(replace(RUN, parts=None)) == before(observe, RUN)
+
+
+def test_the_loop_reads_its_fields() -> None:
+    loop = (Path(__file__).parent.parent / "mod_star/training/loop.py").read_text()
+    assert {name for name in OF_THE_LOOP if not re.search(rf"\btrain\.{name}\b", loop)} == set()
+    assert {f"train.{name}" for name in OF_THE_LOOP} <= set(FIELDS)
+
+
+INVALID: dict[str, list[Any]] = {
+    "model.vocab_size": [-1, 2.5, None],
+    "model.width": [0, -8, 8.0, "8", True],
+    "model.layers": [0],
+    "model.heads": [0, 3],
+    "model.kv_heads": [0, 3, -1],
+    "model.head_dim": [0, 3, -2],
+    "model.mlp_width": [0],
+    "model.context": [1, 0],
+    "model.rope_theta": [1.0, float("nan"), float("inf")],
+    "model.norm_eps": [0.0, 1.0, float("nan")],
+    "model.tie_embeddings": [1, "yes"],
+    "model.dtype": ["float16", jnp.float32],
+    "model.attention": ["flash", "fused"],  # fused: without bfloat16
+    "model.remat": ["some"],
+    "model.scan": [None],
+    "routing.every": [-1, 1.5],
+    "routing.capacity": [0.0, -0.1, 1.01, float("nan"), "0.5"],
+    "routing.capacity_tokens": [0, 3.0],
+    "routing.gate": ["relu"],
+    "routing.causal_rule": ["none"],
+    "routing.predictor_width": [0],
+    "routing.auxiliary_weight": [-0.1, float("nan"), float("inf")],
+    "routing.selection": ["random"],
+    "routing.headroom": [0.9, float("nan"), float("inf")],
+    "optimizer.learning_rate": [0.0, -1.0, float("nan"), float("inf")],
+    "optimizer.schedule": ["linear"],
+    "optimizer.warmup_steps": [-1, 0.5],
+    "optimizer.decay_fraction": [0.0, 1.1],
+    "optimizer.final_fraction": [-0.1, 1.1],
+    "optimizer.weight_decay": [-0.1, float("inf")],
+    "optimizer.b1": [-0.1, 1.0],
+    "optimizer.b2": [-0.1, 1.0, float("nan")],
+    "optimizer.eps": [0.0, -1e-8],
+    "optimizer.clip": [-1.0, float("nan")],
+    "train.steps": [0, 1.5],
+    "train.flops": [0.0, -1.0, float("nan"), float("inf")],
+    "train.batch_size": [0],
+    "train.accumulation": [0, 3],
+    "train.seed": [-1],
+    "train.loss_chunk": [0],
+    "train.log_every": [0],
+    "train.eval_every": [-1],
+    "train.eval_batches": [0],
+    "train.checkpoint_every": [-1],
+    "train.keep_checkpoints": [0],
+    "train.max_skipped": [0],
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_bad_value_is_an_error_that_names_field_value_and_what_is_allowed(name: str) -> None:
+    group, field = name.split(".")
+    for value in INVALID[name]:
+        with pytest.raises(InputError) as error:
+            GROUPS[group](**{field: value})
+        message = str(error.value)
+        assert message.startswith(f"{name} = {value!r}: "), message
+        assert len(message.split(": ", 1)[1]) > 5 and "\n" not in message
+
+
+def test_choices_are_named() -> None:
+    with pytest.raises(InputError, match=r"^routing\.gate = 'relu': must be one of sigmoid, identity, tanh$"):
+        RoutingConfig(gate="relu")  # type: ignore[arg-type]
+
+
+def test_numbers_of_other_kinds_are_numbers() -> None:
+    assert RoutingConfig(capacity=1).capacity == 1
+    assert ModelConfig(width=jnp.int32(8).item(), rope_theta=500).rope_theta == 500
+
+
+@pytest.mark.parametrize(
+    ("model", "routing", "name"),
+    [
+        (ModelConfig(layers=3), RoutingConfig(every=2), "model.layers = 3"),
+        (ModelConfig(layers=2), RoutingConfig(every=4), "model.layers = 2"),
+        (ModelConfig(context=64), RoutingConfig(capacity_tokens=65), "routing.capacity_tokens = 65"),
+    ],
+)
+def test_fields_that_do_not_fit_each_other(model: ModelConfig, routing: RoutingConfig, name: str) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(name)}: must be"):
+        RunConfig(model, routing)
+    RunConfig(model, replace(routing, every=0))
+
+
+def test_sizes_that_follow_from_others() -> None:
+    config = ModelConfig(width=96, heads=6)
+    assert (config.head_size, config.key_heads, config.hidden_width) == (16, 6, 256)
+    config = ModelConfig(width=96, heads=5, head_dim=20, kv_heads=1, mlp_width=7)
+    assert (config.head_size, config.key_heads, config.hidden_width) == (20, 1, 7)
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_a_preset_survives_json(preset: str) -> None:
+    run = presets.PRESETS[preset]()
+    assert from_dict(json.loads(json.dumps(to_dict(run)))) == run
+    dense = presets.dense(run)
+    assert dense.routing.every == 0 and replace(dense, routing=run.routing) == run
+
+
+def test_a_stored_configuration_has_every_field_and_no_other() -> None:
+    stored = to_dict(RUN)
+    for broken, said in [
+        ({**stored, "modle": {}}, "modle"),
+        ({name: group for name, group in stored.items() if name != "routing"}, "routing"),
+        ({**stored, "model": {**stored["model"], "depth": 3}}, "depth"),
+        ({**stored, "train": {n: v for n, v in stored["train"].items() if n != "seed"}}, "seed"),
+    ]:
+        with pytest.raises(InputError, match=f"unknown or missing fields.*{said}"):
+            from_dict(broken)
