@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -25,6 +26,12 @@ from mod_star.training.run_dir import LoadedRun, load_run
 
 TEXT = "The é of\ntokens, and a few more words."
 TOKENS = 1 + len(TEXT.encode())
+
+
+@pytest.fixture(autouse=True)
+def no_cache_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process the setting would stay for all other tests."""
+    monkeypatch.setattr("mod_star.commands.routes.keep_compiled_programs", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +89,8 @@ def test_the_command_shows_shares_and_draws_a_picture(trained_run: Path, tmp_pat
     file.write_text(TEXT)
     words = [sys.executable, "-m", "mod_star", "routes", str(trained_run), "--mode", "top_k"]
     words += ["--text-file", str(file), "--png", str(png)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
@@ -93,11 +101,10 @@ def test_the_command_shows_shares_and_draws_a_picture(trained_run: Path, tmp_pat
 
 
 def test_the_picture_stands_in_the_run_if_nothing_else_is_said(
-    trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn: list[Path] = []
     monkeypatch.setattr("mod_star.plots.plot_routes", lambda path, *_, **__: drawn.append(path))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     with pytest.raises(SystemExit) as left:
         main(["routes", str(trained_run), "--text", TEXT, "--step", "6"])
     assert left.value.code == 0

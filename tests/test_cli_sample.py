@@ -108,12 +108,12 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
 
 
 @pytest.fixture
-def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def trace(*_: Any, **__: Any) -> None:
         raise AssertionError("bad input must be found before anything is compiled")
 
     monkeypatch.setattr(Generator, "_prefill_fn", trace)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("mod_star.commands.sample.keep_compiled_programs", lambda: None)  # it would stay set
 
 
 @pytest.mark.usefixtures("nothing_is_compiled")

@@ -1,0 +1,72 @@
+"""The experiment as a user starts it, on a few steps, and the tables that come of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.mod_vs_dense_report import report
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """As much like ../shared/data as matters: enough for a tokenizer and for one sequence held out."""
+    draw = random.Random(0)
+    directory = tmp_path / "data"
+    directory.mkdir()
+    problems = []
+    for _ in range(300):
+        a, b = draw.randrange(1000), draw.randrange(1000)
+        question = f"A farmer has {a} hens and buys {b} more at the market in town. How many hens are there?"
+        problems.append({"question": question, "answer": f"{a} + {b} = {a + b} hens.\n#### {a + b}"})
+    (directory / "gsm8k_train.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    scene = "".join(f"FIRST CITIZEN:\nThou hast {draw.randrange(10**6)} ducats, sir.\n\n" for _ in range(400))
+    (directory / "tinyshakespeare.txt").write_text(scene)
+    return directory
+
+
+def test_three_arms_and_their_tables(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "experiments.mod_vs_dense", "--data", str(data), "--out", str(out)]
+    environment = os.environ | {"COLUMNS": "100"}
+    done = subprocess.run(
+        [*command, "--flops", "7e10", "--seeds", "1"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert "not complete" not in done.stdout
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    assert set(runs) == {"dense-0", "mod-0", "stochastic-0"}
+    assert runs["mod-0"]["steps"] > runs["dense-0"]["steps"] >= 1
+    assert runs["mod-0"]["gap"] == pytest.approx(runs["mod-0"]["loss_causal"] - runs["mod-0"]["loss"])
+    assert "accuracy" not in runs["stochastic-0"], "there is nothing to predict"
+    assert (out / "curves.png").stat().st_size > 10_000
+
+    # A second seed, made up: dense 0.5 worse, MoD the same.
+    for arm, more in (("dense", 0.5), ("mod", 0.0)):
+        shutil.copytree(out / f"{arm}-0", out / f"{arm}-1")
+        path = out / f"{arm}-1" / "summary.json"
+        summary = json.loads(path.read_text())
+        summary["evaluation"]["eval_loss"] += more
+        path.write_text(json.dumps(summary))
+    report(out, ["dense", "mod", "stochastic"], 2)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "left out of the tables: stochastic-1 (not begun)" in shown
+    difference = runs["mod-0"]["loss"] - runs["dense-0"]["loss"]
+    row = (
+        f"| MoD, routed as trained | {difference:+.4f} | {difference - 0.5:+.4f} | {difference - 0.25:+.4f} ± 0.3536 |"
+    )
+    assert row in (out / "results.md").read_text()
+
+
+def test_a_report_on_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report(tmp_path, ["dense"], 1)
+    assert capsys.readouterr().out.startswith("not complete, left out of the tables: dense-0 (not begun)")
+    assert list(tmp_path.iterdir()) == []

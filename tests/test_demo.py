@@ -1,0 +1,57 @@
+"""The demo, on a budget of a few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments.demo import main, verdict
+from mod_star.training.loop import TrainSummary
+from mod_star.training.run_dir import load_run
+
+
+def summary(steps: int, **evaluation: float) -> TrainSummary:
+    return TrainSummary("", steps, 1, 1.0, 1, 1.0, 1.0, 1.0, 0, evaluation)
+
+
+def test_both_models_the_result_and_the_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")
+    argv = ["--directory", str(tmp_path / "demo"), "--flops", "2e10"]
+    main(argv)
+    first = capsys.readouterr().out
+    main(argv)
+    again = capsys.readouterr().out
+    for shown in (first, again):
+        assert "\x1b" not in shown, "plain text where it goes to a file"
+        lines = [line.strip() for line in shown.splitlines()]
+        for start in (
+            "parameters  ",
+            "held-out loss, nats per byte  ",
+            "the same under causal routing  ",
+            "decoded tokens/s, one text  ",
+            "The following statement",
+            "computed by  0   1   2   3  of 3 routed blocks",
+            "block 6  ",
+        ):
+            assert any(line.startswith(start) for line in lines), start
+    assert "steps," in first and "is complete already" not in first
+    assert again.count("is complete already") == 2, "nothing is trained twice"
+    assert {path.name for path in (tmp_path / "demo").glob("*.png")} == {"curves.png", "routes.png"}
+    dense, mod = (load_run(tmp_path / "demo" / name) for name in ("dense", "mod"))
+    assert 1 <= dense.step < mod.step, "equal FLOPs are more steps of the cheaper model"
+
+    with pytest.raises(SystemExit) as left:
+        main([*argv[:-1], "3e10"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.endswith("train.flops: 20000000000.0 → 30000000000.0\n")
+
+
+def test_the_verdict_says_which_is_worse() -> None:
+    dense = summary(100, eval_loss=2.0)
+    said = verdict({"dense": dense, "MoD": summary(150, eval_loss=1.9, eval_loss_causal=2.25)})
+    assert "1.50 times as many steps" in said
+    assert "0.100 nats per byte lower" in said and "0.250 nats per byte higher" in said
