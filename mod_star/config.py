@@ -136,7 +136,7 @@ class RoutingConfig:
     capacity: float = 0.125
     """Share of a sequence's tokens that a routed block computes, in (0, 1]."""
     capacity_tokens: int | None = None
-    """The same as an absolute count for a full context; overrides capacity."""
+    """The same as an absolute count, whatever the length of the sequence; overrides capacity."""
     gate: Literal["sigmoid", "identity", "tanh"] = "sigmoid"
     """What scales a routed block's output: sigmoid(r), r (the paper), or 1 + 0.2 tanh(r)."""
     causal_rule: Literal["predictor", "router"] = "predictor"
@@ -144,7 +144,7 @@ class RoutingConfig:
     predictor_width: int = 64
     """Hidden width of the predictor."""
     auxiliary_weight: float = 0.01
-    """Weight of the binary cross-entropy that trains the causal rule."""
+    """Weight of the binary cross-entropy that trains the causal rule. With the predictor, Adam makes it matter little."""
     selection: Literal["learned", "stochastic"] = "learned"
     """learned: top-C by router score. stochastic: top-C of Gaussian noise, the paper's control."""
     headroom: float = 1.5

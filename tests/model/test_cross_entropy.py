@@ -57,9 +57,9 @@ def test_logits_too_large_for_exp_are_fine() -> None:
 def test_in_bfloat16_the_sum_and_the_head_gradient_are_float32_and_no_factor_is_rounded() -> None:
     given = inputs(jnp.bfloat16)
     factor = 1 / 3000  # rounds by 0.2 % in bfloat16
-    value, (hidden, head) = jax.value_and_grad(lambda *a: cross_entropy(*a, 4) * factor, (0, 1))(*given)
+    value, (hidden, head) = jax.jit(jax.value_and_grad(lambda *a: cross_entropy(*a, 4) * factor, (0, 1)))(*given)
     assert value.dtype == jnp.float32 and hidden.dtype == jnp.bfloat16 and head.dtype == jnp.float32
-    expected, (expected_hidden, expected_head) = jax.value_and_grad(lambda *a: full(*a) * factor, (0, 1))(
+    expected, (expected_hidden, expected_head) = jax.jit(jax.value_and_grad(lambda *a: full(*a) * factor, (0, 1)))(
         given[0].astype(jnp.float32), *given[1:]
     )
     np.testing.assert_allclose(value, expected, rtol=0.01)
@@ -67,5 +67,5 @@ def test_in_bfloat16_the_sum_and_the_head_gradient_are_float32_and_no_factor_is_
     np.testing.assert_allclose(head, expected_head, atol=0.02 * scale)
     np.testing.assert_allclose(hidden.astype(jnp.float32), expected_hidden, atol=0.02 * np.abs(expected_hidden).max())
     # Before the last rounding of each element, gradients are exactly proportional to the factor.
-    unscaled = jax.grad(cross_entropy)(*given, 4)
+    unscaled = jax.jit(jax.grad(lambda *a: cross_entropy(*a, 4)))(*given)
     np.testing.assert_array_equal(hidden, (unscaled.astype(jnp.float32) * jnp.float32(factor)).astype(jnp.bfloat16))
