@@ -15,7 +15,7 @@ from rich.console import Console
 
 from mod_star.flops import training_step_flops
 from mod_star.model.routing import capacity_of
-from mod_star.plots import COLOURS, DASHED, DOTTED, DPI, GREY, PALE, SOLID
+from mod_star.plots import COLOURS, DOTTED, DPI, GREY, INK, PALE, SOLID
 from mod_star.terminal import result_table, short_number
 from mod_star.training.loop import SUMMARY_FILE
 from mod_star.training.metrics import METRICS_FILE, read_metrics
@@ -40,6 +40,11 @@ MEASURES = (
     ("overflow", "share turned away, slots full", "{:.3%}"),
     ("gate", "mean gate of routed tokens", "{:.3f}"),
 )
+
+MARKED: dict[str, Any] = {"marker": "o", "markersize": 3.5}
+FAINT: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.6}
+# Dark and thin: both routings nearly coincide, and either must be seen.
+DASHES: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 4))}
 
 
 @dataclass(frozen=True)
@@ -195,20 +200,24 @@ def plot(runs: list[Run], arms: Sequence[str], path: Path) -> None:
     losses, accuracy = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
     for arm, colour in zip(arms, COLOURS, strict=False):
         of_arm = _of(runs, arm)
-        _band(losses, of_arm, "eval_loss", colour, SOLID, NAMES[arm])
-        _band(losses, of_arm, "eval_loss_causal", colour, DASHED, None)
+        finals = [run.result["loss"] for run in of_arm if run.result]
+        label = f"{NAMES[arm]}: {_spread(finals, '{:.3f}')}" if finals else NAMES[arm]
+        _band(losses, of_arm, "eval_loss", colour, SOLID | MARKED, label)
+        _band(losses, of_arm, "eval_loss_causal", colour, DASHES)
         if arm == "mod":
-            _band(accuracy, of_arm, "eval_predictor_accuracy", colour, SOLID, "held out")
-            _band(accuracy, of_arm, "predictor_accuracy", colour, {"linewidth": 0.8, "alpha": 0.6}, "training batches")
+            _band(accuracy, of_arm, "eval_predictor_accuracy", colour, SOLID | MARKED, "held out")
+            _band(accuracy, of_arm, "predictor_accuracy", colour, FAINT, "training batches")
             skip = [run.result["skip"] for run in of_arm if run.result]
             if skip:
                 accuracy.axhline(skip[0], color=GREY, label="always “skip”", **DOTTED)
     losses.set_title("Equal training FLOPs", loc="left", fontsize=12, fontweight="bold")
     losses.set_ylabel("held-out loss (nats per token)")
-    losses.add_artist(losses.legend(loc="upper right", frameon=False))
+    losses.add_artist(
+        losses.legend(loc="upper right", title="held-out loss at the end", alignment="left", frameon=False)
+    )
     styles = [
         Line2D([], [], color=GREY, label="routed as trained", **SOLID),
-        Line2D([], [], color=GREY, label="routed causally", **DASHED),
+        Line2D([], [], label="routed causally", **DASHES),
         Patch(color=GREY, alpha=0.2, linewidth=0, label="from the lowest seed to the highest"),
     ]
     losses.legend(handles=styles, loc="lower left", frameon=False, fontsize=9)
@@ -227,13 +236,13 @@ def plot(runs: list[Run], arms: Sequence[str], path: Path) -> None:
     figure.savefig(path)
 
 
-def _band(axes: Axes, runs: list[Run], name: str, colour: str, style: dict[str, Any], label: str | None) -> None:
+def _band(axes: Axes, runs: list[Run], name: str, colour: str, style: dict[str, Any], label: str | None = None) -> None:
     """Draws the mean over the runs that have reached a step, and the range where there are several."""
     steps, columns = _columns(runs, name)
     if not steps.size:
         return
     x = steps * runs[0].step_flops
-    axes.plot(x, [np.mean(column) for column in columns], color=colour, label=label, **style)
+    axes.plot(x, [np.mean(column) for column in columns], label=label, **{"color": colour} | style)
     low, high = [min(column) for column in columns], [max(column) for column in columns]
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 

@@ -144,7 +144,7 @@ class RoutingConfig:
     predictor_width: int = 64
     """Hidden width of the predictor."""
     auxiliary_weight: float = 0.01
-    """Weight of the binary cross-entropy that trains the causal rule. With the predictor, Adam makes it matter little."""
+    """Weight of the loss that trains the causal rule; of little effect on a predictor, which Adam scales anyway."""
     selection: Literal["learned", "stochastic"] = "learned"
     """learned: top-C by router score. stochastic: top-C of Gaussian noise, the paper's control."""
     headroom: float = 1.5
