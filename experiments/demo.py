@@ -40,8 +40,8 @@ from mod_star.training.interrupt import Interrupted
 from mod_star.training.loop import TrainingError, TrainSummary, train
 from mod_star.training.run_dir import LoadedRun, load_run
 
-PROMPT = "The following statement"
-SAMPLING = Sampling(temperature=0.7)
+PROMPT = "When a function is called, "
+SAMPLING = Sampling(temperature=0.6)
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ def demo(options: Options) -> None:
     keep_compiled_programs()
     console = Console(highlight=False)
     mod = mod_run(options.flops)
+    console.print(f"Two models, the same text, {short_number(options.flops)} FLOP of training each")
     paths = {"dense": options.directory / "dense", "MoD": options.directory / "mod"}
     summaries = {
         "dense": train(presets.dense(mod), paths["dense"]),
@@ -254,7 +255,7 @@ def whereabouts(directory: Path, paths: dict[str, Path]) -> str:
         f"{directory}/routes.png   the picture above\n"
         f"{directory}/dense, {directory}/mod   configuration, checkpoint, metrics.jsonl, TensorBoard events\n"
         "\n[bold]Try next[/]\n"
-        f"{program} sample {mod} --prompt 'The import statement' --temperature 0.7\n"
+        f"{program} sample {mod} --prompt 'The import statement' --temperature 0.6\n"
         f"{program} routes {mod} --text 'If the name is not found, an exception is raised.'\n"
         f"{program} train runs/mine --data.source 'notes/*.txt'   # your own text; train --help explains the rest"
     )

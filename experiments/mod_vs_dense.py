@@ -5,9 +5,9 @@
 
 The text is GSM8K (97 % of the documents) and tinyshakespeare (3 %) in BPE tokens. `--out` holds the runs, and after
 the report results.json, results.md (the tables below) and curves.png. Two runs at a time, one CPU core each, so their
-minutes are those of one core; interrupted, the same command goes on.
+minutes are those of one core, whatever else it had to do; interrupted, the same command goes on.
 
-RESULTS_GO_HERE
+Measured on two cores of an Intel Xeon: (the tables of results.md, once all nine runs are complete)
 """
 
 from __future__ import annotations

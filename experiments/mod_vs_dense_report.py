@@ -24,21 +24,21 @@ from mod_star.training.run_dir import is_run, read_config
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NAMES = {"dense": "dense", "mod": "MoD", "stochastic": "stochastic control"}
+NAMES = {"dense": "dense", "mod": "MoD", "stochastic": "stochastic"}
 
 # What is measured of a complete run: key, the table's words, how its numbers are shown.
 MEASURES = (
     ("steps", "optimizer steps", "{:,.0f}"),
-    ("tokens", "training tokens, millions", "{:.2f}"),
-    ("minutes", "minutes of training steps", "{:.1f}"),
-    ("loss", "held-out loss, routed as trained", "{:.4f}"),
-    ("loss_causal", "held-out loss, routed causally", "{:.4f}"),
+    ("tokens", "tokens, millions", "{:.2f}"),
+    ("minutes", "minutes in training steps", "{:.1f}"),
+    ("loss", "held-out loss, as trained", "{:.4f}"),
+    ("loss_causal", "held-out loss, causally", "{:.4f}"),
     ("gap", "causal gap", "{:+.4f}"),
-    ("accuracy", "predictor accuracy, held out", "{:.2%}"),
-    ("skip", "  of one that always says skip", "{:.2%}"),
-    ("routed", "routed share, causal rule", "{:.2%}"),
-    ("overflow", "share turned away, slots full", "{:.3%}"),
-    ("gate", "mean gate of routed tokens", "{:.3f}"),
+    ("accuracy", "predictor accuracy", "{:.2%}"),
+    ("skip", "accuracy of always “skip”", "{:.2%}"),
+    ("routed", "routed share, causally", "{:.2%}"),
+    ("overflow", "turned away, slots full", "{:.3%}"),
+    ("gate", "gate of routed tokens", "{:.3f}"),
 )
 
 MARKED: dict[str, Any] = {"marker": "o", "markersize": 3.5}
@@ -162,7 +162,7 @@ def _differences_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
             }
             if differences:
                 cells = [f"{differences[seed]:+.4f}" if seed in differences else "–" for seed in sorted(dense)]
-                rows.append([f"{NAMES[arm]}, routed {how}", *cells, _spread(list(differences.values()), "{:+.4f}")])
+                rows.append([f"{NAMES[arm]}, {how}", *cells, _spread(list(differences.values()), "{:+.4f}")])
     return ["", *(f"seed {seed}" for seed in sorted(dense)), "mean"], rows
 
 
@@ -176,7 +176,7 @@ def _spread(values: list[float], form: str) -> str:
 
 def _markdown(columns: list[str], rows: list[list[str]]) -> str:
     rule = ["---", *["--:"] * (len(columns) - 1)]
-    return "".join(f"| {' | '.join(cell.strip() for cell in row)} |\n" for row in [columns, rule, *rows])
+    return "".join(f"| {' | '.join(row)} |\n" for row in [columns, rule, *rows])
 
 
 def _arms(runs: list[Run]) -> list[str]:

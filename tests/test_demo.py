@@ -33,7 +33,7 @@ def test_both_models_the_result_and_the_pictures(
             "held-out loss, nats per byte  ",
             "the same under causal routing  ",
             "decoded tokens/s, one text  ",
-            "The following statement",
+            "When a function is called,",
             "computed by  0   1   2   3  of 3 routed blocks",
             "block 6  ",
         ):
