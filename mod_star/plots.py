@@ -88,7 +88,7 @@ def plot_curves(
             {"training batches": THIN, "held out": SOLID, "always the commoner answer": DOTTED},
         )
         all_axes[1].set_ylabel("predictor accuracy")
-        all_axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        all_axes[1].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
     for axes in all_axes:
         axes.grid(color=PALE, linewidth=0.8)
         axes.set_axisbelow(True)
