@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mod_star.config import ModelConfig
 from mod_star.model.attention import Segment, attend, use_fused
-from mod_star.model.layers import fan_in_normal, rms_norm, rotate
+from mod_star.model.layers import fan_in_normal, rms_norm, rotary_angles, rotate
 from mod_star.model.linear import linear
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def block(
         return linear(h, weight.reshape(D, -1)).reshape(N, *weight.shape[1:])
 
     h = rms_norm(x_NxD, params["attention_norm"], config.norm_eps)
-    query_NxHxE = rotate(project("query"), positions_N, config.rope_theta)
-    key_NxKxE = rotate(project("key"), positions_N, config.rope_theta)
+    angles = rotary_angles(positions_N, config.head_size, config.rope_theta)
+    query_NxHxE, key_NxKxE = rotate(project("query"), angles), rotate(project("key"), angles)
     value_NxKxE = project("value")
     own = Segment(jnp.swapaxes(key_NxKxE, 0, 1), jnp.swapaxes(value_NxKxE, 0, 1), positions_N, segment_ids_N, valid_N)
     attended = attend(query_NxHxE, positions_N, segment_ids_N, (*context, own), fused=use_fused(config, N))

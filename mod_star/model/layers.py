@@ -26,12 +26,20 @@ def rms_norm(x_NxD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return (x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * scale_D).astype(x_NxD.dtype)
 
 
-def rotate(x_NxHxE: jax.Array, positions_N: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding with the halves convention of Llama: pairs are (e, e + E/2). Angles in float32."""
-    half = x_NxHxE.shape[-1] // 2
+def rotary_angles(positions_N: jax.Array, head_size: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary embedding, float32 N x E/2."""
+    half = head_size // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions_N.astype(jnp.float32)[:, None, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    angles = positions_N.astype(jnp.float32)[:, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_NxHxE: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) by the `rotary_angles` of the tokens' positions.
+
+    The halves convention of Llama: pairs are (e, e + E/2). In float32; the result has the type of x.
+    """
+    cos, sin = (a[:, None] for a in angles)
     first, second = jnp.split(x_NxHxE.astype(jnp.float32), 2, -1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_NxHxE.dtype)
 
