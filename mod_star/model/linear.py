@@ -1,10 +1,9 @@
 """`linear(x, weight)`: a matrix product that stays two-dimensional under `vmap`.
 
 The network is written for one sequence and `vmap`ped. Left to itself, `vmap` turns x·W into a three-dimensional
-product, and the gradient of W into a contraction over two axes that XLA:CPU does by transposing activations first:
-the gradient of a feed-forward layer takes 1.6 times as long
-(experiments/bench_linear.py). `linear` is a JAX primitive
-with one rule of its own: a batch of inputs becomes more rows, however deep `vmap`s are nested. A primitive, because
+product, and the gradient of W into a contraction over two axes that XLA:CPU does by transposing activations first: the
+gradient of a feed-forward layer takes 1.6 times as long (experiments/bench_linear.py). `linear` is a JAX primitive with
+one rule of its own: a batch of inputs becomes more rows, however deep `vmap`s are nested. A primitive, because
 `custom_vmap` cannot be differentiated once no `vmap` is left around it.
 """
 
