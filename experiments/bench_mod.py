@@ -122,13 +122,13 @@ def training(context: int, batch_size: int, rounds: int) -> dict[str, float]:
 
 def report_training(json_: dict[str, float], suffix: str, measured: dict[str, float]) -> None:
     """Ratios of MoD to dense, and what share of the product rate the dense twin reaches."""
-    for kind, word in (("forward", "forward"), ("train", "train")):
-        json_[f"{word}_time_ratio_{suffix}"] = measured[f"mod {kind}"] / measured[f"dense {kind}"]
-        json_[f"{word}_flop_ratio_{suffix}"] = measured[f"mod {kind} flops"] / measured[f"dense {kind} flops"]
+    for kind in ("forward", "train"):
+        json_[f"{kind}_time_ratio_{suffix}"] = measured[f"mod {kind}"] / measured[f"dense {kind}"]
+        json_[f"{kind}_flop_ratio_{suffix}"] = measured[f"mod {kind} flops"] / measured[f"dense {kind} flops"]
         rate = measured[f"dense {kind} flops"] / measured[f"dense {kind}"]
-        json_[f"dense_{word}_matmul_fraction_{suffix}"] = rate / measured["product rate"]
+        json_[f"dense_{kind}_matmul_fraction_{suffix}"] = rate / measured["product rate"]
         for arm in ARMS:
-            json_[f"{arm}_{word}_seconds_{suffix}"] = measured[f"{arm} {kind}"]
+            json_[f"{arm}_{kind}_seconds_{suffix}"] = measured[f"{arm} {kind}"]
     json_[f"matmul_gflops_{suffix}"] = measured["product rate"] / 1e9
 
 

@@ -18,7 +18,8 @@ Measured on two cores of an Intel Xeon that did other work besides, 3e13 FLOP an
     minutes of training steps                   17.4 ± 2.8          22.1 ± 4.3          19.8 ± 6.8
 
 MoD less the control, causally, seed by seed: −0.0046 ± 0.0038 nats per token. So MoD beats its dense twin at equal
-compute, but so does random routing with its gates all but closed: at this budget the gain is that of more steps.
+compute, but so does random routing with its gates all but closed: at this budget the gain may be one of more steps
+rather than of routing (not tested apart).
 """
 
 from __future__ import annotations
