@@ -240,6 +240,8 @@ class OptimizerConfig:
 class TrainConfig:
     """How long to train, in what portions, and what to write down."""
 
+    objective: Literal["next_token", "quiet_star"] = "next_token"
+    """quiet_star: teach the model to think before it predicts, see the fields of thinking."""
     steps: int = 1000
     """Optimizer steps. Ignored when flops is given."""
     flops: float | None = None
@@ -283,6 +285,69 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ThinkingConfig:
+    """Quiet-STaR (arXiv 2403.09629): thoughts between tokens. In force where train.objective is quiet_star."""
+
+    thought_length: int = 8
+    """Tokens t of a thought, <start> and <end> not counted."""
+    n_true: int = 4
+    """Tokens of the text that are predicted after a thought; its reward is summed over them."""
+    n_thoughts: int = 2
+    """Thoughts that are sampled at each thinking position and compared with one another."""
+    kind: Literal["sampled", "pause"] = "sampled"
+    """pause: <start> repeated in place of a sampled thought, a control that computes as much and says nothing."""
+    think_fraction: float = 1.0
+    """Share of a sequence's positions that think while training, in (0, 1]; 1 is the paper."""
+    think_where: Literal["random", "entropy"] = "random"
+    """Which positions think if not all: chosen by chance, or those where the base prediction is least certain."""
+    base_weight: float = 1.0
+    """Weight in the loss of the negative log-likelihood (NLL) without thoughts."""
+    talk_weight: float = 1.0
+    """Weight of the NLL of the prediction mixed after a thought."""
+    policy_weight: float = 1.0
+    """Weight of the REINFORCE loss; 0: thoughts are sampled but nothing teaches what to think."""
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What a thought's reward is compared with: the mean over all thoughts of its position (paper), or the others'."""
+    drop_negative: bool = True
+    """Learn only from thoughts that beat the baseline (paper). False with leave_one_out: the unbiased estimate."""
+    temperature: float = 1.0
+    """Of sampling thoughts while training; 0: greedy. Gradients are those of temperature 1 whatever this is."""
+    policy_temperature: float = 1.0
+    """Divides the logits of thought tokens in the REINFORCE loss (3 in the authors' code)."""
+    start_text: str = "---"
+    """Text whose mean embedding <start> begins as."""
+    end_text: str = "---"
+    """Text whose mean embedding <end> begins as."""
+    embedding_rate: float = 100.0
+    """Learning rate of <start> and <end>, as a multiple of the others'."""
+    chunk: int = 32
+    """Positions per sequence that are scored at one time; less memory, same result."""
+
+    def __post_init__(self) -> None:
+        _require_types("thinking", self)
+        for name in ("thought_length", "n_true", "n_thoughts", "chunk"):
+            require(getattr(self, name) >= 1, f"thinking.{name}", getattr(self, name), "must be at least 1")
+        require(0 < self.think_fraction <= 1, "thinking.think_fraction", self.think_fraction, "must lie in (0, 1]")
+        for name in ("base_weight", "talk_weight", "policy_weight", "temperature"):
+            require(getattr(self, name) >= 0, f"thinking.{name}", getattr(self, name), "must not be negative")
+        for name in ("policy_temperature", "embedding_rate"):
+            require(getattr(self, name) > 0, f"thinking.{name}", getattr(self, name), "must be positive")
+        for name in ("start_text", "end_text"):
+            require(getattr(self, name), f"thinking.{name}", getattr(self, name), "must not be empty")
+        require(
+            self.n_thoughts >= 2 or self.policy_weight == 0,
+            "thinking.n_thoughts",
+            self.n_thoughts,
+            "must be at least 2: a single thought equals its baseline, its reward is always zero (or set "
+            "thinking.policy_weight to 0)",
+        )
+        if self.kind == "pause":
+            for name, allowed in (("policy_weight", 0), ("n_thoughts", 1)):
+                value = getattr(self, name)
+                require(value == allowed, f"thinking.{name}", value, f"must be {allowed} with thinking.kind = 'pause'")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that defines a training run; stored as config.json in its directory."""
 
@@ -291,11 +356,15 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
     parts: str | None = None
     """Your own router, gate, feed-forward or block: FILE.py:NAME of a mod_star.Parts. None: the built-in ones."""
+    init_from: str | None = None
+    """Directory of a run to start from: its newest parameters, and its fields as defaults. None: random parameters."""
 
     def __post_init__(self) -> None:
         routing, model = self.routing, self.model
+        require(_fits(self.init_from, str | None), "init_from", self.init_from, "must be a str, the directory of a run")
         if routing.every:
             require(
                 model.layers % routing.every == 0,
@@ -310,6 +379,15 @@ class RunConfig:
                 tokens,
                 f"must be at most model.context = {model.context}",
             )
+        if self.train.objective == "quiet_star":
+            n_true = self.thinking.n_true
+            require(n_true < model.context, "thinking.n_true", n_true, f"must be below model.context = {model.context}")
+            require(
+                routing.every == 0 or routing.selection == "learned",
+                "routing.selection",
+                routing.selection,
+                "must be learned (or routing.every 0) to think: whether a thought is computed can't be left to chance",
+            )
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -318,17 +396,21 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """Builds a `RunConfig` from what `to_dict` gave (possibly through JSON). Unknown or missing names are errors."""
-    groups = {"model": ModelConfig, "routing": RoutingConfig, "data": DataConfig}
-    groups |= {"optimizer": OptimizerConfig, "train": TrainConfig}
-    if odd := sorted(values.keys() ^ {f.name for f in dataclasses.fields(RunConfig)}):
-        raise InputError(f"config: unknown or missing fields {odd}")
-    built: dict[str, Any] = {"parts": values["parts"]}
+    """Builds a `RunConfig` from what `to_dict` gave (possibly through JSON).
+
+    Fields that an older version did not have take their defaults, which keep what it did; unknown names are errors.
+    """
+    groups = {"model": ModelConfig, "routing": RoutingConfig, "data": DataConfig, "optimizer": OptimizerConfig}
+    groups |= {"train": TrainConfig, "thinking": ThinkingConfig}
+    built = _known("config", RunConfig, values)
     for name, group in groups.items():
-        given = dict(values[name])
-        known = {f.name for f in dataclasses.fields(group)}
-        if given.keys() != known:
-            odd = sorted(given.keys() ^ known)
-            raise InputError(f"config.{name}: unknown or missing fields {odd}; it must have exactly {sorted(known)}")
+        given = _known(f"config.{name}", group, values.get(name, {}))
         built[name] = group(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
     return RunConfig(**built)
+
+
+def _known(where: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    names = sorted(f.name for f in dataclasses.fields(kind))
+    if odd := sorted(values.keys() - set(names)):
+        raise InputError(f"{where}: unknown fields {odd}; there are {names}")
+    return dict(values)

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig
 from mod_star.model.parts import DEFAULT_PARTS, Part, Parts
-from mod_star.model.routing import capacity_of
+from mod_star.model.routing import capacity_of, causal_slots
 from mod_star.model.transformer import block_names, group_count
 from mod_star.parts import load_parts
+from mod_star.thinking.objective import place_count
+from mod_star.thinking.sample import thought_slots
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Flops:
     """The causal predictor."""
     head: float = 0.0
     """Logits."""
+    mixing: float = 0.0
+    """The mixing head of a thinking model."""
 
     @property
     def total(self) -> float:
@@ -88,10 +92,47 @@ def training_flops(model: ModelConfig, routing: RoutingConfig, tokens: int, part
     return step
 
 
+def sampling_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> Flops:
+    """Sampling the thoughts of one sequence of `tokens` tokens, `run.thinking.think_fraction` of whose positions think.
+
+    Routed blocks are counted at their capacity, attention at all keys there are slots for. The pass over the text is
+    not counted: it is part of `scoring_flops`.
+    """
+    model, routing, thinking = run.model, run.routing, run.thinking
+    count = place_count(thinking, tokens) * thinking.n_thoughts * thinking.thought_length
+    share = capacity_of(routing, model.context) / model.context
+    own = thinking.thought_length + 1
+    blocks = _groups_flops(model, routing, parts, count, tokens + own, share * count, _text_slots(run, tokens) + own)
+    head = 0.0 if thinking.kind == "pause" else 2.0 * count * model.width * model.vocab_size
+    return blocks + Flops(head=head)
+
+
+def scoring_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> Flops:
+    """Forward and backward pass over one sequence and over all of its thoughts with what follows them."""
+    model, routing, thinking = run.model, run.routing, run.thinking
+    D, V, t, n_true = model.width, model.vocab_size, thinking.thought_length, thinking.n_true
+    thoughts = place_count(thinking, tokens) * thinking.n_thoughts
+    N = t + 1 + n_true
+    slots, text_slots = thought_slots(routing, thinking), _text_slots(run, tokens)
+    blocks = _groups_flops(model, routing, parts, thoughts * N, tokens + N, thoughts * slots, text_slots + slots)
+    predictions = n_true + (t if thinking.policy_weight > 0 else 0)
+    forward = blocks + Flops(
+        head=2.0 * thoughts * predictions * D * V, mixing=2.0 * thoughts * n_true * (3 * D * D + D)
+    )
+    forward += _groups_flops(model, routing, parts, tokens, tokens, text_slots, text_slots)
+    forward += Flops(head=2.0 * tokens * D * V)
+    return dataclasses.replace(forward * 3, predictor=2 * forward.predictor)
+
+
 def training_step_flops(run: RunConfig, parts: Parts | None = None) -> float:
     """Operations of one optimizer step of a run (AdamW's own, a few per parameter, are left out)."""
     parts = load_parts(run.parts) if parts is None else parts
-    return training_flops(run.model, run.routing, run.model.context, parts).total * run.train.batch_size
+    tokens = run.model.context
+    if run.train.objective == "quiet_star":
+        sequence = sampling_flops(run, tokens, parts) + scoring_flops(run, tokens, parts)
+    else:
+        sequence = training_flops(run.model, run.routing, tokens, parts)
+    return sequence.total * run.train.batch_size
 
 
 def parameter_count(params: object) -> int:
@@ -99,7 +140,30 @@ def parameter_count(params: object) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _block_flops(model: ModelConfig, parts: Parts, tokens: int) -> Flops:
+def _text_slots(run: RunConfig, tokens: int) -> int:
+    """Slots of a routed block in a pass over the text that is routed causally."""
+    return causal_slots(run.routing, tokens) if run.routing.every else 0
+
+
+def _groups_flops(
+    model: ModelConfig, routing: RoutingConfig, parts: Parts, tokens: int, keys: int, routed: float, routed_keys: int
+) -> Flops:
+    """All blocks, for `tokens` tokens that attend to `keys` keys each, of which routed blocks compute `routed`."""
+    group = Flops()
+    for name in block_names(routing):
+        if name == "routed":
+            one = _block_flops(model, parts, 1, routed_keys)
+            group += one * routed + Flops(router=_router_flops(model, parts, 1) * tokens)
+            if routing.causal_rule == "predictor":
+                P = routing.predictor_width
+                group += Flops(predictor=2.0 * tokens * (model.width * P + P))
+        else:
+            group += _block_flops(model, parts, 1, keys) * tokens
+    return group * group_count(model, routing)
+
+
+def _block_flops(model: ModelConfig, parts: Parts, tokens: int, keys: int | None = None) -> Flops:
+    """A block for `tokens` tokens that attend to `keys` keys each; None: to one another."""
     D, H, K, E = model.width, model.heads, model.key_heads, model.head_size
     if parts.block is not DEFAULT_PARTS.block:
         ids = jax.ShapeDtypeStruct((tokens,), jnp.int32)
@@ -113,7 +177,7 @@ def _block_flops(model: ModelConfig, parts: Parts, tokens: int) -> Flops:
         mlp = _part_flops(parts.feed_forward, model, tokens, model.dtype)
     return Flops(
         projections=2.0 * tokens * D * E * (2 * H + 2 * K),
-        attention=2.0 * 2 * tokens**2 * H * E,
+        attention=2.0 * 2 * tokens * (tokens if keys is None else keys) * H * E,
         mlp=mlp,
     )
 

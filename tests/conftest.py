@@ -7,7 +7,7 @@ import re
 # same. Before JAX starts its backend.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from thinking_models import Thinker, thinking_params
 
-from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, TrainConfig
+from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.model import Decoder
 from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.presets import tiny
+from mod_star.thinking.objective import Places, Talk
+from mod_star.thinking.sample import Thought
 from mod_star.training.loop import train
 from mod_star.training.optimizer import make_optimizer
 from mod_star.training.state import TrainState, init_params
@@ -90,7 +94,7 @@ def random_state(run: RunConfig, parts: Parts = DEFAULT_PARTS, total_steps: int 
     """The state before the first step, with `random_params`."""
     params = random_params(run.model, run.routing, parts, seed)
     step, skipped, streak = (jnp.zeros((), jnp.int32) for _ in range(3))
-    opt_state = make_optimizer(run.optimizer, total_steps).init(params)
+    opt_state = make_optimizer(run, total_steps).init(params)
     return TrainState(step, params, opt_state, jax.random.key(seed + 7), skipped, streak)
 
 
@@ -115,6 +119,19 @@ def scatters() -> Callable[[str], list[str]]:
     return re.compile(r"\"stablehlo\.scatter\"|\S+ = \S+ scatter\(|op_name=\"[^\"]*/scatter[^\"]*").findall
 
 
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Every call of `train` compiles anew; here all but the first load the program from disk."""
+    before = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a complete run with checkpoints 6 and 12, to load and sample from. Tests leave it as it is."""
@@ -128,3 +145,27 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("trained") / "run"
     train(run, path, quiet=True)
     return path
+
+
+@pytest.fixture(scope="session", params=["dense", "routed"])
+def thinker(request: pytest.FixtureRequest, tiny_run: RunConfig, random_params: Any, make_batch: Any) -> Thinker:
+    """Two sequences of 24: documents of 13, 7 and 4 pads; one of 24. Routed blocks have room for whatever they want."""
+    routing = RoutingConfig(every=0) if request.param == "dense" else replace(tiny_run.routing, headroom=4.0)
+    thinking = ThinkingConfig(thought_length=3, n_true=3, n_thoughts=2, chunk=5)
+    run = replace(tiny_run, model=replace(tiny_run.model, layers=2), routing=routing, thinking=thinking)
+    params = thinking_params(run, random_params(run.model, run.routing))
+    return Thinker(run, params, make_batch([[13, 7], [24]], 24, 29))
+
+
+@pytest.fixture(scope="session")
+def thought_of(thinker: Thinker) -> tuple[Places, Thought]:
+    """Places and thoughts of `thinker`, sampled at temperature 1."""
+    result: tuple[Places, Thought] = jax.jit(thinker.think)(thinker.params, jax.random.key(5))
+    return result
+
+
+@pytest.fixture(scope="session")
+def scored(thinker: Thinker, thought_of: tuple[Places, Thought]) -> tuple[jax.Array, Talk]:
+    """Loss and talk of `thought_of`."""
+    result: tuple[jax.Array, Talk] = jax.jit(thinker.score)(thinker.params, *thought_of)
+    return result

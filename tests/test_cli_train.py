@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import chex
@@ -16,7 +18,7 @@ from mod_star import presets
 from mod_star.cli import main
 from mod_star.config import RunConfig, to_dict
 from mod_star.training.metrics import read_metrics
-from mod_star.training.run_dir import load_run
+from mod_star.training.run_dir import load_run, read_config
 
 COMMAND = [sys.executable, "-m", "mod_star"]
 # Such that a process that imports JAX all the same fails.
@@ -48,7 +50,8 @@ def test_help_needs_no_jax_and_names_every_field() -> None:
             assert f"{group} options" in found.stdout
             for name in fields:
                 assert f"--{group}.{name.replace('_', '-')}" in found.stdout
-    assert "--parts" in found.stdout
+    for option in ("--parts", "--init-from"):  # named once, examples apart
+        assert len(re.findall(rf"^│ {option} ", found.stdout, re.MULTILINE)) == 1
     # The help shows the defaults of the preset that is asked for.
     tiny = " ".join(call("train", "--preset", "tiny", "--help").stdout.replace("│", " ").split())
     assert "--model.width INT Width D of the residual stream. (default: 32)" in tiny
@@ -86,6 +89,68 @@ def test_underscores_hyphens_and_presets(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert (run.model.kv_heads, run.model.head_dim, run.model.width) == (1, 8, tiny.model.width)
     assert (run.data.pack, run.data.source, run.train.flops) == (False, ("a", "b"), 1e15)
     assert run.optimizer == tiny.optimizer
+
+
+def test_a_run_to_start_from_gives_the_defaults(
+    trained_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[RunConfig] = []
+    monkeypatch.setattr("mod_star.training.loop.train", lambda run, *_, **__: seen.append(run))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    for words in (f"new --init-from {trained_run}", f"--init_from={trained_run} new"):
+        with pytest.raises(SystemExit) as left:
+            main(["train", *words.split(), "--train.steps", "3"])
+        assert left.value.code == 0
+    stored = read_config(trained_run)
+    assert stored != presets.tiny()
+    assert seen == 2 * [replace(stored, init_from=str(trained_run), train=replace(stored.train, steps=3))]
+    with pytest.raises(SystemExit):
+        main(["train", "new", "--preset", "tiny", "--init-from", "None"])
+    assert seen[2] == presets.tiny()
+
+    # Without JAX: help, and what is wrong with the options.
+    shown = " ".join(call("train", "--init-from", str(trained_run), "--help").stdout.replace("│", " ").split())
+    assert "--model.width INT Width D of the residual stream. (default: 16)" in shown
+    for words, message in (
+        (f"--init-from {trained_run} --preset tiny", "--preset = 'tiny': not with --init-from, whose fields are the"),
+        (f"--preset=tiny --init-from={trained_run}", "--preset = 'tiny': not with --init-from, whose fields are the"),
+        (f"--init-from {tmp_path}/none", f"{tmp_path}/none: is not a run (there is no such directory)"),
+        (f"--init-from={trained_run}/checkpoints", "/checkpoints: is not a run (it has no config.json)"),
+        ("--init-from", "missing value for argument '--init-from'"),
+        (f"--init-from {trained_run} --model.heads 3", "model.heads = 3: must divide model.width = 16"),
+    ):
+        found = call("train", "new", *words.split())
+        assert (found.returncode, found.stdout) == (2, "")
+        assert re.fullmatch(r"error: [^\n]+\n", found.stderr) and message in found.stderr, found.stderr
+
+
+def test_starting_from_a_run_that_is_gone_later(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    shutil.copytree(trained_run, "base")
+    # RUN need not come first.
+    words = ["--init-from", "base", "fine", "--train.steps", "2", "--optimizer.learning-rate", "1e-4"]
+
+    def trained(*more: str) -> str:
+        done = subprocess.run([*COMMAND, "train", *words, *more], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    refused = error_of(capsys, *words, "--model.width", "24")
+    assert "model.width = 24: must be 16; model.head_dim = 12: must be 8, as in init_from = 'base'" in refused
+    assert not Path("fine").exists()
+    assert "fine starts from base (step 12): " in trained()
+    assert load_run("fine").config.init_from == "base"
+
+    # The same command is the same run, whatever becomes of the other one.
+    config = Path("base/config.json")
+    config.write_text(config.read_text().replace('"batch_size": 4', '"batch_size": 2'))
+    assert "fine: is complete already" in trained()
+    shutil.rmtree("base")
+    assert "fine goes on from step 0: " in trained("--resume-from", "0")
+    assert "train.batch_size: 4 → 8" in error_of(capsys, *words, "--train.batch-size", "8")
 
 
 def test_unknown_command() -> None:

@@ -13,26 +13,41 @@ import jax.numpy as jnp
 import pytest
 
 from mod_star import presets
-from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, TrainConfig, from_dict, to_dict
+from mod_star.config import (
+    ModelConfig,
+    OptimizerConfig,
+    RoutingConfig,
+    RunConfig,
+    ThinkingConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
+from mod_star.data import ByteTokenizer
 from mod_star.errors import InputError
 from mod_star.flops import training_step_flops
 from mod_star.model import Decoder
 from mod_star.model.attention import use_fused
+from mod_star.thinking.parameters import thinking_init
+from mod_star.training.next_token import forward, make_loss
 from mod_star.training.optimizer import make_optimizer
-from mod_star.training.state import init_params, init_state
-from mod_star.training.step import forward, make_loss, make_train_step
+from mod_star.training.quiet_star import make_quiet_star_loss
+from mod_star.training.state import init_params, init_state, initial_params
+from mod_star.training.step import make_train_step
 
 GROUPS: dict[str, Any] = {
     "model": ModelConfig,
     "routing": RoutingConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
+    "thinking": ThinkingConfig,
 }
 RUN = RunConfig(
     ModelConfig(vocab_size=13, width=8, layers=2, heads=2, mlp_width=6, context=12),
     RoutingConfig(capacity=0.25, predictor_width=4),
     optimizer=OptimizerConfig(warmup_steps=2),
     train=TrainConfig(batch_size=2, loss_chunk=12),
+    thinking=ThinkingConfig(thought_length=3, n_true=2, chunk=4),
 )
 
 
@@ -62,21 +77,40 @@ def causal_program(run: RunConfig) -> str:
 
 def step_program(run: RunConfig) -> str:
     decoder = Decoder(run.model, run.routing)
-    state = jax.eval_shape(lambda: init_state(decoder, run, 10))
+    state = jax.eval_shape(lambda: init_state(decoder, run, 10, initial_params(decoder, run, ByteTokenizer())))
     return jax.jit(make_train_step(decoder, run, 10)).lower(state, shapes(run)[1]).as_text()
 
 
 def updates(run: RunConfig) -> list[float]:
     """What three optimizer steps of a run of twelve, and its last, do to a matrix with large and small gradients."""
-    optimizer = make_optimizer(run.optimizer, 12)
-    params = {"embedding": jnp.ones((2, 2))}
+    optimizer = make_optimizer(run, 12)
+    params = {"embedding": jnp.ones((2, 2)), "thinking": {"start": jnp.ones(2)}}
     state, found = optimizer.init(params), []
     update = jax.jit(optimizer.update)
     for step in range(12):
-        grads = {"embedding": jnp.asarray([[3.0, -1.0], [1e-7, 0.5 * step]])}
+        grads = {"embedding": jnp.asarray([[3.0, -1.0], [1e-7, 0.5 * step]]), "thinking": {"start": jnp.ones(2)}}
         change, state = update(grads, state, params)
-        found.extend(change["embedding"].ravel().tolist())
+        found.extend(jnp.concatenate([change["embedding"].ravel(), change["thinking"]["start"]]).tolist())
     return found
+
+
+def thinking_program(run: RunConfig) -> str:
+    """The Quiet-STaR loss, its gradient included."""
+    decoder = Decoder(run.model, run.routing)
+    params, batch = shapes(run)
+    params["thinking"] = jax.eval_shape(
+        lambda embedding: thinking_init(jax.random.key(0), run.model, embedding, [1], [1]), params["embedding"]
+    )
+    loss = jax.value_and_grad(make_quiet_star_loss(decoder, run), has_aux=True)
+    return jax.jit(loss).lower(params, batch, jax.random.key(0), 1.0, 1.0).as_text()
+
+
+def first_thinking(run: RunConfig) -> list[float]:
+    """<start> and <end> before the first step."""
+    decoder = Decoder(run.model, run.routing)
+    run = with_fields(run, "train", objective="quiet_star")
+    thinking = jax.jit(lambda: initial_params(decoder, run, ByteTokenizer()))()["thinking"]
+    return [*thinking["start"].tolist(), *thinking["end"].tolist()]
 
 
 def first_key(run: RunConfig) -> list[int]:
@@ -127,10 +161,28 @@ ALIVE: dict[str, tuple[Any, Observed, dict[str, Any]]] = {
     "optimizer.b2": (0.5, updates, {}),
     "optimizer.eps": (1e-3, updates, {}),
     "optimizer.clip": (0.0, updates, {}),
+    "train.objective": ("quiet_star", step_program, {}),
     "train.batch_size": (4, training_step_flops, {}),
     "train.accumulation": (2, step_program, {}),
     "train.seed": (1, first_key, {}),
     "train.loss_chunk": (4, program, {}),
+    "thinking.thought_length": (2, thinking_program, {}),
+    "thinking.n_true": (3, thinking_program, {}),
+    "thinking.n_thoughts": (3, thinking_program, {}),
+    "thinking.kind": ("pause", thinking_program, {"thinking": {"n_thoughts": 1, "policy_weight": 0.0}}),
+    "thinking.think_fraction": (0.5, thinking_program, {}),
+    "thinking.think_where": ("entropy", thinking_program, {"thinking": {"think_fraction": 0.5}}),
+    "thinking.base_weight": (0.5, thinking_program, {}),
+    "thinking.talk_weight": (0.5, thinking_program, {}),
+    "thinking.policy_weight": (0.5, thinking_program, {}),
+    "thinking.baseline": ("leave_one_out", thinking_program, {}),
+    "thinking.drop_negative": (False, thinking_program, {}),
+    "thinking.temperature": (0.5, thinking_program, {}),
+    "thinking.policy_temperature": (3.0, thinking_program, {}),
+    "thinking.start_text": ("#", first_thinking, {}),
+    "thinking.end_text": ("#", first_thinking, {}),
+    "thinking.embedding_rate": (10.0, updates, {}),
+    "thinking.chunk": (3, thinking_program, {}),
 }
 # The loop's: tests/training/test_loop.py tests what they do.
 OF_THE_LOOP = {"steps", "flops", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"}
@@ -163,7 +215,7 @@ def test_every_field_changes_something(name: str, before: Callable[[Observed, Ru
     assert observe(with_fields(run, group, **{field: value})) != before(observe, run)
 
 
-@pytest.mark.parametrize("observe", [program, causal_program, step_program, updates, first_key])
+@pytest.mark.parametrize("observe", [program, causal_program, step_program, thinking_program, updates])
 def test_what_is_observed_is_the_same_when_nothing_changes(
     observe: Observed, before: Callable[[Observed, RunConfig], Any]
 ) -> None:
@@ -212,6 +264,7 @@ INVALID: dict[str, list[Any]] = {
     "optimizer.b2": [-0.1, 1.0, float("nan")],
     "optimizer.eps": [0.0, -1e-8],
     "optimizer.clip": [-1.0, float("nan")],
+    "train.objective": ["mlm", 1],
     "train.steps": [0, 1.5],
     "train.flops": [0.0, -1.0, float("nan"), float("inf")],
     "train.batch_size": [0],
@@ -224,6 +277,23 @@ INVALID: dict[str, list[Any]] = {
     "train.checkpoint_every": [-1],
     "train.keep_checkpoints": [0],
     "train.max_skipped": [0],
+    "thinking.thought_length": [0, -1, 1.5],
+    "thinking.n_true": [0, -3],
+    "thinking.n_thoughts": [0, 1],  # 1: with REINFORCE the reward would always be zero
+    "thinking.kind": ["silent"],
+    "thinking.think_fraction": [0.0, -0.5, 1.5, float("nan")],
+    "thinking.think_where": ["everywhere"],
+    "thinking.base_weight": [-1.0, float("inf")],
+    "thinking.talk_weight": [-1.0],
+    "thinking.policy_weight": [-1.0, float("nan")],
+    "thinking.baseline": ["none"],
+    "thinking.drop_negative": [1],
+    "thinking.temperature": [-0.1, float("inf")],
+    "thinking.policy_temperature": [0.0],
+    "thinking.start_text": ["", None],
+    "thinking.end_text": [""],
+    "thinking.embedding_rate": [0.0, float("nan")],
+    "thinking.chunk": [0],
 }
 
 
@@ -277,13 +347,30 @@ def test_a_preset_survives_json(preset: str) -> None:
     assert dense.routing.every == 0 and replace(dense, routing=run.routing) == run
 
 
-def test_a_stored_configuration_has_every_field_and_no_other() -> None:
+def test_a_stored_configuration_has_no_unknown_field() -> None:
     stored = to_dict(RUN)
     for broken, said in [
-        ({**stored, "modle": {}}, "modle"),
-        ({name: group for name, group in stored.items() if name != "routing"}, "routing"),
-        ({**stored, "model": {**stored["model"], "depth": 3}}, "depth"),
-        ({**stored, "train": {n: v for n, v in stored["train"].items() if n != "seed"}}, "seed"),
+        ({**stored, "modle": {}}, "config: unknown fields.*modle"),
+        ({**stored, "model": {**stored["model"], "depth": 3}}, r"config\.model: unknown fields.*depth"),
     ]:
-        with pytest.raises(InputError, match=f"unknown or missing fields.*{said}"):
+        with pytest.raises(InputError, match=said):
             from_dict(broken)
+
+
+def test_fields_that_an_older_version_did_not_store_take_their_defaults() -> None:
+    stored = to_dict(RUN)
+    del stored["thinking"], stored["train"]["objective"], stored["parts"]
+    assert from_dict(stored) == replace(RUN, thinking=ThinkingConfig())
+
+
+def test_what_thinking_cannot_do_is_refused() -> None:
+    quiet_star = TrainConfig(objective="quiet_star")
+    with pytest.raises(InputError, match=r"^thinking\.n_true = 64: must be below model\.context = 64$"):
+        RunConfig(ModelConfig(context=64), train=quiet_star, thinking=ThinkingConfig(n_true=64))
+    with pytest.raises(InputError, match=r"^routing\.selection = 'stochastic': must be learned"):
+        RunConfig(routing=RoutingConfig(selection="stochastic"), train=quiet_star)
+    with pytest.raises(InputError, match=r"^thinking\.n_thoughts = 1: must be at least 2: .* reward is always zero"):
+        ThinkingConfig(n_thoughts=1)
+    ThinkingConfig(n_thoughts=1, policy_weight=0)
+    with pytest.raises(InputError, match=r"^thinking\.policy_weight = 1.0: must be 0 with thinking\.kind = 'pause'"):
+        ThinkingConfig(kind="pause")

@@ -14,8 +14,8 @@ from mod_star.model.layers import fan_in_normal
 from mod_star.model.linear import linear
 from mod_star.model.parts import DEFAULT_PARTS, Part, Parts
 from mod_star.model.transformer import head_matrix
+from mod_star.training.next_token import forward, make_loss
 from mod_star.training.state import init_params
-from mod_star.training.step import forward, make_loss
 
 S = 128
 # Unscanned: XLA counts the body of a loop once. Wide enough for elementwise work to be small beside matrix products.

@@ -6,7 +6,7 @@ import itertools
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,8 +14,9 @@ import tyro
 
 from mod_star.commands import keep_compiled_programs, parse_options
 from mod_star.config import RunConfig
-from mod_star.errors import InputError
+from mod_star.errors import InputError, require
 from mod_star.presets import PRESETS
+from mod_star.training.stored_config import is_run, read_base_config, read_config
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class TrainOptions:
       mod-star train runs/first --preset tiny
       mod-star train runs/mine --data.source 'notes/*.txt' --model.width 384 --train.steps 2000
       mod-star train runs/dense --data.source 'notes/*.txt' --routing.every 0 --train.flops 1e15
+      mod-star train runs/fine --init-from runs/mine --data.source 'mail/*.txt' --optimizer.learning-rate 3e-4
 
     Interrupt it with Ctrl-C or SIGTERM: it finishes the step, saves, and the same command goes on from there, as if it
     had never stopped. Every field below is part of the run: another value means another directory.
@@ -45,7 +47,7 @@ class TrainOptions:
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
-    start = TrainOptions(run=tyro.MISSING, config=PRESETS[_preset(argv)]())
+    start = TrainOptions(run=tyro.MISSING, config=_defaults(argv))
     options = parse_options(TrainOptions, argv, "mod-star train", start)
     # Only now, when the command line is known to be good: JAX takes seconds to import.
     from mod_star.training.interrupt import Interrupted
@@ -74,14 +76,38 @@ def _command_to_go_on(argv: Sequence[str]) -> str:
     return shlex.join(words)
 
 
-def _preset(argv: Sequence[str]) -> str:
-    """The preset's name; it must be known first, for the other options' defaults depend on it."""
-    name: str = TrainOptions.preset
-    for option, value in itertools.pairwise([*argv, ""]):
-        if option == "--preset":
-            name = value
-        elif option.startswith("--preset="):
-            name = option.partition("=")[2]
-    if name not in PRESETS:
-        raise InputError(f"--preset = {name!r}: must be one of {', '.join(PRESETS)}")
-    return name
+def _defaults(argv: Sequence[str]) -> RunConfig:
+    """Where the fields start: at a preset, or at the configuration of the run to start from."""
+    preset, base = _value_of("--preset", argv), _value_of("--init-from", argv)
+    if base in (None, "None"):
+        preset = TrainOptions.preset if preset is None else preset
+        require(preset in PRESETS, "--preset", preset, f"must be one of {', '.join(PRESETS)}")
+        return PRESETS[preset]()
+    if preset is not None:
+        raise InputError(f"--preset = {preset!r}: not with --init-from, whose fields are the defaults (here {base!r})")
+    return replace(_config_at_start(argv, base) or read_config(Path(base)), init_from=base)
+
+
+def _value_of(option: str, argv: Sequence[str]) -> str | None:
+    """What an option is given, None if it isn't: the other options' defaults depend on it, so it must be known first.
+
+    A missing value counts as not given; the parser says so.
+    """
+    value = None
+    for word, following in itertools.pairwise([*argv, "-"]):
+        name, equals, own = word.partition("=")
+        if name.replace("_", "-") == option and (equals or not following.startswith("-")):
+            value = own if equals else following
+    return value
+
+
+def _config_at_start(argv: Sequence[str], base: str) -> RunConfig | None:
+    """The base's configuration when RUN was started from it, if RUN is there already.
+
+    The same command must mean the same run, even if the base has changed since or is gone. Which word is RUN can't be
+    told without knowing all options, but only RUN is a run that was started from this base.
+    """
+    for path in (Path(word) for word in argv if not word.startswith("-")):
+        if is_run(path) and (started_from := read_config(path).init_from) and Path(started_from) == Path(base):
+            return read_base_config(path)
+    return None

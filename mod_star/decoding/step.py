@@ -6,17 +6,18 @@ step, and reading weights is what a decoding step spends its time on.
 
 from __future__ import annotations
 
-import math
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mod_star.decoding.caches import Cache, FullCache, RoutedCache
+from mod_star.decoding.caches import Cache, FullCache
 from mod_star.model import Decoder
 from mod_star.model.attention import Segment
 from mod_star.model.layers import rms_norm
 from mod_star.model.routing import capacity_of
+from mod_star.model.rows import compute_rows
 from mod_star.model.transformer import (
     block_names,
     causal_logit,
@@ -86,11 +87,18 @@ def decode_step(
                 wanted_B = causal_logit(block, x_BxD, scores_B, noise_B, routing, config.context) > 0
                 wanted_B &= active_B
                 computed_B = wanted_B & (cache.count_B < cache.slots)
-                run = _one_row if x_BxD.shape[0] == 1 else _some_rows
-                delta_BxD, own = run(decoder, block, x_BxD, scores_B, positions_B, cache, computed_B)
+                delta_BxD, own = compute_rows(
+                    functools.partial(_routed_rows, decoder, block), computed_B,
+                    (x_BxD, scores_B, positions_B, cache.segment()), routed_share(decoder),
+                )  # fmt: skip
                 updated.append(cache.append(own, computed_B, wanted_B & ~computed_B))
             x_BxD = x_BxD + delta_BxD
     return rms_norm(x_BxD, params["final_norm"], config.norm_eps), tuple(updated)
+
+
+def routed_share(decoder: Decoder) -> float:
+    """The share of tokens that a routed block is meant to compute."""
+    return capacity_of(decoder.routing, decoder.config.context) / decoder.config.context
 
 
 def _full_rows(
@@ -125,61 +133,3 @@ def _routed_rows(
         return delta[0], own
 
     return jax.vmap(row)(x_NxD, scores_N, positions_N, context)
-
-
-def _one_row(
-    decoder: Decoder,
-    block: dict[str, Any],
-    x_1xD: jax.Array,
-    scores_1: jax.Array,
-    positions_1: jax.Array,
-    cache: RoutedCache,
-    computed_1: jax.Array,
-) -> tuple[jax.Array, Segment]:
-    """A batch of one: a branch that is not taken reads no weights."""
-    compute = lambda: _routed_rows(decoder, block, x_1xD, scores_1, positions_1, cache.segment())  # noqa: E731
-    shapes = jax.eval_shape(compute)
-    skip = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)  # noqa: E731
-    return jax.lax.cond(computed_1[0], compute, skip)
-
-
-def rows_at_once(batch: int, decoder: Decoder) -> int:
-    """Rows of a chunk in `_some_rows`: a little above the number of routed rows to expect, so that one mostly does."""
-    share = capacity_of(decoder.routing, decoder.config.context) / decoder.config.context
-    return min(batch, math.ceil(1.5 * share * batch) + 1)
-
-
-def _some_rows(
-    decoder: Decoder,
-    block: dict[str, Any],
-    x_BxD: jax.Array,
-    scores_B: jax.Array,
-    positions_B: jax.Array,
-    cache: RoutedCache,
-    computed_B: jax.Array,
-) -> tuple[jax.Array, Segment]:
-    """A larger batch: the routed rows are gathered into chunks of a fixed size, as many chunks as it takes.
-
-    Exact (no row is dropped), and no chunk at all when no row is routed. (`lax.cond` under `vmap` becomes a `select`
-    and computes every row.)
-    """
-    B = x_BxD.shape[0]
-    chunk = rows_at_once(B, decoder)
-    count = jnp.sum(computed_B)
-    order_B = jnp.argsort(~computed_B)  # stable: routed rows first
-    order_B = jnp.pad(order_B, (0, chunk))
-    segment = cache.segment()
-
-    def body(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        start, results = carry
-        rows = jax.lax.dynamic_slice(order_B, (start,), (chunk,))
-        picked = jax.tree.map(lambda leaf: leaf[rows], (x_BxD, scores_B, positions_B, segment))
-        new = _routed_rows(decoder, block, *picked)
-        rows = jnp.where(start + jnp.arange(chunk) < count, rows, B)  # B: out of range, dropped
-        results = jax.tree.map(lambda old, n: old.at[rows].set(n, mode="drop"), results, new)
-        return start + chunk, results
-
-    shapes = jax.eval_shape(lambda: _routed_rows(decoder, block, x_BxD, scores_B, positions_B, segment))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    _, results = jax.lax.while_loop(lambda carry: carry[0] < count, body, (jnp.zeros((), count.dtype), zeros))
-    return results

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
     hidden_BxSxD: jax.Array, head_VxD: jax.Array, targets_BxS: jax.Array, weights_BxS: jax.Array, chunk: int
 ) -> jax.Array:
@@ -30,21 +29,50 @@ def cross_entropy(
     Returns:
       A float32 scalar, differentiable with respect to hidden states and head.
     """
-    return _scan(hidden_BxSxD, head_VxD, targets_BxS, weights_BxS, chunk, with_gradients=False)[0]
+    return cross_entropy_by_token(hidden_BxSxD, head_VxD, targets_BxS, weights_BxS, chunk)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy_by_token(
+    hidden_BxSxD: jax.Array, head_VxD: jax.Array, targets_BxS: jax.Array, weights_BxS: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """`cross_entropy`, and beside it the float32 negative log-likelihoods BxS, which carry no gradient."""
+    total, nll_BxS, _, _ = _scan(hidden_BxSxD, head_VxD, targets_BxS, weights_BxS, chunk, with_gradients=False)
+    return total, nll_BxS
+
+
+def token_entropy(hidden_BxSxD: jax.Array, head_VxD: jax.Array, chunk: int) -> jax.Array:
+    """Entropy of each predicted distribution in nats, float32 BxS, chunk by chunk; not meant to be differentiated."""
+    narrow = head_VxD.astype(hidden_BxSxD.dtype)
+
+    def one(h: jax.Array) -> jax.Array:
+        log_p = jax.nn.log_softmax(jnp.einsum("bcd,vd->bcv", h, narrow, preferred_element_type=jnp.float32))
+        return -jnp.sum(jnp.exp(log_p) * log_p, -1)
+
+    S = hidden_BxSxD.shape[1]
+    return _unchunked(jax.lax.map(one, _chunked(hidden_BxSxD, min(chunk, S))), S)
+
+
+def _chunked(a: jax.Array, chunk: int) -> jax.Array:
+    """BxSx... as (count, B, chunk, ...), padded with zeros."""
+    B, S, *rest = a.shape
+    count = -(-S // chunk)
+    padded = jnp.pad(a, [(0, 0), (0, count * chunk - S), *[(0, 0)] * len(rest)])
+    return jnp.moveaxis(padded.reshape(B, count, chunk, *rest), 1, 0)
+
+
+def _unchunked(a: jax.Array, tokens: int) -> jax.Array:
+    """The inverse of `_chunked`."""
+    count, B, chunk, *rest = a.shape
+    return jnp.moveaxis(a, 0, 1).reshape(B, count * chunk, *rest)[:, :tokens]
 
 
 def _scan(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int, *, with_gradients: bool
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Loss, and if asked for its gradients of the hidden states (their type) and of the head (float32)."""
-    B, S, D = hidden.shape
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    """Loss, NLL by token, and if asked for gradients of the hidden states (their type) and of the head (float32)."""
+    S = hidden.shape[1]
     chunk = min(chunk, S)
-    count = -(-S // chunk)
-
-    def chunks(a: jax.Array) -> jax.Array:
-        padded = jnp.pad(a, [(0, 0), (0, count * chunk - S), *[(0, 0)] * (a.ndim - 2)])
-        return jnp.moveaxis(padded.reshape(B, count, chunk, *a.shape[2:]), 1, 0)
-
     narrow = head.astype(hidden.dtype)
 
     def one(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], Any]:
@@ -53,35 +81,39 @@ def _scan(
         logits = jnp.einsum("bcd,vd->bcv", h, narrow, preferred_element_type=jnp.float32)
         log_normaliser = jax.nn.logsumexp(logits, -1)
         picked = jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
-        total += jnp.sum(weight * (log_normaliser - picked))
+        nll = log_normaliser - picked
+        total += jnp.sum(weight * nll)
         if not with_gradients:
-            return (total, None), None
+            return (total, None), (nll, None)
         is_target = target[..., None] == jnp.arange(logits.shape[-1])
         grad_logits = weight[..., None] * (jnp.exp(logits - log_normaliser[..., None]) - is_target)
         grad_logits = grad_logits.astype(hidden.dtype)
         grad_hidden = jnp.einsum("bcv,vd->bcd", grad_logits, narrow)
         grad_head += jnp.einsum("bcv,bcd->vd", grad_logits, h, preferred_element_type=jnp.float32)
-        return (total, grad_head), grad_hidden
+        return (total, grad_head), (nll, grad_hidden)
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32) if with_gradients else None)
-    (total, grad_head), grad_hidden = jax.lax.scan(one, start, (chunks(hidden), chunks(targets), chunks(weights)))
+    inputs = tuple(_chunked(a, chunk) for a in (hidden, targets, weights))
+    (total, grad_head), (nll, grad_hidden) = jax.lax.scan(one, start, inputs)
     if with_gradients:
-        grad_hidden = jnp.moveaxis(grad_hidden, 0, 1).reshape(B, count * chunk, D)[:, :S]
-    return total, grad_hidden, grad_head
+        grad_hidden = _unchunked(grad_hidden, S)
+    return total, _unchunked(nll, S), grad_hidden, grad_head
 
 
 def _forward(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
-) -> tuple[jax.Array, Any]:
-    total, grad_hidden, grad_head = _scan(hidden, head, targets, weights, chunk, with_gradients=True)
-    return total, (grad_hidden, grad_head)
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    total, nll, grad_hidden, grad_head = _scan(hidden, head, targets, weights, chunk, with_gradients=True)
+    return (total, nll), (grad_hidden, grad_head)
 
 
-def _backward(chunk: int, residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[Any, ...]:
+def _backward(
+    chunk: int, residuals: tuple[jax.Array, jax.Array], grads: tuple[jax.Array, jax.Array]
+) -> tuple[Any, ...]:
     del chunk
-    grad_hidden, grad_head = residuals
+    (grad, _), (grad_hidden, grad_head) = grads, residuals
     # The factor stays float32: rounded to bfloat16 it would scale the whole model's gradient, but not the head's.
     return (grad_hidden * grad).astype(grad_hidden.dtype), grad_head * grad, None, None
 
 
-cross_entropy.defvjp(_forward, _backward)
+cross_entropy_by_token.defvjp(_forward, _backward)

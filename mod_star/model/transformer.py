@@ -6,6 +6,7 @@ and applied by `lax.scan`, so that compile time does not grow with depth.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -32,6 +33,7 @@ from mod_star.model.routing import (
     select_first,
     select_top,
 )
+from mod_star.model.rows import compute_if
 
 RoutingMode = Literal["top_k", "causal"]
 
@@ -60,8 +62,8 @@ class Output:
     """SxD after the final norm, in the compute type; times the LM head gives logits."""
     trace: Trace | None
     """Routing decisions; None for a dense model."""
-    keys_values: dict[str, Segment] | None
-    """Each block's keys/values stacked over groups, by block name; None unless asked for."""
+    keys_values: Any
+    """{block name: Segment} stacked over groups; from unrolled groups a tuple of such; None unless asked for."""
 
 
 def block_names(routing: RoutingConfig) -> tuple[str, ...]:
@@ -177,70 +179,141 @@ class Decoder(nn.Module):
         S = tokens_S.shape[0]
         positions_S = jnp.arange(S, dtype=jnp.int32) if positions_S is None else positions_S
         segment_ids_S = jnp.ones(S, jnp.int32) if segment_ids_S is None else segment_ids_S
-        slots = causal_slots(self.routing, S) if slots is None else min(S, slots)
-
-        def group(x_SxD: jax.Array, inputs: tuple[dict[str, Any], jax.Array]) -> tuple[jax.Array, Any]:
-            params, index = inputs
-            group_key = None if key is None else jax.random.fold_in(key, index)
-            keys_values, trace = {}, None
-            for name in block_names(self.routing):
-                if name == "routed":
-                    delta, keys_values[name], trace = self._routed(
-                        params[name], x_SxD, positions_S, segment_ids_S, mode, slots, group_key
-                    )
-                else:
-                    delta, keys_values[name] = self.parts.block.apply(
-                        params[name]["block"], x_SxD, positions_S, segment_ids_S, segment_ids_S > 0, (),
-                        self.config, self.parts,
-                    )  # fmt: skip
-                x_SxD = x_SxD + delta
-            return x_SxD, (trace, keys_values if keep_keys_values else None)
-
-        if self.config.remat != "none":
-            policies = {"dots": linear_saveable, "full": None}
-            group = jax.checkpoint(group, policy=policies[self.config.remat], prevent_cse=not self.config.scan)
-        indices = jnp.arange(group_count(self.config, self.routing))
-        x_SxD = self.embed(tokens_S)
-        if self.config.scan:
-            x_SxD, (trace, keys_values) = jax.lax.scan(group, x_SxD, (self.groups, indices))
-        else:
-            results = []
-            for i in range(len(indices)):
-                x_SxD, result = group(x_SxD, jax.tree.map(lambda leaf, i=i: leaf[i], (self.groups, indices)))
-                results.append(result)
-            trace, keys_values = jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
-        hidden = rms_norm(x_SxD, self.final_norm, self.config.norm_eps)
-        return Output(hidden, trace, keys_values)
-
-    def _routed(
-        self,
-        params: dict[str, Any],
-        x_SxD: jax.Array,
-        positions_S: jax.Array,
-        segment_ids_S: jax.Array,
-        mode: RoutingMode,
-        slots: int,
-        key: jax.Array | None,
-    ) -> tuple[jax.Array, Segment, Trace]:
-        """The gated delta of a routed block, SxD, zero where tokens pass by."""
-        S = x_SxD.shape[0]
-        valid_S = segment_ids_S > 0
-        scores_S = self.parts.router.apply(params["router"], x_SxD)
-        noise_S = stochastic_noise(key, jnp.arange(S), self.routing)
-        logits_S = causal_logit(params, x_SxD, scores_S, noise_S, self.routing, self.config.context)
-        if mode == "top_k":
-            selection = select_top(scores_S if noise_S is None else noise_S, valid_S, capacity_of(self.routing, S))
-            overflow_S = jnp.zeros(S, bool)
-        else:
-            wanted_S = (logits_S > 0) & valid_S
-            selection = select_first(wanted_S, slots)
-            overflow_S = wanted_S & ~selection.mask_S
-        gated_CxD, gates_C, own = routed_rows(
-            params, dispatch(x_SxD, selection), dispatch(scores_S, selection), dispatch_ids(positions_S, selection),
-            dispatch_ids(segment_ids_S, selection), selection.filled_C, (), self.config, self.routing, self.parts,
+        slots = causal_slots(self.routing, S) if slots is None else slots
+        params = {"groups": self.groups, "final_norm": self.final_norm}
+        return run(
+            self, params, self.embed(tokens_S), positions_S, segment_ids_S, mode=mode, slots=slots, key=key,
+            keep_keys_values=keep_keys_values,
         )  # fmt: skip
-        trace = Trace(scores_S, selection.mask_S, combine(gates_C, selection), logits_S, overflow_S)
-        return combine(gated_CxD, selection), own, trace
+
+
+def run(
+    decoder: Decoder,
+    params: dict[str, Any],
+    x_NxD: jax.Array,
+    positions_N: jax.Array,
+    segment_ids_N: jax.Array,
+    *,
+    mode: RoutingMode = "causal",
+    slots: int = 0,
+    key: jax.Array | None = None,
+    context: Any = None,
+    taken: Any = None,
+    decided: jax.Array | None = None,
+    keep_keys_values: bool = True,
+) -> Output:
+    """All blocks and the final norm, on N tokens given as embeddings, which may have keys/values before them.
+
+    Args:
+      decoder: sizes and parts.
+      params: its parameters; the groups stacked, or a tuple with one dict per group (then everything is unrolled).
+      x_NxD: embeddings in the compute type.
+      positions_N: int32 positions in the document.
+      segment_ids_N: int32 document ids, 0 for padding.
+      mode: as for `Decoder`.
+      slots: of a routed block under the causal rule: tokens that it may compute at the most.
+      key: for stochastic routing only.
+      context: what the tokens attend to besides themselves: {block name: tuple of Segments}, the leaves stacked over
+        groups, or a tuple with one such dict per group. With a context, a single token is computed by a routed block
+        only if it is routed, also under `vmap`.
+      taken: int32 slots that earlier tokens have taken, an array [groups] or a tuple; none by default.
+      decided: int8 [groups, N], routing decisions to repeat: 1 computed, 0 passed by, -1 the causal rule decides.
+      keep_keys_values: whether to return them.
+
+    Returns:
+      Hidden states and routing; keys/values are stacked over groups, or a tuple as the params are.
+    """
+    config, routing = decoder.config, decoder.routing
+    names = block_names(routing)
+
+    def group(x_NxD: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+        params, index, context, taken, decided_N = inputs
+        keys_values, trace = {}, None
+        for name in names:
+            before = () if context is None else context[name]
+            if name == "routed":
+                group_key = None if key is None else jax.random.fold_in(key, index)
+                delta, keys_values[name], trace = routed_block(
+                    decoder, params[name], x_NxD, positions_N, segment_ids_N, mode=mode, slots=slots, key=group_key,
+                    context=before, taken=taken, decided_N=decided_N,
+                )  # fmt: skip
+            else:
+                delta, keys_values[name] = decoder.parts.block.apply(
+                    params[name]["block"], x_NxD, positions_N, segment_ids_N, segment_ids_N > 0, before,
+                    config, decoder.parts,
+                )  # fmt: skip
+            x_NxD = x_NxD + delta
+        return x_NxD, (trace, keys_values if keep_keys_values else None)
+
+    if config.remat != "none":
+        policies = {"dots": linear_saveable, "full": None}
+        group = jax.checkpoint(group, policy=policies[config.remat], prevent_cse=not config.scan)
+    groups = params["groups"]
+    count = group_count(config, routing)
+    inputs = (groups, jnp.arange(count), context, taken, decided)
+    if isinstance(groups, tuple):
+        results = []
+        for i in range(count):
+            x_NxD, result = group(x_NxD, tuple(None if each is None else each[i] for each in inputs))
+            results.append(result)
+        trace = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[trace for trace, _ in results])
+        keys_values = tuple(own for _, own in results) if keep_keys_values else None
+    elif config.scan:
+        x_NxD, (trace, keys_values) = jax.lax.scan(group, x_NxD, inputs)
+    else:
+        results = []
+        for i in range(count):
+            x_NxD, result = group(x_NxD, jax.tree.map(lambda leaf, i=i: leaf[i], inputs))
+            results.append(result)
+        trace, keys_values = jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+    return Output(rms_norm(x_NxD, params["final_norm"], config.norm_eps), trace, keys_values)
+
+
+def routed_block(
+    decoder: Decoder,
+    params: dict[str, Any],
+    x_SxD: jax.Array,
+    positions_S: jax.Array,
+    segment_ids_S: jax.Array,
+    *,
+    mode: RoutingMode,
+    slots: int,
+    key: jax.Array | None = None,
+    context: tuple[Segment, ...] = (),
+    taken: jax.Array | None = None,
+    decided_N: jax.Array | None = None,
+) -> tuple[jax.Array, Segment, Trace]:
+    """The gated delta of a routed block, SxD, zero where tokens pass by; arguments as for `run`."""
+    config, routing, parts = decoder.config, decoder.routing, decoder.parts
+    S = x_SxD.shape[0]
+    valid_S = segment_ids_S > 0
+    scores_S = parts.router.apply(params["router"], x_SxD)
+    noise_S = stochastic_noise(key, jnp.arange(S), routing)
+    logits_S = causal_logit(params, x_SxD, scores_S, noise_S, routing, config.context)
+    if mode == "top_k":
+        selection = select_top(scores_S if noise_S is None else noise_S, valid_S, capacity_of(routing, S))
+        overflow_S = jnp.zeros(S, bool)
+    else:
+        wanted_S = (logits_S > 0) & valid_S
+        if decided_N is not None:
+            wanted_S = jnp.where(decided_N < 0, wanted_S, decided_N > 0)
+        room = slots if taken is None else slots - taken
+        selection = select_first(wanted_S & (jnp.cumsum(wanted_S) <= room), min(S, slots))
+        overflow_S = wanted_S & ~selection.mask_S
+
+    rows = functools.partial(routed_rows, config=config, routing=routing, parts=parts)
+
+    arrays = (
+        params, dispatch(x_SxD, selection), dispatch(scores_S, selection), dispatch_ids(positions_S, selection),
+        dispatch_ids(segment_ids_S, selection), selection.filled_C, context,
+    )  # fmt: skip
+    if context and S == 1:
+        share = capacity_of(routing, config.context) / config.context
+        gated_CxD, gates_C, own = compute_if(selection.filled_C[0], rows, arrays, share)
+    else:
+        gated_CxD, gates_C, own = rows(*arrays)
+    trace = Trace(scores_S, selection.mask_S, combine(gates_C, selection), logits_S, overflow_S)
+    return combine(gated_CxD, selection), own, trace
 
 
 def dispatch_ids(ids_S: jax.Array, selection: Selection) -> jax.Array:

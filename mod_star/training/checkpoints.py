@@ -97,13 +97,13 @@ def saved_steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
-def choose_checkpoint(directory: Path, step: int | None, option: str) -> int | None:
+def choose_checkpoint(directory: Path, step: int | None, option: str | None) -> int | None:
     """The checkpoint to load: the one asked for, else the newest; None if there is none at all.
 
     Args:
       directory: RUN/checkpoints.
       step: which one; None: the newest.
-      option: name of the command's option that chooses a step, for the error message.
+      option: name of the command's option that chooses a step, for the error message; None: it has none.
 
     Raises:
       InputError: the step doesn't exist, or its checkpoint is damaged. An older one is offered, never taken silently.
@@ -119,7 +119,8 @@ def choose_checkpoint(directory: Path, step: int | None, option: str) -> int | N
         )
     if damage := find_damage(directory / str(step)):
         older = [earlier for earlier in steps if earlier < step and not find_damage(directory / str(earlier))]
-        offer = f"{option} {older[-1]} takes the one before it" if older else "there is no intact one before it"
+        take = f"{option} {older[-1]} takes" if option and older else "delete it to take"
+        offer = f"{take} the one before it" if older else "there is no intact one before it"
         raise InputError(f"checkpoint {directory / str(step)} is damaged ({damage}); {offer}")
     return step
 
@@ -196,8 +197,12 @@ def _restore(directory: Path, step: int, **items: Any) -> Any:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
             return reader.restore(checkpoint, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax, tensorstore and JSON each have their own
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"checkpoint {checkpoint} cannot be loaded: {type(error).__name__}: {reason}") from error
+        raise _not_loaded(checkpoint, error) from error
+
+
+def _not_loaded(checkpoint: Path, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"checkpoint {checkpoint} cannot be loaded: {type(error).__name__}: {reason}")
 
 
 def _to_saved(state: TrainState) -> dict[str, Any]:

@@ -41,11 +41,14 @@ from mod_star.parts import load_parts
 from mod_star.plots import plot_curves
 from mod_star.terminal import duration, short_number
 from mod_star.training import checkpoints, run_dir
+from mod_star.training.base_run import load_base
 from mod_star.training.interrupt import Interrupted, stop_signals
 from mod_star.training.metrics import MetricsWriter, read_metrics
 from mod_star.training.progress import TrainingProgress
-from mod_star.training.state import TrainState, init_state
-from mod_star.training.step import make_eval_step, make_train_step, summarise_eval
+from mod_star.training.run_dir import LoadedRun
+from mod_star.training.state import TrainState, init_state, initial_params
+from mod_star.training.step import make_train_step, objective_of
+from mod_star.training.thoughts_log import ThoughtsLog
 
 SUMMARY_FILE = "summary.json"
 CURVES_FILE = "curves.png"
@@ -101,10 +104,11 @@ def train(
 ) -> TrainSummary:
     """Trains a run to its end, from the start or from where it was interrupted.
 
-    All input is checked before anything is compiled or written. A complete run is left as it is.
+    All input is checked before anything is compiled or written. A complete run is left as it is. A run that starts
+    from another one (`init_from`) needs it no longer once its own checkpoint 0 is there, which comes first of all.
 
     Args:
-      run: what to train. `model.vocab_size` 0 is filled in from the tokenizer.
+      run: what to train. `model.vocab_size` 0 is filled in from the tokenizer, or from the run that it starts from.
       directory: where the run is kept; see `mod_star.training.run_dir`. It may hold the same run, interrupted.
       resume_from: step of an older checkpoint to go on from; later ones are deleted. None: the newest.
       quiet: print nothing.
@@ -127,20 +131,30 @@ def train(
                 _say(console, f"{path}: is complete already\n{describe(summary)}")
                 return summary
             tokenizer = load_saved_tokenizer(path / run_dir.TOKENIZER_DIRECTORY, stored.data.tokenizer)
-            return _Training(_load_inputs(stored, tokenizer), path, resume_from, console).run_to_end()
+            begun = checkpoints.saved_steps(path / run_dir.CHECKPOINTS_DIRECTORY)
+            base = None if begun else load_base(stored, tokenizer)
+            return _Training(_load_inputs(stored, tokenizer), path, resume_from, console, base).run_to_end()
     if resume_from is not None:
         raise InputError(f"--resume-from = {resume_from}: {path} is not a run yet")
     run_dir.require_creatable(path)
-    inputs = _load_inputs(run, load_tokenizer(run.data.tokenizer))
-    with run_dir.created(path, inputs.run, inputs.tokenizer):
-        return _Training(inputs, path, None, console).run_to_end()
+    base = load_base(run)
+    if base is None:
+        inputs = _load_inputs(run, load_tokenizer(run.data.tokenizer))
+    else:
+        run = replace(run, model=replace(run.model, vocab_size=base.config.model.vocab_size))
+        inputs = _load_inputs(run, base.tokenizer)
+    with run_dir.created(path, inputs.run, inputs.tokenizer, None if base is None else base.config):
+        return _Training(inputs, path, None, console, base).run_to_end()
 
 
 def describe(summary: TrainSummary) -> str:
     """The result in one line."""
-    losses = f"held-out loss {summary.evaluation['eval_loss']:.4f}"
-    if "eval_loss_causal" in summary.evaluation:
-        losses += f" ({summary.evaluation['eval_loss_causal']:.4f} under causal routing)"
+    found = summary.evaluation
+    losses = f"held-out loss {found['eval_loss']:.4f}"
+    if "eval_loss_causal" in found:
+        losses += f" ({found['eval_loss_causal']:.4f} under causal routing)"
+    if "eval_talk_loss" in found:
+        losses += f" ({found['eval_base_loss']:.4f} without thoughts, {found['eval_talk_loss']:.4f} with one each)"
     skipped = f", {summary.skipped} of them skipped" if summary.skipped else ""
     return (
         f"{losses} after {summary.steps} steps{skipped}: {short_number(summary.tokens)} tokens, "
@@ -169,8 +183,11 @@ def _load_inputs(run: RunConfig, tokenizer: Tokenizer) -> _Inputs:
 class _Training:
     """One sitting of a run in its directory."""
 
-    def __init__(self, inputs: _Inputs, path: Path, resume_from: int | None, console: Console) -> None:
+    def __init__(
+        self, inputs: _Inputs, path: Path, resume_from: int | None, console: Console, base: LoadedRun | None
+    ) -> None:
         self.inputs, self.run, self.path, self.console = inputs, inputs.run, path, console
+        self.base = base  # to start from; None also if that is done
         self.checkpoints = path / run_dir.CHECKPOINTS_DIRECTORY
         self.last_saved = checkpoints.choose_checkpoint(self.checkpoints, resume_from, "--resume-from")
         self.start = self.last_saved or 0
@@ -186,18 +203,33 @@ class _Training:
             self.writer = checkpoints.CheckpointWriter(self.checkpoints, self.run.train.keep_checkpoints)
             stack.callback(self.writer.close)
             self.metrics = stack.enter_context(MetricsWriter(self.path, self.last_saved))
+            self.thoughts = self._thoughts_log(stack)
             self.progress = stack.enter_context(self._progress())
             self._announce(parameter_count(state.params))
+            if self.base is not None:
+                self._save_start(state)
             step_fn, self.eval_fn, compile_seconds = self._compile(state)
             state = self._loop(state, step_fn)
             seconds = self._seconds()
         return self._finish(parameter_count(state.params), int(state.skipped), seconds, compile_seconds)
 
+    def _thoughts_log(self, stack: ExitStack) -> ThoughtsLog | None:
+        if self.run.train.objective != "quiet_star":
+            return None
+        inputs = self.inputs
+        log = ThoughtsLog(self.path, self.last_saved, inputs.decoder, self.run, inputs.tokenizer)
+        return stack.enter_context(log)
+
     def _first_state(self) -> TrainState:
-        initial = jax.jit(lambda: init_state(self.inputs.decoder, self.run, self.inputs.total_steps))
+        decoder, run = self.inputs.decoder, self.run
+        total = self.inputs.total_steps
+
+        def first(base: dict[str, Any] | None) -> TrainState:
+            return init_state(decoder, run, total, initial_params(decoder, run, self.inputs.tokenizer, base))
+
         if self.last_saved is None:
-            return initial()
-        like = jax.eval_shape(initial)
+            return jax.jit(first, donate_argnums=0)(None if self.base is None else self.base.params)
+        like = jax.eval_shape(first, None)
         state, saved = checkpoints.restore_state(self.checkpoints, self.last_saved, like, self.batches)
         checkpoints.delete_after(self.checkpoints, self.last_saved)
         (self.path / SUMMARY_FILE).unlink(missing_ok=True)
@@ -214,7 +246,7 @@ class _Training:
         )
         step = jax.jit(make_train_step(decoder, run, self.inputs.total_steps), donate_argnums=0)
         step_fn = step.lower(like, batch).compile()
-        eval_fn = jax.jit(make_eval_step(decoder, run)).lower(like.params, batch, key).compile()
+        eval_fn = jax.jit(objective_of(decoder, run).eval_step).lower(like.params, batch, key).compile()
         seconds = time.perf_counter() - began
         self.progress.say(f"compiled in {seconds:.1f} s")
         return step_fn, eval_fn, seconds
@@ -276,7 +308,16 @@ class _Training:
                 key = jax.random.fold_in(self._eval_key(), number)
                 sums.append(jax.device_get(self.eval_fn(state.params, jax.device_put(batch), key)))
             added = jax.tree.map(lambda *values: np.sum(np.asarray(values, np.float64), axis=0), *sums)
-            self.metrics.write(step, summarise_eval(added))
+            self.metrics.write(step, objective_of(self.inputs.decoder, self.run).summarise(added))
+            if self.thoughts is not None:
+                self.thoughts.write(step, state.params, self.inputs.held_out[0], self._eval_key())
+
+    def _save_start(self, state: TrainState) -> None:
+        """Saves what the run starts with: from here on it needs nothing but its own directory."""
+        with self.progress.pause("saving"):
+            self.writer.save(state, self.batches, {"seconds": 0.0})
+            self.writer.wait()
+        self.last_saved, self.base = 0, None
 
     def _save(self, state: TrainState) -> None:
         seconds = self._seconds()
@@ -315,7 +356,9 @@ class _Training:
         return summary
 
     def _announce(self, parameters: int) -> None:
-        begun = f"goes on from step {self.start}" if self.start else "starts"
+        begun = "starts" if self.last_saved is None else f"goes on from step {self.start}"
+        if self.base is not None:
+            begun += f" from {self.run.init_from} (step {self.base.step})"
         steps, flops = self.inputs.total_steps, short_number(self.inputs.total_steps * self.inputs.step_flops)
         self.progress.say(f"{self.path} {begun}: {short_number(parameters)} parameters, {steps} steps, {flops} FLOP")
 

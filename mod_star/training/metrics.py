@@ -1,6 +1,7 @@
 """What a run measured: one JSON record per line in metrics.jsonl, and the same numbers as TensorBoard events.
 
-Names of the values in a record (per-layer lists have one entry per routed block):
+Names of the values in a record (per-layer lists have one entry per routed block; those of a run that learns to think
+are listed with `mod_star.training.quiet_star.quiet_star_metrics` and `summarise_thinking`):
 
   every `train.log_every` steps   loss, lm_loss, grad_norm, learning_rate, tokens_per_second, train_flops, skipped,
                                   predictor_accuracy, routed_fraction[], gate_mean[], gate_std[], routing_entropy[]
@@ -18,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -31,7 +32,7 @@ TENSORBOARD_DIRECTORY = "tensorboard"
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 Value = float | int | bool | list[float] | list[int] | list[bool]
-"""What a record holds under a name: a number, or a list with one number per routed block."""
+"""What a record holds under a name: a number, or a list with one number per routed block or decile."""
 
 
 class MetricsWriter:
@@ -52,15 +53,7 @@ class MetricsWriter:
     def __init__(self, run_dir: str | Path, resume_step: int | None = None) -> None:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / METRICS_FILE
-        kept = []
-        if resume_step is not None and path.exists():
-            kept = [line for line, record in _records(path) if record["step"] <= resume_step]
-        # Written aside and moved into place: a crash here loses nothing.
-        beside = path.with_suffix(".jsonl.new")
-        beside.write_text("".join(kept), encoding="utf-8")
-        os.replace(beside, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = open_records(run_dir / METRICS_FILE, resume_step)
         first_step = 0 if resume_step is None else resume_step + 1
         # Event files are named by the second; the suffix keeps a quick resume from writing over its predecessor's.
         self._events = SummaryWriter(
@@ -94,7 +87,8 @@ class MetricsWriter:
                 continue
             if isinstance(value, list):
                 for layer, entry in enumerate(value):
-                    self._events.add_scalar(f"{name}/layer_{layer}", float(entry), record["step"])
+                    part = "decile" if name.endswith("_by_decile") else "layer"
+                    self._events.add_scalar(f"{name}/{part}_{layer}", float(entry), record["step"])
             else:
                 self._events.add_scalar(name, float(value), record["step"])
         return record
@@ -111,6 +105,21 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def open_records(path: Path, resume_step: int | None) -> TextIO:
+    """Opens a file of JSON records, one a line and each with its "step", to append to.
+
+    Records of steps after `resume_step` are dropped; all of them, if it is None.
+    """
+    kept = []
+    if resume_step is not None and path.exists():
+        kept = [line for line, record in _records(path) if record["step"] <= resume_step]
+    # Written aside and moved into place: a crash here loses nothing.
+    beside = path.with_suffix(".jsonl.new")
+    beside.write_text("".join(kept), encoding="utf-8")
+    os.replace(beside, path)
+    return path.open("a", encoding="utf-8")
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

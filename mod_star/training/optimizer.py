@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mod_star.config import OptimizerConfig
+from mod_star.config import OptimizerConfig, RunConfig
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -76,11 +76,27 @@ def clip_apart(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+def scale_thought_embeddings(factor: float) -> optax.GradientTransformation:
+    """Multiplies the updates of <start> and <end>: their learning rate, as a multiple of the others'."""
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        del params
+
+        def scale(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+            return update * factor if path_names(path) in (("thinking", "start"), ("thinking", "end")) else update
+
+        return jax.tree_util.tree_map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(run: RunConfig, total_steps: int) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101): decay is added after Adam's scaling, times the rate."""
+    config = run.optimizer
     return optax.chain(
         clip_apart(config.clip) if config.clip else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, decay_mask),
+        scale_thought_embeddings(run.thinking.embedding_rate),
         optax.scale_by_learning_rate(make_schedule(config, total_steps)),
     )

@@ -1,6 +1,6 @@
 """A run's directory: what it holds, when it may be written, and how a trained model is loaded from it.
 
-    RUN/config.json      the whole configuration, and the versions that started the run
+    RUN/config.json      the whole configuration, that of the run it started from, and the versions that started it
         tokenizer/       copy of the tokenizer
         parts.py         copy of the user's own parts, if any: a run needs nothing but its directory
         checkpoints/     see `mod_star.training.checkpoints`
@@ -27,15 +27,35 @@ from typing import Any
 import jax
 
 import mod_star
-from mod_star.config import RunConfig, from_dict, to_dict
+from mod_star.config import RunConfig, to_dict
 from mod_star.data import Tokenizer, load_saved_tokenizer, load_tokenizer, save_tokenizer
 from mod_star.errors import InputError, require
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.training.checkpoints import choose_checkpoint, restore_params
-from mod_star.training.state import init_params
+from mod_star.training.state import initial_params
+from mod_star.training.stored_config import BASE, CONFIG_FILE, is_run, read_base_config, read_config
 
-CONFIG_FILE = "config.json"
+__all__ = [
+    "CHECKPOINTS_DIRECTORY",
+    "CONFIG_FILE",
+    "LOCK_FILE",
+    "PARTS_FILE",
+    "TOKENIZER_DIRECTORY",
+    "LoadedRun",
+    "created",
+    "differences",
+    "is_run",
+    "load_run",
+    "locked",
+    "read_base_config",
+    "read_config",
+    "require_creatable",
+    "require_vocabulary",
+    "resumed_config",
+    "same_parts",
+]
+
 PARTS_FILE = "parts.py"
 TOKENIZER_DIRECTORY = "tokenizer"
 CHECKPOINTS_DIRECTORY = "checkpoints"
@@ -55,8 +75,10 @@ class LoadedRun:
     """Step of the checkpoint that the parameters are from."""
 
 
-def load_run(directory: str | Path, step: int | None = None) -> LoadedRun:
+def load_run(directory: str | Path, step: int | None = None, option: str | None = "--step") -> LoadedRun:
     """Loads a run's model from its newest checkpoint, or from that of `step`.
+
+    `option` is what the command calls `step`, for the error message; None: it has no such option.
 
     Raises:
       InputError: the directory isn't a run, has no checkpoint, or the checkpoint is damaged (an older one is named).
@@ -64,35 +86,14 @@ def load_run(directory: str | Path, step: int | None = None) -> LoadedRun:
     path = Path(directory)
     run = read_config(path)
     checkpoints = path / CHECKPOINTS_DIRECTORY
-    chosen = choose_checkpoint(checkpoints, step, "--step")
+    chosen = choose_checkpoint(checkpoints, step, option)
     if chosen is None:
         raise InputError(f"{path}: has no checkpoint yet")
     tokenizer = load_saved_tokenizer(path / TOKENIZER_DIRECTORY, run.data.tokenizer)
     require_vocabulary(run, tokenizer)
     decoder = Decoder(run.model, run.routing, load_parts(run.parts))
-    like = jax.eval_shape(lambda: init_params(decoder, run.train.seed))
+    like = jax.eval_shape(lambda: initial_params(decoder, run, tokenizer))
     return LoadedRun(run, tokenizer, decoder, restore_params(checkpoints, chosen, like), chosen)
-
-
-def is_run(path: Path) -> bool:
-    """Whether the directory holds a run."""
-    return (path / CONFIG_FILE).is_file()
-
-
-def read_config(path: Path) -> RunConfig:
-    """The stored configuration; its `parts` name the run's own copy.
-
-    Raises:
-      InputError: the directory isn't a run, or its config.json is damaged.
-    """
-    if not is_run(path):
-        found = f"it has no {CONFIG_FILE}" if path.is_dir() else "there is no such directory"
-        raise InputError(f"{path}: is not a run ({found})")
-    try:
-        run = from_dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path / CONFIG_FILE}: cannot be read: {error}") from error
-    return run if run.parts is None else replace(run, parts=str(path / run.parts))
 
 
 def resumed_config(path: Path, run: RunConfig) -> RunConfig:
@@ -100,7 +101,7 @@ def resumed_config(path: Path, run: RunConfig) -> RunConfig:
 
     Every field counts, `train.steps` too: the learning-rate schedule is drawn from it, so that a longer run is another
     run from its first step on. A file of parts or a tokenizer that has changed since counts as well; one that is gone
-    doesn't matter, the run has its own copy.
+    doesn't matter, the run has its own copy. Nor does what became of the run that it started from.
 
     Raises:
       InputError: they differ; the message lists field: stored → asked for.
@@ -108,11 +109,14 @@ def resumed_config(path: Path, run: RunConfig) -> RunConfig:
     stored = read_config(path)
     if run.model.vocab_size == 0:  # what "from the tokenizer" came to is in the stored one
         run = replace(run, model=replace(run.model, vocab_size=stored.model.vocab_size))
-    if same_parts(stored.parts, run.parts):
+    if same_parts(stored.parts, run.parts) or _parts_of_base(stored, run):
         run = replace(run, parts=stored.parts)
+    if stored.init_from and run.init_from and Path(stored.init_from) == Path(run.init_from):  # but for a slash
+        run = replace(run, init_from=stored.init_from)
     found = differences(to_dict(stored), to_dict(run))
     spec = run.data.tokenizer
-    if spec == stored.data.tokenizer and Path(spec).exists():
+    # A run that started from another has that one's tokenizer, whatever is in this file.
+    if stored.init_from is None and spec == stored.data.tokenizer and Path(spec).exists():
         copy = load_saved_tokenizer(path / TOKENIZER_DIRECTORY, spec)
         if load_tokenizer(spec).fingerprint != copy.fingerprint:
             found.append(f"data.tokenizer: {spec} has changed")
@@ -142,6 +146,14 @@ def same_parts(stored: str | None, asked: str | None) -> bool:
     return not Path(original).is_file() or Path(original).read_bytes() == Path(copy).read_bytes()
 
 
+def _parts_of_base(stored: RunConfig, asked: RunConfig) -> bool:
+    """Whether the parts asked for are those of the run that this one started from, whatever is there now."""
+    if stored.parts is None or asked.parts is None or asked.init_from is None:
+        return False
+    original, _, name = asked.parts.rpartition(":")
+    return Path(original) == Path(asked.init_from) / PARTS_FILE and name == stored.parts.rpartition(":")[2]
+
+
 def require_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> None:
     """Raises InputError if the tokenizer has ids that the model has no embedding for."""
     V = run.model.vocab_size
@@ -169,7 +181,7 @@ def require_creatable(path: Path) -> None:
 
 
 @contextmanager
-def created(path: Path, run: RunConfig, tokenizer: Tokenizer) -> Iterator[RunConfig]:
+def created(path: Path, run: RunConfig, tokenizer: Tokenizer, base: RunConfig | None = None) -> Iterator[RunConfig]:
     """Makes the directory of a new run, yields its stored configuration, and keeps others out until left.
 
     What was made is removed again if it can't be completed.
@@ -178,6 +190,7 @@ def created(path: Path, run: RunConfig, tokenizer: Tokenizer) -> Iterator[RunCon
       path: where; see `require_creatable`.
       run: a configuration that has been checked in full, `model.vocab_size` included.
       tokenizer: the tokenizer to copy.
+      base: configuration of the run that this one starts from, to be kept for `read_base_config`.
 
     Raises:
       InputError: the directory can't be written, or another process was faster.
@@ -191,7 +204,7 @@ def created(path: Path, run: RunConfig, tokenizer: Tokenizer) -> Iterator[RunCon
     with locked(path):
         require_creatable(path)
         try:
-            _write(path, run, tokenizer)
+            _write(path, run, tokenizer, base)
         except BaseException as error:
             shutil.rmtree(path / TOKENIZER_DIRECTORY, ignore_errors=True)
             for name in (PARTS_FILE, CONFIG_FILE + ".new", CONFIG_FILE, LOCK_FILE):
@@ -204,16 +217,19 @@ def created(path: Path, run: RunConfig, tokenizer: Tokenizer) -> Iterator[RunCon
         yield read_config(path)
 
 
-def _write(path: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
+def _write(path: Path, run: RunConfig, tokenizer: Tokenizer, base: RunConfig | None) -> None:
     save_tokenizer(tokenizer, path / TOKENIZER_DIRECTORY)
     if run.parts is not None:
         original, _, name = run.parts.rpartition(":")
         shutil.copyfile(original, path / PARTS_FILE)
         run = replace(run, parts=f"{PARTS_FILE}:{name}")
     versions = {"mod_star": mod_star.__version__, "jax": jax.__version__, "python": platform.python_version()}
+    configs = {"config": to_dict(run)}
+    if base is not None:  # its parts are the same, and the copy here outlives the one there
+        configs[BASE] = to_dict(replace(base, parts=run.parts))
     # Written aside and moved into place: this file makes the directory a run.
     beside = path / (CONFIG_FILE + ".new")
-    beside.write_text(json.dumps(versions | {"config": to_dict(run)}, indent=2) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps(versions | configs, indent=2) + "\n", encoding="utf-8")
     os.replace(beside, path / CONFIG_FILE)
 
 

@@ -10,7 +10,9 @@ import optax
 from flax import struct
 
 from mod_star.config import RunConfig
+from mod_star.data import Tokenizer
 from mod_star.model import Decoder
+from mod_star.thinking.parameters import thinking_init
 from mod_star.training.optimizer import make_optimizer
 
 
@@ -37,10 +39,39 @@ def init_params(decoder: Decoder, seed: int) -> dict[str, Any]:
     return decoder.init(jax.random.key(seed), tokens_S, key=jax.random.key(0))["params"]
 
 
-def init_state(decoder: Decoder, run: RunConfig, total_steps: int) -> TrainState:
-    """The state before the first step; jit-able, so that large parameters can be made in place."""
-    params = init_params(decoder, run.train.seed)
-    opt_state = make_optimizer(run.optimizer, total_steps).init(params)
+def initial_params(
+    decoder: Decoder, run: RunConfig, tokenizer: Tokenizer, base: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a run starts with: the decoder's parameters and, if it is to think, those of `mod_star.thinking`.
+
+    Args:
+      decoder: makes the parameters.
+      run: its objective, its thinking and its seed.
+      tokenizer: spells the texts that <start> and <end> begin as.
+      base: parameters of another run to start from; None: random ones. Its thinking is kept if it has learned any, and
+        left out where the objective has no use for it.
+    """
+    params = init_params(decoder, run.train.seed) if base is None else base
+    if run.train.objective != "quiet_star":
+        return {name: value for name, value in params.items() if name != "thinking"}
+    if "thinking" in params:
+        return params
+    key = jax.random.fold_in(jax.random.key(run.train.seed), 3)
+    start, end = (tokenizer.encode(text) for text in (run.thinking.start_text, run.thinking.end_text))
+    return {**params, "thinking": thinking_init(key, run.model, params["embedding"], start, end)}
+
+
+def init_state(decoder: Decoder, run: RunConfig, total_steps: int, params: dict[str, Any] | None = None) -> TrainState:
+    """The state before the first step; jit-able, so that large parameters can be made in place.
+
+    Args:
+      decoder: makes the parameters.
+      run: its `optimizer`, and `train.seed` for parameters and key.
+      total_steps: length of the learning-rate schedule.
+      params: float32 parameters to start from, see `initial_params`; None: the decoder's own, random.
+    """
+    params = init_params(decoder, run.train.seed) if params is None else params
+    opt_state = make_optimizer(run, total_steps).init(params)
     key = jax.random.fold_in(jax.random.key(run.train.seed), 1)
     # Three arrays, not one: a donated buffer may appear once only.
     step, skipped, streak = (jnp.zeros((), jnp.int32) for _ in range(3))

@@ -8,12 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from mod_star.model.cross_entropy import cross_entropy
+from mod_star.model import cross_entropy as module
+
+cross_entropy: Any = module.cross_entropy
 
 B, S, D, V = 2, 7, 5, 11
 
 
-def inputs(dtype: Any = jnp.float32) -> tuple[jax.Array, ...]:
+def inputs(dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(B, S, D)), dtype)
     head = jnp.asarray(rng.normal(size=(V, D)), jnp.float32)

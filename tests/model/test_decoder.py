@@ -16,7 +16,7 @@ from mod_star.model import Decoder, Output
 from mod_star.model.cross_entropy import cross_entropy
 from mod_star.model.parts import Part, Parts
 from mod_star.model.routing import capacity_of, causal_slots, noise_threshold, position_noise
-from mod_star.model.transformer import head_matrix
+from mod_star.model.transformer import head_matrix, routed_block
 
 Batch = dict[str, jax.Array]
 RandomParams = Callable[..., Any]
@@ -135,9 +135,7 @@ def test_skipped_tokens_pass_a_routed_block_unchanged_to_the_bit(
         output: Any = decoder.apply({"params": params}, tokens, None, segment_ids, mode=mode)
         before: Any = decoder.apply({"params": params}, tokens, method="embed")
         own = jax.tree.map(lambda a: a[0], params["groups"]["routed"])
-        delta, _, trace = decoder.bind({"params": params})._routed(
-            own, before, jnp.arange(24), segment_ids, mode, 9, None
-        )
+        delta, _, trace = routed_block(decoder, own, before, jnp.arange(24), segment_ids, mode=mode, slots=9)
         return before, before + delta, trace.selected, output.trace.selected[0]
 
     before, after, selected, selected_inside = jax.jit(jax.vmap(one))(tiny_batch["tokens"], tiny_batch["segment_ids"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import chex
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from mod_star import presets
 from mod_star.config import RunConfig
@@ -27,6 +26,7 @@ from mod_star.training.metrics import MetricsWriter, read_metrics
 from mod_star.training.state import init_state
 
 STEPS = 8
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 def make_run(**fields: Any) -> RunConfig:
@@ -36,19 +36,6 @@ def make_run(**fields: Any) -> RunConfig:
     routing = replace(run.routing, selection="stochastic", predictor_width=4)
     train = {"steps": STEPS, "batch_size": 2, "log_every": 1, "eval_every": 3, "checkpoint_every": 4} | fields
     return replace(run, model=model, routing=routing, train=replace(run.train, **train))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Every call of `train` compiles anew; here all but the first load the program from disk."""
-    before = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mod_star.config import OptimizerConfig
+from mod_star.config import OptimizerConfig, RunConfig
 from mod_star.training.optimizer import clip_apart, decay_mask, make_optimizer, make_schedule, split_norms
 
 RNG = np.random.default_rng(0)
@@ -44,7 +44,7 @@ def test_several_steps_equal_adamw_in_float64(clip: float) -> None:
     config = OptimizerConfig(
         learning_rate=0.02, warmup_steps=2, weight_decay=0.3, b1=0.8, b2=0.9, eps=1e-4, clip=clip, schedule="cosine"
     )
-    optimizer = make_optimizer(config, 6)
+    optimizer = make_optimizer(RunConfig(optimizer=config), 6)
     rates = [0.01, 0.02] + [0.02 * (0.9 * (1 + math.cos(math.pi * t / 4)) / 2 + 0.1) for t in range(4)]
     params = tree()
     state = optimizer.init(params)

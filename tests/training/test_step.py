@@ -13,8 +13,9 @@ import pytest
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig
 from mod_star.model import Decoder, Output
 from mod_star.model.transformer import RoutingMode, head_matrix
+from mod_star.training.next_token import forward, make_eval_step, summarise_eval
 from mod_star.training.state import TrainState, init_state
-from mod_star.training.step import forward, make_eval_step, make_train_step, summarise_eval
+from mod_star.training.step import make_train_step
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]

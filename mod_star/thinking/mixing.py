@@ -1,0 +1,29 @@
+"""The mixing head: how much of the prediction after a thought goes into the final one (Quiet-STaR, section 4.3)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mod_star.model.layers import Params
+from mod_star.model.linear import linear
+
+
+def mixing_weight(params: Params, base_NxD: jax.Array, thought_NxD: jax.Array) -> jax.Array:
+    """The weight w of the thought's prediction, float32 N: Linear-ReLU-Linear-ReLU-Linear of both hidden states.
+
+    Not squashed, as in the authors' code: w may leave [0, 1].
+    """
+    x = jnp.concatenate([base_NxD, thought_NxD], -1).astype(jnp.float32)
+    x = jax.nn.relu(linear(x, params["first"]) + params["first_bias"])
+    x = jax.nn.relu(linear(x, params["second"]) + params["second_bias"])
+    return x @ params["output"] + params["output_bias"]
+
+
+def mix(base_NxD: jax.Array, thought_NxD: jax.Array, weights_N: jax.Array) -> jax.Array:
+    """(1 - w)·base + w·thought, NxD in their type; exactly the base where w is 0.
+
+    Mixing hidden states before an LM head without bias is mixing logits, vocabulary/width times cheaper.
+    """
+    base, thought = base_NxD.astype(jnp.float32), thought_NxD.astype(jnp.float32)
+    return (base + weights_N[:, None] * (thought - base)).astype(base_NxD.dtype)

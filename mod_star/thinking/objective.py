@@ -1,0 +1,235 @@
+"""The Quiet-STaR objective for a batch (arXiv 2403.09629, Algorithm 1): choose positions, think, score, learn.
+
+    loss = base_weight · NLL of the text
+         + talk_weight · NLL of the text after thoughts, mixed with the base prediction
+         + policy_weight · REINFORCE: -max(r, 0) · log p(thought), summed over its tokens
+    r    = log p_talk(n_true tokens) - its mean over the thoughts of the position
+
+NLLs are means over predictions, REINFORCE is a mean over thoughts. Axes: B sequences, S tokens, G routed blocks, J
+thinking positions, M thoughts per position, T thought tokens, N predicted tokens (n_true).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mod_star.config import ThinkingConfig
+from mod_star.model import Decoder, Output
+from mod_star.model.cross_entropy import cross_entropy_by_token, token_entropy
+from mod_star.model.routing import select_top
+from mod_star.model.transformer import head_matrix
+from mod_star.thinking.mixing import mix, mixing_weight
+from mod_star.thinking.sample import Thought, sample_thought
+from mod_star.thinking.scan_sum import scan_sum
+from mod_star.thinking.score import score_thought
+
+Batch = dict[str, jax.Array]
+
+
+@struct.dataclass
+class Places:
+    """Where a batch thinks."""
+
+    indices_BxJ: jax.Array
+    """int32 index in the sequence, ascending."""
+    filled_BxJ: jax.Array
+    """bool; False where a sequence has fewer positions than J to think at (padding, ends of documents)."""
+
+
+@struct.dataclass
+class Talk:
+    """What came of thinking, per prediction; float32, without gradient."""
+
+    nll_BxJxMxN: jax.Array
+    """Negative log-likelihood of the mixed prediction, in nats."""
+    weights_BxJxMxN: jax.Array
+    """Mixing weight w of the thought."""
+    advantages_BxJxM: jax.Array
+    """Reward of each thought less its baseline, before negative ones are dropped."""
+    log_probs_BxJxM: jax.Array
+    """log p(thought) as it was scored, over `policy_temperature`; zeros without REINFORCE."""
+    computed_BxJxMxG: jax.Array
+    """Share of [<start>; thought; <end>; continuation] that each routed block computed; G is 0 for a dense model."""
+    overflow_BxJxMxG: jax.Array
+    """Share of these tokens that the causal rule wanted, but no slot was left for."""
+
+
+def place_count(thinking: ThinkingConfig, tokens: int) -> int:
+    """J for sequences of `tokens` tokens: think_fraction of the positions that n_true tokens can follow."""
+    return max(1, int(thinking.think_fraction * (tokens - thinking.n_true + 1) + 0.5))
+
+
+def choose_places(
+    batch: Batch, text: Output, head_VxD: jax.Array, key: jax.Array, thinking: ThinkingConfig, chunk: int
+) -> Places:
+    """Chooses the thinking positions: those with the highest base entropy, or by chance, as many as there are to be.
+
+    Only positions whose next token is to be predicted count; the choice is MoD's static-shape top-k.
+    """
+    B, S = batch["tokens"].shape
+    count = S - thinking.n_true + 1
+    eligible = batch["weights"][:, :count] > 0
+    if thinking.think_where == "entropy" and thinking.think_fraction < 1:
+        scores = token_entropy(jax.lax.stop_gradient(text.hidden[:, :count]), head_VxD, chunk)
+    else:
+        scores = jax.random.uniform(key, (B, count))
+    J = place_count(thinking, S)
+    selection = jax.vmap(lambda s, e: select_top(s, e, J))(scores, eligible)
+    return Places(selection.indices_C, selection.filled_C)
+
+
+def contexts(text: Output) -> dict[str, Any]:
+    """Keys/values of texts as thoughts take them: {block name: (Segment,)}."""
+    return {name: (segment,) for name, segment in text.keys_values.items()}
+
+
+def sample_thoughts(
+    decoder: Decoder,
+    params: dict[str, Any],
+    text: Output,
+    batch: Batch,
+    places: Places,
+    key: jax.Array,
+    thinking: ThinkingConfig,
+    temperature: float,
+) -> Thought:
+    """Samples M thoughts at every place, all in parallel; no gradients. Leaves of the result are [B, J, M, ...].
+
+    What is drawn at a position depends on the key, the sequence's row, the position and the thought's number alone.
+    """
+    params, text = jax.lax.stop_gradient((params, text))
+
+    def sequence(
+        context: Any, positions_S: jax.Array, ids_S: jax.Array, indices_J: jax.Array, key: jax.Array
+    ) -> Thought:
+        def one(index: jax.Array, number: jax.Array) -> Thought:
+            own_key = jax.random.fold_in(jax.random.fold_in(key, index), number)
+            position, segment_id = positions_S[index], ids_S[index]
+            return sample_thought(
+                decoder, params, context, position, segment_id, own_key, thinking, temperature
+            )[0]  # fmt: skip
+
+        over_thoughts = jax.vmap(one, (None, 0))
+        return jax.vmap(over_thoughts, (0, None))(indices_J, jnp.arange(thinking.n_thoughts))
+
+    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(places.indices_BxJ.shape[0]))
+    return jax.vmap(sequence)(contexts(text), batch["positions"], batch["segment_ids"], places.indices_BxJ, keys_B)
+
+
+def talk_loss(
+    decoder: Decoder,
+    params: dict[str, Any],
+    text: Output,
+    batch: Batch,
+    places: Places,
+    thoughts: Thought,
+    thinking: ThinkingConfig,
+    loss_chunk: int,
+) -> tuple[jax.Array, Talk]:
+    """talk_weight · NLL after thoughts + policy_weight · REINFORCE; differentiable in params and text.
+
+    Computed in chunks of `thinking.chunk` positions per sequence, one after the other.
+    """
+    J = places.indices_BxJ.shape[1]
+    chunk = min(thinking.chunk, J)
+    count = -(-J // chunk)
+
+    def chunked(leaf: jax.Array) -> jax.Array:
+        padded = jnp.pad(leaf, [(0, 0), (0, count * chunk - J), *[(0, 0)] * (leaf.ndim - 2)])
+        return jnp.moveaxis(padded.reshape(leaf.shape[0], count, chunk, *leaf.shape[2:]), 1, 0)
+
+    totals = talk_totals(batch, places, thinking)
+    shared = (params, text.hidden, contexts(text), batch, totals)
+
+    def function(shared: Any, part: Any) -> tuple[jax.Array, Talk]:
+        return _talk_loss_of_chunk(decoder, thinking, loss_chunk, shared, *part)
+
+    loss, talk = scan_sum(function, shared, jax.tree.map(chunked, (places, thoughts)))
+    whole = lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(leaf.shape[1], count * chunk, *leaf.shape[3:])[:, :J]  # noqa: E731
+    return loss, jax.tree.map(whole, talk)
+
+
+def predicted(batch: Batch, places: Places, thinking: ThinkingConfig) -> tuple[jax.Array, jax.Array]:
+    """Indices BxJxN of the predictions that follow each place, and their float32 weights.
+
+    0 for predictions beyond the document of the place, or that the batch gives no weight, or of places not filled.
+    """
+    index = places.indices_BxJ[..., None] + jnp.arange(thinking.n_true)
+    take = jax.vmap(lambda row, at: row[at])
+    same = take(batch["segment_ids"], index) == take(batch["segment_ids"], places.indices_BxJ)[..., None]
+    return index, take(batch["weights"], index) * same * places.filled_BxJ[..., None]
+
+
+def talk_totals(batch: Batch, places: Places, thinking: ThinkingConfig) -> tuple[jax.Array, jax.Array]:
+    """What the means are taken over: weight of all talk predictions, and number of thoughts; float32, at least 1."""
+    _, weights = predicted(batch, places, thinking)
+    thoughts = jnp.sum(places.filled_BxJ).astype(jnp.float32) * thinking.n_thoughts
+    return jnp.maximum(jnp.sum(weights) * thinking.n_thoughts, 1.0), jnp.maximum(thoughts, 1.0)
+
+
+def advantages(log_likelihoods_BxJxM: jax.Array, thinking: ThinkingConfig) -> jax.Array:
+    """Reward of each thought less the baseline: the mean over all thoughts of its place, or over the others."""
+    M = log_likelihoods_BxJxM.shape[-1]
+    above_mean = log_likelihoods_BxJxM - jnp.mean(log_likelihoods_BxJxM, -1, keepdims=True)
+    if thinking.baseline == "leave_one_out" and M > 1:
+        return above_mean * (M / (M - 1))
+    return above_mean
+
+
+def _talk_loss_of_chunk(
+    decoder: Decoder, thinking: ThinkingConfig, loss_chunk: int, shared: Any, places: Places, thoughts: Thought
+) -> tuple[jax.Array, Talk]:
+    params, hidden_BxSxD, context, batch, (talk_total, thought_total) = shared
+    B, J, M, T = thoughts.tokens_T.shape
+    N, D = thinking.n_true, hidden_BxSxD.shape[-1]
+    index_BxJxN, weights_BxJxN = predicted(batch, places, thinking)
+
+    def sequence(
+        context: Any, tokens_S: jax.Array, positions_S: jax.Array, ids_S: jax.Array, indices_J: jax.Array, thoughts: Any
+    ) -> Any:
+        def one(index: jax.Array, thought: Thought) -> Any:
+            following = tokens_S[index + 1 + jnp.arange(N - 1)]
+            return score_thought(
+                decoder, params, context, positions_S[index], ids_S[index], thought, following, thinking
+            )  # fmt: skip
+
+        return jax.vmap(jax.vmap(one, (None, 0)))(indices_J, thoughts)
+
+    scored = jax.vmap(sequence)(
+        context, batch["tokens"], batch["positions"], batch["segment_ids"], places.indices_BxJ, thoughts
+    )
+    gather = jax.vmap(lambda row, at: row[at])
+    base = jnp.broadcast_to(gather(hidden_BxSxD, index_BxJxN)[:, :, None], (B, J, M, N, D)).reshape(-1, D)
+    talk = scored.talk_NxD.reshape(-1, D)
+    mixing = mixing_weight(params["thinking"]["mixing"], base, talk)
+    mixed = mix(base, talk, mixing)
+
+    head = head_matrix(params)
+    shape = (B, J, M, N)
+    targets = jnp.broadcast_to(gather(batch["targets"], index_BxJxN)[:, :, None], shape)
+    weights = jnp.broadcast_to(weights_BxJxN[:, :, None], shape)
+    rows = lambda a: a.reshape(B, -1, *a.shape[4:])  # noqa: E731
+    loss, nll = cross_entropy_by_token(
+        rows(mixed.reshape(*shape, D)), head, rows(targets),
+        rows(weights) * (thinking.talk_weight / talk_total), loss_chunk,
+    )  # fmt: skip
+    nll_BxJxMxN = nll.reshape(shape)
+    advantage = jax.lax.stop_gradient(advantages(-jnp.sum(nll_BxJxMxN * weights, -1), thinking))
+    log_probs = jnp.zeros((B, J, M), jnp.float32)
+    if thinking.policy_weight > 0:
+        used = jnp.maximum(advantage, 0.0) if thinking.drop_negative else advantage
+        used = jnp.broadcast_to(used[..., None], (B, J, M, T)) * (thinking.policy_weight / thought_total)
+        policy, thought_nll = cross_entropy_by_token(
+            rows(scored.thought_TxD / jnp.asarray(thinking.policy_temperature, scored.thought_TxD.dtype)), head,
+            rows(thoughts.tokens_T), rows(used), loss_chunk,
+        )  # fmt: skip
+        loss += policy
+        log_probs = -jnp.sum(thought_nll.reshape(B, J, M, T), -1)
+    computed = overflow = jnp.zeros((B, J, M, 0), jnp.float32)
+    if scored.trace is not None:
+        computed, overflow = jnp.mean(scored.trace.selected, -1), jnp.mean(scored.trace.overflow, -1)
+    return loss, Talk(nll_BxJxMxN, mixing.reshape(shape), advantage, log_probs, computed, overflow)

@@ -1,0 +1,197 @@
+"""Sampling a thought: one function for one thought after one position. `vmap` it over positions, thoughts and batch.
+
+A thought sees the text up to its position through the text's keys/values, which are computed once and shared by all
+thoughts, and its own earlier tokens through a cache of its own. It cannot see another thought: nothing holds both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mod_star.config import RoutingConfig, ThinkingConfig
+from mod_star.model import Decoder
+from mod_star.model.attention import Segment
+from mod_star.model.routing import causal_slots
+from mod_star.model.transformer import head_matrix, run
+
+DRAW_BLOCK = 128
+
+
+@struct.dataclass
+class Thought:
+    """One thought of t tokens."""
+
+    tokens_T: jax.Array
+    """int32; -1 for a pause token."""
+    log_probs_T: jax.Array
+    """float32 log-probability of each token under the model (temperature 1), in nats."""
+    entropies_T: jax.Array
+    """float32 entropy of the distribution that each token was drawn from (temperature 1), in nats."""
+    decided_GxT: jax.Array | None
+    """int8: whether routed block g computed <start> and the first t - 1 tokens; None for a dense model."""
+
+
+def thought_slots(routing: RoutingConfig, thinking: ThinkingConfig) -> int:
+    """Tokens that a routed block may compute of <start> thought <end> continuation: as of any text of that length."""
+    if routing.every == 0:
+        return 0
+    return causal_slots(routing, thinking.thought_length + 1 + thinking.n_true)
+
+
+def text_before(text: Any, position: jax.Array) -> Any:
+    """The view of shared keys/values that a thought after `position` has: what lies behind is not valid.
+
+    Args:
+      text: any pytree of `Segment`s.
+      position: int32 scalar, the last position to see.
+    """
+
+    def view(segment: Segment) -> Segment:
+        return replace(segment, valid_M=segment.valid_M & (segment.positions_M <= position))
+
+    return jax.tree.map(view, text, is_leaf=lambda node: isinstance(node, Segment))
+
+
+def sample_thought(
+    decoder: Decoder,
+    params: dict[str, Any],
+    text: Any,
+    position: jax.Array,
+    segment_id: jax.Array,
+    key: jax.Array,
+    thinking: ThinkingConfig,
+    temperature: float,
+    finish: bool = False,
+) -> tuple[Thought, jax.Array | None]:
+    """Samples the thought after one position, without gradients in mind.
+
+    Args:
+      decoder: the model; routed blocks decide causally.
+      params: with the entry "thinking"; groups stacked or unrolled, as for `mod_star.model.transformer.run`.
+      text: keys/values of the text, {block name: tuple of Segments} stacked over groups, or a tuple of such.
+      position: int32 position in its document after which to think; <start> is at the next one.
+      segment_id: int32 document.
+      key: of the draws.
+      thinking: length and kind.
+      temperature: of the draws; 0: greedy.
+      finish: run the last token and <end> too, and return the hidden state D that predicts the text after the thought.
+
+    Returns:
+      The thought, and the hidden state at <end> if asked for.
+    """
+    t, own = thinking.thought_length, params["thinking"]
+    slots = thought_slots(decoder.routing, thinking)
+    text = text_before(text, position)
+    cache = _empty_cache(text, t + 2 if finish else t)
+    head = head_matrix(params)
+
+    def step(x_D: jax.Array, cache: Any, i: jax.Array) -> tuple[jax.Array, Any, Any]:
+        """Runs one token, the i-th counting <start> as 0."""
+        output = run(
+            decoder, params, x_D[None].astype(decoder.config.dtype), (position + 1 + i)[None], segment_id[None],
+            slots=slots, context=_join(text, cache), taken=_taken(cache),
+        )  # fmt: skip
+        decided = None if output.trace is None else output.trace.selected[:, 0].astype(jnp.int8)
+        return output.hidden[0], _append(cache, output.keys_values, i), decided
+
+    def think(carry: tuple[jax.Array, Any], i: jax.Array) -> tuple[tuple[jax.Array, Any], Any]:
+        x_D, cache = carry
+        hidden_D, cache, decided = step(x_D, cache, i)
+        logits_V = jnp.matmul(head.astype(hidden_D.dtype), hidden_D, preferred_element_type=jnp.float32)
+        log_p = jax.nn.log_softmax(logits_V)
+        entropy = -jnp.sum(jnp.exp(log_p) * log_p)
+        if thinking.kind == "pause":
+            token, log_prob = jnp.int32(-1), jnp.float32(0)
+        else:
+            token = draw_token(jax.random.fold_in(key, i), logits_V, temperature)
+            log_prob = log_p[token]
+        return (embed_thought(params, token[None])[0], cache), (token, log_prob, entropy, decided)
+
+    (x_D, cache), (tokens_T, log_probs_T, entropies_T, decided_TxG) = jax.lax.scan(
+        think, (own["start"], cache), jnp.arange(t)
+    )
+    decided_GxT = None if decided_TxG is None else decided_TxG.T
+    thought = Thought(tokens_T, log_probs_T, entropies_T, decided_GxT)
+    if not finish:
+        return thought, None
+    _, cache, _ = step(x_D, cache, jnp.int32(t))
+    hidden_D, _, _ = step(own["end"], cache, jnp.int32(t + 1))
+    return thought, hidden_D
+
+
+def embed_thought(params: dict[str, Any], tokens_N: jax.Array) -> jax.Array:
+    """Float32 embeddings NxD of thought tokens; a pause (-1) is <start> once more."""
+    rows = jnp.take(params["embedding"], jnp.maximum(tokens_N, 0), axis=0, mode="clip")
+    return jnp.where(tokens_N[:, None] < 0, params["thinking"]["start"], rows)
+
+
+def draw_token(key: jax.Array, logits_V: jax.Array, temperature: float) -> jax.Array:
+    """A token drawn from softmax(logits / temperature), int32; the most probable one if the temperature is 0.
+
+    By inverting the cumulative distribution with one uniform number: `jax.random.categorical` needs one per token of
+    the vocabulary, which costs a sixth of a whole Quiet-STaR step on a CPU. In two levels, so that only one block of
+    the vocabulary is summed up one by one.
+    """
+    if temperature == 0:
+        return jnp.argmax(logits_V).astype(jnp.int32)
+    V = logits_V.shape[0]
+    scaled = (logits_V - jnp.max(logits_V)) / temperature
+    blocks = jnp.pad(jnp.exp(scaled), (0, -V % DRAW_BLOCK)).reshape(-1, DRAW_BLOCK)
+    ends = jnp.cumsum(jnp.sum(blocks, -1))
+    target = jax.random.uniform(key) * ends[-1]
+    # `argmax` of bools is the first True. Should rounding leave none, the last block's most probable token is taken.
+    block = jnp.where(ends[-1] > target, jnp.argmax(ends > target), len(ends) - 1)
+    inside = blocks[block]
+    before = jnp.where(block > 0, ends[block - 1], 0.0)
+    above = before + jnp.cumsum(inside) > target
+    return (block * DRAW_BLOCK + jnp.where(above[-1], jnp.argmax(above), jnp.argmax(inside))).astype(jnp.int32)
+
+
+def _is_segments(node: Any) -> bool:
+    return isinstance(node, tuple) and bool(node) and isinstance(node[0], Segment)
+
+
+def _empty_cache(text: Any, slots: int) -> Any:
+    """For each block a Segment of `slots` empty slots, in the structure of `text`."""
+
+    def empty(segments: tuple[Segment, ...]) -> Segment:
+        like = segments[0]
+        *leading, _, E = like.keys_KxMxE.shape
+        keys = jnp.zeros((*leading, slots, E), like.keys_KxMxE.dtype)
+        ids = jnp.zeros((*like.positions_M.shape[:-1], slots), jnp.int32)
+        return Segment(keys, keys, ids, ids, ids > 0)
+
+    return jax.tree.map(empty, text, is_leaf=_is_segments)
+
+
+def _join(text: Any, cache: Any) -> Any:
+    """The context of a thought's token: text, then the thought itself."""
+    return jax.tree.map(lambda segments, own: (*segments, own), text, cache, is_leaf=_is_segments)
+
+
+def _append(cache: Any, own: Any, slot: jax.Array) -> Any:
+    """The cache with one token's keys/values in `slot`."""
+
+    def write(old: Segment, new: Segment) -> Segment:
+        at = lambda a, b, axis: jax.lax.dynamic_update_slice_in_dim(a, b, slot, axis)  # noqa: E731
+        return Segment(
+            at(old.keys_KxMxE, new.keys_KxMxE, -2),
+            at(old.values_KxMxE, new.values_KxMxE, -2),
+            at(old.positions_M, new.positions_M, -1),
+            at(old.segment_ids_M, new.segment_ids_M, -1),
+            at(old.valid_M, new.valid_M, -1),
+        )
+
+    return jax.tree.map(write, cache, own, is_leaf=lambda node: isinstance(node, Segment))
+
+
+def _taken(cache: Any) -> Any:
+    """Slots of the routed blocks that the thought has taken, as `run` takes them; None for a dense model."""
+    if isinstance(cache, tuple):
+        return tuple(_taken(group) for group in cache) if "routed" in cache[0] else None
+    return jnp.sum(cache["routed"].valid_M, -1) if "routed" in cache else None

@@ -1,0 +1,68 @@
+"""The run that another one starts from: loads it, and refuses what its parameters don't fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mod_star.config import RunConfig
+from mod_star.data import Tokenizer, load_tokenizer
+from mod_star.errors import InputError
+from mod_star.training.run_dir import TOKENIZER_DIRECTORY, LoadedRun, load_run, read_config, same_parts
+
+# What the parameters compute with. All other fields may differ: they say how fast, how exactly or how often it is done.
+MODEL_FIELDS = ("vocab_size", "width", "layers", "heads", "rope_theta", "norm_eps", "tie_embeddings")
+ROUTED_FIELDS = ("gate", "causal_rule", "selection", "predictor_width")
+
+
+def load_base(run: RunConfig, tokenizer: Tokenizer | None = None) -> LoadedRun | None:
+    """Loads the newest checkpoint of `run.init_from`, if that is given, and checks that `run` can start from it.
+
+    Args:
+      run: the new run; `model.vocab_size` 0 stands for that of the other.
+      tokenizer: the new run's own, if it has been made already; None: the one that `data.tokenizer` names. Where that
+        is what the other run's configuration says, the copy in its directory is meant, not the original.
+
+    Raises:
+      InputError: it is not a run, has no checkpoint or a damaged one, has another tokenizer, or a field that its
+        parameters depend on is different.
+    """
+    if run.init_from is None:
+        return None
+    path = Path(run.init_from)
+    _require_same_function(run, read_config(path))
+    base = load_run(path, option=None)
+    spec = run.data.tokenizer
+    if tokenizer is None and spec != base.config.data.tokenizer:
+        tokenizer = load_tokenizer(spec)
+    if tokenizer is not None and tokenizer.fingerprint != base.tokenizer.fingerprint:
+        kept = base.config.data.tokenizer
+        kept = repr(kept) if kept == "bytes" else f"a copy is in {path / TOKENIZER_DIRECTORY}"
+        raise InputError(f"data.tokenizer = {spec!r}: must be that of init_from = {run.init_from!r} ({kept})")
+    return base
+
+
+def _require_same_function(run: RunConfig, base: RunConfig) -> None:
+    """Raises InputError, which lists them all, if fields differ that the parameters depend on."""
+    if run.model.vocab_size == 0:
+        run = replace(run, model=replace(run.model, vocab_size=base.model.vocab_size))
+    routed = run.routing.every > 0 or base.routing.every > 0
+    asked, needed = _defining(run, routed), _defining(base, routed)
+    differ = [f"{name} = {asked[name]!r}: must be {needed[name]!r}" for name in asked if asked[name] != needed[name]]
+    if not same_parts(base.parts, run.parts):
+        differ.append(f"parts = {run.parts!r}: must be {base.parts!r}, or a file of the same content")
+    if differ:
+        raise InputError(f"{'; '.join(differ)}, as in init_from = {run.init_from!r}")
+
+
+def _defining(run: RunConfig, routed: bool) -> dict[str, Any]:
+    """The fields that the parameters depend on, by name; a size that is None counts as what it stands for."""
+    model = run.model
+    fields = {f"model.{name}": getattr(model, name) for name in MODEL_FIELDS}
+    fields |= {"model.kv_heads": model.key_heads, "model.head_dim": model.head_size}
+    fields |= {"model.mlp_width": model.hidden_width}
+    fields["routing.every"] = run.routing.every
+    if routed:
+        fields |= {f"routing.{name}": getattr(run.routing, name) for name in ROUTED_FIELDS}
+    return fields

@@ -1,0 +1,165 @@
+"""The next-token objective, dense or routed: its loss, its evaluation, and what is measured of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mod_star.config import RoutingConfig, RunConfig
+from mod_star.model import Decoder, Output, Trace
+from mod_star.model.cross_entropy import cross_entropy
+from mod_star.model.transformer import RoutingMode, head_matrix
+
+Batch = dict[str, jax.Array]
+"""tokens, targets, positions, segment_ids int32 and weights float32, all [B, S]; segment id 0 is padding."""
+Metrics = dict[str, jax.Array]
+
+
+def forward(
+    decoder: Decoder,
+    params: dict[str, Any],
+    batch: Batch,
+    key: jax.Array | None,
+    mode: RoutingMode = "top_k",
+    keep_keys_values: bool = False,
+) -> Output:
+    """Hidden states and routing of a batch; every leaf gets a leading batch axis."""
+    B = batch["tokens"].shape[0]
+    keys = None if key is None or decoder.routing.selection == "learned" else jax.random.split(key, B)
+
+    def one(tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, key: jax.Array | None) -> Output:
+        output: Any = decoder.apply(
+            {"params": params}, tokens, positions, segment_ids, mode=mode, key=key, keep_keys_values=keep_keys_values
+        )
+        return output
+
+    return jax.vmap(one)(batch["tokens"], batch["positions"], batch["segment_ids"], keys)
+
+
+def routing_sums(
+    trace: Trace, valid_BxS: jax.Array, routing: RoutingConfig, target: jax.Array | None = None
+) -> Metrics:
+    """Sums over the batch's valid tokens that routing's losses and metrics are ratios of; all float32.
+
+    trains_rule: binary cross-entropy of the causal rule against `target` (bool [B, groups, S]; what was selected if
+    None), summed over layers too, the gradient reaching the rule's logit only. Per layer [groups]: correct decisions,
+    routed (selected) tokens, entropy of the rule's probability in nats, first and second moment of the gates.
+    """
+    valid = valid_BxS[:, None]  # trace arrays are [B, groups, S]
+    selected = trace.selected.astype(jnp.float32)
+    target = trace.selected if target is None else target
+    per_layer = lambda a: jnp.sum(jnp.where(valid, a, 0.0), (0, 2))  # noqa: E731
+    probability = jax.nn.sigmoid(trace.logits)
+    entropy = probability * jax.nn.softplus(-trace.logits) + (1 - probability) * jax.nn.softplus(trace.logits)
+    sums = {
+        "correct": per_layer((trace.logits > 0) == target),
+        "routed": per_layer(selected),
+        "entropy": per_layer(entropy),
+        "gates": per_layer(trace.gates * selected),
+        "squared_gates": per_layer(trace.gates**2 * selected),
+        "overflow": per_layer(trace.overflow),
+    }
+    if routing.selection == "learned":
+        loss = optax.sigmoid_binary_cross_entropy(trace.logits, target.astype(jnp.float32))
+        sums["trains_rule"] = jnp.sum(per_layer(loss))
+    return sums
+
+
+def routing_metrics(sums: Metrics, tokens: jax.Array) -> Metrics:
+    """The causal rule's accuracy (scalar); per routed layer: routed fraction, routing entropy, gate mean and std."""
+    routed = jnp.maximum(sums["routed"], 1.0)
+    mean = sums["gates"] / routed
+    return {
+        "predictor_accuracy": jnp.mean(sums["correct"]) / tokens,
+        "routed_fraction": sums["routed"] / tokens,
+        "routing_entropy": sums["entropy"] / tokens,
+        "gate_mean": mean,
+        "gate_std": jnp.sqrt(jnp.maximum(sums["squared_gates"] / routed - mean**2, 0.0)),
+    }
+
+
+def make_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """`loss(params, batch, key, targets, valid) -> (loss, sums)`, a sum over the batch over the given totals.
+
+    The totals (weighted targets and non-pad tokens of the *whole* batch) make the losses of portions of a batch add
+    up to the batch's. `loss` = LM loss + auxiliary_weight x mean over routed layers of the causal rule's loss.
+    """
+    routing = run.routing
+
+    def loss(
+        params: dict[str, Any], batch: Batch, key: jax.Array, targets: jax.Array, valid: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        output = forward(decoder, params, batch, key)
+        nll = cross_entropy(
+            output.hidden, head_matrix(params), batch["targets"], batch["weights"], run.train.loss_chunk
+        )
+        sums, total = {"nll": nll}, nll / targets
+        if output.trace is not None:
+            sums |= routing_sums(output.trace, batch["segment_ids"] > 0, routing)
+            if "trains_rule" in sums:
+                layers = output.trace.selected.shape[1]
+                total += routing.auxiliary_weight * sums["trains_rule"] / (valid * layers)
+        return total, sums
+
+    return loss
+
+
+def next_token_metrics(sums: Metrics, targets: jax.Array, valid: jax.Array) -> Metrics:
+    """Metrics of a training step from its sums: lm_loss (nats per token), and those of `routing_metrics`."""
+    metrics = {"lm_loss": sums["nll"] / targets}
+    if "routed" in sums:
+        metrics |= routing_metrics(sums, valid)
+    if "trains_rule" in sums:
+        metrics["auxiliary_loss"] = sums["trains_rule"] / (valid * sums["routed"].shape[0])
+    return metrics
+
+
+def make_eval_step(decoder: Decoder, run: RunConfig) -> Callable[[dict[str, Any], Batch, jax.Array], Metrics]:
+    """The pure evaluation step `(params, batch, key) -> sums`, to be added up over batches for `summarise_eval`.
+
+    A routed model is run twice: with the top-k routing that it was trained with, and with the causal rule.
+    """
+
+    def sums_of(params: dict[str, Any], batch: Batch, key: jax.Array, mode: RoutingMode) -> Metrics:
+        output = forward(decoder, params, batch, key, mode)
+        nll = cross_entropy(
+            output.hidden, head_matrix(params), batch["targets"], batch["weights"], run.train.loss_chunk
+        )
+        sums = {"nll": nll}
+        if output.trace is not None:
+            sums |= routing_sums(output.trace, batch["segment_ids"] > 0, run.routing)
+        return sums
+
+    def eval_step(params: dict[str, Any], batch: Batch, key: jax.Array) -> Metrics:
+        sums = sums_of(params, batch, key, "top_k")
+        if run.routing.every:
+            sums |= {f"causal_{name}": a for name, a in sums_of(params, batch, key, "causal").items()}
+        sums["targets"] = jnp.sum(batch["weights"])
+        sums["valid"] = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
+        return sums
+
+    return eval_step
+
+
+def summarise_eval(sums: dict[str, Any]) -> dict[str, Any]:
+    """Held-out metrics from added-up sums, as plain floats and lists.
+
+    eval_loss: nats per token, routed as trained. For a routed model also eval_loss_causal and causal_gap (their
+    difference, what causal sampling costs), eval_predictor_accuracy (causal rule against top-k on the stream that
+    top-k routing made), and per layer eval_routed_fraction and eval_overflow (share of tokens that the causal rule
+    wanted but found no slot for) under the causal rule.
+    """
+    sums = {name: np.asarray(value, np.float64) for name, value in sums.items()}
+    record: dict[str, Any] = {"eval_loss": float(sums["nll"] / sums["targets"])}
+    if "causal_nll" in sums:
+        record["eval_loss_causal"] = float(sums["causal_nll"] / sums["targets"])
+        record["causal_gap"] = record["eval_loss_causal"] - record["eval_loss"]
+        record["eval_predictor_accuracy"] = float(sums["correct"].mean() / sums["valid"])
+        record["eval_routed_fraction"] = (sums["causal_routed"] / sums["valid"]).tolist()
+        record["eval_overflow"] = (sums["causal_overflow"] / sums["valid"]).tolist()
+    return record

@@ -1,0 +1,57 @@
+"""Thoughts to read: at every evaluation a few of them, decoded, go to RUN/thoughts.jsonl.
+
+A record is one place of a held-out text: step, before and after (the text around it), thoughts, rewards (of each, less
+the mean), gains (nats by which each improved the prediction of the next token).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from mod_star.config import RunConfig
+from mod_star.data import Batch, Tokenizer
+from mod_star.model import Decoder
+from mod_star.training.metrics import open_records
+from mod_star.training.quiet_star import describe_examples, make_examples
+
+THOUGHTS_FILE = "thoughts.jsonl"
+
+
+class ThoughtsLog:
+    """Appends to RUN/thoughts.jsonl; a context manager.
+
+    Args:
+      run_dir: directory of the run.
+      resume_step: as for `MetricsWriter`.
+      decoder: the model.
+      run: its configuration.
+      tokenizer: to decode thoughts with.
+    """
+
+    def __init__(
+        self, run_dir: Path, resume_step: int | None, decoder: Decoder, run: RunConfig, tokenizer: Tokenizer
+    ) -> None:
+        self._file = open_records(run_dir / THOUGHTS_FILE, resume_step)
+        self._examples = jax.jit(make_examples(decoder, run))
+        self._tokenizer, self._n_true = tokenizer, run.thinking.n_true
+
+    def write(self, step: int, params: dict[str, Any], batch: Batch, key: jax.Array) -> None:
+        """Samples thoughts in the first sequence of a batch and writes them down."""
+        examples = jax.device_get(self._examples(params, jax.device_put(batch), key))
+        for record in describe_examples(examples, np.asarray(batch["tokens"][0]), self._tokenizer, self._n_true):
+            self._file.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()

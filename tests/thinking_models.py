@@ -1,0 +1,56 @@
+"""A tiny thinking model with its batch, and what it does with it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mod_star.config import RunConfig
+from mod_star.model import Decoder, Output
+from mod_star.model.transformer import head_matrix
+from mod_star.thinking.objective import Places, Talk, choose_places, sample_thoughts, talk_loss
+from mod_star.thinking.sample import Thought
+from mod_star.training.next_token import forward
+
+Batch = dict[str, jax.Array]
+
+
+def thinking_params(run: RunConfig, params: Any, seed: int = 0) -> Any:
+    """`params` with random <start>, <end> and mixing head (its last layer too)."""
+    rng = np.random.default_rng(seed + 100)
+    D = run.model.width
+    normal = lambda *shape, scale=0.3: jnp.asarray(rng.standard_normal(shape) * scale, jnp.float32)  # noqa: E731
+    mixing = {
+        "first": normal(2 * D, D), "first_bias": normal(D), "second": normal(D, D), "second_bias": normal(D),
+        "output": normal(D), "output_bias": normal(),
+    }  # fmt: skip
+    return {**params, "thinking": {"start": normal(D, scale=1.0), "end": normal(D, scale=1.0), "mixing": mixing}}
+
+
+@dataclass(frozen=True)
+class Thinker:
+    """A model with its batch; what a pass over the text, sampling and scoring give."""
+
+    run: RunConfig
+    params: Any
+    batch: Batch
+
+    @property
+    def decoder(self) -> Decoder:
+        return Decoder(self.run.model, self.run.routing)
+
+    def read(self, params: Any) -> Output:
+        return forward(self.decoder, params, self.batch, None, "causal", keep_keys_values=True)
+
+    def think(self, params: Any, key: jax.Array, temperature: float = 1.0) -> tuple[Places, Thought]:
+        text = self.read(params)
+        places = choose_places(self.batch, text, head_matrix(params), key, self.run.thinking, 10)
+        return places, sample_thoughts(
+            self.decoder, params, text, self.batch, places, key, self.run.thinking, temperature
+        )  # fmt: skip
+
+    def score(self, params: Any, places: Places, thoughts: Thought) -> tuple[jax.Array, Talk]:
+        text = self.read(params)
+        return talk_loss(self.decoder, params, text, self.batch, places, thoughts, self.run.thinking, 10)
