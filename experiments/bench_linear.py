@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from experiments.bench_mod import in_turns
+from experiments.timing import in_turns
 from mod_star.config import ModelConfig
 from mod_star.model.layers import Params, swiglu, swiglu_init
 

@@ -23,6 +23,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from experiments.timing import in_turns
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, TrainConfig
 from mod_star.decoding.caches import cache_bytes
 from mod_star.decoding.generate import Generator
@@ -45,22 +46,6 @@ CONTEXT = 1024
 def model(context: int, layers: int = 8) -> ModelConfig:
     """The model that everything is measured on: width 512, 8 heads, vocabulary 4,096."""
     return ModelConfig(vocab_size=4096, width=512, heads=8, layers=layers, mlp_width=1408, context=context)
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    """Wall time of one call, the result awaited."""
-    began = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - began
-
-
-def in_turns(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each function, called in turns; the first round warms up and doesn't count."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds + 1):
-        for name, function in functions.items():
-            times[name].append(seconds(function))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def matrix_products() -> dict[str, tuple[Callable[[], Any], float]]:
@@ -202,7 +187,7 @@ def decoding(generators: dict[str, Generator], batch_size: int, burst: int = 8, 
         for arm, generator in generators.items():
             began = time.perf_counter()
             states[arm] = generator.advance(states[arm], burst * (number + 1), Sampling(1.0))
-            jax.block_until_ready(states[arm].logits_BxV)
+            jax.block_until_ready(states[arm].hidden_BxD)
             times[arm].append((time.perf_counter() - began) / burst)
     results = {arm: statistics.median(values[1:]) for arm, values in times.items()}
     results["share"] = float(np.mean([row.routed_fraction for row in generators["mod"].results(states["mod"])]))

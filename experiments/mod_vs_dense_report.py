@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
+from experiments.reporting import markdown, spread
 from mod_star.flops import training_step_flops
 from mod_star.model.routing import capacity_of
 from mod_star.plots import COLOURS, DOTTED, DPI, GREY, INK, PALE, SOLID
@@ -133,7 +134,7 @@ def _write_results(out: Path, runs: list[Run], missing: list[str], console: Cons
         if rows:
             console.print(f"\n{title}", style="bold")
             console.print(result_table("", columns, rows))
-            text += f"{title}:\n\n{_markdown(columns, rows)}\n"
+            text += f"{title}:\n\n{markdown(columns, rows)}\n"
     values = {f"{run.arm}-{run.seed}": run.result for run in runs}
     results = {"runs": values, "missing": missing}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -146,7 +147,7 @@ def _measures_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for key, name, form in MEASURES:
         values = {arm: [run.result[key] for run in _of(runs, arm) if key in run.result] for arm in arms}
-        rows.append([name, *(_spread(values[arm], form) if values[arm] else "–" for arm in arms)])
+        rows.append([name, *(spread(values[arm], form) if values[arm] else "–" for arm in arms)])
     return ["", *(NAMES[arm] for arm in arms)], rows
 
 
@@ -162,21 +163,8 @@ def _differences_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
             }
             if differences:
                 cells = [f"{differences[seed]:+.4f}" if seed in differences else "–" for seed in sorted(dense)]
-                rows.append([f"{NAMES[arm]}, {how}", *cells, _spread(list(differences.values()), "{:+.4f}")])
+                rows.append([f"{NAMES[arm]}, {how}", *cells, spread(list(differences.values()), "{:+.4f}")])
     return ["", *(f"seed {seed}" for seed in sorted(dense)), "mean"], rows
-
-
-def _spread(values: list[float], form: str) -> str:
-    """Mean ± sample standard deviation; the number alone if there is one value, or all are the same."""
-    mean = form.format(statistics.mean(values))
-    if len(set(values)) == 1:
-        return mean
-    return f"{mean} ± {form.replace('+', '').format(statistics.stdev(values))}"
-
-
-def _markdown(columns: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["--:"] * (len(columns) - 1)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in [columns, rule, *rows])
 
 
 def _arms(runs: list[Run]) -> list[str]:
@@ -201,7 +189,7 @@ def plot(runs: list[Run], arms: Sequence[str], path: Path) -> None:
     for arm, colour in zip(arms, COLOURS, strict=False):
         of_arm = _of(runs, arm)
         finals = [run.result["loss"] for run in of_arm if run.result]
-        label = f"{NAMES[arm]}: {_spread(finals, '{:.3f}')}" if finals else NAMES[arm]
+        label = f"{NAMES[arm]}: {spread(finals, '{:.3f}')}" if finals else NAMES[arm]
         _band(losses, of_arm, "eval_loss", colour, SOLID | MARKED, label)
         _band(losses, of_arm, "eval_loss_causal", colour, DASHES)
         if arm == "mod":

@@ -20,6 +20,8 @@ COMMANDS = {
     "train": "train a Mixture-of-Depths model (or its dense twin), or go on with an interrupted run",
     "sample": "generate text with a trained model",
     "routes": "show which tokens of a text each routed block computes",
+    "calibrate": "choose how unsure a thinking model must be to think, for sample --think auto",
+    "thoughts": "show what a thinking model thinks behind every token of a text",
 }
 
 HELP = """usage: mod-star COMMAND ...

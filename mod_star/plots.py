@@ -28,6 +28,11 @@ THIN: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.4}
 SOLID: dict[str, Any] = {"linewidth": 1.8}
 DASHED: dict[str, Any] = {"linewidth": 1.6, "linestyle": (0, (3, 1.6))}
 DOTTED: dict[str, Any] = {"linewidth": 1.2, "linestyle": ":"}
+SECOND = {
+    "eval_loss_causal": ("causal", "held out, routed as in training", "held out, routed causally"),
+    "eval_base_loss": ("without thoughts", "held out, with thoughts", "held out, without thoughts"),
+}
+"""Held-out losses that are drawn dashed: what the label calls them, and what solid and dashed then mean."""
 
 
 def plot_curves(
@@ -39,9 +44,9 @@ def plot_curves(
 ) -> None:
     """Draws the training of one or several runs into a PNG (or whatever `path` ends with).
 
-    Above: loss of the training batches (thin), held-out loss routed as in training (solid) and under causal routing
-    (dashed). Below, if any run has a predictor: how often it is right, and how often one would be that always gave the
-    commoner answer (dotted).
+    Above: loss of the training batches (thin), held-out loss (solid) and, dashed, under causal routing or, of a model
+    that thinks, without thoughts. Below, if any run has a predictor: how often it is right, and how often one would be
+    that always gave the commoner answer (dotted).
 
     Args:
       runs: label -> directory of a run, or its records as `read_metrics` gives them.
@@ -78,9 +83,11 @@ def plot_curves(
     heading = "held-out loss at the end" if evaluated else None
     legend = loss_axes.legend(loc="upper right", title=heading, frameon=False, alignment="left")
     loss_axes.add_artist(legend)  # a second legend would replace it
-    causal = any(_series(records, "eval_loss_causal", against)[0].size for records in loaded.values())
-    routings = {"held out, routed as in training": SOLID, "held out, routed causally": DASHED}
-    _style_legend(loss_axes, "lower left", {"training batches": THIN} | (routings if causal else {"held out": SOLID}))
+    styles = {"training batches": THIN}
+    for name, (_, solid, dashed) in SECOND.items():
+        if any(_series(records, name, against)[0].size for records in loaded.values()):
+            styles |= {solid: SOLID, dashed: DASHED}
+    _style_legend(loss_axes, "lower left", styles if len(styles) > 1 else styles | {"held out": SOLID})
     if with_predictor:
         _style_legend(
             all_axes[1],
@@ -211,19 +218,20 @@ def _draw_losses(axes: Axes, name: str, records: Records, against: str, colour: 
     if not x.size:
         x, loss = _series(records, "loss", against)
     held_x, held = _series(records, "eval_loss", against)
-    causal_x, causal = _series(records, "eval_loss_causal", against)
     if not x.size and not held_x.size:
         raise ValueError(f"the records of {name!r} hold no loss")
-    label = name
-    if held.size:
-        label += f": {held[-1]:.3f}" + (f", causal {causal[-1]:.3f}" if causal.size else "")
+    label = f"{name}: {held[-1]:.3f}" if held.size else name
+    highest = [*held[1:]] if held.size > 1 else [*held]
+    for second, (what, _, _) in SECOND.items():
+        second_x, values = _series(records, second, against)
+        axes.plot(second_x, values, color=colour, **DASHED)
+        label += f", {what} {values[-1]:.3f}" if values.size else ""
+        highest += [*values[1:]]
     axes.plot(x, loss, color=colour, **THIN)
     marker: dict[str, Any] = {"marker": "o", "markersize": 3.2} if held_x.size < 40 else {}
     axes.plot(held_x, held, color=colour, label=label, **SOLID, **marker)
-    axes.plot(causal_x, causal, color=colour, **DASHED)
     settled = loss[x >= x[0] + 0.05 * (x[-1] - x[0])] if x.size else loss
-    later = held[1:] if held.size > 1 else held
-    return float(max((*settled, *later, *causal[1:]), default=0.0))
+    return float(max((*settled, *highest), default=0.0))
 
 
 def _draw_accuracy(axes: Axes, records: Records, against: str, colour: str) -> None:
@@ -232,7 +240,8 @@ def _draw_accuracy(axes: Axes, records: Records, against: str, colour: str) -> N
     x, accuracy = _series(records, "eval_predictor_accuracy", against)
     axes.plot(x, accuracy, color=colour, **SOLID)
     # A predictor that always gave the commoner of the two answers would be right this often.
-    x, routed = _series(records, "routed_fraction", against)
+    # While a model learns to think, its text is routed causally: the routed share is not that of the answers then.
+    x, routed = _series([record for record in records if "talk_nll" not in record], "routed_fraction", against)
     axes.plot(x, np.maximum(routed, 1 - routed), color=colour, **DOTTED)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from thinking_models import Thinker, thinking_params
+from thinking_models import Thinker, scores, thinking_params, thinks
 
 from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.model import Decoder
@@ -27,6 +27,7 @@ from mod_star.thinking.objective import Places, Talk
 from mod_star.thinking.sample import Thought
 from mod_star.training.loop import train
 from mod_star.training.optimizer import make_optimizer
+from mod_star.training.run_dir import read_config
 from mod_star.training.state import TrainState, init_params
 
 
@@ -147,6 +148,21 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def thinking_run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a complete run that taught `trained_run` to think for 3 steps. Tests leave it as it is."""
+    base = read_config(trained_run)
+    run = replace(
+        base,
+        init_from=str(trained_run),
+        train=replace(base.train, objective="quiet_star", steps=3, batch_size=2, checkpoint_every=0),
+        thinking=ThinkingConfig(thought_length=3, n_true=2, n_thoughts=2, chunk=40),
+    )
+    path = tmp_path_factory.mktemp("thinking") / "run"
+    train(run, path, quiet=True)
+    return path
+
+
 @pytest.fixture(scope="session", params=["dense", "routed"])
 def thinker(request: pytest.FixtureRequest, tiny_run: RunConfig, random_params: Any, make_batch: Any) -> Thinker:
     """Two sequences of 24: documents of 13, 7 and 4 pads; one of 24. Routed blocks have room for whatever they want."""
@@ -160,12 +176,12 @@ def thinker(request: pytest.FixtureRequest, tiny_run: RunConfig, random_params: 
 @pytest.fixture(scope="session")
 def thought_of(thinker: Thinker) -> tuple[Places, Thought]:
     """Places and thoughts of `thinker`, sampled at temperature 1."""
-    result: tuple[Places, Thought] = jax.jit(thinker.think)(thinker.params, jax.random.key(5))
+    result: tuple[Places, Thought] = thinks(thinker.run)(thinker.params, thinker.batch, jax.random.key(5))
     return result
 
 
 @pytest.fixture(scope="session")
 def scored(thinker: Thinker, thought_of: tuple[Places, Thought]) -> tuple[jax.Array, Talk]:
     """Loss and talk of `thought_of`."""
-    result: tuple[jax.Array, Talk] = jax.jit(thinker.score)(thinker.params, *thought_of)
+    result: tuple[jax.Array, Talk] = scores(thinker.run)(thinker.params, thinker.batch, *thought_of)
     return result

@@ -7,13 +7,25 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mod_star.config import ModelConfig, RoutingConfig, RunConfig, TrainConfig
-from mod_star.flops import Flops, forward_flops, parameter_count, training_flops, training_step_flops
+from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
+from mod_star.flops import (
+    Flops,
+    forward_flops,
+    parameter_count,
+    sampling_flops,
+    scoring_flops,
+    training_flops,
+    training_step_flops,
+)
 from mod_star.model import Decoder
+from mod_star.model.cross_entropy import cross_entropy
 from mod_star.model.layers import fan_in_normal
 from mod_star.model.linear import linear
 from mod_star.model.parts import DEFAULT_PARTS, Part, Parts
 from mod_star.model.transformer import head_matrix
+from mod_star.thinking.objective import Places, sample_thoughts, talk_loss
+from mod_star.thinking.parameters import thinking_init
+from mod_star.thinking.sample import Thought
 from mod_star.training.next_token import forward, make_loss
 from mod_star.training.state import init_params
 
@@ -123,3 +135,78 @@ def test_parameters_are_counted() -> None:
     shapes = jax.eval_shape(lambda: init_params(Decoder(MODEL, DENSE), 0))
     F = MODEL.hidden_width
     assert parameter_count(shapes) == 512 * 128 + 128 + 2 * (128 * (2 * 128 + 2 * 64) + 3 * 128 * F + 2 * 128)
+
+
+def thinking_run(routing: RoutingConfig, **fields: Any) -> RunConfig:
+    """Everything at one time, for loops are counted once: one chunk of places, one chunk of logits."""
+    thinking = ThinkingConfig(**{"n_true": 3, "n_thoughts": 2, "think_fraction": 0.25, "chunk": S} | fields)
+    train = TrainConfig(objective="quiet_star", batch_size=1, loss_chunk=10_000)
+    return RunConfig(replace(MODEL, layers=1), routing, train=train, thinking=thinking)
+
+
+def compiled_thinking(run: RunConfig, *, sampling: bool) -> float:
+    """Operations of sampling without the text's own pass, or of the gradient of base and talk loss together."""
+    decoder, thinking = Decoder(run.model, run.routing), run.thinking
+    count, M, t = round(0.25 * (S - thinking.n_true + 1)), thinking.n_thoughts, thinking.thought_length
+
+    def init() -> Any:
+        params = init_params(decoder, 0)
+        return params | {"thinking": thinking_init(jax.random.key(0), run.model, params["embedding"], [0], [0])}
+
+    batch = {n: jax.ShapeDtypeStruct((1, S), jnp.int32) for n in ("tokens", "targets", "positions", "segment_ids")}
+    batch["weights"] = jax.ShapeDtypeStruct((1, S), jnp.float32)
+    places = Places(jnp.zeros((1, count), jnp.int32), jnp.ones((1, count), bool))
+    zeros = jnp.zeros((1, count, M, t))
+    thoughts = Thought(zeros.astype(jnp.int32), zeros, zeros, None)
+
+    def read(params: Any, batch: Any) -> Any:
+        return forward(decoder, params, batch, None, "causal", keep_keys_values=True)
+
+    def gradient(params: Any, batch: Any, places: Places, thoughts: Thought) -> Any:
+        def loss(params: Any) -> jax.Array:
+            text = read(params, batch)
+            nll = cross_entropy(text.hidden, head_matrix(params), batch["targets"], batch["weights"], S)
+            return nll + talk_loss(decoder, params, text, batch, places, thoughts, thinking, 10_000)[0]
+
+        return jax.grad(loss)(params)
+
+    def sample(params: Any, text: Any, batch: Any, places: Places) -> Thought:
+        return sample_thoughts(decoder, params, text, batch, places, jax.random.key(0), thinking, 1.0)
+
+    shapes = jax.eval_shape(init)
+    if sampling:
+        lowered = jax.jit(sample).lower(shapes, jax.eval_shape(read, shapes, batch), batch, places)
+    else:
+        lowered = jax.jit(gradient).lower(shapes, batch, places, thoughts)
+    analysis: Any = lowered.compile().cost_analysis()
+    return float(analysis["flops"])
+
+
+def test_sampling_and_scoring_agree_with_the_compiled_program_within_10_percent() -> None:
+    """Sampling's loop over the tokens of a thought is counted once: here it has one."""
+    run = thinking_run(DENSE, thought_length=1)
+    assert sampling_flops(run, S).total == pytest.approx(compiled_thinking(run, sampling=True), rel=0.1)
+    run = thinking_run(DENSE, thought_length=4)
+    assert scoring_flops(run, S).total == pytest.approx(compiled_thinking(run, sampling=False), rel=0.1)
+
+
+def test_a_step_that_thinks_is_sampling_and_scoring_and_grows_with_them() -> None:
+    dense, mod = thinking_run(DENSE), thinking_run(RoutingConfig(every=1, predictor_width=96))
+    assert training_step_flops(dense) == sampling_flops(dense, S).total + scoring_flops(dense, S).total
+    for function in (sampling_flops, scoring_flops):
+        full, routed = function(dense, S), function(mod, S)
+        assert routed.router > 0 and routed.predictor > 0 and full.router == full.predictor == 0
+        assert (routed.head, routed.mixing) == (full.head, full.mixing)
+        # Between the share of the capacity and that of all slots, 1.5 times it and rounded up.
+        assert 0.125 <= routed.mlp / full.mlp < 0.3 and routed.attention < 0.1 * full.attention
+    sampled = [sampling_flops(thinking_run(DENSE, thought_length=t), S) for t in (8, 16)]
+    assert sampled[1].mlp == 2 * sampled[0].mlp and sampled[1].head == 2 * sampled[0].head
+    more = [sampling_flops(thinking_run(DENSE, n_thoughts=m), S).total for m in (2, 4)]
+    assert more[1] == 2 * more[0]
+    pauses = thinking_run(DENSE, kind="pause", n_thoughts=1, policy_weight=0.0)
+    one = thinking_run(DENSE, n_thoughts=1, policy_weight=0.0)
+    assert sampling_flops(pauses, S) == replace(sampling_flops(one, S), head=0.0)
+    # Without REINFORCE the logits of thought tokens are not needed: 3 of 11 predictions are left.
+    text = 3 * 2 * S * 128 * 512
+    heads = [scoring_flops(thinking_run(DENSE, policy_weight=w), S).head - text for w in (0.0, 1.0)]
+    assert heads[0] == pytest.approx(heads[1] * 3 / 11)

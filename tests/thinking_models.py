@@ -1,5 +1,6 @@
 """A tiny thinking model with its batch, and what it does with it."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,3 +55,15 @@ class Thinker:
     def score(self, params: Any, places: Places, thoughts: Thought) -> tuple[jax.Array, Talk]:
         text = self.read(params)
         return talk_loss(self.decoder, params, text, self.batch, places, thoughts, self.run.thinking, 10)
+
+
+@functools.cache
+def thinks(run: RunConfig) -> Any:
+    """`(params, batch, key) -> places, thoughts` at temperature 1, compiled once for all tests."""
+    return jax.jit(lambda params, batch, key: Thinker(run, params, batch).think(params, key))
+
+
+@functools.cache
+def scores(run: RunConfig) -> Any:
+    """`(params, batch, places, thoughts) -> loss, talk`, compiled once for all tests."""
+    return jax.jit(lambda params, batch, places, thoughts: Thinker(run, params, batch).score(params, places, thoughts))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -17,10 +17,11 @@ from mod_star.commands import keep_compiled_programs, parse_options
 from mod_star.errors import InputError, require
 
 if TYPE_CHECKING:
-    from mod_star.decoding import Completion, Sampling
+    from mod_star.decoding import Completion, Sampling, Think
     from mod_star.training.run_dir import LoadedRun
 
 DEFAULT_NEW_TOKENS = 200
+OF_THINKING = ("entropies", "thoughts", "thought_texts", "mixing_weights")
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,10 @@ class SampleOptions:
       mod-star sample runs/first --prompt 'The import statement'
       mod-star sample runs/first --prompt Lists --prompt Strings --new-tokens 50 --temperature 0
       mod-star sample runs/first --prompt-file questions.txt --stop $'\\n' --json > answers.jsonl
+      mod-star sample runs/thinking --prompt 'Q: 2 + 3 = ?' --think always
 
-    The text goes to stdout, a line about it to stderr.
+    The text goes to stdout, a line about it to stderr. Thoughts are shown dimmed and as ⟨thought⟩ before the token they
+    led to, but only in a terminal.
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -57,6 +60,12 @@ class SampleOptions:
     """Step of the checkpoint to load. The newest if not given."""
     headroom: float | None = None
     """Slots of a routed block, as a multiple of its capacity, if not as in training (routing.headroom)."""
+    think: Literal["never", "always", "auto"] = "never"
+    """Before which tokens a model that has learned to think thinks. auto: where it is unsure, by mod-star calibrate."""
+    think_temperature: float = 0.0
+    """Temperature of the thoughts; 0: always their most probable token."""
+    show_thoughts: bool = False
+    """Write thoughts into the text where it isn't a terminal, too."""
     json: bool = False
     """One JSON object per prompt and line: prompt, text, tokens, log_probs, finished (end, length, stop), ..."""
 
@@ -70,13 +79,15 @@ def run(argv: Sequence[str]) -> None:
         raise InputError("--prompt-file: give prompts either so or with --prompt, not both")
 
     # Only now, when the command line is known to be good: JAX takes seconds to import.
-    from mod_star.decoding import Sampling
+    from mod_star.decoding import Sampling, Think
     from mod_star.training.run_dir import load_run
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    Think("always", temperature=options.think_temperature)  # an error of this option is told first of all
     prompts = options.prompt or ("",) if options.prompt_file is None else _read_prompts(options.prompt_file)
     keep_compiled_programs()
-    _sample(load_run(options.run, options.step), prompts, sampling, options)
+    loaded = load_run(options.run, options.step)
+    _sample(loaded, prompts, sampling, _think(loaded, options), options)
 
 
 def _read_prompts(path: Path) -> tuple[str, ...]:
@@ -99,7 +110,30 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-def _sample(loaded: LoadedRun, prompts: Sequence[str], sampling: Sampling, options: SampleOptions) -> None:
+def _think(loaded: LoadedRun, options: SampleOptions) -> Think:
+    """When to think. Raises InputError if the model hasn't learned to, or isn't calibrated."""
+    from mod_star.calibration import read_calibration
+    from mod_star.decoding import Think
+
+    if options.think == "never":
+        return Think()
+    objective = loaded.config.train.objective
+    can_think = "thinking" in loaded.params
+    require(can_think, "--think", options.think, f"{options.run} can't, its train.objective is {objective}")
+    if options.think == "always":
+        return Think("always", temperature=options.think_temperature)
+    calibration = read_calibration(options.run)
+    if calibration is None:
+        raise InputError(f"--think = 'auto': needs a threshold, run mod-star calibrate {options.run} first")
+    if calibration.step != loaded.step:
+        note = f"the threshold was calibrated at step {calibration.step}, this is step {loaded.step}"
+        print(f"note: {note}: mod-star calibrate {options.run} renews it", file=sys.stderr)
+    return Think("auto", calibration.threshold, calibration.share, options.think_temperature)
+
+
+def _sample(
+    loaded: LoadedRun, prompts: Sequence[str], sampling: Sampling, think: Think, options: SampleOptions
+) -> None:
     import jax
     from rich.console import Console
 
@@ -108,47 +142,83 @@ def _sample(loaded: LoadedRun, prompts: Sequence[str], sampling: Sampling, optio
     decoder, tokenizer = loaded.decoder, loaded.tokenizer
     if options.headroom is not None:
         decoder = decoder.clone(routing=dataclasses.replace(decoder.routing, headroom=options.headroom))
-    generator = Generator(decoder, loaded.params, (tokenizer.eos_id,), jax.random.key(options.seed))
+    key, thinking = jax.random.key(options.seed), loaded.config.thinking
+    generator = Generator(decoder, loaded.params, (tokenizer.eos_id,), key, thinking)
     encoded = encode_prompts(tokenizer, prompts)
     new_tokens = options.new_tokens
     if new_tokens is None:
         new_tokens = max(1, min(DEFAULT_NEW_TOKENS, decoder.config.context - max(map(len, encoded))))
     notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=options.json)
     with notes.status("compiling"):
-        generator.warm_up(encoded, new_tokens, sampling)
+        generator.warm_up(encoded, new_tokens, sampling, think)
     began = time.perf_counter()
-    bursts = complete(generator, tokenizer, prompts, new_tokens, sampling, seed=options.seed, stop=options.stop)
+    bursts = complete(
+        generator, tokenizer, prompts, new_tokens, sampling, seed=options.seed, stop=options.stop, think=think
+    )
+    show_thoughts = options.show_thoughts or sys.stdout.isatty()
     if len(prompts) == 1 and not options.json:
-        completions = _stream(prompts[0], bursts)
+        completions = _stream(prompts[0], bursts, show_thoughts)
     else:
         with notes.status(f"generating from {len(prompts)} prompts"):
             *_, completions = bursts
     seconds = time.perf_counter() - began
     if options.json:
         for completion in completions:
-            print(json.dumps(dataclasses.asdict(completion)))
+            print(json.dumps(_record(completion, think)))
         return
     if len(prompts) > 1:
         for number, completion in enumerate(completions):
             _write("\n" * bool(number))
             _write(completion.prompt, dim=True)
-            _write(f"{completion.text}\n")
+            _Growing(show_thoughts).write(completion)
+            _write("\n")
     sys.stdout.flush()
     notes.print(summary(completions, seconds), style="dim")
 
 
-def _stream(prompt: str, bursts: Iterator[list[Completion]]) -> list[Completion]:
+def _record(completion: Completion, think: Think) -> dict[str, Any]:
+    """A completion as --json shows it."""
+    left_out = {"starts", *(OF_THINKING if think.when == "never" else ())}
+    return {name: value for name, value in dataclasses.asdict(completion).items() if name not in left_out}
+
+
+def _stream(prompt: str, bursts: Iterator[list[Completion]], show_thoughts: bool) -> list[Completion]:
     """Writes one prompt and its text as it comes, and returns the last burst."""
     _write(prompt, dim=True)
-    shown = 0
+    growing = _Growing(show_thoughts)
     completions: list[Completion] = []
     for completions in bursts:
-        text = completions[0].text
-        _write(text[shown:])
+        growing.write(completions[0])
         sys.stdout.flush()
-        shown = len(text)
     _write("\n")
     return completions
+
+
+class _Growing:
+    """Writes a text as it grows, a thought before the token that it led to if they are to be shown."""
+
+    def __init__(self, show_thoughts: bool) -> None:
+        self._show_thoughts = show_thoughts
+        self._characters = self._tokens = 0  # written
+
+    def write(self, completion: Completion) -> None:
+        """Writes what is new."""
+        from mod_star.terminal import visible
+
+        if self._show_thoughts:
+            thoughts = zip(completion.starts, completion.thought_texts, strict=False)  # no thoughts at all if never
+            for start, thought in list(thoughts)[self._tokens :]:
+                if start >= len(completion.text):  # nothing is shown of the token yet
+                    break
+                self._tokens += 1
+                if thought is not None:
+                    self._write_up_to(start, completion.text)
+                    _write(f"⟨{visible(thought)}⟩", dim=True)
+        self._write_up_to(len(completion.text), completion.text)
+
+    def _write_up_to(self, end: int, text: str) -> None:
+        _write(text[self._characters : end])
+        self._characters = end
 
 
 def _write(text: str, dim: bool = False) -> None:
@@ -163,6 +233,9 @@ def summary(completions: Sequence[Completion], seconds: float) -> str:
     """One line about a batch: how much was generated and how fast, and what routed blocks computed."""
     tokens = sum(len(completion.tokens) for completion in completions)
     parts = [f"{tokens} tokens", f"{tokens / seconds:,.0f} tokens/s"]
+    if any(completion.entropies for completion in completions):
+        thoughts = [thought for completion in completions for thought in completion.thoughts]
+        parts.append(f"a thought before {sum(thought is not None for thought in thoughts) / tokens:.1%} of them")
     shares = [completion.routed_fraction for completion in completions]
     if shares[0]:
         means = (sum(block) / len(block) for block in zip(*shares, strict=True))

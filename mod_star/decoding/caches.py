@@ -8,12 +8,15 @@ between rows, the prompt's length, is data in the masks.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mod_star.config import RoutingConfig
 from mod_star.model.attention import Segment
+from mod_star.model.transformer import block_names
 
 
 @struct.dataclass
@@ -122,6 +125,18 @@ def routed_cache(prompt: Segment, overflow_B: jax.Array, slots: int) -> RoutedCa
         jnp.sum(prompt.valid_M, -1, dtype=jnp.int32),
         overflow_B,
     )
+
+
+def text_of(routing: RoutingConfig, caches: tuple[Cache, ...], lengths_B: jax.Array, step: jax.Array) -> Any:
+    """All that is cached before `step`, as `thinking.sample.sample_thought` reads a text.
+
+    Returns:
+      A tuple with a dict {block name: tuple of Segments} for each group; leaves have a leading batch axis.
+    """
+    names = block_names(routing)
+    segments = [c.segments(lengths_B, step) if isinstance(c, FullCache) else (c.segment(),) for c in caches]
+    groups = range(0, len(caches), len(names))
+    return tuple(dict(zip(names, segments[first : first + len(names)], strict=True)) for first in groups)
 
 
 def cache_bytes(cache: Cache) -> int:

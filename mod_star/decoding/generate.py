@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from mod_star.decoding.caches import Cache, RoutedCache, full_cache, routed_cache
+from mod_star.config import ThinkingConfig
+from mod_star.decoding.caches import Cache, RoutedCache, full_cache, routed_cache, text_of
 from mod_star.decoding.sampling import Sampling, draw
 from mod_star.decoding.step import decode_step, logits_of, unstack
+from mod_star.decoding.think import Think, ThoughtRecord, empty_record, think_step
 from mod_star.errors import InputError, require
 from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
@@ -22,6 +24,9 @@ from mod_star.model.transformer import block_names, group_count
 
 PROMPT_MULTIPLE = 32
 """Prompts are padded to a multiple of this, so that few programs are compiled for prompts of many lengths."""
+NEVER = Think()
+THOUGHTS = np.uint32(2**32 - 1)
+"""Folded into a row's key for the draws of its thoughts, so that its tokens are drawn the same without any."""
 
 
 @struct.dataclass
@@ -30,12 +35,13 @@ class DecodeState:
 
     caches: tuple[Cache, ...]
     """One per block, in order."""
-    logits_BxV: jax.Array
-    """float32 logits of the next token."""
+    hidden_BxD: jax.Array
+    """Hidden state at the last token, after the final norm, in the compute type: times the LM head it gives logits."""
     tokens_BxT: jax.Array
     """int32 generated tokens; -1 where none (yet)."""
     log_probs_BxT: jax.Array
-    """float32 log-probability of each generated token under the model itself (temperature 1, all tokens)."""
+    """float32 log-probability of each generated token under the model itself (temperature 1, all tokens; after its
+    thought, where the row thought)."""
     step: jax.Array
     """int32 number of tokens generated in each unfinished row."""
     done_B: jax.Array
@@ -44,6 +50,8 @@ class DecodeState:
     """int32 prompt lengths."""
     keys_B: jax.Array
     """A random key per row: what a row draws does not depend on the rows beside it."""
+    record: ThoughtRecord | None = None
+    """What was thought before each token; None for a model that can't think."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +61,30 @@ class Generated:
     tokens: list[int]
     """New tokens, without the end token."""
     log_probs: list[float]
-    """Their log-probabilities in nats under the model (temperature 1, all tokens)."""
+    """Their log-probabilities in nats under the model (temperature 1, all tokens), mixed where it thought."""
     finished: bool
     """Whether it ended by itself, with an end token."""
     routed_fraction: list[float]
     """Share of prompt and new tokens that each routed block computed; empty for a dense model."""
     overflow: int
-    """Times a routed block wanted a token but had no slot left, over all routed blocks."""
+    """Times a routed block wanted a token but had no slot left, over all routed blocks. Thoughts don't count."""
+    entropies: list[float] = field(default_factory=list)
+    """Entropy in nats of the prediction of each token without a thought. Empty if it never thinks, as the next two."""
+    thoughts: list[list[int] | None] = field(default_factory=list)
+    """The thought before each token, without <start> and <end>; None where it didn't think, [] for pauses."""
+    mixing_weights: list[float | None] = field(default_factory=list)
+    """Weight of the prediction after the thought; None where it didn't think."""
 
 
 class Generator:
-    """Generates with one model. Compiles once per (batch size, padded prompt length, room, sampling).
+    """Generates with one model. Compiles once per (batch size, padded prompt length, room, sampling, way of thinking).
 
     Args:
       decoder: the model.
       params: its parameters as trained (stacked).
       end_ids: tokens that end a row.
       routing_key: for models with stochastic routing.
+      thinking: length and kind of thoughts, for a model that can think; `params` then has the entry "thinking".
     """
 
     def __init__(
@@ -78,14 +93,17 @@ class Generator:
         params: dict[str, Any],
         end_ids: Sequence[int] = (),
         routing_key: jax.Array | None = None,
+        thinking: ThinkingConfig | None = None,
     ) -> None:
         self.decoder = decoder
+        self.thinking = ThinkingConfig() if thinking is None else thinking
+        self._can_think = thinking is not None and "thinking" in params
         self.params = unstack(decoder, params)
         self._stacked = params
         self._end_ids = tuple(end_ids)
         self._routing_key = routing_key if decoder.routing.selection == "stochastic" else None
         self._prefill = jax.jit(self._prefill_fn, static_argnames=("room", "slots"))
-        self._advance = jax.jit(self._advance_fn, static_argnames=("sampling",), donate_argnames=("state",))
+        self._advance = jax.jit(self._advance_fn, static_argnames=("sampling", "think"), donate_argnames=("state",))
 
     def start(self, prompts: Sequence[Sequence[int]], new_tokens: int, seed: int = 0) -> DecodeState:
         """Runs the prompts and returns the state before the first new token.
@@ -153,54 +171,93 @@ class Generator:
         last_BxD = jnp.take_along_axis(output.hidden, (lengths_B - 1)[:, None, None], 1)[:, 0]
         return DecodeState(
             caches=tuple(caches),
-            logits_BxV=logits_of(params, last_BxD),
+            hidden_BxD=last_BxD,
             tokens_BxT=jnp.full((B, room), -1, jnp.int32),
             log_probs_BxT=jnp.zeros((B, room), jnp.float32),
             step=jnp.zeros((), jnp.int32),
             done_B=jnp.zeros(B, bool),
             lengths_B=lengths_B,
             keys_B=keys_B,
+            record=empty_record(B, room, self.thinking) if self._can_think else None,
         )
 
-    def advance(self, state: DecodeState, until: int, sampling: Sampling) -> DecodeState:
-        """Generates until `until` tokens per row exist or every row is finished. Consumes `state`."""
+    def advance(self, state: DecodeState, until: int, sampling: Sampling, think: Think = NEVER) -> DecodeState:
+        """Generates until `until` tokens per row exist or every row is finished. Consumes `state`.
+
+        Raises:
+          InputError: the model is asked to think and can't.
+        """
+        self._check_thinking(think)
         until = min(until, state.tokens_BxT.shape[1])
-        return self._advance(self.params, state, jnp.int32(until), sampling=sampling)
+        # The threshold is data: a new one is no new program.
+        threshold, fixed = jnp.float32(think.threshold or 0.0), replace(think, threshold=0.0)
+        fixed = NEVER if think.when == "never" else fixed
+        return self._advance(self.params, state, jnp.int32(until), threshold, sampling=sampling, think=fixed)
+
+    def _check_thinking(self, think: Think) -> None:
+        possible = self._can_think or think.when == "never"
+        require(possible, "think.when", think.when, "must be never, the model has not learned to think")
 
     def _advance_fn(
-        self, params: dict[str, Any], state: DecodeState, until: jax.Array, sampling: Sampling
+        self,
+        params: dict[str, Any],
+        state: DecodeState,
+        until: jax.Array,
+        threshold: jax.Array | float = 0.0,
+        *,
+        sampling: Sampling,
+        think: Think = NEVER,
     ) -> DecodeState:
         def unfinished(state: DecodeState) -> jax.Array:
             return (state.step < until) & ~jnp.all(state.done_B)
 
         def one_token(state: DecodeState) -> DecodeState:
             keys_B = jax.vmap(lambda key: jax.random.fold_in(key, state.step))(state.keys_B)
-            tokens_B = jax.vmap(functools.partial(draw, sampling=sampling))(keys_B, state.logits_BxV)
-            log_probs_B = jnp.take_along_axis(jax.nn.log_softmax(state.logits_BxV), tokens_B[:, None], 1)[:, 0]
+            if think.when == "never":
+                logits_BxV, thoughts = logits_of(params, state.hidden_BxD), None
+            else:
+                logits_BxV, thoughts = self._think(params, state, think, threshold)
+            tokens_B = jax.vmap(functools.partial(draw, sampling=sampling))(keys_B, logits_BxV)
+            log_probs_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BxV), tokens_B[:, None], 1)[:, 0]
             ends_B = functools.reduce(jnp.logical_or, [tokens_B == i for i in self._end_ids], state.done_B)
             hidden_BxD, caches = decode_step(
                 self.decoder, params, state.caches, tokens_B, state.lengths_B, state.step, ~ends_B, self._routing_key
             )
 
+            def write(buffer: jax.Array, values: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_update_slice_in_dim(buffer, values[:, None], state.step, 1)
+
             def column(buffer: jax.Array, values_B: jax.Array, none: float) -> jax.Array:
-                values = jnp.where(state.done_B, none, values_B).astype(buffer.dtype)[:, None]
-                return jax.lax.dynamic_update_slice_in_dim(buffer, values, state.step, 1)
+                return write(buffer, jnp.where(state.done_B, none, values_B).astype(buffer.dtype))
 
             return replace(
                 state,
                 caches=caches,
-                logits_BxV=logits_of(params, hidden_BxD),
+                hidden_BxD=hidden_BxD,
                 tokens_BxT=column(state.tokens_BxT, tokens_B, -1),
                 log_probs_BxT=column(state.log_probs_BxT, log_probs_B, 0.0),
                 step=state.step + 1,
                 done_B=ends_B,
+                record=state.record if thoughts is None else jax.tree.map(write, state.record, thoughts),
             )
 
         return jax.lax.while_loop(unfinished, one_token, state)
 
+    def _think(
+        self, params: dict[str, Any], state: DecodeState, think: Think, threshold: jax.Array | float
+    ) -> tuple[jax.Array, ThoughtRecord]:
+        """Logits and record of one step, see `think_step`."""
+        fold = lambda key: jax.random.fold_in(jax.random.fold_in(key, THOUGHTS), state.step)  # noqa: E731
+        text = text_of(self.decoder.routing, state.caches, state.lengths_B, state.step)
+        return think_step(
+            self.decoder, params, self.thinking, think, threshold, state.hidden_BxD, text,
+            state.lengths_B + state.step - 1, jax.vmap(fold)(state.keys_B), ~state.done_B,
+        )  # fmt: skip
+
     def results(self, state: DecodeState) -> list[Generated]:
         """What has been generated up to now, row by row."""
         tokens, log_probs, lengths = jax.device_get((state.tokens_BxT, state.log_probs_BxT, state.lengths_B))
+        record = jax.device_get(state.record)
         routed = [c for c in state.caches if isinstance(c, RoutedCache)]
         counts = np.array(jax.device_get([cache.count_B for cache in routed])).reshape(len(routed), len(tokens))
         overflow = np.array(jax.device_get([cache.overflow_B for cache in routed])).reshape(len(routed), len(tokens))
@@ -216,6 +273,7 @@ class Generator:
                     finished=ended,
                     routed_fraction=(counts[:, row] / seen).tolist() if routed else [],
                     overflow=int(overflow[:, row].sum()) if routed else 0,
+                    **thought_of_row(record, row, len(new) - ended),
                 )
             )
         return results
@@ -228,6 +286,7 @@ class Generator:
         seed: int = 0,
         burst: int = 8,
         stop: Callable[[list[Generated]], Sequence[bool]] | None = None,
+        think: Think = NEVER,
     ) -> Iterator[list[Generated]]:
         """Yields the results so far after every `burst` tokens; the last one yielded is complete.
 
@@ -238,11 +297,13 @@ class Generator:
           seed: as for `start`.
           burst: tokens per row between two results.
           stop: sees the results before they are yielded, and says for each row whether to end it here; None: never.
+          think: when to think.
         """
         require(burst >= 1, "burst", burst, "must be at least 1")
+        self._check_thinking(think)
         state = self.start(prompts, new_tokens, seed)
         for until in range(burst, new_tokens + burst, burst):
-            state = self.advance(state, until, sampling)
+            state = self.advance(state, until, sampling, think)
             results = self.results(state)
             if stop is not None:
                 state = replace(state, done_B=state.done_B | jnp.asarray(stop(results), bool))
@@ -251,11 +312,38 @@ class Generator:
                 return
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling, seed: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        sampling: Sampling,
+        seed: int = 0,
+        think: Think = NEVER,
     ) -> list[Generated]:
         """All at once: `new_tokens` tokens per prompt, or fewer where an end token comes first."""
-        return self.results(self.advance(self.start(prompts, new_tokens, seed), new_tokens, sampling))
+        self._check_thinking(think)
+        return self.results(self.advance(self.start(prompts, new_tokens, seed), new_tokens, sampling, think))
 
-    def warm_up(self, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling) -> None:
+    def warm_up(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling, think: Think = NEVER
+    ) -> None:
         """Compiles what generating with these arguments takes, so that the next call can be timed. Draws no token."""
-        jax.block_until_ready(self.advance(self.start(prompts, new_tokens), 0, sampling))
+        self._check_thinking(think)
+        jax.block_until_ready(self.advance(self.start(prompts, new_tokens), 0, sampling, think))
+
+
+def thought_of_row(record: ThoughtRecord | None, row: int, count: int) -> dict[str, Any]:
+    """The fields of `Generated` about the first `count` tokens of a row; `record` is of NumPy arrays."""
+    if record is None or np.isnan(record.entropies_BxT).all():  # nobody was asked to think
+        return {}
+    entropies, thinks, thoughts, weights = (
+        array[row, :count].tolist()
+        for array in (record.entropies_BxT, record.thinks_BxT, record.thoughts_BxTxN, record.weights_BxT)
+    )
+    return {
+        "entropies": entropies,
+        "thoughts": [
+            [token for token in tokens if token >= 0] if thought else None
+            for tokens, thought in zip(thoughts, thinks, strict=True)
+        ],
+        "mixing_weights": [weight if thought else None for weight, thought in zip(weights, thinks, strict=True)],
+    }

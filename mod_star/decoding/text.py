@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mod_star.data.tokenizers import StreamDecoder, Tokenizer
-from mod_star.decoding.generate import Generated, Generator
+from mod_star.decoding.generate import NEVER, Generated, Generator
 from mod_star.decoding.sampling import Sampling
+from mod_star.decoding.think import Think
 from mod_star.errors import require
 
 
@@ -22,13 +23,23 @@ class Completion:
     tokens: list[int]
     """New tokens, without the end token, up to the one that completes a stop string."""
     log_probs: list[float]
-    """Their log-probabilities in nats under the model (temperature 1, all tokens)."""
+    """Their log-probabilities in nats under the model (temperature 1, all tokens), mixed where it thought."""
     finished: Literal["end", "length", "stop"] | None
     """By the model's own end token, the limit of new tokens, or a stop string; None: not yet."""
     routed_fraction: list[float]
     """Share of the tokens that each routed block computed, prompt included; empty for a dense model."""
     overflow: int
     """Times a routed block wanted a token but had no slot left, over all routed blocks."""
+    entropies: list[float] = field(default_factory=list)
+    """Entropy in nats of the prediction of each token without a thought. Empty if it never thinks, as the next."""
+    thoughts: list[list[int] | None] = field(default_factory=list)
+    """Tokens of the thought before each token; None where it didn't think, [] for pauses."""
+    thought_texts: list[str | None] = field(default_factory=list)
+    """The same as text."""
+    mixing_weights: list[float | None] = field(default_factory=list)
+    """Weight of the prediction after the thought; None where it didn't think."""
+    starts: list[int] = field(default_factory=list)
+    """Index in the text at which each token begins; beyond its end for tokens that are held back or left out."""
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
@@ -46,6 +57,7 @@ def complete(
     seed: int = 0,
     stop: Sequence[str] = (),
     burst: int = 8,
+    think: Think = NEVER,
 ) -> Iterator[list[Completion]]:
     """Completes texts, all in one batch.
 
@@ -58,12 +70,13 @@ def complete(
       seed: of the draws.
       stop: strings that end a text, wherever their first and last character fall within tokens.
       burst: tokens per row between two results; a row generates up to this many beyond its stop string.
+      think: when to think.
 
     Yields:
       The completions so far, one for each prompt, after every burst; the last ones are finished.
 
     Raises:
-      InputError: a stop string is empty, or as for `Generator.start`.
+      InputError: a stop string is empty, the model is asked to think and can't, or as for `Generator.start`.
     """
     require(all(stop), "stop", tuple(stop), "must not be an empty string")
     encoded = encode_prompts(tokenizer, prompts)
@@ -74,7 +87,7 @@ def complete(
             row.take(result)
         return [row.finished == "stop" for row in rows]
 
-    for results in generator.stream(encoded, new_tokens, sampling, seed, burst, stopped):
+    for results in generator.stream(encoded, new_tokens, sampling, seed, burst, stopped, think):
         yield [row.completion(result) for row, result in zip(rows, results, strict=True)]
 
 
@@ -83,21 +96,25 @@ class _Row:
 
     def __init__(self, prompt: str, tokenizer: Tokenizer, new_tokens: int, stop: Sequence[str]) -> None:
         self._prompt = prompt
+        self._tokenizer = tokenizer
         self._stream = StreamDecoder(tokenizer)
         for token in tokenizer.encode(prompt):  # decoders may treat what starts a text in another way
             self._stream.push(token)
         self._stop = stop
         self._limit = new_tokens
         self._text = ""
-        self._taken = 0
+        self._starts: list[int] = []  # one for each token taken
+        self._thought_texts: list[str | None] = []
         self.finished: Literal["end", "length", "stop"] | None = None
 
     def take(self, result: Generated) -> None:
         """Adds the tokens that are new in `result`."""
         if self.finished is not None:
             return
-        for token in result.tokens[self._taken :]:
-            self._taken += 1
+        for thought in result.thoughts[len(self._thought_texts) :]:
+            self._thought_texts.append(None if thought is None else self._tokenizer.decode(thought))
+        for token in result.tokens[len(self._starts) :]:
+            self._starts.append(len(self._text))
             if self._add(self._stream.push(token)):
                 return
         ended = result.finished or len(result.tokens) == self._limit
@@ -121,12 +138,18 @@ class _Row:
             beginnings = (stop[:length] for stop in self._stop for length in range(1, len(stop)))
             held = max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
             text = text[: len(text) - held]
+        taken = len(self._starts)
         return Completion(
             prompt=self._prompt,
             text=text,
-            tokens=result.tokens[: self._taken],
-            log_probs=result.log_probs[: self._taken],
+            tokens=result.tokens[:taken],
+            log_probs=result.log_probs[:taken],
             finished=self.finished,
             routed_fraction=result.routed_fraction,
             overflow=result.overflow,
+            entropies=result.entropies[:taken],
+            thoughts=result.thoughts[:taken],
+            thought_texts=self._thought_texts[:taken],
+            mixing_weights=result.mixing_weights[:taken],
+            starts=list(self._starts),
         )

@@ -37,14 +37,20 @@ def compute_rows(function: Callable[..., Any], wanted_R: jax.Array, rows: Any, s
     chunk = rows_at_once(R, share)
     count = jnp.sum(wanted_R)
     order_R = jnp.pad(jnp.argsort(~wanted_R), (0, chunk))  # stable: wanted rows first
+    place_R = jnp.cumsum(wanted_R) - 1  # of a wanted row in that order
 
     def body(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         start, results = carry
         picked = jax.lax.dynamic_slice(order_R, (start,), (chunk,))
         new = function(*jax.tree.map(lambda leaf: leaf[picked], rows))
-        picked = jnp.where(start + jnp.arange(chunk) < count, picked, R)  # R: out of range, dropped
-        results = jax.tree.map(lambda old, n: old.at[picked].set(n, mode="drop"), results, new)
-        return start + chunk, results
+        slot_R = jnp.clip(place_R - start, 0, chunk - 1)
+        here_R = wanted_R & (place_R - start == slot_R)
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            """By a gather: XLA:CPU does a scatter row by row."""
+            return jnp.where(here_R.reshape(-1, *[1] * (old.ndim - 1)), new[slot_R], old)
+
+        return start + chunk, jax.tree.map(put, results, new)
 
     return jax.lax.while_loop(lambda carry: carry[0] < count, body, (jnp.zeros((), count.dtype), zeros))[1]
 

@@ -294,12 +294,11 @@ def routed_block(
         selection = select_top(scores_S if noise_S is None else noise_S, valid_S, capacity_of(routing, S))
         overflow_S = jnp.zeros(S, bool)
     else:
-        wanted_S = (logits_S > 0) & valid_S
-        if decided_N is not None:
-            wanted_S = jnp.where(decided_N < 0, wanted_S, decided_N > 0)
+        rule_S = (logits_S > 0) & valid_S
+        wanted_S = rule_S if decided_N is None else jnp.where(decided_N < 0, rule_S, decided_N > 0)
         room = slots if taken is None else slots - taken
         selection = select_first(wanted_S & (jnp.cumsum(wanted_S) <= room), min(S, slots))
-        overflow_S = wanted_S & ~selection.mask_S
+        overflow_S = rule_S & ~selection.mask_S  # also where a repeated decision was that no slot was left
 
     rows = functools.partial(routed_rows, config=config, routing=routing, parts=parts)
 

@@ -113,8 +113,11 @@ def sample_thoughts(
                 decoder, params, context, position, segment_id, own_key, thinking, temperature
             )[0]  # fmt: skip
 
-        over_thoughts = jax.vmap(one, (None, 0))
-        return jax.vmap(over_thoughts, (0, None))(indices_J, jnp.arange(thinking.n_thoughts))
+        # One vmap over both, not one inside the other: what only the outer one batches would keep a routed block's rows
+        # of different positions out of the same chunk (`mod_star.model.rows`), and few would be skipped.
+        M = thinking.n_thoughts
+        rows = jax.vmap(one)(jnp.repeat(indices_J, M), jnp.tile(jnp.arange(M), indices_J.shape[0]))
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, M, *leaf.shape[1:]), rows)
 
     keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(places.indices_BxJ.shape[0]))
     return jax.vmap(sequence)(contexts(text), batch["positions"], batch["segment_ids"], places.indices_BxJ, keys_B)

@@ -119,9 +119,15 @@ def sample_thought(
     thought = Thought(tokens_T, log_probs_T, entropies_T, decided_GxT)
     if not finish:
         return thought, None
-    _, cache, _ = step(x_D, cache, jnp.int32(t))
-    hidden_D, _, _ = step(own["end"], cache, jnp.int32(t + 1))
-    return thought, hidden_D
+
+    def close(carry: tuple[jax.Array, Any], i: jax.Array) -> tuple[tuple[jax.Array, Any], jax.Array]:
+        x_D, cache = carry
+        hidden_D, cache, _ = step(x_D, cache, i)
+        return (own["end"], cache), hidden_D
+
+    # The last token, then <end>: as a loop, so that the blocks are compiled once more and not twice.
+    _, hidden_2xD = jax.lax.scan(close, (x_D, cache), jnp.arange(t, t + 2))
+    return thought, hidden_2xD[1]
 
 
 def embed_thought(params: dict[str, Any], tokens_N: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from decoding_models import Model
 from tokenizers import decoders, models, pre_tokenizers
 
 from mod_star.data import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
-from mod_star.decoding import Completion, Generated, Generator, Sampling, complete, encode_prompts
+from mod_star.decoding import Completion, Generated, Generator, Sampling, Think, complete, encode_prompts
 from mod_star.errors import InputError
 
 BYTES = ByteTokenizer()
@@ -36,12 +37,13 @@ class Scripted:
         seed: int,
         burst: int,
         stop: Callable[[list[Generated]], Sequence[bool]],
+        think: Think,
     ) -> Iterator[list[Generated]]:
         self.prompts = prompts
         done = [False] * len(self.rows)
         for until in range(burst, new_tokens + burst, burst):
             self.seen = [seen if end else min(until, new_tokens) for seen, end in zip(self.seen, done, strict=True)]
-            results = [self._result(row[:seen]) for row, seen in zip(self.rows, self.seen, strict=True)]
+            results = [self._result(row[:seen], think) for row, seen in zip(self.rows, self.seen, strict=True)]
             told = stop(results)
             yield results
             done = [end or result.finished for end, result in zip(told, results, strict=True)]
@@ -49,10 +51,16 @@ class Scripted:
                 return
 
     @staticmethod
-    def _result(tokens: list[int]) -> Generated:
+    def _result(tokens: list[int], think: Think) -> Generated:
+        """A thought of a row that thinks, behind every other token, is the token three times."""
         ended = END in tokens
         tokens = tokens[: tokens.index(END)] if ended else tokens
-        return Generated(tokens, [-float(i) for i in range(len(tokens))], ended, [0.5], 1)
+        result = Generated(tokens, [-float(i) for i in range(len(tokens))], ended, [0.5], 1)
+        if think.when == "never":
+            return result
+        thoughts = [[token] * 3 if i % 2 else None for i, token in enumerate(tokens)]
+        weights = [0.5 if thought else None for thought in thoughts]
+        return replace(result, entropies=[float(token) for token in tokens], thoughts=thoughts, mixing_weights=weights)
 
 
 def run(generator: Any, prompts: Sequence[str], new_tokens: int, **options: Any) -> list[list[Completion]]:
@@ -131,6 +139,25 @@ def test_a_first_word_keeps_its_space(tmp_path: Path) -> None:
     ((after,),) = complete(generator, tokenizer, ["hello"], 1, Sampling())
     ((alone,),) = complete(generator, tokenizer, [""], 1, Sampling())
     assert (after.text, alone.text) == (" world", "world")
+
+
+@pytest.mark.parametrize("burst", [1, 3, 100])
+def test_thoughts_stand_beside_the_tokens_they_led_to(burst: int) -> None:
+    tokens = list("aé→b|c".encode())
+    bursts = run(Scripted(tokens), ["p"], len(tokens), stop=("|",), burst=burst, think=Think("always"))
+    for (completion,) in bursts:
+        count = len(completion.tokens)
+        assert completion.tokens == tokens[:count]
+        assert completion.entropies == tokens[:count]
+        assert completion.thoughts == [None if i % 2 == 0 else [token] * 3 for i, token in enumerate(tokens)][:count]
+        assert completion.mixing_weights == [None if i % 2 == 0 else 0.5 for i in range(count)]
+        decoded = [None if thought is None else BYTES.decode(thought) for thought in completion.thoughts]
+        assert completion.thought_texts == decoded
+        # A token begins where the text ends that those before it have completed.
+        assert completion.starts == [0, 1, 1, 2, 2, 2, 3, 4][:count]
+    assert len(bursts[-1][0].tokens) == 8, "up to the one that completes the stop string"
+    ((never,),) = run(Scripted(tokens[:2]), ["p"], 2)
+    assert [*never.thoughts, *never.thought_texts, *never.entropies, *never.mixing_weights] == []
 
 
 def test_an_empty_stop_string_is_refused() -> None:

@@ -71,3 +71,28 @@ def test_in_bfloat16_the_sum_and_the_head_gradient_are_float32_and_no_factor_is_
     # Before the last rounding of each element, gradients are exactly proportional to the factor.
     unscaled = jax.jit(jax.grad(lambda *a: cross_entropy(*a, 4)))(*given)
     np.testing.assert_array_equal(hidden, (unscaled.astype(jnp.float32) * jnp.float32(factor)).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("chunk", [3, 7])
+def test_every_tokens_nll_and_entropy_equal_float64(chunk: int) -> None:
+    hidden, head, targets, weights = inputs()
+    total, nll = jax.jit(lambda *a: module.cross_entropy_by_token(*a, chunk))(hidden, head, targets, weights)
+    entropy = jax.jit(lambda h, w: module.token_entropy(h, w, chunk))(hidden, head)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(log_p, np.asarray(targets)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(nll, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(total, (expected * np.asarray(weights)).sum(), rtol=1e-6)
+    np.testing.assert_allclose(entropy, -(np.exp(log_p) * log_p).sum(-1), rtol=1e-5)
+    assert nll.shape == entropy.shape == (B, S) and nll.dtype == entropy.dtype == jnp.float32
+
+
+def test_every_tokens_nll_is_given_without_a_gradient() -> None:
+    """Rewards are made of them: a gradient there would teach the model to change its baseline."""
+
+    def both(hidden: jax.Array, head: jax.Array, factor: float) -> jax.Array:
+        total, nll = module.cross_entropy_by_token(hidden, head, *inputs()[2:], 3)
+        return total + factor * jnp.sum(jnp.sin(nll))
+
+    gradient = jax.jit(jax.grad(both, (0, 1)))
+    jax.tree.map(np.testing.assert_array_equal, gradient(*inputs()[:2], 5.0), gradient(*inputs()[:2], 0.0))

@@ -1,0 +1,19 @@
+"""What the experiments' reports share: a mean with its spread, and tables in Markdown."""
+
+from __future__ import annotations
+
+import statistics
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean ± sample standard deviation; the number alone if there is one value, or all are the same."""
+    mean = form.format(statistics.mean(values))
+    if len(set(values)) == 1:
+        return mean
+    return f"{mean} ± {form.replace('+', '').format(statistics.stdev(values))}"
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; all columns but the first to the right."""
+    rule = ["---", *["--:"] * (len(columns) - 1)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [columns, rule, *rows])

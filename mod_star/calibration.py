@@ -1,0 +1,124 @@
+"""Where to think: the entropy above which a model thinks, so that it does so before a wanted share of the tokens.
+
+Kept in RUN/thinking.json. The threshold is a quantile of the entropies of the predictions (without thoughts) of the
+first half of the run's held-out text; what share of the other half lies above it tells how well it carries over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from mod_star.data import Batch, held_out_batches
+from mod_star.errors import InputError, require
+from mod_star.model.cross_entropy import token_entropy
+from mod_star.model.transformer import head_matrix
+from mod_star.training.next_token import forward
+from mod_star.training.run_dir import LoadedRun
+
+CALIBRATION_FILE = "thinking.json"
+BELOW_EVERYTHING = -1.0  # an entropy is never negative
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold, and what it is worth."""
+
+    threshold: float
+    """Entropy in nats; the model is to think where it is above."""
+    share: float
+    """The share of the tokens that was asked for."""
+    achieved_share: float
+    """The share that the threshold gives on held-out text that it was not chosen by."""
+    step: int
+    """Step of the checkpoint."""
+    tokens: int
+    """Predicted tokens of held-out text, both halves."""
+
+
+def calibration_batches(run: LoadedRun) -> list[Batch]:
+    """The held-out batches that the run is evaluated on.
+
+    Raises:
+      InputError: the model has not learned to think, or its data cannot be read.
+    """
+    objective = run.config.train.objective
+    require("thinking" in run.params, "train.objective", objective, "must be quiet_star: the model can't think")
+    config = run.config
+    batches = held_out_batches(config.data, run.tokenizer, config.model.context, config.train.batch_size)
+    return list(itertools.islice(batches, config.train.eval_batches))
+
+
+def entropies(run: LoadedRun, batches: list[Batch]) -> Iterator[npt.NDArray[np.float32]]:
+    """For each batch the entropies of all its predictions, routed causally, in the order of the text."""
+
+    @jax.jit
+    def of_batch(params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
+        hidden = forward(run.decoder, params, batch, None, "causal").hidden
+        return token_entropy(hidden, head_matrix(params), run.config.train.loss_chunk)
+
+    for batch in batches:
+        yield np.asarray(of_batch(run.params, batch))[batch["weights"] > 0]
+
+
+def calibrated(entropies_N: npt.NDArray[np.float32], share: float, step: int) -> Calibration:
+    """The threshold that `share` of the first half of the predictions lies above.
+
+    Args:
+      entropies_N: in the order of the text; the halves then have hardly a document in common.
+      share: of the tokens to think before; 1: all.
+      step: of the checkpoint.
+
+    Raises:
+      InputError: the share is not in (0, 1], or there are fewer than two predictions.
+    """
+    require_share(share)
+    N = len(entropies_N)
+    require(N >= 2, "held-out predictions", N, "must be at least 2")
+    first, second = entropies_N[: (N + 1) // 2], entropies_N[(N + 1) // 2 :]
+    threshold = BELOW_EVERYTHING if share == 1 else float(np.quantile(first, 1 - share))
+    return Calibration(threshold, share, float(np.mean(second > threshold)), step, N)
+
+
+def require_share(share: float) -> None:
+    """Raises InputError for a share that can't be."""
+    require(0 < share <= 1, "--share", share, "must lie in (0, 1]")
+
+
+def write_calibration(directory: Path, calibration: Calibration) -> Path:
+    """Writes RUN/thinking.json, or leaves what was there. Raises InputError if it can't be written."""
+    path = directory / CALIBRATION_FILE
+    beside = directory / (CALIBRATION_FILE + ".new")
+    try:
+        beside.write_text(json.dumps(dataclasses.asdict(calibration), indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    return path
+
+
+def read_calibration(directory: Path) -> Calibration | None:
+    """What `write_calibration` wrote; None if there is nothing. Raises InputError if it is something else."""
+    path = directory / CALIBRATION_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        found = Calibration(
+            float(values["threshold"]), float(values["share"]), float(values["achieved_share"]),
+            int(values["step"]), int(values["tokens"]),
+        )  # fmt: skip
+        require_share(found.share)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError):
+        raise InputError(f"{path}: cannot be read; mod-star calibrate {directory} writes it anew") from None
+    return found

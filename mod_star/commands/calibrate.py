@@ -1,0 +1,81 @@
+"""`mod-star calibrate`: chooses the uncertainty from which on `mod-star sample --think auto` thinks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from mod_star.commands import keep_compiled_programs, parse_options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+QUANTILES = (0.9, 0.75, 0.5, 0.25, 0.1, 0.05, 0.01)
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """Chooses the entropy from which on the model in RUN thinks, for mod-star sample --think auto.
+
+    Examples:
+      mod-star calibrate runs/thinking --share 0.1
+      mod-star sample runs/thinking --prompt 'Q: 2 + 3 = ?' --think auto
+
+    It reads the run's held-out text without thoughts and writes RUN/thinking.json. Where the model generates, its text
+    may be surer or less sure than that, and the share another: mod-star sample says what it was.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Directory of the run."""
+    share: float = 0.25
+    """Share of the tokens to think before, in (0, 1]; 1: all."""
+    step: int | None = None
+    """Step of the checkpoint to load. The newest if not given."""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the command. Errors are `mod_star.cli`'s to show."""
+    options = parse_options(CalibrateOptions, argv, "mod-star calibrate")
+
+    import numpy as np
+    from rich.console import Console
+    from rich.progress import track
+
+    from mod_star.calibration import calibrated, calibration_batches, entropies, require_share, write_calibration
+    from mod_star.training.run_dir import load_run
+
+    require_share(options.share)
+    loaded = load_run(options.run, options.step)
+    batches = calibration_batches(loaded)
+    keep_compiled_programs()
+    progress = Console(stderr=True)
+    parts = track(
+        entropies(loaded, batches), "reading held-out text", len(batches), console=progress, transient=True,
+        disable=not progress.is_terminal,
+    )  # fmt: skip
+    found = np.concatenate(list(parts))
+    calibration = calibrated(found, options.share, loaded.step)
+    path = write_calibration(options.run, calibration)
+    console = Console(highlight=False)
+    console.print(quantile_table(found))
+    console.print(
+        f"threshold {calibration.threshold:.4g} nats, chosen by the first half of the text: {options.share:.1%} of its "
+        f"tokens lie above. Of the second half, {calibration.achieved_share:.1%} do",
+        soft_wrap=True,
+    )
+    console.print(f"written: {path}", markup=False, soft_wrap=True)
+
+
+def quantile_table(entropies_N: Any) -> Table:
+    """How uncertain the predictions are: the entropies that given shares of them lie above."""
+    import numpy as np
+
+    from mod_star.terminal import result_table
+
+    rows = [(f"{share:.0%}", f"{np.quantile(entropies_N, 1 - share):.3f}") for share in QUANTILES]
+    title = f"Entropy of {len(entropies_N):,} predictions without a thought"
+    return result_table(title, ("share of tokens", "entropy above, nats"), rows)

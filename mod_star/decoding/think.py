@@ -1,0 +1,145 @@
+"""Thinking while generating: one thought after the last token, in the rows that need it, forgotten once it has spoken.
+
+A thought reads the decoding caches and keeps keys/values of its own; those caches never hold any of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mod_star.config import ThinkingConfig
+from mod_star.decoding.step import logits_of
+from mod_star.errors import require
+from mod_star.model import Decoder
+from mod_star.model.rows import compute_rows
+from mod_star.thinking.mixing import mix, mixing_weight
+from mod_star.thinking.sample import sample_thought
+
+WHEN = ("never", "always", "auto")
+
+
+@dataclass(frozen=True)
+class Think:
+    """When to think before the next token, and how."""
+
+    when: Literal["never", "always", "auto"] = "never"
+    """auto: where the entropy of the prediction without a thought is above `threshold`."""
+    threshold: float | None = None
+    """Of that entropy, in nats; for auto only, which needs it. May be infinite."""
+    share: float = 0.25
+    """About how many of the rows auto lets think, in (0, 1]: sizes the chunks they are computed in, not the result."""
+    temperature: float = 0.0
+    """Of the draws of thought tokens; 0: greedy. At least 1e-6 otherwise."""
+
+    def __post_init__(self) -> None:
+        require(self.when in WHEN, "think.when", self.when, f"must be one of {', '.join(WHEN)}")
+        if self.when == "auto":
+            given = self.threshold is not None and not math.isnan(self.threshold)
+            require(given, "think.threshold", self.threshold, "must be a number with think.when = 'auto'")
+        require(0 < self.share <= 1, "think.share", self.share, "must lie in (0, 1]")
+        allowed = self.temperature == 0 or (self.temperature >= 1e-6 and math.isfinite(self.temperature))
+        require(allowed, "think.temperature", self.temperature, "must be 0 (greedy) or at least 1e-6")
+
+
+@struct.dataclass
+class ThoughtRecord:
+    """What was thought before each token; as a whole [B, T, ...], or one step's with T left out."""
+
+    entropies_BxT: jax.Array
+    """float32 entropy of the prediction without a thought, in nats; nan where there is no token, and with `never`."""
+    thinks_BxT: jax.Array
+    """bool; whether the row thought."""
+    thoughts_BxTxN: jax.Array
+    """int32 tokens of the thought; -1 where there are none, and for pauses."""
+    weights_BxT: jax.Array
+    """float32 mixing weight of the thought's prediction; nan where the row did not think."""
+
+
+def empty_record(rows: int, new_tokens: int, thinking: ThinkingConfig) -> ThoughtRecord:
+    """The record before the first token."""
+    none = jnp.full((rows, new_tokens), jnp.nan, jnp.float32)
+    thoughts = jnp.full((rows, new_tokens, thinking.thought_length), -1, jnp.int32)
+    return ThoughtRecord(none, jnp.zeros((rows, new_tokens), bool), thoughts, none)
+
+
+def think_step(
+    decoder: Decoder,
+    params: dict[str, Any],
+    thinking: ThinkingConfig,
+    think: Think,
+    threshold: jax.Array | float,
+    hidden_BxD: jax.Array,
+    text: Any,
+    positions_B: jax.Array,
+    keys_B: jax.Array,
+    active_B: jax.Array,
+) -> tuple[jax.Array, ThoughtRecord]:
+    """Predicts the next token of every row, after a thought where one is due.
+
+    always computes the thoughts of all rows, those of finished rows too; auto those of the rows that think alone, and
+    at batch 1 nothing at all if the row doesn't.
+
+    Args:
+      decoder: the model.
+      params: with the entry "thinking", groups unrolled.
+      thinking: length and kind of thoughts.
+      think: always or auto.
+      threshold: float32 scalar, in place of `think.threshold`: one program for all thresholds.
+      hidden_BxD: at the last token.
+      text: keys/values up to the last token, from `caches.text_of`.
+      positions_B: int32 position of the last token.
+      keys_B: of the thoughts' draws.
+      active_B: bool; finished rows never think.
+
+    Returns:
+      Float32 logits BxV, those of the plain prediction where a row doesn't think; and the step's record.
+    """
+    base_BxV = logits_of(params, hidden_BxD)
+    log_p_BxV = jax.nn.log_softmax(base_BxV)
+    entropies_B = -jnp.sum(jnp.exp(log_p_BxV) * log_p_BxV, -1)
+    rows = (hidden_BxD, text, positions_B, keys_B)
+    after_thoughts = functools.partial(_after_thoughts, decoder, params, thinking, think.temperature)
+    if think.when == "always":
+        thinks_B = active_B
+        logits_BxV, thoughts_BxN, weights_B = after_thoughts(*rows)
+    else:
+        thinks_B = active_B & (entropies_B > threshold)
+        logits_BxV, thoughts_BxN, weights_B = compute_rows(after_thoughts, thinks_B, rows, think.share)
+    record = ThoughtRecord(
+        jnp.where(active_B, entropies_B, jnp.nan),
+        thinks_B,
+        jnp.where(thinks_B[:, None], thoughts_BxN, -1),
+        jnp.where(thinks_B, weights_B, jnp.nan),
+    )
+    return jnp.where(thinks_B[:, None], logits_BxV, base_BxV), record
+
+
+def _after_thoughts(
+    decoder: Decoder,
+    params: dict[str, Any],
+    thinking: ThinkingConfig,
+    temperature: float,
+    hidden_RxD: jax.Array,
+    text: Any,
+    positions_R: jax.Array,
+    keys_R: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits RxV mixed after a thought in each of R rows, the thoughts RxN, and the mixing weights R."""
+
+    def row(text: Any, position: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        thought, after_D = sample_thought(
+            decoder, params, text, position, jnp.int32(1), key, thinking, temperature, finish=True
+        )
+        assert after_D is not None
+        return thought.tokens_T, after_D
+
+    thoughts_RxN, after_RxD = jax.vmap(row)(text, positions_R, keys_R)
+    weights_R = mixing_weight(params["thinking"]["mixing"], hidden_RxD, after_RxD)
+    return logits_of(params, mix(hidden_RxD, after_RxD, weights_R)), thoughts_RxN, weights_R

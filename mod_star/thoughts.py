@@ -1,0 +1,108 @@
+"""What a thinking model makes of a text: a thought before every token, and what each changed."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mod_star.config import ThinkingConfig
+from mod_star.decoding.think import Think
+from mod_star.errors import InputError, require
+from mod_star.model import Decoder
+from mod_star.model.routing import causal_slots
+from mod_star.model.transformer import head_matrix
+from mod_star.routes import token_pieces
+from mod_star.thinking.mixing import mix, mixing_weight
+from mod_star.thinking.sample import sample_thought
+from mod_star.thoughts_view import TextThoughts
+from mod_star.training.run_dir import LoadedRun
+
+POSITIONS_AT_ONCE = 32
+"""Texts are padded to a multiple of this, so that few programs are compiled for texts of many lengths."""
+
+
+def thoughts_of(run: LoadedRun, text: str, temperature: float = 0.0, seed: int = 0) -> TextThoughts:
+    """Thinks after every token of a text, as one document, and says what that did to the prediction of the next.
+
+    The thoughts are those that the model would think if it had generated the text (`Think("always")`).
+
+    Args:
+      run: a model that has learned to think.
+      text: not longer than the context, bos included.
+      temperature: of the thoughts' draws; 0: greedy.
+      seed: of these draws.
+
+    Raises:
+      InputError: the model can't think, the text is too long, or the temperature is no good.
+    """
+    context, thinking = run.config.model.context, run.config.thinking
+    objective = run.config.train.objective
+    require("thinking" in run.params, "train.objective", objective, "must be quiet_star: the model can't think")
+    Think("always", temperature=temperature)  # checks it
+    ids = [run.tokenizer.bos_id, *run.tokenizer.encode(text)]
+    if len(ids) > context:
+        raise InputError(f"text = {len(ids)} tokens, bos included: must be at most model.context = {context}")
+    padded = np.zeros(-(-len(ids) // POSITIONS_AT_ONCE) * POSITIONS_AT_ONCE, np.int32)
+    padded[: len(ids)] = ids
+    length, key = jnp.int32(len(ids)), jax.random.key(seed)
+    found = _think_everywhere(run.decoder, run.params, thinking, temperature, padded, length, key)
+    base, talk, weights, entropies, thoughts_SxT = (np.asarray(array) for array in found)
+    # What follows position i is token i + 1; nothing stands before the first.
+    shifted = lambda values: [math.nan, *values[: len(ids) - 1].astype(float).tolist()]  # noqa: E731
+    thoughts = [[], *([i for i in row.tolist() if i >= 0] for row in thoughts_SxT[: len(ids) - 1])]
+    return TextThoughts(
+        tokens=token_pieces(run.tokenizer, ids),
+        base_log_probs=shifted(base),
+        talk_log_probs=shifted(talk),
+        thoughts=[run.tokenizer.decode(thought) for thought in thoughts],
+        thought_tokens=[token_pieces(run.tokenizer, thought) for thought in thoughts],
+        weights=shifted(weights),
+        entropies=shifted(entropies),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "thinking", "temperature"))
+def _think_everywhere(
+    decoder: Decoder,
+    params: dict[str, Any],
+    thinking: ThinkingConfig,
+    temperature: float,
+    tokens_S: jax.Array,
+    length: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """For each position: log-prob of the next token without and with a thought, weight, entropy; thoughts SxT."""
+    S = tokens_S.shape[0]
+    segment_ids_S = (jnp.arange(S) < length).astype(jnp.int32)
+    slots = causal_slots(decoder.routing, decoder.config.context)
+    output: Any = decoder.apply(
+        {"params": params}, tokens_S, None, segment_ids_S, mode="causal", slots=slots, keep_keys_values=True
+    )
+    text = {name: (segment,) for name, segment in output.keys_values.items()}
+    head = head_matrix(params)
+
+    def log_softmax(hidden_D: jax.Array) -> jax.Array:
+        narrow = head.astype(hidden_D.dtype)
+        return jax.nn.log_softmax(jnp.einsum("d,vd->v", hidden_D, narrow, preferred_element_type=jnp.float32))
+
+    def one(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        position, following, hidden_D = inputs
+        own_key = jax.random.fold_in(key, position)
+        thought, after_D = sample_thought(
+            decoder, params, text, position, jnp.int32(1), own_key, thinking, temperature, finish=True
+        )
+        assert after_D is not None
+        weight_1 = mixing_weight(params["thinking"]["mixing"], hidden_D[None], after_D[None])
+        base_V, talk_V = log_softmax(hidden_D), log_softmax(mix(hidden_D[None], after_D[None], weight_1)[0])
+        entropy = -jnp.sum(jnp.exp(base_V) * base_V)
+        return base_V[following], talk_V[following], weight_1[0], entropy, thought.tokens_T
+
+    positions_S = jnp.arange(S, dtype=jnp.int32)
+    following_S = jnp.roll(tokens_S, -1)
+    # In portions: the logits of all positions of a long text may not fit.
+    return jax.lax.map(one, (positions_S, following_S, output.hidden), batch_size=POSITIONS_AT_ONCE)
