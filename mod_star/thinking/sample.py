@@ -139,23 +139,27 @@ def embed_thought(params: dict[str, Any], tokens_N: jax.Array) -> jax.Array:
 def draw_token(key: jax.Array, logits_V: jax.Array, temperature: float) -> jax.Array:
     """A token drawn from softmax(logits / temperature), int32; the most probable one if the temperature is 0.
 
-    By inverting the cumulative distribution with one uniform number: `jax.random.categorical` needs one per token of
-    the vocabulary, which costs a sixth of a whole Quiet-STaR step on a CPU. In two levels, so that only one block of
-    the vocabulary is summed up one by one.
+    By inverting the cumulative distribution with one uniform number, where `jax.random.categorical` needs one for every
+    token of the vocabulary. In two levels, so that only one block of the vocabulary is summed up one by one.
     """
     if temperature == 0:
         return jnp.argmax(logits_V).astype(jnp.int32)
     V = logits_V.shape[0]
     scaled = (logits_V - jnp.max(logits_V)) / temperature
     blocks = jnp.pad(jnp.exp(scaled), (0, -V % DRAW_BLOCK)).reshape(-1, DRAW_BLOCK)
-    ends = jnp.cumsum(jnp.sum(blocks, -1))
+    sums = jnp.sum(blocks, -1)
+    ends = jnp.cumsum(sums)
     target = jax.random.uniform(key) * ends[-1]
-    # `argmax` of bools is the first True. Should rounding leave none, the last block's most probable token is taken.
-    block = jnp.where(ends[-1] > target, jnp.argmax(ends > target), len(ends) - 1)
+    block = _first((ends > target) & (sums > 0), sums)
     inside = blocks[block]
     before = jnp.where(block > 0, ends[block - 1], 0.0)
-    above = before + jnp.cumsum(inside) > target
-    return (block * DRAW_BLOCK + jnp.where(above[-1], jnp.argmax(above), jnp.argmax(inside))).astype(jnp.int32)
+    token = _first((before + jnp.cumsum(inside) > target) & (inside > 0), inside)
+    return (block * DRAW_BLOCK + token).astype(jnp.int32)
+
+
+def _first(wanted: jax.Array, weights: jax.Array) -> jax.Array:
+    """Index of the first that is wanted; should rounding leave none, of the largest weight."""
+    return jnp.where(jnp.any(wanted), jnp.argmax(wanted), jnp.argmax(weights))
 
 
 def _is_segments(node: Any) -> bool:
