@@ -2,7 +2,29 @@
 
     python -m experiments.quiet_star_composition             # trains what is missing, then reports
 
-MEASURED
+Measured on two CPU cores, three seeds unless it says otherwise, 80 steps of 8 x 48 symbols (31,000 symbols); NLL of the
+answers in nats (chance is ln 5 = 1.609), with a greedy thought each, and answers right:
+
+                              NLL, no thought     after a thought   right, thought
+    trained on                  1.627 ± 0.018                   –    16.8 % ±  2.2
+    quiet-star                  1.630 ± 0.019       0.065 ± 0.068    97.7 % ±  3.5
+    as in the paper             1.631 ± 0.021       0.023 ± 0.018    99.8 % ±  0.3
+    no reinforce                1.632 ± 0.022       1.328 ± 0.432    37.3 % ± 22.9
+    pause                       1.630 ± 0.022       1.629 ± 0.021    18.8 % ±  2.3
+    0.25 by entropy             1.637 ± 0.021       0.012 ± 0.018    99.5 % ±  0.9
+    0.25 at random              1.630 ± 0.020       0.876 ± 0.651    65.5 % ± 30.1
+    truthful brackets, 40 steps, two seeds          0.119 ± 0.162    96.9 % ±  4.4
+    thoughts of 4, 8, 16 symbols, one seed      1.62, 1.63, 1.62    21, 27, 20 %
+
+Thinking at inference only where training would have (by entropy), a budget of 0.25 keeps 104 % ± 5 of quiet-star's gain
+on answers, 0.5 keeps 98 % ± 11. Chosen at random they keep 8 % and 37 %: answers are one symbol of ten.
+Thoughts of another length than the five that the brackets have did not help: this model knows nothing else to say.
+
+What else was tried, on one seed. With brackets that are random unless truthful, as the prototype had them, one in four
+truthful, 2,500 steps of pretraining left the model unable to use even truthful ones (answers at 1.30 nats after them),
+and 120 steps of Quiet-STaR at rate 1e-3 stayed at 1.6; with half of them truthful, a greedy thought was right at once
+(0.14 nats after 20 steps), because the most probable bracket is the truthful one, so that it tested little. Hence
+brackets that, unless truthful, follow a habit: greedy thoughts are useless then until something teaches better.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def read(out: Path, arm: str, steps: int) -> list[dict[str, Any]]:
 def _table(results: Results, columns: Sequence[tuple[str, str, str]]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for arm, runs in results.items():
-        name = arm if len(runs) > 2 else f"{arm} ({len(runs)} seeds)"
+        name = arm if len(runs) > 2 else f"{arm} (seeds: {len(runs)})"
         rows.append([name, *(spread(_values(runs, key), form) for key, _, form in columns)])
     return ["", *(title for _, title, _ in columns)], rows
 
