@@ -10,6 +10,7 @@ Measured with the base model of seed 0 alone, 30 steps of 4 x 128 tokens (15,400
 
                         no thought   a thought   on budget      gain   hardest 10 %
     trained on              3.2890           –           –         –              –
+    quiet-star              3.2888      3.2856      3.2857   +0.0032         -0.071
     0.25 by entropy         3.2876      3.2837      3.2846   +0.0039         -0.148
     0.25 at random          3.2883      3.2866      3.2879   +0.0017         -0.012
     no reinforce            3.2891      3.2856      3.2857   +0.0036         -0.072
