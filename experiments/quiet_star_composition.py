@@ -16,11 +16,11 @@ answers in nats (chance is ln 5 = 1.609), with a greedy thought each, and answer
     truthful brackets, 40 steps, two seeds          0.119 ± 0.162    96.9 % ±  4.4
     thoughts of 4 symbols       1.629 ± 0.020       1.611 ± 0.045    19.1 % ±  2.6
     thoughts of 8               1.623 ± 0.012       0.919 ± 0.806    59.2 % ± 36.5
-    thoughts of 16, one seed            1.626               1.619    20.3 %
+    thoughts of 16              1.631 ± 0.023       1.627 ± 0.022    18.4 % ±  1.8
 
 Thinking at inference only where training would have (by entropy), a budget of 0.25 keeps 104 % ± 5 of quiet-star's gain
 on answers, 0.5 keeps 98 % ± 11. Chosen at random they keep 8 % and 37 %: answers are one symbol of ten.
-Thoughts of 4 have no room for the five states that the brackets have; those of 8 learned with some seeds only.
+Thoughts of 4 have no room for the five states that the brackets have; those of 8 learned with some seeds only, those of 16 not.
 
 What else was tried, on one seed. With brackets that are random unless truthful, as the prototype had them, one in four
 truthful, 2,500 steps of pretraining left the model unable to use even truthful ones (answers at 1.30 nats after them),
