@@ -20,7 +20,8 @@ answers in nats (chance is ln 5 = 1.609), with a greedy thought each, and answer
 
 Thinking at inference only where training would have (by entropy), a budget of 0.25 keeps 104 % ± 5 of quiet-star's gain
 on answers, 0.5 keeps 98 % ± 11. Chosen at random they keep 8 % and 37 %: answers are one symbol of ten.
-Thoughts of 4 have no room for the five states that the brackets have; those of 8 learned with some seeds only, those of 16 not.
+Thoughts of 4 have no room for the five states that the brackets have; those of 8 learned with some seeds only, those of
+16 not.
 
 What else was tried, on one seed. With brackets that are random unless truthful, as the prototype had them, one in four
 truthful, 2,500 steps of pretraining left the model unable to use even truthful ones (answers at 1.30 nats after them),
