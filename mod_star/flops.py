@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig
 from mod_star.model.parts import DEFAULT_PARTS, Part, Parts
-from mod_star.model.routing import capacity_of, causal_slots
+from mod_star.model.routing import capacity_of, causal_slots, routed_share
 from mod_star.model.transformer import block_names, group_count
 from mod_star.parts import load_parts
 from mod_star.thinking.objective import place_count
@@ -100,7 +100,7 @@ def sampling_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) ->
     """
     model, routing, thinking = run.model, run.routing, run.thinking
     count = place_count(thinking, tokens) * thinking.n_thoughts * thinking.thought_length
-    share = capacity_of(routing, model.context) / model.context
+    share = routed_share(routing, model.context)
     own = thinking.thought_length + 1
     blocks = _groups_flops(model, routing, parts, count, tokens + own, share * count, _text_slots(run, tokens) + own)
     head = 0.0 if thinking.kind == "pause" else 2.0 * count * model.width * model.vocab_size

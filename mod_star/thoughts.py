@@ -18,6 +18,7 @@ from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import head_matrix
 from mod_star.routes import token_pieces
 from mod_star.thinking.mixing import mix, mixing_weight
+from mod_star.thinking.objective import contexts
 from mod_star.thinking.sample import sample_thought
 from mod_star.thoughts_view import TextThoughts
 from mod_star.training.run_dir import LoadedRun
@@ -83,7 +84,7 @@ def _think_everywhere(
     output: Any = decoder.apply(
         {"params": params}, tokens_S, None, segment_ids_S, mode="causal", slots=slots, keep_keys_values=True
     )
-    text = {name: (segment,) for name, segment in output.keys_values.items()}
+    text = contexts(output)
     head = head_matrix(params)
 
     def log_softmax(hidden_D: jax.Array) -> jax.Array:

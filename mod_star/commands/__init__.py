@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from mod_star.errors import InputError
+from mod_star.errors import InputError, require
 
 Options = TypeVar("Options")
 
@@ -55,6 +55,12 @@ def parse_options(kind: type[Options], argv: Sequence[str], prog: str, default: 
             if not stop.code:
                 raise
     raise InputError(f"{_one_line(errors.getvalue())}; see {prog} --help")
+
+
+def require_writable(option: str, path: Path) -> None:
+    """Raises InputError, which names the option, unless a file can be written there; its directory may be absent."""
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    require(place.is_dir() and os.access(place, os.W_OK), option, str(path), f"{place} is not a writable directory")
 
 
 def keep_compiled_programs() -> None:

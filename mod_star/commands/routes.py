@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mod_star.commands import keep_compiled_programs, parse_options
+from mod_star.commands import keep_compiled_programs, parse_options, require_writable
 from mod_star.errors import InputError, require
 
 PNG_FILE = "routes.png"
@@ -57,8 +56,7 @@ def run(argv: Sequence[str]) -> None:
 
     text = read_text(str(options.text_file)) if options.text is None else options.text
     loaded = load_run(options.run, options.step)
-    place = next(parent for parent in png.absolute().parents if parent.exists())
-    require(place.is_dir() and os.access(place, os.W_OK), "--png", str(png), f"{place} is not a writable directory")
+    require_writable("--png", png)
     keep_compiled_programs()
     routes = routes_of(loaded, text, options.mode)
     shown = (routes.tokens, routes.routed_LxN, routes.block_names)

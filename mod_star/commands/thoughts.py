@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from mod_star.commands import keep_compiled_programs, parse_options
+from mod_star.commands import keep_compiled_programs, parse_options, require_writable
 from mod_star.errors import InputError, require
 
 HTML_FILE = "thoughts.html"
@@ -60,8 +59,7 @@ def run(argv: Sequence[str]) -> None:
 
     text = read_text(str(options.text_file)) if options.text is None else options.text
     loaded = load_run(options.run, options.step)
-    place = next(parent for parent in page.absolute().parents if parent.exists())
-    require(place.is_dir() and os.access(place, os.W_OK), "--html", str(page), f"{place} is not a writable directory")
+    require_writable("--html", page)
     keep_compiled_programs()
     with Console(stderr=True).status("thinking"):
         thoughts = thoughts_of(loaded, text, options.temperature, options.seed)

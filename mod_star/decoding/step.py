@@ -16,7 +16,7 @@ from mod_star.decoding.caches import Cache, FullCache
 from mod_star.model import Decoder
 from mod_star.model.attention import Segment
 from mod_star.model.layers import rms_norm
-from mod_star.model.routing import capacity_of
+from mod_star.model.routing import routed_share
 from mod_star.model.rows import compute_rows
 from mod_star.model.transformer import (
     block_names,
@@ -89,16 +89,11 @@ def decode_step(
                 computed_B = wanted_B & (cache.count_B < cache.slots)
                 delta_BxD, own = compute_rows(
                     functools.partial(_routed_rows, decoder, block), computed_B,
-                    (x_BxD, scores_B, positions_B, cache.segment()), routed_share(decoder),
+                    (x_BxD, scores_B, positions_B, cache.segment()), routed_share(routing, config.context),
                 )  # fmt: skip
                 updated.append(cache.append(own, computed_B, wanted_B & ~computed_B))
             x_BxD = x_BxD + delta_BxD
     return rms_norm(x_BxD, params["final_norm"], config.norm_eps), tuple(updated)
-
-
-def routed_share(decoder: Decoder) -> float:
-    """The share of tokens that a routed block is meant to compute."""
-    return capacity_of(decoder.routing, decoder.config.context) / decoder.config.context
 
 
 def _full_rows(

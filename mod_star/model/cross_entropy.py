@@ -50,10 +50,10 @@ def token_entropy(hidden_BxSxD: jax.Array, head_VxD: jax.Array, chunk: int) -> j
         return -jnp.sum(jnp.exp(log_p) * log_p, -1)
 
     S = hidden_BxSxD.shape[1]
-    return _unchunked(jax.lax.map(one, _chunked(hidden_BxSxD, min(chunk, S))), S)
+    return unchunked(jax.lax.map(one, chunked(hidden_BxSxD, min(chunk, S))), S)
 
 
-def _chunked(a: jax.Array, chunk: int) -> jax.Array:
+def chunked(a: jax.Array, chunk: int) -> jax.Array:
     """BxSx... as (count, B, chunk, ...), padded with zeros."""
     B, S, *rest = a.shape
     count = -(-S // chunk)
@@ -61,8 +61,8 @@ def _chunked(a: jax.Array, chunk: int) -> jax.Array:
     return jnp.moveaxis(padded.reshape(B, count, chunk, *rest), 1, 0)
 
 
-def _unchunked(a: jax.Array, tokens: int) -> jax.Array:
-    """The inverse of `_chunked`."""
+def unchunked(a: jax.Array, tokens: int) -> jax.Array:
+    """The inverse of `chunked`."""
     count, B, chunk, *rest = a.shape
     return jnp.moveaxis(a, 0, 1).reshape(B, count * chunk, *rest)[:, :tokens]
 
@@ -93,11 +93,11 @@ def _scan(
         return (total, grad_head), (nll, grad_hidden)
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32) if with_gradients else None)
-    inputs = tuple(_chunked(a, chunk) for a in (hidden, targets, weights))
+    inputs = tuple(chunked(a, chunk) for a in (hidden, targets, weights))
     (total, grad_head), (nll, grad_hidden) = jax.lax.scan(one, start, inputs)
     if with_gradients:
-        grad_hidden = _unchunked(grad_hidden, S)
-    return total, _unchunked(nll, S), grad_hidden, grad_head
+        grad_hidden = unchunked(grad_hidden, S)
+    return total, unchunked(nll, S), grad_hidden, grad_head
 
 
 def _forward(

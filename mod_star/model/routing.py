@@ -27,6 +27,11 @@ def capacity_of(routing: RoutingConfig, tokens: int) -> int:
     return min(tokens, max(1, math.floor(routing.capacity * tokens + 0.5)))
 
 
+def routed_share(routing: RoutingConfig, tokens: int) -> float:
+    """C as a share of a sequence of `tokens` tokens."""
+    return capacity_of(routing, tokens) / tokens
+
+
 def causal_slots(routing: RoutingConfig, tokens: int) -> int:
     """Slots of a routed block under the causal rule, which decides one by one and may exceed C: headroom times C."""
     return min(tokens, math.ceil(routing.headroom * capacity_of(routing, tokens)))
@@ -149,6 +154,6 @@ def position_noise(key: jax.Array, positions_S: jax.Array) -> jax.Array:
 
 def noise_threshold(routing: RoutingConfig, tokens: int) -> jax.Array:
     """What noise must exceed for a token to be routed with probability C/S: stochastic routing's causal rule."""
-    share = capacity_of(routing, tokens) / tokens
+    share = routed_share(routing, tokens)
     # Finite at C = S too: an infinite logit would make the routing entropy NaN.
     return jnp.maximum(-jax.scipy.special.ndtri(jnp.float32(share)), -1e9)

@@ -30,6 +30,7 @@ from mod_star.model.routing import (
     position_noise,
     predict,
     predictor_init,
+    routed_share,
     select_first,
     select_top,
 )
@@ -307,7 +308,7 @@ def routed_block(
         dispatch_ids(segment_ids_S, selection), selection.filled_C, context,
     )  # fmt: skip
     if context and S == 1:
-        share = capacity_of(routing, config.context) / config.context
+        share = routed_share(routing, config.context)
         gated_CxD, gates_C, own = compute_if(selection.filled_C[0], rows, arrays, share)
     else:
         gated_CxD, gates_C, own = rows(*arrays)

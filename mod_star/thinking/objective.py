@@ -19,7 +19,7 @@ from flax import struct
 
 from mod_star.config import ThinkingConfig
 from mod_star.model import Decoder, Output
-from mod_star.model.cross_entropy import cross_entropy_by_token, token_entropy
+from mod_star.model.cross_entropy import chunked, cross_entropy_by_token, token_entropy, unchunked
 from mod_star.model.routing import select_top
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.mixing import mix, mixing_weight
@@ -139,21 +139,15 @@ def talk_loss(
     """
     J = places.indices_BxJ.shape[1]
     chunk = min(thinking.chunk, J)
-    count = -(-J // chunk)
-
-    def chunked(leaf: jax.Array) -> jax.Array:
-        padded = jnp.pad(leaf, [(0, 0), (0, count * chunk - J), *[(0, 0)] * (leaf.ndim - 2)])
-        return jnp.moveaxis(padded.reshape(leaf.shape[0], count, chunk, *leaf.shape[2:]), 1, 0)
-
     totals = talk_totals(batch, places, thinking)
     shared = (params, text.hidden, contexts(text), batch, totals)
 
     def function(shared: Any, part: Any) -> tuple[jax.Array, Talk]:
         return _talk_loss_of_chunk(decoder, thinking, loss_chunk, shared, *part)
 
-    loss, talk = scan_sum(function, shared, jax.tree.map(chunked, (places, thoughts)))
-    whole = lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(leaf.shape[1], count * chunk, *leaf.shape[3:])[:, :J]  # noqa: E731
-    return loss, jax.tree.map(whole, talk)
+    parts = jax.tree.map(lambda leaf: chunked(leaf, chunk), (places, thoughts))
+    loss, talk = scan_sum(function, shared, parts)
+    return loss, jax.tree.map(lambda leaf: unchunked(leaf, J), talk)
 
 
 def predicted(batch: Batch, places: Places, thinking: ThinkingConfig) -> tuple[jax.Array, jax.Array]:

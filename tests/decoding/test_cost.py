@@ -18,11 +18,10 @@ from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.decoding import Generator, Sampling
 from mod_star.decoding.caches import FullCache, RoutedCache, cache_bytes
 from mod_star.decoding.generate import DecodeState
-from mod_star.decoding.step import routed_share
 from mod_star.model import Decoder
 from mod_star.model.layers import swiglu, swiglu_init
 from mod_star.model.parts import Part, Parts
-from mod_star.model.routing import causal_slots
+from mod_star.model.routing import causal_slots, routed_share
 from mod_star.model.rows import rows_at_once
 from mod_star.training.state import init_params
 
@@ -93,7 +92,7 @@ def test_a_single_row_pays_for_the_tokens_that_it_routes(counting: Counting) -> 
 
 def test_a_batch_pays_for_as_many_chunks_as_its_routed_rows_fill(counting: Counting) -> None:
     batch = 5
-    chunk = rows_at_once(batch, routed_share(counting.model.decoder))
+    chunk = rows_at_once(batch, routed_share(counting.model.decoder.routing, counting.model.decoder.config.context))
     assert chunk == 3, "the case is chosen so that some steps take two chunks"
     seen = set()
     for shift in (0.0, 1e6, -1e6):  # as it comes; all rows as long as there is room; none
@@ -107,10 +106,10 @@ def test_a_batch_pays_for_as_many_chunks_as_its_routed_rows_fill(counting: Count
 
 def test_chunks_are_sized_by_the_capacity_in_force() -> None:
     decoder = Model({"capacity": 0.125, "capacity_tokens": 24}).decoder
-    assert rows_at_once(16, routed_share(decoder)) == 13
+    assert rows_at_once(16, routed_share(decoder.routing, decoder.config.context)) == 13
     decoder_by_share = decoder.clone(routing=replace(decoder.routing, capacity_tokens=None))
-    assert rows_at_once(16, routed_share(decoder_by_share)) == 4
-    assert rows_at_once(2, routed_share(decoder)) == 2
+    assert rows_at_once(16, routed_share(decoder_by_share.routing, decoder_by_share.config.context)) == 4
+    assert rows_at_once(2, routed_share(decoder.routing, decoder.config.context)) == 2
 
 
 @pytest.mark.parametrize("every", [0, 2])
