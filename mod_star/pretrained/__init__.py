@@ -1,0 +1,1 @@
+"""Pretrained weights: Hugging Face directories and GGUF files in, Hugging Face directories out; never a pickle."""
