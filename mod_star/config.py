@@ -6,6 +6,7 @@ The docstring under a field is its help text. Sizes are in tokens unless a field
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -63,6 +64,23 @@ class ModelConfig:
     """Longest sequence S: tokens per training sequence, and the limit of prompt plus generated tokens."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    """How rotary frequencies are stretched to a longer context: linear: all divided by rope_factor; llama3: only the
+    slow ones (Llama 3.1), with the three fields below."""
+    rope_factor: float = 1.0
+    """What scaled rotary frequencies are divided by; 1 without rope_scaling."""
+    rope_low_freq_factor: float = 1.0
+    """llama3: frequencies that turn less than so often in rope_original_context are divided by rope_factor."""
+    rope_high_freq_factor: float = 4.0
+    """llama3: frequencies that turn more than so often in rope_original_context stay; between the two, a mixture."""
+    rope_original_context: int = 8192
+    """llama3: context that the model was trained with before its frequencies were stretched."""
+    sliding_window: int | None = None
+    """A token attends to itself and the sliding_window - 1 positions before it (Mistral). None: to all before it."""
+    qkv_bias: bool = False
+    """Add learned biases to queries, keys and values (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm over each head's query and key, before they are rotated (Qwen3)."""
     norm_eps: float = 1e-6
     """Epsilon inside RMSNorm."""
     tie_embeddings: bool = True
@@ -103,6 +121,20 @@ class ModelConfig:
         )
         require(self.hidden_width >= 1, "model.mlp_width", self.mlp_width, "must be at least 1")
         require(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "must be greater than 1")
+        require(self.rope_factor >= 1, "model.rope_factor", self.rope_factor, "must be at least 1")
+        require(
+            self.rope_factor == 1 or self.rope_scaling != "none",
+            "model.rope_factor",
+            self.rope_factor,
+            "must be 1 with model.rope_scaling = 'none'",
+        )
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        require(low > 0, "model.rope_low_freq_factor", low, "must be positive")
+        require(high > low, "model.rope_high_freq_factor", high, f"must be above model.rope_low_freq_factor = {low}")
+        original = self.rope_original_context
+        require(original >= 1, "model.rope_original_context", original, "must be at least 1")
+        window = self.sliding_window
+        require(window is None or window >= 1, "model.sliding_window", window, "must be at least 1")
         require(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "must lie between 0 and 1")
         require(
             self.attention != "fused" or self.dtype == "bfloat16",
@@ -149,6 +181,10 @@ class RoutingConfig:
     """learned: top-C by router score. stochastic: top-C of Gaussian noise, the paper's control."""
     headroom: float = 1.5
     """Slots of a routed block under the causal rule, as a multiple of its capacity; further tokens pass by."""
+    stages: tuple[float, ...] = ()
+    """Falling capacities that training goes through before capacity, each for as many steps and as one program."""
+    stage_fraction: float = 0.5
+    """Share of the steps that all stages together take; the rest is trained at capacity."""
 
     def __post_init__(self) -> None:
         _require_types("routing", self)
@@ -163,6 +199,21 @@ class RoutingConfig:
         require(self.predictor_width >= 1, "routing.predictor_width", self.predictor_width, "must be at least 1")
         require(self.auxiliary_weight >= 0, "routing.auxiliary_weight", self.auxiliary_weight, "must not be negative")
         require(self.headroom >= 1, "routing.headroom", self.headroom, "must be at least 1")
+        require(0 < self.stage_fraction < 1, "routing.stage_fraction", self.stage_fraction, "must lie between 0 and 1")
+        if self.stages:
+            falling = all(a > b for a, b in itertools.pairwise((*self.stages, self.capacity)))
+            require(
+                falling and self.stages[0] <= 1,
+                "routing.stages",
+                self.stages,
+                f"must fall from at most 1 to above routing.capacity = {self.capacity}",
+            )
+            require(
+                self.capacity_tokens is None,
+                "routing.capacity_tokens",
+                self.capacity_tokens,
+                "must be None with routing.stages, which are shares",
+            )
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,40 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return np.stack([row / np.sqrt(np.mean(row**2) + eps) * scale for row in x])
 
 
-def rope(vector: Array, position: int, theta: float) -> Array:
-    """Turns the pair (e, e + E/2) by position · theta^(-2e/E), as a complex number."""
+def frequency(pair: int, config: ModelConfig) -> float:
+    """Radians per position of one pair; Llama 3.1 decides by wavelength, with the original context as the measure."""
+    plain = config.rope_theta ** (-2 * pair / config.head_size)
+    if config.rope_scaling == "none":
+        return plain
+    if config.rope_scaling == "linear":
+        return plain / config.rope_factor
+    wavelength, original = 2 * np.pi / plain, config.rope_original_context
+    if wavelength > original / config.rope_low_freq_factor:
+        return plain / config.rope_factor
+    if wavelength < original / config.rope_high_freq_factor:
+        return plain
+    smooth = (original / wavelength - config.rope_low_freq_factor) / (
+        config.rope_high_freq_factor - config.rope_low_freq_factor
+    )
+    return (1 - smooth) * plain / config.rope_factor + smooth * plain
+
+
+def rope(vector: Array, position: int, config: ModelConfig) -> Array:
+    """Turns the pair (e, e + E/2) by position · theta^(-2e/E), scaled, as a complex number."""
     half = len(vector) // 2
-    angles = position * theta ** (-2 * np.arange(half) / len(vector))
+    angles = position * np.array([frequency(pair, config) for pair in range(half)])
     turned = (vector[:half] + 1j * vector[half:]) * np.exp(1j * angles)
     return np.concatenate([turned.real, turned.imag])
+
+
+def projected(params: Any, name: str, h: Array, head: int, config: ModelConfig) -> Array:
+    """One head's query, key or value of one token, with bias and norm where there are such."""
+    vector = h @ params[name][:, head]
+    if config.qkv_bias:
+        vector = vector + params[f"{name}_bias"][head]
+    if config.qk_norm and name != "value":
+        vector = rms_norm(vector[None], params[f"{name}_norm"], config.norm_eps)[0]
+    return vector
 
 
 def attention(params: Any, h: Array, rows: list[tuple[int, int]], config: ModelConfig) -> Array:
@@ -47,13 +75,15 @@ def attention(params: Any, h: Array, rows: list[tuple[int, int]], config: ModelC
     group = config.heads // config.key_heads
     for i, (position, document) in enumerate(rows):
         seen = [j for j, (p, d) in enumerate(rows) if d == document and p <= position and d > 0]
+        if config.sliding_window is not None:
+            seen = [j for j in seen if position - rows[j][0] < config.sliding_window]
         for head in range(config.heads) if seen else ():
-            query = rope(h[i] @ params["query"][:, head], position, config.rope_theta)
+            query = rope(projected(params, "query", h[i], head, config), position, config)
             scores, values = [], []
             for j in seen:
-                key = rope(h[j] @ params["key"][:, head // group], rows[j][0], config.rope_theta)
+                key = rope(projected(params, "key", h[j], head // group, config), rows[j][0], config)
                 scores.append(query @ key / np.sqrt(config.head_size))
-                values.append(h[j] @ params["value"][:, head // group])
+                values.append(projected(params, "value", h[j], head // group, config))
             weights = np.exp(np.array(scores) - max(scores))
             out[i] += (weights / weights.sum()) @ np.array(values) @ params["output"][head]
     return out

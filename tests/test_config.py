@@ -125,6 +125,7 @@ def with_fields(run: RunConfig, group: str, **fields: Any) -> RunConfig:
 Observed = Callable[[RunConfig], Any]
 fused_there: Observed = lambda run: use_fused(run.model, 8)  # noqa: E731
 
+LLAMA3 = {"rope_scaling": "llama3", "rope_factor": 2.0, "rope_original_context": 10}
 # For each field another value, where to see that it matters, and what else to set for it to matter.
 ALIVE: dict[str, tuple[Any, Observed, dict[str, Any]]] = {
     "model.vocab_size": (14, program, {}),
@@ -136,6 +137,14 @@ ALIVE: dict[str, tuple[Any, Observed, dict[str, Any]]] = {
     "model.mlp_width": (5, program, {}),
     "model.context": (10, training_step_flops, {}),
     "model.rope_theta": (20.0, program, {}),
+    "model.rope_scaling": ("linear", program, {"model": {"rope_scaling": "llama3", "rope_factor": 2.0}}),
+    "model.rope_factor": (3.0, program, {"model": {"rope_scaling": "linear"}}),
+    "model.rope_low_freq_factor": (0.5, program, {"model": LLAMA3}),
+    "model.rope_high_freq_factor": (3.0, program, {"model": LLAMA3}),
+    "model.rope_original_context": (5, program, {"model": LLAMA3}),
+    "model.sliding_window": (3, program, {}),
+    "model.qkv_bias": (True, program, {}),
+    "model.qk_norm": (True, program, {}),
     "model.norm_eps": (0.01, program, {}),
     "model.tie_embeddings": (False, program, {}),
     "model.dtype": ("bfloat16", program, {}),
@@ -239,6 +248,14 @@ INVALID: dict[str, list[Any]] = {
     "model.mlp_width": [0],
     "model.context": [1, 0],
     "model.rope_theta": [1.0, float("nan"), float("inf")],
+    "model.rope_scaling": ["yarn", "dynamic", None],
+    "model.rope_factor": [0.5, 2.0, float("inf")],  # 2: without rope_scaling
+    "model.rope_low_freq_factor": [0.0, -1.0, float("nan")],
+    "model.rope_high_freq_factor": [1.0, 0.5],
+    "model.rope_original_context": [0, 8192.0],
+    "model.sliding_window": [0, -1, 2.5],
+    "model.qkv_bias": [1, None],
+    "model.qk_norm": ["yes"],
     "model.norm_eps": [0.0, 1.0, float("nan")],
     "model.tie_embeddings": [1, "yes"],
     "model.dtype": ["float16", jnp.float32],

@@ -21,7 +21,8 @@ from mod_star.config import ModelConfig
 class Segment:
     """Keys and values of M tokens.
 
-    A query of document d at position p sees token m iff `valid[m]`, `segment_ids[m] == d` and `positions[m] <= p`.
+    A query of document d at position p sees token m iff `valid[m]`, `segment_ids[m] == d` and `positions[m] <= p`;
+    with a sliding window W also `positions[m] > p - W`.
     """
 
     keys_KxMxE: jax.Array
@@ -34,10 +35,11 @@ class Segment:
     """bool; False for slots that hold no token."""
 
 
-def visible(segment: Segment, positions_N: jax.Array, segment_ids_N: jax.Array) -> jax.Array:
-    """Bool NxM: which of the segment's tokens each query sees."""
+def visible(segment: Segment, positions_N: jax.Array, segment_ids_N: jax.Array, window: int | None = None) -> jax.Array:
+    """Bool NxM: which of the segment's tokens each query sees. `window` counts positions, the query's own included."""
     same = segment_ids_N[:, None] == segment.segment_ids_M
-    return same & (segment.positions_M <= positions_N[:, None]) & segment.valid_M
+    seen = same & (segment.positions_M <= positions_N[:, None]) & segment.valid_M
+    return seen if window is None else seen & (segment.positions_M > positions_N[:, None] - window)
 
 
 def attend(
@@ -46,6 +48,7 @@ def attend(
     segment_ids_N: jax.Array,
     segments: Sequence[Segment],
     *,
+    window: int | None = None,
     fused: bool = False,
 ) -> jax.Array:
     """Softmax attention over the union of `segments`; scores and softmax in float32.
@@ -55,6 +58,7 @@ def attend(
       positions_N: int32 positions of the queries.
       segment_ids_N: int32 document ids of the queries.
       segments: at least one; a query that sees no token at all gets a finite, meaningless result.
+      window: length of the sliding window, see `Segment`; None: none.
       fused: use cuDNN's fused kernel through `jax.nn.dot_product_attention` (one segment, GPU, 16-bit types).
 
     Returns:
@@ -63,7 +67,7 @@ def attend(
     if fused and len(segments) == 1:
         (only,) = segments
         keys, values = (jnp.swapaxes(a, 0, 1) for a in (only.keys_KxMxE, only.values_KxMxE))
-        mask = visible(only, positions_N, segment_ids_N)
+        mask = visible(only, positions_N, segment_ids_N, window)
         # One mask per head, though they are the same: JAX's rule for this call under vmap reshapes it to that.
         mask = jnp.broadcast_to(mask, (query_NxHxE.shape[1], *mask.shape))
         return jax.nn.dot_product_attention(query_NxHxE, keys, values, mask=mask, implementation="cudnn")
@@ -79,7 +83,7 @@ def attend(
     scores = []
     for segment in segments:
         score = jnp.einsum("kne,kme->knm", query_KxGNxE, segment.keys_KxMxE, preferred_element_type=jnp.float32)
-        mask = visible(segment, positions_N, segment_ids_N)
+        mask = visible(segment, positions_N, segment_ids_N, window)
         score = score.reshape(K, H // K, N, -1)
         scores.append(jnp.where(mask, score, -1e30).reshape(K, H // K * N, -1))
     highest = functools.reduce(jnp.maximum, [score.max(-1, keepdims=True) for score in scores])

@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 
 def block_init(key: jax.Array, config: ModelConfig, parts: Parts) -> dict[str, Any]:
-    """Float32 parameters of `block`: query DxHxE, key and value DxKxE, output HxExD, norms D, feed_forward."""
+    """Float32 parameters of `block`: query DxHxE, key and value DxKxE, output HxExD, norms D, feed_forward.
+
+    With `config.qkv_bias` also query_bias HxE, key_bias and value_bias KxE; with `config.qk_norm` query_norm and
+    key_norm E.
+    """
     D, H, K, E = config.width, config.heads, config.key_heads, config.head_size
     query, key_, value, output, feed_forward = jax.random.split(key, 5)
-    return {
+    params: dict[str, Any] = {
         "attention_norm": jnp.ones(D),
         "query": fan_in_normal(query, (D, H, E), D),
         "key": fan_in_normal(key_, (D, K, E), D),
@@ -32,6 +36,11 @@ def block_init(key: jax.Array, config: ModelConfig, parts: Parts) -> dict[str, A
         "feed_forward_norm": jnp.ones(D),
         "feed_forward": parts.feed_forward.init(feed_forward, config),
     }
+    if config.qkv_bias:
+        params |= {"query_bias": jnp.zeros((H, E)), "key_bias": jnp.zeros((K, E)), "value_bias": jnp.zeros((K, E))}
+    if config.qk_norm:
+        params |= {"query_norm": jnp.ones(E), "key_norm": jnp.ones(E)}
+    return params
 
 
 def block(
@@ -64,14 +73,23 @@ def block(
 
     def project(name: str) -> jax.Array:
         weight = params[name].astype(dtype)
-        return linear(h, weight.reshape(D, -1)).reshape(N, *weight.shape[1:])
+        projected = linear(h, weight.reshape(D, -1)).reshape(N, *weight.shape[1:])
+        return projected + params[f"{name}_bias"].astype(dtype) if config.qkv_bias else projected
+
+    def position(name: str) -> jax.Array:
+        unturned = project(name)
+        if config.qk_norm:
+            unturned = rms_norm(unturned, params[f"{name}_norm"], config.norm_eps)
+        return rotate(unturned, angles)
 
     h = rms_norm(x_NxD, params["attention_norm"], config.norm_eps)
-    angles = rotary_angles(positions_N, config.head_size, config.rope_theta)
-    query_NxHxE, key_NxKxE = rotate(project("query"), angles), rotate(project("key"), angles)
-    value_NxKxE = project("value")
+    angles = rotary_angles(positions_N, config)
+    query_NxHxE, key_NxKxE, value_NxKxE = position("query"), position("key"), project("value")
     own = Segment(jnp.swapaxes(key_NxKxE, 0, 1), jnp.swapaxes(value_NxKxE, 0, 1), positions_N, segment_ids_N, valid_N)
-    attended = attend(query_NxHxE, positions_N, segment_ids_N, (*context, own), fused=use_fused(config, N))
+    attended = attend(
+        query_NxHxE, positions_N, segment_ids_N, (*context, own),
+        window=config.sliding_window, fused=use_fused(config, N),
+    )  # fmt: skip
     delta = linear(attended.reshape(N, -1), params["output"].astype(dtype).reshape(-1, D))
     h = rms_norm(x_NxD + delta, params["feed_forward_norm"], config.norm_eps)
     return delta + parts.feed_forward.apply(params["feed_forward"], h), own

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mod_star.config import ModelConfig
 from mod_star.model.linear import linear
@@ -26,11 +27,25 @@ def rms_norm(x_NxD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return (x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * scale_D).astype(x_NxD.dtype)
 
 
-def rotary_angles(positions_N: jax.Array, head_size: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each pair, float32 E/2, scaled as `config.rope_scaling` says.
+
+    References: Su et al. 2021 (arXiv 2104.09864); linear scaling: Chen et al. 2023 (arXiv 2306.15595); llama3: Llama
+    3.1, whose scaled frequencies go linearly from divided to whole as the turns in the original context grow.
+    """
+    half = config.head_size // 2
+    frequencies = float(config.rope_theta) ** (-np.arange(half, dtype=np.float64) / half)
+    whole = np.zeros(half)  # share of each frequency that is not divided
+    if config.rope_scaling == "llama3":
+        turns = config.rope_original_context * frequencies / (2 * np.pi)
+        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+        whole = np.clip((turns - low) / (high - low), 0, 1)
+    return (frequencies * (whole + (1 - whole) / config.rope_factor)).astype(np.float32)
+
+
+def rotary_angles(positions_N: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotary embedding, float32 N x E/2."""
-    half = head_size // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions_N.astype(jnp.float32)[:, None] * frequencies
+    angles = positions_N.astype(jnp.float32)[:, None] * rotary_frequencies(config)
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -35,11 +35,14 @@ def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for leaves that are decayed: matrices, except in routers and predictors. Blocks are stacked over groups."""
+    """True for leaves that are decayed: matrices, except in routers and predictors. Blocks are stacked over groups.
+
+    A bias of several heads is no matrix.
+    """
 
     def decayed(path: tuple[Any, ...], leaf: jax.Array) -> bool:
         names = path_names(path)
-        if "router" in names or "predictor" in names:
+        if "router" in names or "predictor" in names or names[-1].endswith("_bias"):
             return False
         return leaf.ndim - (names[0] == "groups") >= 2
 

@@ -53,6 +53,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tanh, every third": ({"layers": 3}, {"gate": "tanh", "every": 3, "capacity_tokens": 5}),
     "every block, router's own rule": ({"layers": 2}, {"every": 1, "causal_rule": "router", "headroom": 1.2}),
     "stochastic": ({}, {"selection": "stochastic"}),
+    "dense, window, biases, norms, linear": (
+        {"layers": 2, "sliding_window": 5, "qkv_bias": True, "qk_norm": True, "norm_eps": 0.1}
+        | {"rope_scaling": "linear", "rope_factor": 3.0},
+        {"every": 0},
+    ),
+    "routed, window, biases, norms, llama3": (  # one frequency whole, one mixed, two divided
+        {"head_dim": 8, "sliding_window": 7, "qkv_bias": True, "qk_norm": True, "rope_theta": 100.0}
+        | {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_context": 30, "rope_high_freq_factor": 2.0},
+        {},
+    ),
 }
 
 

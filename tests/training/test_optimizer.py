@@ -20,7 +20,14 @@ def tree(scale: float = 1.0) -> dict[str, Any]:
         "embedding": (5, 3),
         "final_norm": (3,),
         "groups": {
-            "full_0": {"block": {"query": (2, 3, 1, 2), "attention_norm": (2, 3), "feed_forward": {"bias": (2, 4)}}},
+            "full_0": {
+                "block": {
+                    "query": (2, 3, 1, 2),
+                    "query_bias": (2, 1, 2),
+                    "attention_norm": (2, 3),
+                    "feed_forward": {"bias": (2, 4)},
+                }
+            },
             "routed": {"router": {"weight": (2, 3), "mix": (2, 3, 3)}, "predictor": {"hidden": (2, 3, 4)}},
         },
     }
