@@ -178,6 +178,18 @@ def split_text(text: str) -> list[str]:
     return sections
 
 
+def read_records(path: str) -> list[tuple[Any, str]]:
+    """The records of a .jsonl or .json file, and where each stands ("FILE, line 7"), as errors are to say it.
+
+    Raises:
+        InputError: The file can't be read, is empty, or is not JSON; a name that ends in neither.
+    """
+    kind = Path(path).suffix.lower()
+    if kind not in (".jsonl", ".json"):
+        raise InputError(f"{path}: must be a .jsonl or .json file")
+    return list((_jsonl_records if kind == ".jsonl" else _json_records)(path))
+
+
 def _parse_json(text: str, where: str, one_line: bool = True) -> Any:
     """The value that `text` holds; errors say where, and the line too unless `where` has it."""
     try:

@@ -24,16 +24,19 @@ _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 class Template:
     """A compiled template; without a template, the record's field "text" (or the record itself if it is a string)."""
 
-    def __init__(self, template: str | None) -> None:
+    def __init__(self, template: str | None, option: str = "data.template") -> None:
         """Args:
             template: The template, or None.
+            option: What errors call it.
 
         Raises:
             InputError: The template is malformed or names no field.
         """
-        self._template = template
+        self._template, self._option = template, option
         # One entry per piece: literal text, then the path of a field (empty: none) and its number format.
-        self._pieces: list[tuple[str, tuple[str, ...], str]] = _parse("{text}" if template is None else template)
+        self._pieces: list[tuple[str, tuple[str, ...], str]] = _parse(
+            "{text}" if template is None else template, option
+        )
 
     def render(self, record: Any, where: str) -> str:
         """The text of one record.
@@ -62,7 +65,7 @@ class Template:
             found, present = _entry(value, key)
             if not present:
                 template = (
-                    "data.template is not set, so the field is" if self._template is None else "data.template names"
+                    f"{self._option} is not set, so the field is" if self._template is None else f"{self._option} names"
                 )
                 raise InputError(f"{where}: {template} {_show(path[: depth + 1])!r}, the record has {_contents(value)}")
             value = found
@@ -75,7 +78,7 @@ class Template:
             return format(value, number_format)
         except ValueError as error:
             raise InputError(
-                f"{where}: data.template formats {_show(path)!r} with {number_format!r}: {error}"
+                f"{where}: {self._option} formats {_show(path)!r} with {number_format!r}: {error}"
             ) from None
 
 
@@ -96,12 +99,12 @@ def unicode_text(text: str | bytes, where: str) -> str:
     return text
 
 
-def _parse(template: str) -> list[tuple[str, tuple[str, ...], str]]:
+def _parse(template: str, option: str) -> list[tuple[str, tuple[str, ...], str]]:
     """Splits a template into (literal, path, number format); raises InputError if it is malformed."""
 
     def malformed(reason: str) -> InputError:
         hint = "write {question}, or {question[stem]} to reach inside; {{ and }} are braces"
-        return InputError(f"data.template = {template!r}: {reason}; {hint}")
+        return InputError(f"{option} = {template!r}: {reason}; {hint}")
 
     unescaped = re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], template)
     try:
