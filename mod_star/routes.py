@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from mod_star.data.tokenizers import StreamDecoder, Tokenizer
+from mod_star.data.tokenizers import StreamDecoder, Tokenizer, begin
 from mod_star.errors import InputError
 from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import RoutingMode
@@ -45,7 +45,7 @@ def routes_of(run: LoadedRun, text: str, mode: RoutingMode = "causal") -> Routes
     routing, context = run.config.routing, run.config.model.context
     if routing.every == 0:
         raise InputError("routing.every = 0: this is a dense model, it has no routed blocks")
-    ids = [run.tokenizer.bos_id, *run.tokenizer.encode(text)]
+    ids = begin(run.tokenizer, text)
     if len(ids) > context:
         raise InputError(f"text = {len(ids)} tokens, bos included: must be at most model.context = {context}")
     slots, key = causal_slots(routing, context), jax.random.key(run.config.train.seed)

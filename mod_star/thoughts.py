@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mod_star.config import ThinkingConfig
+from mod_star.data.tokenizers import begin
 from mod_star.decoding.think import Think
 from mod_star.errors import InputError, require
 from mod_star.model import Decoder
@@ -45,7 +46,7 @@ def thoughts_of(run: LoadedRun, text: str, temperature: float = 0.0, seed: int =
     objective = run.config.train.objective
     require("thinking" in run.params, "train.objective", objective, "must be quiet_star: the model can't think")
     Think("always", temperature=temperature)  # checks it
-    ids = [run.tokenizer.bos_id, *run.tokenizer.encode(text)]
+    ids = begin(run.tokenizer, text)
     if len(ids) > context:
         raise InputError(f"text = {len(ids)} tokens, bos included: must be at most model.context = {context}")
     padded = np.zeros(-(-len(ids) // POSITIONS_AT_ONCE) * POSITIONS_AT_ONCE, np.int32)

@@ -143,7 +143,7 @@ def _sample(
     if options.headroom is not None:
         decoder = decoder.clone(routing=dataclasses.replace(decoder.routing, headroom=options.headroom))
     key, thinking = jax.random.key(options.seed), loaded.config.thinking
-    generator = Generator(decoder, loaded.params, (tokenizer.eos_id,), key, thinking)
+    generator = Generator(decoder, loaded.params, tokenizer.end_ids, key, thinking)
     encoded = encode_prompts(tokenizer, prompts)
     new_tokens = options.new_tokens
     if new_tokens is None:

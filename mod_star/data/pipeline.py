@@ -12,7 +12,8 @@ A batch is a dict of NumPy arrays, all [B, S]:
 
 Tokens and targets are packed as pairs, so no target is lost: neither at the end of a document (eos is never an input,
 for nothing follows it) nor where a sequence ends in the middle of one (it goes on in the next sequence, as a new
-segment). Every token of a document except bos is a target exactly once.
+segment). Every token of a document except the first is a target exactly once. A document begins with bos only where the
+tokenizer wants that (`Tokenizer.starts_with_bos`), or where it has no text.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from grain.experimental import ConcatThenSplitIterDataset, ThreadPrefetchIterDat
 
 from mod_star.config import DataConfig
 from mod_star.data.sources import read_sources
-from mod_star.data.tokenizers import Tokenizer
+from mod_star.data.tokenizers import Tokenizer, begin
 from mod_star.errors import InputError, require
 
 Batch = dict[str, np.ndarray]
@@ -81,8 +82,8 @@ def train_batches(
 def held_out_batches(config: DataConfig, tokenizer: Tokenizer, context: int, batch_size: int) -> grain.IterDataset:
     """One pass over the held-out documents, the same whenever it is iterated.
 
-    With `config.pack` every token of every document (except bos) is a target exactly once; the last sequence and the
-    last batch are filled up with padding of weight 0. The order is fixed but mixes the sources, so that the first
+    With `config.pack` every token of every document (except its first) is a target exactly once; the last sequence and
+    the last batch are filled up with padding of weight 0. The order is fixed but mixes the sources, so that the first
     batches stand for all of them.
 
     Args, Raises: See `train_batches`.
@@ -156,7 +157,7 @@ def _require_tokens(parts: Sequence[_Subset], name: str, tokenizer: Tokenizer, c
     """Raises InputError if the documents have fewer than S + 1 tokens. Reads no more of them than it must."""
     tokens = 0
     for text in (text for part in parts for text in part):
-        tokens += len(tokenizer.encode(text)) + 2
+        tokens += len(begin(tokenizer, text)) + 1
         if tokens > context:
             return
     raise InputError(
@@ -186,7 +187,7 @@ def _sequences(
 
 def _token_pairs(tokenizer: Tokenizer, text: str) -> dict[str, np.ndarray]:
     """Each token of [bos] text [eos] with its successor, int32 [length - 1, 2]."""
-    ids = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], dtype=np.int32)
+    ids = np.array([*begin(tokenizer, text), tokenizer.eos_id], dtype=np.int32)
     return {"pairs": np.stack([ids[:-1], ids[1:]], axis=1)}
 
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mod_star.data.chat import Message, render_chat
+from mod_star.data.special_tokens import (
+    CHAT_TEMPLATE_NAME,
+    END_OF_TEXT,
+    SPECIAL_TOKENS_NAME,
+    SpecialTokens,
+    chat_template_of,
+    special_tokens,
+    vocabulary_size,
+)
 from mod_star.data.templates import unicode_text
 from mod_star.errors import InputError, require
 
 SAVED_NAME = "tokenizer.json"
 """Name of a tokenizer inside a run directory."""
-END_OF_TEXT = "<|endoftext|>"
-# Most specific first; a tokenizer.json does not say which special token starts or ends a text.
-_BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", END_OF_TEXT, "[CLS]")
-_EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", END_OF_TEXT, "[EOS]", "[SEP]")
 _PRINTABLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
 
 
@@ -32,7 +39,7 @@ class Tokenizer(Protocol):
 
     @property
     def bos_id(self) -> int:
-        """Id that starts a document."""
+        """Id that starts a text made from nothing, and every document if `starts_with_bos`; may equal `eos_id`."""
         ...
 
     @property
@@ -41,8 +48,23 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a generated text, `eos_id` first."""
+        ...
+
+    @property
+    def starts_with_bos(self) -> bool:
+        """Whether documents and prompts begin with `bos_id` (see `begin`)."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of `apply_chat`; None: the model comes without one."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
-        """Equal for two tokenizers that give the same ids."""
+        """Equal for two tokenizers that give the same ids to the same documents."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -57,6 +79,26 @@ class Tokenizer(Protocol):
         """A short printable form of one token, for pictures; never empty."""
         ...
 
+    def apply_chat(self, messages: Sequence[Message]) -> str:
+        """The prompt that asks a chat model for its next turn, special tokens (bos among them) spelled out.
+
+        Raises:
+            InputError: There is no chat template, it fails, or a message is no {"role": text, "content": text}.
+        """
+        ...
+
+
+def begin(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a document or prompt up to its end: with bos first where the tokenizer wants it.
+
+    A text that spells bos out already, as a chat template may, doesn't get another. An empty text is bos alone,
+    whatever the tokenizer wants: a model can only go on from something (where there is no bos, that is eos, the
+    separator of documents).
+    """
+    ids = tokenizer.encode(text)
+    wanted = not ids or (tokenizer.starts_with_bos and ids[0] != tokenizer.bos_id)
+    return [tokenizer.bos_id, *ids] if wanted else ids
+
 
 class ByteTokenizer:
     """UTF-8 bytes as ids 0 to 255, bos 256, eos 257."""
@@ -64,6 +106,9 @@ class ByteTokenizer:
     vocab_size = 258
     bos_id = 256
     eos_id = 257
+    end_ids = (257,)
+    starts_with_bos = True
+    chat_template = None
     fingerprint = "bytes"
 
     def encode(self, text: str) -> list[int]:
@@ -81,48 +126,69 @@ class ByteTokenizer:
         names = {self.bos_id: "<bos>", self.eos_id: "<eos>"}
         return f"\\x{token:02x}" if 0 <= token < 256 else names.get(token, f"<{token}>")
 
+    def apply_chat(self, messages: Sequence[Message]) -> str:
+        """Bytes have no chat template: InputError."""
+        raise InputError("data.tokenizer = 'bytes': has no chat template, the model can't be asked as a chat")
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a `HuggingFaceTokenizer` is made from, where it doesn't come as files."""
+
+    content: str
+    """Of a tokenizer.json."""
+    special: SpecialTokens
+    chat_template: str | None = None
+
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`, read by the `tokenizers` package. Its truncation, padding and template are not applied."""
+    """A `tokenizer.json`, read by the `tokenizers` package. Its truncation, padding and template are not applied.
 
-    def __init__(self, path: str | Path) -> None:
+    What starts and ends a text, and the chat template, come from the files beside it: a run's own, or those of a
+    Hugging Face model's directory (see `special_tokens` and `chat_template_of` in `mod_star.data.special_tokens`).
+    """
+
+    def __init__(self, source: str | Path | TokenizerFiles, name: str | None = None) -> None:
         """Args:
-            path: The file, or a directory that holds a `tokenizer.json`.
+            source: The file, a directory that holds a `tokenizer.json`, or the contents.
+            name: What error messages call it; by default "data.tokenizer = <path>".
 
         Raises:
-            InputError: No such file, not a tokenizer, or no special token to start or end a text with.
+            InputError: No such file, not a tokenizer, no special token to start or end a text with, or a file beside it
+                is no good.
         """
-        file = Path(path).expanduser()
-        file = file / SAVED_NAME if file.is_dir() else file
-        try:
-            content = file.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise InputError(
-                f"data.tokenizer = {str(path)!r}: no such file (allowed: bytes, or a tokenizer.json)"
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"data.tokenizer = {str(path)!r}: cannot be read ({error})") from None
+        directory = None
+        if isinstance(source, TokenizerFiles):
+            name = name or "tokenizer.json"
+            content = source.content
+        else:
+            name = name or f"data.tokenizer = {str(source)!r}"
+            file = Path(source).expanduser()
+            file = file / SAVED_NAME if file.is_dir() else file
+            # The files beside it belong to the one that has the usual name.
+            directory = file.parent if file.name == SAVED_NAME else None
+            content = _read(file, name)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # The package raises bare Exception.
-            raise InputError(f"data.tokenizer = {str(path)!r}: not a tokenizer.json ({error})") from None
+            raise InputError(f"{name}: not a tokenizer.json ({error})") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        bos, eos = self._find(_BOS_NAMES), self._find(_EOS_NAMES)
-        if bos is None and eos is None:
-            names = ", ".join(dict.fromkeys(_BOS_NAMES + _EOS_NAMES))
-            raise InputError(
-                f"data.tokenizer = {str(path)!r}: has no special token to start or end a text (one of {names})"
-            )
+        self._name = name
+        self.vocab_size = vocabulary_size(self._tokenizer)
+        if isinstance(source, TokenizerFiles):
+            self.special, self.chat_template = source.special, source.chat_template
+        else:
+            self.special = special_tokens(self._tokenizer, directory, name)
+            self.chat_template = None if directory is None else chat_template_of(directory)
+        bos, eos = self.special.bos_id, self.special.eos_id
         self.bos_id: int = eos if bos is None else bos  # type: ignore[assignment]
         self.eos_id: int = bos if eos is None else eos  # type: ignore[assignment]
+        self.end_ids = self.special.end_ids
+        self.starts_with_bos = self.special.starts_with_bos
         self.content = content
-        self.fingerprint = "tokenizer.json " + hashlib.sha256(content.encode()).hexdigest()[:16]
-
-    def _find(self, names: Sequence[str]) -> int | None:
-        found = (self._tokenizer.token_to_id(name) for name in names)
-        return next((token for token in found if token is not None), None)
+        framing = f"\n{self.bos_id} {self.eos_id} {self.starts_with_bos}"
+        self.fingerprint = "tokenizer.json " + hashlib.sha256((content + framing).encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; special tokens spelled out in it count as such."""
@@ -130,7 +196,7 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, as the file's decoder gives it."""
-        special = (self.bos_id, self.eos_id)
+        special = {self.bos_id, self.eos_id, *self.end_ids}
         known = [int(token) for token in ids if 0 <= token < self.vocab_size and token not in special]
         return self._tokenizer.decode(known, skip_special_tokens=True)
 
@@ -145,6 +211,23 @@ class HuggingFaceTokenizer:
         text = " " + text if spelling.startswith("▁") and not text.startswith((" ", "▁")) else text
         text = text.translate(_PRINTABLE)
         return text if text.isprintable() else ascii(text)[1:-1]
+
+    def apply_chat(self, messages: Sequence[Message]) -> str:
+        """The prompt for the assistant's next turn, by the chat template; encode it as it is."""
+        if self.chat_template is None:
+            raise InputError(f"{self._name}: has no chat template, the model can't be asked as a chat")
+        named = {"bos_token": self.special.bos_id, "eos_token": self.special.eos_id}
+        spelled = {key: self._tokenizer.id_to_token(token) for key, token in named.items() if token is not None}
+        return render_chat(self.chat_template, messages, spelled)
+
+
+def _read(file: Path, name: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such file (allowed: bytes, or a tokenizer.json)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{name}: cannot be read ({error})") from None
 
 
 class StreamDecoder:
@@ -194,10 +277,17 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
-    """Puts a tokenizer into a run directory, which then no longer needs the original. Bytes need no file."""
+    """Puts a tokenizer with all that belongs to it into a run directory, which then no longer needs the original.
+
+    Bytes need no file.
+    """
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        (Path(directory) / SAVED_NAME).write_text(tokenizer.content, encoding="utf-8")
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / SAVED_NAME).write_text(tokenizer.content, encoding="utf-8")
+        (path / SPECIAL_TOKENS_NAME).write_text(tokenizer.special.to_json(), encoding="utf-8")
+        if tokenizer.chat_template is not None:
+            (path / CHAT_TEMPLATE_NAME).write_text(tokenizer.chat_template, encoding="utf-8", newline="")
 
 
 def load_saved_tokenizer(directory: str | Path, spec: str) -> Tokenizer:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mod_star.data.tokenizers import StreamDecoder, Tokenizer
+from mod_star.data.tokenizers import StreamDecoder, Tokenizer, begin
 from mod_star.decoding.generate import NEVER, Generated, Generator
 from mod_star.decoding.sampling import Sampling
 from mod_star.decoding.think import Think
@@ -43,8 +43,8 @@ class Completion:
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt, as the model saw texts begin: bos first. An empty prompt is bos alone."""
-    return [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    """Token ids of each prompt, as the model saw texts begin: see `mod_star.data.tokenizers.begin`."""
+    return [begin(tokenizer, prompt) for prompt in prompts]
 
 
 def complete(

@@ -97,6 +97,22 @@ def test_packed_batches_equal_a_naive_loop(config: DataConfig) -> None:
         np.testing.assert_array_equal(rows, np.array(expected[key])[: len(rows)])
 
 
+def test_documents_begin_with_bos_only_where_the_tokenizer_wants_it(tmp_path: Path) -> None:
+    class Without(ByteTokenizer):
+        starts_with_bos = False
+
+    source = write(tmp_path / "a.jsonl", ["ab", "", "c", "def"])
+    config = DataConfig(source=(source,), held_out=0.5, pack=False)
+    rows = [
+        (row["tokens"][0, row["weights"][0] > 0].tolist(), row["targets"][0, row["weights"][0] > 0].tolist())
+        for maker in (held_out_batches, train_batches)
+        for row in take(maker(config, Without(), 3, 1), 2)
+    ]
+    # An empty document is bos alone: nothing could be predicted otherwise.
+    expected = [([97, 98], [98, EOS]), ([BOS], [EOS]), ([99], [EOS]), ([100, 101, 102], [101, 102, EOS])]
+    assert sorted(rows) == sorted(expected)
+
+
 def test_targets_stay_inside_their_document(config: DataConfig) -> None:
     for batch in take(train_batches(config, TOKENIZER, 24, 4), 12):
         same = batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import tokenizers
 
+from mod_star.data.special_tokens import SpecialTokens
 from mod_star.data.tokenizers import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     StreamDecoder,
     Tokenizer,
+    TokenizerFiles,
+    begin,
     load_saved_tokenizer,
     load_tokenizer,
     save_tokenizer,
@@ -171,3 +174,124 @@ def test_bad_tokenizers_are_one_line(tmp_path: Path) -> None:
             load_tokenizer(str(path))
         assert str(error.value).startswith(f"data.tokenizer = {str(path)!r}: {reason}")
         assert "\n" not in str(error.value)
+
+
+def with_special(directory: Path, name: str = "tokenizer.json") -> Path:
+    """A directory with a tokenizer of a few words and the special tokens <s>=3, </s>=4, <|im_end|>=5."""
+    directory.mkdir(exist_ok=True)
+    word_level(directory / name, "<s>", "</s>", "<|im_end|>")
+    return directory
+
+
+def write_json(file: Path, content: object) -> None:
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_bytes_and_bare_files_start_with_bos_and_end_with_eos(bpe: HuggingFaceTokenizer, tmp_path: Path) -> None:
+    for tokenizer in (ByteTokenizer(), bpe):
+        assert (tokenizer.end_ids, tokenizer.starts_with_bos) == ((tokenizer.eos_id,), True)
+        assert tokenizer.chat_template is None
+        assert begin(tokenizer, "ab") == [tokenizer.bos_id, *tokenizer.encode("ab")]
+        assert begin(tokenizer, "") == [tokenizer.bos_id]
+        with pytest.raises(InputError, match="has no chat template"):
+            tokenizer.apply_chat([{"role": "user", "content": "a"}])
+    # A known end of a turn ends a text too.
+    tokenizer = HuggingFaceTokenizer(with_special(tmp_path / "bare"))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_ids) == (3, 4, (4, 5))
+    assert tokenizer.decode([0, 5, 1, 4]) == "a b"
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),  # bos, eos, end_ids, starts_with_bos
+    [
+        ({"bos_token": "<s>", "eos_token": "<|im_end|>"}, (3, 5, (5, 4), False)),
+        ({"bos_token": {"content": "<s>"}, "eos_token": "</s>", "add_bos_token": True}, (3, 4, (4, 5), True)),
+        ({"bos_token": None, "eos_token": "</s>", "add_bos_token": True}, (4, 4, (4, 5), False)),
+        ({}, (3, 4, (4, 5), True)),  # nothing is said: by their spelling
+    ],
+)
+def test_files_of_hugging_face_name_the_special_tokens(
+    tmp_path: Path, config: dict[str, object], expected: tuple[object, ...]
+) -> None:
+    directory = with_special(tmp_path / "hf")
+    write_json(directory / "tokenizer_config.json", config)
+    tokenizer = HuggingFaceTokenizer(directory)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_ids, tokenizer.starts_with_bos) == expected
+    write_json(directory / "generation_config.json", {"eos_token_id": [1, expected[1]]})
+    tokenizer = HuggingFaceTokenizer(directory)
+    assert tokenizer.end_ids[:2] == (expected[1], 1)
+    # A file of another name does not belong to them.
+    word_level(directory / "other.json", "<s>", "</s>")
+    assert HuggingFaceTokenizer(directory / "other.json").end_ids == (4,)
+
+
+def test_bos_is_added_where_the_files_own_template_adds_it(tmp_path: Path) -> None:
+    directory = with_special(tmp_path / "hf")
+    plain = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    plain.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 3)])
+    plain.save(str(directory / "tokenizer.json"))
+    write_json(directory / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
+    assert HuggingFaceTokenizer(directory).starts_with_bos
+
+
+def test_begin_adds_bos_once_and_only_where_it_is_wanted(tmp_path: Path) -> None:
+    directory = with_special(tmp_path / "hf")
+    write_json(directory / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
+    without = HuggingFaceTokenizer(directory)
+    assert begin(without, "a b") == [0, 1]
+    assert begin(without, "") == [3]
+    write_json(directory / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True})
+    wanting = HuggingFaceTokenizer(directory)
+    assert begin(wanting, "a b") == [3, 0, 1]
+    assert begin(wanting, "<s> a b") == [3, 0, 1]
+    assert without.fingerprint != wanting.fingerprint
+
+
+def test_saved_tokenizer_keeps_special_tokens_and_template(tmp_path: Path) -> None:
+    directory = with_special(tmp_path / "hf")
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}\r\n{% endfor %}é"
+    config = {
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "chat_template": [{"name": "default", "template": template}],
+    }
+    write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / "generation_config.json", {"eos_token_id": 0})
+    tokenizer = HuggingFaceTokenizer(directory)
+    save_tokenizer(tokenizer, tmp_path / "run")
+    saved = load_saved_tokenizer(tmp_path / "run", "whatever")
+    assert isinstance(saved, HuggingFaceTokenizer)
+    assert saved.special == tokenizer.special == SpecialTokens(None, 5, (5, 0, 4), False)
+    assert saved.chat_template == tokenizer.chat_template == template
+    assert saved.fingerprint == tokenizer.fingerprint
+    made = TokenizerFiles(tokenizer.content, tokenizer.special, template)
+    assert HuggingFaceTokenizer(made).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<none>"}, "eos_token = '<none>': is not a token of this tokenizer"),
+        ("tokenizer_config.json", {"chat_template": 3}, "chat_template = 3: must be a string"),
+        ("tokenizer_config.json", [1], "must hold a JSON object, holds list"),
+        ("generation_config.json", {"eos_token_id": 6}, "eos_token_id = 6: must be an id below 6"),
+        ("special_tokens.json", {"bos_id": 3}, "special_tokens.json: eos_id = None: must be an id below 6"),
+        (
+            "special_tokens.json",
+            {"bos_id": 3, "eos_id": 4, "end_ids": [4, True], "starts_with_bos": False},
+            "end_ids = [4, True]: must be a list of ids below 6",
+        ),
+        (
+            "special_tokens.json",
+            {"bos_id": None, "eos_id": 4, "end_ids": [4], "starts_with_bos": True},
+            "starts_with_bos = True: must be false where bos_id is null",
+        ),
+    ],
+)
+def test_bad_files_beside_a_tokenizer_are_one_line(tmp_path: Path, name: str, content: object, message: str) -> None:
+    directory = with_special(tmp_path / "hf")
+    write_json(directory / name, content)
+    with pytest.raises(InputError) as error:
+        HuggingFaceTokenizer(directory)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
