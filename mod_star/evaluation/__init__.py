@@ -1,0 +1,1 @@
+"""Tasks, protocols and records of `mod-star evaluate`."""

@@ -1,0 +1,136 @@
+"""The directory of an evaluation: what was asked for, and a record per item as they come, so that it can go on.
+
+    OUT/config.json     everything that the records depend on
+        records.jsonl   one JSON object per item, in the order in which they were done
+        results.json    the measures with their intervals, once all items are done
+        .lock           held by the process that evaluates
+
+A process that is stopped or killed loses at most the batch that it was at.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mod_star.errors import InputError
+
+CONFIG_FILE, RECORDS_FILE, RESULTS_FILE, LOCK_FILE = "config.json", "records.jsonl", "results.json", ".lock"
+
+Record = dict[str, Any]
+
+
+class Records:
+    """The records of an evaluation, on disk as soon as they are added; made by `open_records`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.by_id: dict[str, Record] = {}
+        self._path = directory / RECORDS_FILE
+        if self._path.exists():
+            self._read()
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def add(self, record: Record) -> None:
+        """Appends a record, which has an "id" that none before it has."""
+        if record["id"] in self.by_id:
+            raise ValueError(f"there is a record of {record['id']!r} already")
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+        self.by_id[record["id"]] = record
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _read(self) -> None:
+        data = self._path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[:whole].splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                self.by_id[record["id"]] = record
+            except (ValueError, TypeError, KeyError):
+                raise InputError(
+                    f"{self._path}, line {number}: is no record; move the file away to start anew"
+                ) from None
+        if whole < len(data):  # its process was killed while it wrote the last line
+            os.truncate(self._path, whole)
+
+
+@contextmanager
+def open_records(directory: Path, config: Mapping[str, Any]) -> Iterator[Records]:
+    """The records of an evaluation, new or to go on with; no other process may add to them meanwhile.
+
+    Args:
+      directory: OUT; made if absent.
+      config: what the records depend on, by the name of the option; values that JSON can hold.
+
+    Raises:
+      InputError: the directory holds an evaluation of another configuration (the message says what differs), something
+        else, or a record that can't be read; it can't be written, or another process is evaluating there.
+    """
+    require_evaluation(directory, config)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / LOCK_FILE).open("a")
+    except OSError as error:
+        raise InputError(f"--out = {str(directory)!r}: cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--out = {str(directory)!r}: another process is evaluating here") from None
+        require_evaluation(directory, config)
+        write_json(directory / CONFIG_FILE, config)
+        records = Records(directory)
+        try:
+            yield records
+        finally:
+            records.close()
+
+
+def require_evaluation(directory: Path, config: Mapping[str, Any]) -> None:
+    """Raises InputError unless an evaluation of this configuration can begin or go on in the directory."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise InputError(f"--out = {str(directory)!r}: must be a directory, and is a file")
+    path = directory / CONFIG_FILE
+    if not path.exists():
+        if {entry.name for entry in directory.iterdir()} - {LOCK_FILE}:
+            raise InputError(
+                f"--out = {str(directory)!r}: is neither empty nor an evaluation (it has no {CONFIG_FILE})"
+            )
+        return
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise InputError(f"{path}: cannot be read; choose another --out")
+    wanted = json.loads(json.dumps(config))  # tuples are lists then
+    if found := [
+        f"{name}: {_value(stored, name)} → {_value(wanted, name)}"
+        for name in dict.fromkeys([*stored, *wanted])
+        if _value(stored, name) != _value(wanted, name)
+    ]:
+        raise InputError(
+            f"--out = {str(directory)!r}: holds an evaluation of another configuration: {'; '.join(found)}"
+        )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a file aside and moves it into place."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _value(config: Mapping[str, Any], name: str) -> str:
+    return json.dumps(config[name], ensure_ascii=False) if name in config else "none"
