@@ -18,6 +18,7 @@ from mod_star.errors import InputError
 # A subcommand is a module of `mod_star.commands`, by the same name, and a line here.
 COMMANDS = {
     "train": "train a Mixture-of-Depths model (or its dense twin), or go on with an interrupted run",
+    "upcycle": "make a dense model a Mixture-of-Depths model that computes the same, to lower its capacity in training",
     "sample": "generate text with a trained model",
     "routes": "show which tokens of a text each routed block computes",
     "calibrate": "choose how unsure a thinking model must be to think, for sample --think auto",

@@ -199,7 +199,7 @@ def _series(records: Records, name: str, against: str) -> tuple[npt.NDArray[np.f
 
 
 def _flops_by_step(records: Records) -> dict[int, float]:
-    """Training FLOPs at every step that has a record. Every step costs the same: between, in proportion."""
+    """Training FLOPs at every step that has a record. Steps in between cost the same: in proportion."""
     known = [(record["step"], float(record["train_flops"])) for record in records if "train_flops" in record]
     if not known:
         return {}

@@ -32,6 +32,7 @@ from mod_star.thinking.parameters import thinking_init
 from mod_star.training.next_token import forward, make_loss
 from mod_star.training.optimizer import make_optimizer
 from mod_star.training.quiet_star import make_quiet_star_loss
+from mod_star.training.stages import plan_stages
 from mod_star.training.state import init_params, init_state, initial_params
 from mod_star.training.step import make_train_step
 
@@ -160,6 +161,8 @@ ALIVE: dict[str, tuple[Any, Observed, dict[str, Any]]] = {
     "routing.auxiliary_weight": (0.5, program, {}),
     "routing.selection": ("stochastic", program, {}),
     "routing.headroom": (2.0, causal_program, {}),
+    "routing.stages": ((1.0, 0.5), plan_stages, {}),
+    "routing.stage_fraction": (0.25, plan_stages, {"routing": {"stages": (1.0,)}}),
     "optimizer.learning_rate": (0.1, updates, {}),
     "optimizer.schedule": ("wsd", updates, {}),
     "optimizer.warmup_steps": (4, updates, {}),
@@ -233,7 +236,8 @@ def test_what_is_observed_is_the_same_when_nothing_changes(
 
 
 def test_the_loop_reads_its_fields() -> None:
-    loop = (Path(__file__).parent.parent / "mod_star/training/loop.py").read_text()
+    training = Path(__file__).parent.parent / "mod_star/training"
+    loop = (training / "loop.py").read_text() + (training / "stages.py").read_text()
     assert {name for name in OF_THE_LOOP if not re.search(rf"\btrain\.{name}\b", loop)} == set()
     assert {f"train.{name}" for name in OF_THE_LOOP} <= set(FIELDS)
 
@@ -271,6 +275,8 @@ INVALID: dict[str, list[Any]] = {
     "routing.auxiliary_weight": [-0.1, float("nan"), float("inf")],
     "routing.selection": ["random"],
     "routing.headroom": [0.9, float("nan"), float("inf")],
+    "routing.stages": [(1.5,), (0.5, 0.5), (0.1,), (0.125,), (0.5, 0.8), (1.0, float("nan")), [0.5], 0.5],
+    "routing.stage_fraction": [0.0, 1.0, float("nan")],
     "optimizer.learning_rate": [0.0, -1.0, float("nan"), float("inf")],
     "optimizer.schedule": ["linear"],
     "optimizer.warmup_steps": [-1, 0.5],
@@ -347,6 +353,14 @@ def test_fields_that_do_not_fit_each_other(model: ModelConfig, routing: RoutingC
     with pytest.raises(InputError, match=f"^{re.escape(name)}: must be"):
         RunConfig(model, routing)
     RunConfig(model, replace(routing, every=0))
+
+
+def test_stages_are_shares() -> None:
+    RoutingConfig(stages=(1.0, 0.5))
+    with pytest.raises(InputError, match=r"^routing\.capacity_tokens = 3: must be None with routing\.stages"):
+        RoutingConfig(stages=(1.0, 0.5), capacity_tokens=3)
+    with pytest.raises(InputError, match=r"^routing\.stages = \(1\.0, 0\.5\): .* above routing\.capacity = 0\.5$"):
+        RoutingConfig(stages=(1.0, 0.5), capacity=0.5)
 
 
 def test_sizes_that_follow_from_others() -> None:

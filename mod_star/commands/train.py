@@ -16,7 +16,7 @@ from mod_star.commands import keep_compiled_programs, parse_options
 from mod_star.config import RunConfig
 from mod_star.errors import InputError, require
 from mod_star.presets import PRESETS
-from mod_star.training.stored_config import is_run, read_base_config, read_config
+from mod_star.training.stored_config import is_run, read_base_config, read_config, read_starting_config
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _defaults(argv: Sequence[str]) -> RunConfig:
         return PRESETS[preset]()
     if preset is not None:
         raise InputError(f"--preset = {preset!r}: not with --init-from, whose fields are the defaults (here {base!r})")
-    return replace(_config_at_start(argv, base) or read_config(Path(base)), init_from=base)
+    return replace(_config_at_start(argv, base) or read_starting_config(Path(base)), init_from=base)
 
 
 def _value_of(option: str, argv: Sequence[str]) -> str | None:

@@ -10,6 +10,7 @@ from mod_star.config import RunConfig
 from mod_star.data import Tokenizer, load_tokenizer
 from mod_star.errors import InputError
 from mod_star.training.run_dir import TOKENIZER_DIRECTORY, LoadedRun, load_run, read_config, same_parts
+from mod_star.training.stored_config import read_starting_config
 
 # What the parameters compute with. All other fields may differ: they say how fast, how exactly or how often it is done.
 MODEL_FIELDS = ("vocab_size", "width", "layers", "heads", "rope_theta", "norm_eps", "tie_embeddings")
@@ -25,6 +26,9 @@ def load_base(run: RunConfig, tokenizer: Tokenizer | None = None) -> LoadedRun |
       run: the new run; `model.vocab_size` 0 stands for that of the other.
       tokenizer: the new run's own, if it has been made already; None: the one that `data.tokenizer` names. Where that
         is what the other run's configuration says, the copy in its directory is meant, not the original.
+
+    Returns:
+      The other run; its `config` is the one that the new run's defaults are from, see `read_starting_config`.
 
     Raises:
       InputError: it is not a run, has no checkpoint or a damaged one, has another tokenizer, or a field that its
@@ -42,7 +46,7 @@ def load_base(run: RunConfig, tokenizer: Tokenizer | None = None) -> LoadedRun |
         kept = base.config.data.tokenizer
         kept = repr(kept) if kept == "bytes" else f"a copy is in {path / TOKENIZER_DIRECTORY}"
         raise InputError(f"data.tokenizer = {spec!r}: must be that of init_from = {run.init_from!r} ({kept})")
-    return base
+    return replace(base, config=read_starting_config(path))
 
 
 def _require_same_function(run: RunConfig, base: RunConfig) -> None:

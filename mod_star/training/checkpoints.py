@@ -1,6 +1,6 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, written by Orbax in the background.
 
-    RUN/checkpoints/200/params      parameters (all that sampling reads)
+    RUN/checkpoints/200/params      parameters (all that sampling reads, and all that an imported model has)
                         training    optimizer state, step, random key, counts of skipped steps
                         data        state of the grain iterator
                         progress    JSON: seconds trained so far
@@ -75,6 +75,11 @@ class CheckpointWriter:
             force=True,
         )
 
+    def save_params(self, params: dict[str, Any]) -> None:
+        """Saves parameters alone, as checkpoint 0: of a model to start from, that no training can go on with."""
+        self._saving = 0
+        self._manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)), force=True)
+
     def wait(self) -> None:
         """Waits until what was saved is on disk, and raises what went wrong there."""
         self._manager.wait_until_finished()
@@ -146,6 +151,14 @@ def find_damage(checkpoint: Path) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         return str(error)
     return None
+
+
+def require_training(directory: Path) -> None:
+    """Raises InputError if a run was imported or upcycled, not trained: its checkpoint holds parameters alone."""
+    steps = saved_steps(directory)
+    if steps and not (directory / str(steps[-1]) / "training").is_dir():
+        run = directory.parent
+        raise InputError(f"{run}: holds a model, not a training to go on with; mod-star train NEW --init-from {run}")
 
 
 def delete_after(directory: Path, step: int) -> None:

@@ -8,14 +8,12 @@ interrupted and resumed leaves the same files as one that wasn't.
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,23 +32,26 @@ from mod_star.data import (
     prefetch_to_device,
     train_batches,
 )
-from mod_star.errors import InputError, require
-from mod_star.flops import parameter_count, training_step_flops
+from mod_star.errors import InputError
+from mod_star.flops import parameter_count
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.plots import plot_curves
-from mod_star.terminal import duration, short_number
+from mod_star.terminal import short_number
 from mod_star.training import checkpoints, run_dir
 from mod_star.training.base_run import load_base
 from mod_star.training.interrupt import Interrupted, stop_signals
 from mod_star.training.metrics import MetricsWriter, read_metrics
 from mod_star.training.progress import TrainingProgress
 from mod_star.training.run_dir import LoadedRun
+from mod_star.training.stages import Stage, StagePlan, plan_stages
 from mod_star.training.state import TrainState, init_state, initial_params
 from mod_star.training.step import make_train_step, objective_of
+from mod_star.training.summary import SUMMARY_FILE, TrainSummary, describe, read_summary, write_summary
 from mod_star.training.thoughts_log import ThoughtsLog
 
-SUMMARY_FILE = "summary.json"
+__all__ = ["SUMMARY_FILE", "TrainSummary", "TrainingError", "describe", "train"]
+
 CURVES_FILE = "curves.png"
 
 Metrics = dict[str, jax.Array]
@@ -63,30 +64,6 @@ class TrainingError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class TrainSummary:
-    """The result of a complete run; also RUN/summary.json."""
-
-    directory: str
-    steps: int
-    parameters: int
-    """Number of parameters."""
-    flops: float
-    """Floating-point operations spent on training steps."""
-    tokens: int
-    """Tokens trained on, padding included."""
-    seconds: float
-    """Time in training steps over all sittings: without compilation, evaluation, and waiting for checkpoints."""
-    tokens_per_second: float
-    """tokens / seconds."""
-    compile_seconds: float
-    """Compilation of the training and evaluation step in the last sitting."""
-    skipped: int
-    """Steps whose update was left out because loss or gradient was not finite."""
-    evaluation: dict[str, Any]
-    """Held-out metrics after the last step, see `mod_star.training.step.summarise_eval`."""
-
-
-@dataclass(frozen=True)
 class _Inputs:
     """What a run is made from, checked and ready."""
 
@@ -95,8 +72,7 @@ class _Inputs:
     decoder: Decoder
     batches: grain.IterDataset
     held_out: list[Batch]
-    step_flops: float
-    total_steps: int
+    plan: StagePlan
 
 
 def train(
@@ -125,9 +101,10 @@ def train(
     console = Console(quiet=quiet)
     if run_dir.is_run(path):
         with run_dir.locked(path):
+            checkpoints.require_training(path / run_dir.CHECKPOINTS_DIRECTORY)
             stored = run_dir.resumed_config(path, run)
             if resume_from is None and (path / SUMMARY_FILE).is_file():
-                summary = _read_summary(path)
+                summary = read_summary(path)
                 _say(console, f"{path}: is complete already\n{describe(summary)}")
                 return summary
             tokenizer = load_saved_tokenizer(path / run_dir.TOKENIZER_DIRECTORY, stored.data.tokenizer)
@@ -147,37 +124,18 @@ def train(
         return _Training(inputs, path, None, console, base).run_to_end()
 
 
-def describe(summary: TrainSummary) -> str:
-    """The result in one line."""
-    found = summary.evaluation
-    losses = f"held-out loss {found['eval_loss']:.4f}"
-    if "eval_loss_causal" in found:
-        losses += f" ({found['eval_loss_causal']:.4f} under causal routing)"
-    if "eval_talk_loss" in found:
-        losses += f" ({found['eval_base_loss']:.4f} without thoughts, {found['eval_talk_loss']:.4f} with one each)"
-    skipped = f", {summary.skipped} of them skipped" if summary.skipped else ""
-    return (
-        f"{losses} after {summary.steps} steps{skipped}: {short_number(summary.tokens)} tokens, "
-        f"{short_number(summary.flops)} FLOP, {duration(summary.seconds)}, "
-        f"{short_number(summary.tokens_per_second)} tokens/s"
-    )
-
-
 def _load_inputs(run: RunConfig, tokenizer: Tokenizer) -> _Inputs:
     """Reads and checks everything that a run is made from."""
     parts = load_parts(run.parts)
     if run.model.vocab_size == 0:
         run = replace(run, model=replace(run.model, vocab_size=64 * math.ceil(tokenizer.vocab_size / 64)))
     run_dir.require_vocabulary(run, tokenizer)
+    plan = plan_stages(run)
     source = (run.data, tokenizer, run.model.context, run.train.batch_size)
     batches = train_batches(*source)
     next(iter(batches))  # a document that cannot be read or tokenised comes to light now, not after compilation
     held_out = list(itertools.islice(held_out_batches(*source), run.train.eval_batches))
-    step_flops = training_step_flops(run)
-    budget = run.train.flops
-    total_steps = run.train.steps if budget is None else int(budget // step_flops)
-    require(total_steps >= 1, "train.flops", budget, f"must be at least one step's, {step_flops:.3g}")
-    return _Inputs(run, tokenizer, Decoder(run.model, run.routing, parts), batches, held_out, step_flops, total_steps)
+    return _Inputs(run, tokenizer, Decoder(run.model, run.routing, parts), batches, held_out, plan)
 
 
 class _Training:
@@ -191,7 +149,10 @@ class _Training:
         self.checkpoints = path / run_dir.CHECKPOINTS_DIRECTORY
         self.last_saved = checkpoints.choose_checkpoint(self.checkpoints, resume_from, "--resume-from")
         self.start = self.last_saved or 0
-        self.earlier_seconds = self.began = self.paused = 0.0
+        self.earlier_seconds = self.began = self.paused = self.compile_seconds = 0.0
+        self.stage: Stage | None = None  # that `step_fn` and `eval_fn` are compiled for
+        self.step_fn: StepFn
+        self.eval_fn: EvalFn
 
     def run_to_end(self) -> TrainSummary:
         """Trains what is left to train, evaluates, saves, draws the curves."""
@@ -208,21 +169,17 @@ class _Training:
             self._announce(parameter_count(state.params))
             if self.base is not None:
                 self._save_start(state)
-            step_fn, self.eval_fn, compile_seconds = self._compile(state)
-            state = self._loop(state, step_fn)
+            state = self._loop(state)
             seconds = self._seconds()
-        return self._finish(parameter_count(state.params), int(state.skipped), seconds, compile_seconds)
+        return self._finish(parameter_count(state.params), int(state.skipped), seconds)
 
     def _thoughts_log(self, stack: ExitStack) -> ThoughtsLog | None:
         if self.run.train.objective != "quiet_star":
             return None
-        inputs = self.inputs
-        log = ThoughtsLog(self.path, self.last_saved, inputs.decoder, self.run, inputs.tokenizer)
-        return stack.enter_context(log)
+        return stack.enter_context(ThoughtsLog(self.path, self.last_saved, self.inputs.tokenizer))
 
     def _first_state(self) -> TrainState:
-        decoder, run = self.inputs.decoder, self.run
-        total = self.inputs.total_steps
+        decoder, run, total = self.inputs.decoder, self.run, self.inputs.plan.steps
 
         def first(base: dict[str, Any] | None) -> TrainState:
             return init_state(decoder, run, total, initial_params(decoder, run, self.inputs.tokenizer, base))
@@ -236,32 +193,46 @@ class _Training:
         self.earlier_seconds = saved["seconds"]
         return state
 
-    def _compile(self, state: TrainState) -> tuple[StepFn, EvalFn, float]:
-        """Compiles both steps ahead of time, so that compilation is part of no step's time."""
-        began = time.perf_counter()
-        decoder, run = self.inputs.decoder, self.run
-        # From shapes alone: with arrays, a restored state would make another program of it than a new one.
-        like, batch, key = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, self.inputs.held_out[0], self._eval_key())
-        )
-        step = jax.jit(make_train_step(decoder, run, self.inputs.total_steps), donate_argnums=0)
-        step_fn = step.lower(like, batch).compile()
-        eval_fn = jax.jit(objective_of(decoder, run).eval_step).lower(like.params, batch, key).compile()
-        seconds = time.perf_counter() - began
-        self.progress.say(f"compiled in {seconds:.1f} s")
-        return step_fn, eval_fn, seconds
+    def _compile(self, state: TrainState, stage: Stage) -> None:
+        """Compiles both steps of a stage ahead of time, so that compilation is part of no step's time."""
+        with self._pause("compiling"):
+            began = time.perf_counter()
+            decoder = Decoder(stage.run.model, stage.run.routing, self.inputs.decoder.parts)
+            # From shapes alone: with arrays, a restored state would make another program of it than a new one.
+            like, batch, key = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, self.inputs.held_out[0], self._eval_key())
+            )
+            step = jax.jit(make_train_step(decoder, stage.run, self.inputs.plan.steps), donate_argnums=0)
+            self.step_fn = step.lower(like, batch).compile()
+            self.eval_fn = jax.jit(objective_of(decoder, stage.run).eval_step).lower(like.params, batch, key).compile()
+            if self.thoughts is not None:
+                self.thoughts.compute_with(decoder, stage.run)
+            self.stage = stage
+            seconds = time.perf_counter() - began
+        self.compile_seconds += seconds
+        what = f"steps {stage.first} to {stage.last} at capacity {stage.capacity:.4g}: " if self._staged() else ""
+        self.progress.say(f"{what}compiled in {seconds:.1f} s")
 
-    def _loop(self, state: TrainState, step_fn: StepFn) -> TrainState:
-        total = self.inputs.total_steps
+    def _staged(self) -> bool:
+        return len(self.inputs.plan.stages) > 1
+
+    def _loop(self, state: TrainState) -> TrainState:
+        plan, total = self.inputs.plan, self.inputs.plan.steps
         unread: tuple[int, Metrics] | None = None
         self.began = time.perf_counter()
-        if self.start and self._evaluation_due(self.start) and self._last_evaluation(self.start) is None:
+        owed = bool(self.start) and self._evaluation_due(self.start) and self._last_evaluation(self.start) is None
+        self._compile(state, plan.at(self.start if owed else min(self.start + 1, total)))
+        if owed:
             self._evaluate(state, self.start)  # the interruption came between the step and its evaluation
         for step in range(self.start + 1, total + 1):
             if self.stop() is not None:
                 self._record(unread)
                 self._leave(state)
-            state, metrics = step_fn(state, next(self.batches))
+            if plan.at(step) is not self.stage:
+                self._record(unread)
+                unread = None
+                self._compile(state, plan.at(step))
+            state, metrics = self.step_fn(state, next(self.batches))
             self._record(unread)
             unread = (step, metrics)
             evaluation_due, checkpoint_due = self._evaluation_due(step), self._checkpoint_due(step)
@@ -285,10 +256,12 @@ class _Training:
         values = jax.device_get(metrics)
         streak, _ = int(values.pop("streak")), values.pop("finite")
         self.progress.update(step, float(values["loss"]))
-        if step % self.run.train.log_every == 0 or step == self.inputs.total_steps:
+        # The last of a stage too: between two records, all steps cost the same.
+        if step % self.run.train.log_every == 0 or step == self.inputs.plan.at(step).last:
             if (rate := self.progress.tokens_per_second) is not None:
                 values["tokens_per_second"] = rate
-            self.metrics.write(step, values | {"train_flops": step * self.inputs.step_flops})
+            values["train_flops"] = self.inputs.plan.flops_until(step)
+            self.metrics.write(step, values | self._capacity())
         if streak >= self.run.train.max_skipped:
             good = "there is no good checkpoint"
             if self.last_saved is not None:
@@ -308,9 +281,14 @@ class _Training:
                 key = jax.random.fold_in(self._eval_key(), number)
                 sums.append(jax.device_get(self.eval_fn(state.params, jax.device_put(batch), key)))
             added = jax.tree.map(lambda *values: np.sum(np.asarray(values, np.float64), axis=0), *sums)
-            self.metrics.write(step, objective_of(self.inputs.decoder, self.run).summarise(added))
+            found = objective_of(self.inputs.decoder, self.run).summarise(added)
+            self.metrics.write(step, found | self._capacity())
             if self.thoughts is not None:
                 self.thoughts.write(step, state.params, self.inputs.held_out[0], self._eval_key())
+
+    def _capacity(self) -> dict[str, Any]:
+        """The capacity in force, for the records of a run that changes it."""
+        return {"capacity": self.stage.capacity} if self.stage is not None and self._staged() else {}
 
     def _save_start(self, state: TrainState) -> None:
         """Saves what the run starts with: from here on it needs nothing but its own directory."""
@@ -331,27 +309,25 @@ class _Training:
         if step != (self.last_saved or 0):
             self._save(state)
         self.writer.wait()
-        raise Interrupted(number or signal.SIGINT, step, self.inputs.total_steps)
+        raise Interrupted(number or signal.SIGINT, step, self.inputs.plan.steps)
 
-    def _finish(self, parameters: int, skipped: int, seconds: float, compile_seconds: float) -> TrainSummary:
-        steps = self.inputs.total_steps
+    def _finish(self, parameters: int, skipped: int, seconds: float) -> TrainSummary:
+        steps = self.inputs.plan.steps
         tokens = steps * self.run.train.batch_size * self.run.model.context
         summary = TrainSummary(
             directory=str(self.path),
             steps=steps,
             parameters=parameters,
-            flops=steps * self.inputs.step_flops,
+            flops=self.inputs.plan.flops,
             tokens=tokens,
             seconds=seconds,
             tokens_per_second=tokens / seconds,
-            compile_seconds=compile_seconds,
+            compile_seconds=self.compile_seconds,
             skipped=skipped,
             evaluation=self._last_evaluation(steps) or {},
         )
         plot_curves({self.path.name: self.path}, self.path / CURVES_FILE)
-        beside = self.path / (SUMMARY_FILE + ".new")
-        beside.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, self.path / SUMMARY_FILE)
+        write_summary(self.path, summary)
         _say(self.console, f"{describe(summary)}\ncurves: {self.path / CURVES_FILE}")
         return summary
 
@@ -359,13 +335,13 @@ class _Training:
         begun = "starts" if self.last_saved is None else f"goes on from step {self.start}"
         if self.base is not None:
             begun += f" from {self.run.init_from} (step {self.base.step})"
-        steps, flops = self.inputs.total_steps, short_number(self.inputs.total_steps * self.inputs.step_flops)
+        steps, flops = self.inputs.plan.steps, short_number(self.inputs.plan.flops)
         self.progress.say(f"{self.path} {begun}: {short_number(parameters)} parameters, {steps} steps, {flops} FLOP")
 
     def _progress(self) -> TrainingProgress:
         tokens = self.run.train.batch_size * self.run.model.context
         return TrainingProgress(
-            self.inputs.total_steps, tokens, start=self.start, label=self.path.name, console=self.console
+            self.inputs.plan.steps, tokens, start=self.start, label=self.path.name, console=self.console
         )
 
     def _evaluation_due(self, step: int) -> bool:
@@ -375,7 +351,7 @@ class _Training:
         return self._due(step, self.run.train.checkpoint_every)
 
     def _due(self, step: int, every: int) -> bool:
-        return step == self.inputs.total_steps or (every > 0 and step % every == 0)
+        return step == self.inputs.plan.steps or (every > 0 and step % every == 0)
 
     def _last_evaluation(self, step: int) -> dict[str, Any] | None:
         """What was measured on held-out text after this step, if it was."""
@@ -399,14 +375,6 @@ class _Training:
         with self.progress.pause(what):
             yield
         self.paused += time.perf_counter() - began
-
-
-def _read_summary(path: Path) -> TrainSummary:
-    try:
-        stored = json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))
-        return TrainSummary(**stored | {"directory": str(path)})  # it may have been moved
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path / SUMMARY_FILE}: cannot be read: {error}; delete it to make it again") from error
 
 
 def _say(console: Console, text: str) -> None:

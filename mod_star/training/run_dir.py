@@ -33,6 +33,7 @@ from mod_star.errors import InputError, require
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.training.checkpoints import choose_checkpoint, restore_params
+from mod_star.training.stages import config_at
 from mod_star.training.state import initial_params
 from mod_star.training.stored_config import BASE, CONFIG_FILE, is_run, read_base_config, read_config
 
@@ -67,6 +68,7 @@ class LoadedRun:
     """A trained model with what belongs to it."""
 
     config: RunConfig
+    """As stored; with `routing.stages`, the capacity is that of the checkpoint's stage, and there are no stages."""
     tokenizer: Tokenizer
     decoder: Decoder
     params: dict[str, Any]
@@ -91,6 +93,7 @@ def load_run(directory: str | Path, step: int | None = None, option: str | None 
         raise InputError(f"{path}: has no checkpoint yet")
     tokenizer = load_saved_tokenizer(path / TOKENIZER_DIRECTORY, run.data.tokenizer)
     require_vocabulary(run, tokenizer)
+    run = config_at(run, chosen)
     decoder = Decoder(run.model, run.routing, load_parts(run.parts))
     like = jax.eval_shape(lambda: initial_params(decoder, run, tokenizer))
     return LoadedRun(run, tokenizer, decoder, restore_params(checkpoints, chosen, like), chosen)

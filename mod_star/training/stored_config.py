@@ -12,6 +12,8 @@ from mod_star.config import RunConfig, from_dict
 from mod_star.errors import InputError
 
 CONFIG_FILE = "config.json"
+SUMMARY_FILE = "summary.json"
+"""The result of a run; there once it is complete, see `mod_star.training.summary`."""
 BASE = "base"
 """Entry of config.json beside "config": the configuration, at the time, of the run that this one started from."""
 
@@ -31,6 +33,18 @@ def read_config(path: Path) -> RunConfig:
     if found is None:
         raise InputError(f"{path / CONFIG_FILE}: cannot be read: it has no 'config'")
     return found
+
+
+def read_starting_config(path: Path) -> RunConfig:
+    """The configuration that a run which starts from this one begins with.
+
+    The stored one, but for `routing.stages` where training is complete: it has gone through them, and a further run is
+    not to raise the capacity again. Errors as `read_config`.
+    """
+    run = read_config(path)
+    if run.routing.stages and (path / SUMMARY_FILE).is_file():
+        return replace(run, routing=replace(run.routing, stages=()))
+    return run
 
 
 def read_base_config(path: Path) -> RunConfig | None:

@@ -29,17 +29,17 @@ class ThoughtsLog:
     Args:
       run_dir: directory of the run.
       resume_step: as for `MetricsWriter`.
-      decoder: the model.
-      run: its configuration.
       tokenizer: to decode thoughts with.
     """
 
-    def __init__(
-        self, run_dir: Path, resume_step: int | None, decoder: Decoder, run: RunConfig, tokenizer: Tokenizer
-    ) -> None:
+    def __init__(self, run_dir: Path, resume_step: int | None, tokenizer: Tokenizer) -> None:
         self._file = open_records(run_dir / THOUGHTS_FILE, resume_step)
+        self._tokenizer = tokenizer
+
+    def compute_with(self, decoder: Decoder, run: RunConfig) -> None:
+        """Sets the model that samples the thoughts from here on, and its configuration; call it before `write`."""
         self._examples = jax.jit(make_examples(decoder, run))
-        self._tokenizer, self._n_true = tokenizer, run.thinking.n_true
+        self._n_true = run.thinking.n_true
 
     def write(self, step: int, params: dict[str, Any], batch: Batch, key: jax.Array) -> None:
         """Samples thoughts in the first sequence of a batch and writes them down."""

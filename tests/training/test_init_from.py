@@ -135,7 +135,7 @@ def test_interrupted_and_resumed_without_the_other_run(
     gone, path = shutil.copytree(base, tmp_path / "base"), tmp_path / "run"
     run = fine(gone)
     with monkeypatch.context() as patched:
-        stopping(patched, _Training, "_compile", lambda state: True)
+        stopping(patched, _Training, "_compile", lambda *_: True)
         with pytest.raises(Interrupted, match="stopped before the first step"):
             train(run, path, quiet=True)
     assert saved_steps(path / "checkpoints") == [0]

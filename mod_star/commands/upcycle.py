@@ -1,0 +1,86 @@
+"""`mod-star upcycle`: makes a dense model a Mixture-of-Depths model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from mod_star.commands import keep_compiled_programs, parse_options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mod_star.config import RunConfig
+
+
+@dataclass(frozen=True)
+class UpcycleOptions:
+    """Makes the dense model in RUN a Mixture-of-Depths model, as a new run RUN2.
+
+    Examples:
+      mod-star upcycle runs/dense runs/upcycled --capacity 0.125
+      mod-star train runs/mod --init-from runs/upcycled --optimizer.learning-rate 1e-4
+
+    RUN2 computes what RUN computes: its routed blocks take every token, until training lowers their capacity in stages
+    (1, then halved, in the first half of the steps), which the second command does. --routing.stages and
+    --routing.stage-fraction set another plan there.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Directory of the dense run."""
+    run2: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN2")]
+    """Directory of the new run: absent or empty."""
+    capacity: float
+    """Share of the tokens that routed blocks are to compute in the end, in (0, 1]."""
+    every: int = 2
+    """Every n-th block is routed; a divisor of the number of blocks."""
+    step: int | None = None
+    """Step of the checkpoint to load. The newest if not given."""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the command. Errors are `mod_star.cli`'s to show."""
+    options = parse_options(UpcycleOptions, argv, "mod-star upcycle")
+
+    from rich.console import Console
+
+    from mod_star.pretrained.upcycle import upcycle
+
+    keep_compiled_programs()
+    made = upcycle(options.run, options.run2, options.capacity, options.every, options.step)
+    console = Console(highlight=False)
+    console.print(stage_table(made))
+    console.print(
+        f"written: {options.run2}. Train it with: mod-star train NEW --init-from {options.run2}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def stage_table(run: RunConfig) -> Table:
+    """The capacities that training will go through, and what a forward pass costs at each."""
+    from dataclasses import replace
+
+    from mod_star.flops import forward_flops
+    from mod_star.parts import load_parts
+    from mod_star.presets import dense
+    from mod_star.terminal import result_table, short_number
+    from mod_star.training.stages import stage_configs
+
+    tokens, parts = run.model.context, load_parts(run.parts)
+    cost = lambda at: forward_flops(at.model, at.routing, tokens, parts).total / tokens  # noqa: E731
+    dense_cost = cost(dense(replace(run, routing=replace(run.routing, stages=()))))
+    configs = stage_configs(run)
+    share = run.routing.stage_fraction / max(1, len(configs) - 1)
+    shares = [share] * (len(configs) - 1) + [1 - share * (len(configs) - 1)]
+    rows = [
+        (f"{at.routing.capacity:.2%}", f"{part:.1%}", short_number(cost(at)), f"{cost(at) / dense_cost:.1%}")
+        for at, part in zip(configs, shares, strict=True)
+    ]
+    routed = run.model.layers // run.routing.every
+    title = f"{routed} of {run.model.layers} blocks are routed; training lowers their capacity"
+    return result_table(title, ("capacity", "of the steps", "FLOP per token, forward", "of the dense model's"), rows)

@@ -1,0 +1,225 @@
+"""Capacity in stages: the plan, what it costs, one program per stage, and resuming on either side of a boundary."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from mod_star import presets
+from mod_star.commands.train import _defaults
+from mod_star.config import RunConfig
+from mod_star.data import train_batches
+from mod_star.errors import InputError
+from mod_star.flops import training_flops
+from mod_star.training import run_dir
+from mod_star.training.base_run import load_base
+from mod_star.training.checkpoints import restore_state, saved_steps
+from mod_star.training.interrupt import Interrupted
+from mod_star.training.loop import TrainSummary, train
+from mod_star.training.metrics import MetricsWriter, read_metrics
+from mod_star.training.stages import config_at, plan_stages
+from mod_star.training.state import init_state
+
+pytestmark = pytest.mark.usefixtures("compile_once")
+STEPS, CONTEXT = 8, 16
+# The stages of `make_run`: two steps of capacity 1, two of 1/2, four of 1/4.
+CAPACITIES = [1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25]
+
+
+def make_run(**fields: Any) -> RunConfig:
+    run = presets.tiny()
+    model = replace(run.model, vocab_size=320, width=8, heads=1, context=CONTEXT, mlp_width=8)
+    routing = replace(run.routing, predictor_width=4, capacity=0.25, stages=(1.0, 0.5), gate="tanh")
+    data = replace(run.data, pack=True)
+    train = {"steps": STEPS, "batch_size": 2, "log_every": 1, "eval_every": 2, "checkpoint_every": 2} | fields
+    return replace(run, model=model, routing=routing, data=data, train=replace(run.train, **train))
+
+
+def step_flops(run: RunConfig, capacity: float) -> float:
+    routing = replace(run.routing, capacity=capacity, stages=())
+    return training_flops(run.model, routing, CONTEXT).total * run.train.batch_size
+
+
+@pytest.mark.parametrize("stages", [(1.0,), (1.0, 0.5), (0.9, 0.7, 0.5, 0.3)])
+@pytest.mark.parametrize("fraction", [0.5, 0.9])
+def test_stages_share_the_first_part_of_the_steps(stages: tuple[float, ...], fraction: float) -> None:
+    run = make_run(steps=101)
+    run = replace(run, routing=replace(run.routing, stages=stages, stage_fraction=fraction))
+    plan = plan_stages(run)
+    assert [stage.run.routing.capacity for stage in plan.stages] == [*stages, 0.25]
+    assert all(stage.run.routing.stages == () for stage in plan.stages)
+    numbers = [number for stage in plan.stages for number in range(stage.first, stage.last + 1)]
+    assert numbers == list(range(1, 102)) and plan.steps == 101
+    lengths = [stage.last - stage.first + 1 for stage in plan.stages]
+    np.testing.assert_allclose(lengths[:-1], 101 * fraction / len(stages), atol=1)
+    assert lengths[-1] == pytest.approx(101 * (1 - fraction), abs=1)
+    costs = [step_flops(run, plan.at(number).run.routing.capacity) for number in numbers]
+    assert [plan.flops_until(step) for step in range(102)] == pytest.approx([0, *np.cumsum(costs)])
+    assert plan.flops == plan.flops_until(101)
+    assert plan.at(0) is plan.stages[0]
+
+
+@pytest.mark.parametrize("steps", [4.0, 7.5, 40.2])
+def test_a_budget_is_used_up_and_not_exceeded(steps: float) -> None:
+    run = make_run()
+    budget = steps * step_flops(run, 0.5)
+    found = plan_stages(replace(run, train=replace(run.train, flops=budget)))
+
+    def cost(number: int) -> float:
+        return plan_stages(replace(run, train=replace(run.train, steps=number))).flops
+
+    assert found.flops == cost(found.steps) <= budget < cost(found.steps + 1)
+
+
+def test_a_run_without_stages_has_one() -> None:
+    run = make_run()
+    without = replace(run, routing=replace(run.routing, stages=()))
+    for one in (without, presets.dense(run)):
+        (stage,) = plan_stages(one).stages
+        assert (stage.run, stage.first, stage.last) == (one, 1, STEPS)
+        assert config_at(one, 3) is one
+    assert [plan_stages(one).stages[0].capacity for one in (without, presets.dense(run))] == [0.25, None]
+
+
+def test_too_few_steps_for_the_stages(tmp_path: Path) -> None:
+    for fields, said in (
+        (
+            {"steps": 2},
+            r"^train\.steps = 2: leaves no step for capacity 0\.5 of routing\.stages = \(1\.0, 0\.5\), with",
+        ),
+        ({"flops": 2.2 * step_flops(make_run(), 0.5)}, r"^train\.flops = \d.*: leaves no step for capacity 0\.5"),
+        ({"flops": 0.5 * step_flops(make_run(), 0.25)}, r"^train\.flops = \d.*: must be at least one step's"),
+    ):
+        with pytest.raises(InputError, match=said):
+            train(make_run(**fields), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainSummary]:
+    path = tmp_path_factory.mktemp("runs") / "straight"
+    return path, train(make_run(keep_checkpoints=9), path, quiet=True)
+
+
+def load_state(path: Path, step: int = STEPS) -> Any:
+    """A checkpoint's state, and the batch that comes next."""
+    loaded = run_dir.load_run(path, step)
+    run = loaded.config
+    like = jax.eval_shape(lambda: init_state(loaded.decoder, run, STEPS))
+    batches = iter(train_batches(run.data, loaded.tokenizer, run.model.context, run.train.batch_size))
+    state = restore_state(path / "checkpoints", step, like, batches)[0]
+    return replace(state, key=jax.random.key_data(state.key)), next(batches)
+
+
+def timeless(path: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in read_metrics(path)]
+
+
+def test_every_step_is_computed_at_its_capacity(uninterrupted: tuple[Path, TrainSummary]) -> None:
+    path, summary = uninterrupted
+    run = make_run()
+    records = [r for r in read_metrics(path) if "loss" in r]
+    assert [r["capacity"] for r in records] == CAPACITIES
+    # Text without padding: top-k routing takes exactly its share.
+    assert [r["routed_fraction"] for r in records] == [[capacity] for capacity in CAPACITIES]
+    costs = np.cumsum([step_flops(run, capacity) for capacity in CAPACITIES])
+    assert [r["train_flops"] for r in records] == pytest.approx(costs)
+    assert summary.flops == records[-1]["train_flops"]
+    # A held-out evaluation is of the model as it was trained up to there.
+    evaluations = [r for r in read_metrics(path) if "eval_loss" in r]
+    assert [(r["step"], r["capacity"]) for r in evaluations] == [(2, 1.0), (4, 0.5), (6, 0.25), (8, 0.25)]
+    assert summary.evaluation["capacity"] == 0.25
+    # And so is a model that is loaded.
+    for step, capacity in ((2, 1.0), (4, 0.5), (6, 0.25), (8, 0.25)):
+        loaded = run_dir.load_run(path, step)
+        assert loaded.decoder.routing == loaded.config.routing
+        assert loaded.config.routing == replace(run.routing, capacity=capacity, stages=())
+
+
+def test_one_program_per_stage_and_a_line_about_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run"
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **about: (
+            compiled.append(about.get("fun_name")) if event.endswith("jaxpr_trace_duration") else 0
+        )
+    )
+    summary = train(make_run(log_every=100, eval_every=0, checkpoint_every=0), path)
+    out = capsys.readouterr().out
+    assert compiled.count("train_step") == compiled.count("eval_step") == 3
+    said = re.findall(r"^steps (\d) to (\d) at capacity (\S+): compiled in \d+\.\d s$", out, re.MULTILINE)
+    assert said == [("1", "2", "1"), ("3", "4", "0.5"), ("5", "8", "0.25")]
+    # The last step of a stage is recorded, so that all steps between two records cost the same.
+    assert [r["step"] for r in read_metrics(path) if "loss" in r] == [2, 4, 8]
+    assert summary.steps == STEPS and summary.evaluation["capacity"] == 0.25
+
+
+def stopping(monkeypatch: pytest.MonkeyPatch, when: Callable[[int, Any], bool]) -> None:
+    """Sends this process SIGTERM when a record is written that `when` picks."""
+    write = MetricsWriter.write
+
+    def writing(self: MetricsWriter, step: int, values: Any) -> Any:
+        if when(step, values):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return write(self, step, values)
+
+    monkeypatch.setattr(MetricsWriter, "write", writing)
+
+
+def test_interrupted_around_boundaries_equals_uninterrupted(
+    uninterrupted: tuple[Path, TrainSummary],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, run = tmp_path / "stops", make_run(keep_checkpoints=9)
+    stops = (
+        (2, "loss", 2, "steps 1 to 2 at capacity 1:"),  # after the first stage, whose evaluation is still owed
+        (4, "eval_loss", 4, "steps 1 to 2 at capacity 1:"),  # after the second, evaluated; it owed and began the next
+        (5, "loss", 6, "steps 5 to 8 at capacity 0.25:"),  # within the last
+    )
+    for step, value, stops_after, begins in stops:
+        with monkeypatch.context() as patched:
+            stopping(patched, lambda at, values, step=step, value=value: at == step and value in values)  # type: ignore[misc]
+            with pytest.raises(Interrupted, match=f"stopped after step {stops_after} of {STEPS}"):
+                train(run, path)
+        assert re.search(r"^steps .*:", capsys.readouterr().out, re.MULTILINE)[0].startswith(begins)  # type: ignore[index]
+        assert saved_steps(path / "checkpoints")[-1] == stops_after
+    summary = train(run, path, quiet=True)
+    straight_path, straight = uninterrupted
+    assert summary.evaluation == straight.evaluation
+    assert timeless(path) == timeless(straight_path)
+    chex.assert_trees_all_equal(load_state(path), load_state(straight_path))
+    # Back to an older checkpoint, of the stage before.
+    train(run, path, resume_from=4, quiet=True)
+    assert timeless(path) == timeless(straight_path)
+    chex.assert_trees_all_equal(load_state(path), load_state(straight_path))
+
+
+def test_a_complete_run_has_its_stages_behind_it(uninterrupted: tuple[Path, TrainSummary], tmp_path: Path) -> None:
+    path, _ = uninterrupted
+    run = replace(run_dir.read_config(path), init_from=str(path))
+    assert run.routing.stages == (1.0, 0.5)
+    found = _defaults(["new", "--init-from", str(path)])
+    assert found == replace(run, routing=replace(run.routing, stages=()))
+    base = load_base(run)
+    assert base is not None and base.config == replace(found, init_from=None)
+    # So the same command is the same run later on.
+    with run_dir.created(tmp_path / "new", found, base.tokenizer, base.config):
+        pass
+    (path / "summary.json").rename(tmp_path / "summary.json")
+    try:
+        assert _defaults([str(tmp_path / "new"), "--init-from", str(path)]) == found
+        assert _defaults(["other", "--init-from", str(path)]) == run
+    finally:
+        (tmp_path / "summary.json").rename(path / "summary.json")
