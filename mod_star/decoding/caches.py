@@ -2,11 +2,13 @@
 
 Layout: the prompt's keys/values and the generated tokens' are segments of their own. All rows of a batch write a
 generated token's to the same slot (the step), so a full block's cache is updated in place by one slice; what differs
-between rows, the prompt's length, is data in the masks.
+between rows, the prompt's length, is data in the masks. Several branches of one prompt, as in CoT-decoding, share its
+keys/values: Q prompts, B rows, row q * branches + i is branch i of prompt q.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,25 +23,21 @@ from mod_star.model.transformer import block_names
 
 @struct.dataclass
 class FullCache:
-    """Keys/values of a full block for a batch of B rows, P prompt slots and T slots for generated tokens."""
+    """Keys/values of a full block: the prompts' for Q prompts, the generated tokens' for B rows of T slots."""
 
-    prompt_keys_BxKxPxE: jax.Array
-    prompt_values_BxKxPxE: jax.Array
+    prompt: Segment
+    """Leaves have a leading axis Q: one prompt for all of its B / Q branches."""
     keys_BxKxTxE: jax.Array
     values_BxKxTxE: jax.Array
 
-    def segments(self, lengths_B: jax.Array, step: jax.Array) -> tuple[Segment, Segment]:
-        """The two segments that the token of `step` attends to besides itself; leaves have a leading batch axis."""
-        B, _, P, _ = self.prompt_keys_BxKxPxE.shape
-        T = self.keys_BxKxTxE.shape[2]
-        prompt_slots, slots = jnp.arange(P, dtype=jnp.int32), jnp.arange(T, dtype=jnp.int32)
-        prompt = Segment(
-            self.prompt_keys_BxKxPxE,
-            self.prompt_values_BxKxPxE,
-            jnp.broadcast_to(prompt_slots, (B, P)),
-            jnp.ones((B, P), jnp.int32),
-            prompt_slots < lengths_B[:, None],
-        )
+    def segments(self) -> tuple[Segment, ...]:
+        """What all branches of a prompt attend to; leaves have a leading axis Q."""
+        return (self.prompt,)
+
+    def own_segments(self, lengths_B: jax.Array, step: jax.Array) -> tuple[Segment, ...]:
+        """What the token of `step` attends to besides that and itself; leaves have a leading axis B."""
+        B, _, T, _ = self.keys_BxKxTxE.shape
+        slots = jnp.arange(T, dtype=jnp.int32)
         generated = Segment(
             self.keys_BxKxTxE,
             self.values_BxKxTxE,
@@ -47,7 +45,7 @@ class FullCache:
             jnp.ones((B, T), jnp.int32),
             jnp.broadcast_to(slots < step, (B, T)),
         )
-        return prompt, generated
+        return (generated,)
 
     def append(self, own: Segment, step: jax.Array) -> FullCache:
         """With the keys/values of one token per row (B x K x 1 x E) in slot `step`."""
@@ -66,77 +64,133 @@ class RoutedCache:
     The spare slot takes the writes of rows that have nothing to write, which keeps the update free of branches.
     """
 
+    prompt: Segment | None
+    """The prompts', if they are shared by several branches, as in `FullCache`; else they fill the first slots."""
     keys_BxKxMxE: jax.Array
     values_BxKxMxE: jax.Array
     positions_BxM: jax.Array
     """int32 positions of the cached tokens."""
+    filled_B: jax.Array
+    """int32 slots filled here, without `prompt`."""
     count_B: jax.Array
-    """int32 slots filled."""
+    """int32 tokens computed, those of the prompt included."""
     overflow_B: jax.Array
     """int32 tokens that the causal rule wanted to compute but that passed by because no slot was left."""
+    slots: int = struct.field(pytree_node=False)
+    """The most tokens that the block may compute of a row, those of the prompt included."""
 
-    @property
-    def slots(self) -> int:
-        """M, the number of tokens that fit."""
-        return self.positions_BxM.shape[1] - 1
+    def segments(self) -> tuple[Segment, ...]:
+        """As for `FullCache`."""
+        return () if self.prompt is None else (self.prompt,)
 
-    def segment(self) -> Segment:
-        """What a token attends to besides itself; leaves have a leading batch axis."""
-        valid = jnp.arange(self.slots + 1) < self.count_B[:, None]
-        return Segment(
-            self.keys_BxKxMxE, self.values_BxKxMxE, self.positions_BxM, jnp.ones_like(self.positions_BxM), valid
-        )
+    def own_segments(self, lengths_B: jax.Array, step: jax.Array) -> tuple[Segment, ...]:
+        """As for `FullCache`; what is cached says itself where it stands."""
+        del lengths_B, step
+        valid = jnp.arange(self.positions_BxM.shape[1]) < self.filled_B[:, None]
+        ids = jnp.ones_like(self.positions_BxM)
+        return (Segment(self.keys_BxKxMxE, self.values_BxKxMxE, self.positions_BxM, ids, valid),)
 
     def append(self, own: Segment, computed_B: jax.Array, overflow_B: jax.Array) -> RoutedCache:
         """With the keys/values of one token in each row that computed it, and overflows counted."""
         rows = jnp.arange(computed_B.shape[0])
-        slot_B = jnp.where(computed_B, self.count_B, self.slots)
+        slot_B = jnp.where(computed_B, self.filled_B, self.positions_BxM.shape[1] - 1)
         if computed_B.shape[0] == 1:  # a slice is updated in place for certain, and fast
             write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, slot_B[0], 2)  # noqa: E731
         else:
             write = lambda cache, new: cache.at[rows, :, slot_B].set(new[:, :, 0], unique_indices=True)  # noqa: E731
-        return RoutedCache(
-            write(self.keys_BxKxMxE, own.keys_KxMxE),
-            write(self.values_BxKxMxE, own.values_KxMxE),
-            self.positions_BxM.at[rows, slot_B].set(own.positions_M[:, 0]),
-            self.count_B + computed_B,
-            self.overflow_B + overflow_B,
+        return replace(
+            self,
+            keys_BxKxMxE=write(self.keys_BxKxMxE, own.keys_KxMxE),
+            values_BxKxMxE=write(self.values_BxKxMxE, own.values_KxMxE),
+            positions_BxM=self.positions_BxM.at[rows, slot_B].set(own.positions_M[:, 0]),
+            filled_B=self.filled_B + computed_B,
+            count_B=self.count_B + computed_B,
+            overflow_B=self.overflow_B + overflow_B,
         )
 
 
 Cache = FullCache | RoutedCache
 
 
-def full_cache(prompt: Segment, new_tokens: int) -> FullCache:
-    """Cache of a full block after prefill; `prompt` has leaves with a leading batch axis."""
-    B, K, _, E = prompt.keys_KxMxE.shape
-    empty = jnp.zeros((B, K, new_tokens, E), prompt.keys_KxMxE.dtype)
-    return FullCache(prompt.keys_KxMxE, prompt.values_KxMxE, empty, empty)
+def full_cache(prompt: Segment, new_tokens: int, branches: int = 1) -> FullCache:
+    """Cache of a full block after prefill; `prompt` has leaves with a leading axis Q."""
+    Q, K, _, E = prompt.keys_KxMxE.shape
+    empty = jnp.zeros((Q * branches, K, new_tokens, E), prompt.keys_KxMxE.dtype)
+    return FullCache(prompt, empty, empty)
 
 
-def routed_cache(prompt: Segment, overflow_B: jax.Array, slots: int) -> RoutedCache:
+def routed_cache(prompt: Segment, overflow_Q: jax.Array, slots: int, new_tokens: int, branches: int = 1) -> RoutedCache:
     """Cache of a routed block after prefill: the computed tokens of the prompt come first, then free slots."""
-    spare = slots + 1 - prompt.positions_M.shape[1]
-    pad = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, spare), (0, 0)))  # noqa: E731
-    return RoutedCache(
-        pad(prompt.keys_KxMxE),
-        pad(prompt.values_KxMxE),
-        jnp.pad(prompt.positions_M, ((0, 0), (0, spare))),
-        jnp.sum(prompt.valid_M, -1, dtype=jnp.int32),
-        overflow_B,
-    )
+    count_B, overflow_B = jnp.sum(prompt.valid_M, -1, dtype=jnp.int32), overflow_Q
+    if branches == 1:
+        spare = slots + 1 - prompt.positions_M.shape[1]
+        pad = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, spare), (0, 0)))  # noqa: E731
+        keys, values = pad(prompt.keys_KxMxE), pad(prompt.values_KxMxE)
+        positions = jnp.pad(prompt.positions_M, ((0, 0), (0, spare)))
+        return RoutedCache(None, keys, values, positions, count_B, count_B, overflow_B, slots)
+    Q, K, _, E = prompt.keys_KxMxE.shape
+    B, own = Q * branches, min(new_tokens, slots) + 1
+    empty, none = jnp.zeros((B, K, own, E), prompt.keys_KxMxE.dtype), jnp.zeros((B, own), jnp.int32)
+    count_B, overflow_B = jnp.repeat(count_B, branches), jnp.repeat(overflow_B, branches)
+    return RoutedCache(prompt, empty, empty, none, jnp.zeros_like(count_B), count_B, overflow_B, slots)
+
+
+def over_rows(function: Callable[[Any, Any], Any], rows: Any, shared: Any, branches: int) -> Any:
+    """`function(row, shared by the branches of its prompt)` for all B rows.
+
+    `vmap`s that leave what is shared unbatched among the branches: it is read once for all of them and never copied.
+
+    Args:
+      function: for one row.
+      rows: leaves have a leading axis B; row q * branches + i is branch i of prompt q.
+      shared: leaves have a leading axis Q = B / branches.
+      branches: rows per prompt.
+    """
+    if branches == 1:
+        return jax.vmap(function)(rows, shared)
+    each = jax.vmap(function, (0, None))
+    B = jax.tree.leaves(rows)[0].shape[0]
+    if branches == B:
+        return each(rows, jax.tree.map(lambda leaf: leaf[0], shared))
+    split = jax.tree.map(lambda leaf: leaf.reshape(-1, branches, *leaf.shape[1:]), rows)
+    return jax.tree.map(lambda leaf: leaf.reshape(B, *leaf.shape[2:]), jax.vmap(each)(split, shared))
 
 
 def text_of(routing: RoutingConfig, caches: tuple[Cache, ...], lengths_B: jax.Array, step: jax.Array) -> Any:
-    """All that is cached before `step`, as `thinking.sample.sample_thought` reads a text.
+    """All that is cached before `step`, as thoughts read a text: what is a row's own, and what is shared.
 
     Returns:
-      A tuple with a dict {block name: tuple of Segments} for each group; leaves have a leading batch axis.
+      Twice a tuple with a dict {block name: tuple of Segments} for each group; leaves have a leading axis B, and Q. A
+      row's text is the tuples of both, see `join_text`.
     """
+    return (
+        _by_group(routing, [cache.own_segments(lengths_B, step) for cache in caches]),
+        _by_group(routing, [cache.segments() for cache in caches]),
+    )
+
+
+def join_text(own: Any, shared: Any) -> Any:
+    """The text of one row from the two parts of it that `text_of` gives."""
+    return tuple(
+        {name: (*of_prompts[name], *group[name]) for name in group}
+        for group, of_prompts in zip(own, shared, strict=True)
+    )
+
+
+def _by_group(routing: RoutingConfig, segments: list[tuple[Segment, ...]]) -> Any:
     names = block_names(routing)
-    segments = [c.segments(lengths_B, step) if isinstance(c, FullCache) else (c.segment(),) for c in caches]
-    groups = range(0, len(caches), len(names))
+    groups = range(0, len(segments), len(names))
     return tuple(dict(zip(names, segments[first : first + len(names)], strict=True)) for first in groups)
+
+
+def reorder_cache(cache: Cache, rows_B: jax.Array) -> Cache:
+    """Row b becomes a copy of row rows_B[b], which must be a branch of the same prompt. Prompts stay where they are."""
+    return replace(jax.tree.map(lambda leaf: leaf[rows_B], replace(cache, prompt=None)), prompt=cache.prompt)
+
+
+def take_prompts_of_cache(cache: Cache, prompts: jax.Array, rows: jax.Array) -> Cache:
+    """The cache of some prompts, which have these rows."""
+    return replace(reorder_cache(cache, rows), prompt=jax.tree.map(lambda leaf: leaf[prompts], cache.prompt))
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from mod_star.config import ThinkingConfig
-from mod_star.decoding.caches import Cache, RoutedCache, full_cache, routed_cache, text_of
-from mod_star.decoding.sampling import Sampling, draw
-from mod_star.decoding.step import decode_step, logits_of, unstack
+from mod_star.decoding.caches import Cache, full_cache, routed_cache, text_of
+from mod_star.decoding.generated import Generated, results_of
+from mod_star.decoding.sampling import Sampling, draw, log_prob_and_gap, ranked_tokens
+from mod_star.decoding.state import DecodeState, take_prompts
+from mod_star.decoding.step import decode_step, logits_of, narrowed, unstack
 from mod_star.decoding.think import Think, ThoughtRecord, empty_record, think_step
 from mod_star.errors import InputError, require
 from mod_star.model import Decoder
@@ -25,55 +26,9 @@ from mod_star.model.transformer import block_names, group_count
 PROMPT_MULTIPLE = 32
 """Prompts are padded to a multiple of this, so that few programs are compiled for prompts of many lengths."""
 NEVER = Think()
+Stop = Callable[[list[Generated]], Sequence[bool]]
 THOUGHTS = np.uint32(2**32 - 1)
 """Folded into a row's key for the draws of its thoughts, so that its tokens are drawn the same without any."""
-
-
-@struct.dataclass
-class DecodeState:
-    """Everything that changes while decoding a batch of B rows with room for T new tokens."""
-
-    caches: tuple[Cache, ...]
-    """One per block, in order."""
-    hidden_BxD: jax.Array
-    """Hidden state at the last token, after the final norm, in the compute type: times the LM head it gives logits."""
-    tokens_BxT: jax.Array
-    """int32 generated tokens; -1 where none (yet)."""
-    log_probs_BxT: jax.Array
-    """float32 log-probability of each generated token under the model itself (temperature 1, all tokens; after its
-    thought, where the row thought)."""
-    step: jax.Array
-    """int32 number of tokens generated in each unfinished row."""
-    done_B: jax.Array
-    """bool; the row has generated an end token, or `stream` was told to end it."""
-    lengths_B: jax.Array
-    """int32 prompt lengths."""
-    keys_B: jax.Array
-    """A random key per row: what a row draws does not depend on the rows beside it."""
-    record: ThoughtRecord | None = None
-    """What was thought before each token; None for a model that can't think."""
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What became of one prompt."""
-
-    tokens: list[int]
-    """New tokens, without the end token."""
-    log_probs: list[float]
-    """Their log-probabilities in nats under the model (temperature 1, all tokens), mixed where it thought."""
-    finished: bool
-    """Whether it ended by itself, with an end token."""
-    routed_fraction: list[float]
-    """Share of prompt and new tokens that each routed block computed; empty for a dense model."""
-    overflow: int
-    """Times a routed block wanted a token but had no slot left, over all routed blocks. Thoughts don't count."""
-    entropies: list[float] = field(default_factory=list)
-    """Entropy in nats of the prediction of each token without a thought. Empty if it never thinks, as the next two."""
-    thoughts: list[list[int] | None] = field(default_factory=list)
-    """The thought before each token, without <start> and <end>; None where it didn't think, [] for pauses."""
-    mixing_weights: list[float | None] = field(default_factory=list)
-    """Weight of the prediction after the thought; None where it didn't think."""
 
 
 class Generator:
@@ -98,37 +53,51 @@ class Generator:
         self.decoder = decoder
         self.thinking = ThinkingConfig() if thinking is None else thinking
         self._can_think = thinking is not None and "thinking" in params
-        self.params = unstack(decoder, params)
-        self._stacked = params
+        self._stacked = narrowed(decoder, params)
+        self.params = unstack(decoder, self._stacked)
         self._end_ids = tuple(end_ids)
         self._routing_key = routing_key if decoder.routing.selection == "stochastic" else None
-        self._prefill = jax.jit(self._prefill_fn, static_argnames=("room", "slots"))
+        self._prefill = jax.jit(self._prefill_fn, static_argnames=("room", "slots", "branches"))
         self._advance = jax.jit(self._advance_fn, static_argnames=("sampling", "think"), donate_argnames=("state",))
 
-    def start(self, prompts: Sequence[Sequence[int]], new_tokens: int, seed: int = 0) -> DecodeState:
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        seed: int = 0,
+        branches: int = 1,
+        numbers: Sequence[int] | None = None,
+    ) -> DecodeState:
         """Runs the prompts and returns the state before the first new token.
 
         Args:
           prompts: token ids, at least one per prompt; lengths may differ.
           new_tokens: the most tokens to generate per row (T).
           seed: of the rows' random keys.
+          branches: rows per prompt. They share its keys/values, which are computed once.
+          numbers: of the prompts in a larger collection: with one seed, rows of one number draw the same wherever
+            they are. 0, 1, ... by default.
 
         Raises:
           InputError: a prompt is empty, holds an id that the model doesn't have, or leaves no room for `new_tokens` in
             the model's context.
         """
         self._check(prompts, new_tokens)
+        require(branches >= 1, "branches", branches, "must be at least 1")
         context = self.decoder.config.context
         longest = max(map(len, prompts))
         padded = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, context - new_tokens)
         tokens = np.zeros((len(prompts), padded), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(prompts)))
+        first = np.arange(len(prompts)) if numbers is None else np.asarray(numbers)
+        rows = (first[:, None] * branches + np.arange(branches)).reshape(-1)
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.asarray(rows, jnp.uint32))
         lengths = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
         # The slots do not depend on how prompts are padded, so neither does what is generated.
         slots = causal_slots(self.decoder.routing, context)
-        return self._prefill(self._stacked, jnp.asarray(tokens), lengths, keys, room=new_tokens, slots=slots)
+        tokens_QxP = jnp.asarray(tokens)
+        return self._prefill(self._stacked, tokens_QxP, lengths, keys, room=new_tokens, slots=slots, branches=branches)
 
     def _check(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         context, V = self.decoder.config.context, self.decoder.config.vocab_size
@@ -145,11 +114,12 @@ class Generator:
                 raise InputError(f"prompt {number}: token ids must lie in [0, {V}), has {min(prompt)} to {max(prompt)}")
 
     def _prefill_fn(
-        self, params: dict[str, Any], tokens_BxP: jax.Array, lengths_B: jax.Array, keys_B: jax.Array, room: int,
-        slots: int,
+        self, params: dict[str, Any], tokens_QxP: jax.Array, lengths_Q: jax.Array, keys_B: jax.Array, room: int,
+        slots: int, branches: int = 1,
     ) -> DecodeState:  # fmt: skip
-        B, P = tokens_BxP.shape
-        segment_ids_BxP = (jnp.arange(P) < lengths_B[:, None]).astype(jnp.int32)
+        Q, P = tokens_QxP.shape
+        B = Q * branches
+        segment_ids_QxP = (jnp.arange(P) < lengths_Q[:, None]).astype(jnp.int32)
         positions_P = jnp.arange(P, dtype=jnp.int32)
 
         def run(tokens_P: jax.Array, segment_ids_P: jax.Array) -> Any:
@@ -158,27 +128,29 @@ class Generator:
                 key=self._routing_key, keep_keys_values=True,
             )  # fmt: skip
 
-        output = jax.vmap(run)(tokens_BxP, segment_ids_BxP)
+        output = jax.vmap(run)(tokens_QxP, segment_ids_QxP)
         caches: list[Cache] = []
         for group in range(group_count(self.decoder.config, self.decoder.routing)):
             for name in block_names(self.decoder.routing):
                 prompt = jax.tree.map(lambda leaf, group=group: leaf[:, group], output.keys_values[name])
                 if name == "routed":
-                    overflow_B = jnp.sum(output.trace.overflow[:, group], -1, dtype=jnp.int32)
-                    caches.append(routed_cache(prompt, overflow_B, slots))
+                    overflow_Q = jnp.sum(output.trace.overflow[:, group], -1, dtype=jnp.int32)
+                    caches.append(routed_cache(prompt, overflow_Q, slots, room, branches))
                 else:
-                    caches.append(full_cache(prompt, room))
-        last_BxD = jnp.take_along_axis(output.hidden, (lengths_B - 1)[:, None, None], 1)[:, 0]
+                    caches.append(full_cache(prompt, room, branches))
+        last_QxD = jnp.take_along_axis(output.hidden, (lengths_Q - 1)[:, None, None], 1)[:, 0]
         return DecodeState(
             caches=tuple(caches),
-            hidden_BxD=last_BxD,
+            hidden_BxD=jnp.repeat(last_QxD, branches, 0),
             tokens_BxT=jnp.full((B, room), -1, jnp.int32),
             log_probs_BxT=jnp.zeros((B, room), jnp.float32),
+            gaps_BxT=jnp.zeros((B, room), jnp.float32),
             step=jnp.zeros((), jnp.int32),
             done_B=jnp.zeros(B, bool),
-            lengths_B=lengths_B,
+            lengths_B=jnp.repeat(lengths_Q, branches),
             keys_B=keys_B,
             record=empty_record(B, room, self.thinking) if self._can_think else None,
+            branches=branches,
         )
 
     def advance(self, state: DecodeState, until: int, sampling: Sampling, think: Think = NEVER) -> DecodeState:
@@ -193,6 +165,13 @@ class Generator:
         threshold, fixed = jnp.float32(think.threshold or 0.0), replace(think, threshold=0.0)
         fixed = NEVER if think.when == "never" else fixed
         return self._advance(self.params, state, jnp.int32(until), threshold, sampling=sampling, think=fixed)
+
+    def _check_sampling(self, sampling: Sampling, think: Think, branches: int) -> None:
+        """Raises InputError for what can't be, before anything is compiled."""
+        V = self.decoder.config.vocab_size
+        allowed = f"must be at most the vocabulary, {V}: each branch starts with another token"
+        require(not sampling.branch or branches <= V, "branches", branches, allowed)
+        self._check_thinking(think)
 
     def _check_thinking(self, think: Think) -> None:
         possible = self._can_think or think.when == "never"
@@ -218,11 +197,15 @@ class Generator:
             else:
                 logits_BxV, thoughts = self._think(params, state, think, threshold)
             tokens_B = jax.vmap(functools.partial(draw, sampling=sampling))(keys_B, logits_BxV)
-            log_probs_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BxV), tokens_B[:, None], 1)[:, 0]
+            if sampling.branch:
+                ranked = functools.partial(ranked_tokens, logits_BxV, state.branches)
+                tokens_B = jax.lax.cond(state.step == 0, ranked, lambda: tokens_B)
+            log_probs_B, gaps_B = log_prob_and_gap(logits_BxV, tokens_B)
             ends_B = functools.reduce(jnp.logical_or, [tokens_B == i for i in self._end_ids], state.done_B)
             hidden_BxD, caches = decode_step(
-                self.decoder, params, state.caches, tokens_B, state.lengths_B, state.step, ~ends_B, self._routing_key
-            )
+                self.decoder, params, state.caches, tokens_B, state.lengths_B, state.step, ~ends_B,
+                state.branches, self._routing_key,
+            )  # fmt: skip
 
             def write(buffer: jax.Array, values: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_update_slice_in_dim(buffer, values[:, None], state.step, 1)
@@ -236,6 +219,7 @@ class Generator:
                 hidden_BxD=hidden_BxD,
                 tokens_BxT=column(state.tokens_BxT, tokens_B, -1),
                 log_probs_BxT=column(state.log_probs_BxT, log_probs_B, 0.0),
+                gaps_BxT=column(state.gaps_BxT, gaps_B, 0.0),
                 step=state.step + 1,
                 done_B=ends_B,
                 record=state.record if thoughts is None else jax.tree.map(write, state.record, thoughts),
@@ -251,32 +235,12 @@ class Generator:
         text = text_of(self.decoder.routing, state.caches, state.lengths_B, state.step)
         return think_step(
             self.decoder, params, self.thinking, think, threshold, state.hidden_BxD, text,
-            state.lengths_B + state.step - 1, jax.vmap(fold)(state.keys_B), ~state.done_B,
+            state.lengths_B + state.step - 1, jax.vmap(fold)(state.keys_B), ~state.done_B, state.branches,
         )  # fmt: skip
 
     def results(self, state: DecodeState) -> list[Generated]:
         """What has been generated up to now, row by row."""
-        tokens, log_probs, lengths = jax.device_get((state.tokens_BxT, state.log_probs_BxT, state.lengths_B))
-        record = jax.device_get(state.record)
-        routed = [c for c in state.caches if isinstance(c, RoutedCache)]
-        counts = np.array(jax.device_get([cache.count_B for cache in routed])).reshape(len(routed), len(tokens))
-        overflow = np.array(jax.device_get([cache.overflow_B for cache in routed])).reshape(len(routed), len(tokens))
-        results = []
-        for row in range(len(tokens)):
-            new = tokens[row][tokens[row] >= 0].tolist()
-            ended = bool(new) and new[-1] in self._end_ids
-            seen = int(lengths[row]) + len(new) - ended
-            results.append(
-                Generated(
-                    tokens=new[:-1] if ended else new,
-                    log_probs=log_probs[row][: len(new) - ended].tolist(),
-                    finished=ended,
-                    routed_fraction=(counts[:, row] / seen).tolist() if routed else [],
-                    overflow=int(overflow[:, row].sum()) if routed else 0,
-                    **thought_of_row(record, row, len(new) - ended),
-                )
-            )
-        return results
+        return results_of(state, self._end_ids)
 
     def stream(
         self,
@@ -285,8 +249,9 @@ class Generator:
         sampling: Sampling,
         seed: int = 0,
         burst: int = 8,
-        stop: Callable[[list[Generated]], Sequence[bool]] | None = None,
+        stop: Stop | None = None,
         think: Think = NEVER,
+        branches: int = 1,
     ) -> Iterator[list[Generated]]:
         """Yields the results so far after every `burst` tokens; the last one yielded is complete.
 
@@ -298,10 +263,11 @@ class Generator:
           burst: tokens per row between two results.
           stop: sees the results before they are yielded, and says for each row whether to end it here; None: never.
           think: when to think.
+          branches: as for `start`.
         """
         require(burst >= 1, "burst", burst, "must be at least 1")
-        self._check_thinking(think)
-        state = self.start(prompts, new_tokens, seed)
+        self._check_sampling(sampling, think, branches)
+        state = self.start(prompts, new_tokens, seed, branches)
         for until in range(burst, new_tokens + burst, burst):
             state = self.advance(state, until, sampling, think)
             results = self.results(state)
@@ -318,32 +284,96 @@ class Generator:
         sampling: Sampling,
         seed: int = 0,
         think: Think = NEVER,
+        branches: int = 1,
     ) -> list[Generated]:
-        """All at once: `new_tokens` tokens per prompt, or fewer where an end token comes first."""
-        self._check_thinking(think)
-        return self.results(self.advance(self.start(prompts, new_tokens, seed), new_tokens, sampling, think))
+        """All at once: `new_tokens` tokens per row, or fewer where an end token comes first."""
+        self._check_sampling(sampling, think, branches)
+        return self.results(self.advance(self.start(prompts, new_tokens, seed, branches), new_tokens, sampling, think))
+
+    def generate_many(
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        sampling: Sampling,
+        *,
+        rows: int,
+        branches: int = 1,
+        seed: int = 0,
+        burst: int = 16,
+        stop: Callable[[int, list[Generated]], Sequence[bool]] | None = None,
+        think: Think = NEVER,
+        numbers: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, list[Generated]]]:
+        """Any number of prompts, in batches of prompts of about equal length; yields each when it is finished.
+
+        A batch whose prompts are half finished goes on with the others alone: there is one program for each halving.
+
+        Args:
+          prompts: as for `start`. What is drawn for a prompt depends on its number, not on its batch.
+          new_tokens: as for `start`.
+          sampling: how to draw.
+          rows: of a batch, at the most; at least `branches`.
+          branches: as for `start`.
+          seed: as for `start`.
+          burst: tokens per row between two looks at what is finished.
+          stop: sees a prompt's index and its results so far, and says for each branch whether to end it.
+          think: when to think.
+          numbers: as for `start`, where these prompts are only some of a collection.
+
+        Yields:
+          A prompt's index here and its branches.
+        """
+        require(rows >= branches, "rows", rows, f"must be at least the number of branches, {branches}")
+        self._check(prompts, new_tokens)
+        self._check_sampling(sampling, think, branches)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        at_once = min(rows // branches, len(order))
+        for first in range(0, len(order), at_once):
+            batch = order[first : first + at_once]
+            # The last batch is filled up, with rows that are finished from the start: no program for it alone.
+            filled = batch + batch[-1:] * (at_once - len(batch))
+            drawn = filled if numbers is None else [numbers[i] for i in filled]
+            state = self.start([prompts[i] for i in filled], new_tokens, seed, branches, drawn)
+            absent = np.repeat(np.arange(at_once) >= len(batch), branches)
+            state = replace(state, done_B=jnp.asarray(absent))
+            yield from self._finish_batch(state, np.array(filled), len(batch), sampling, burst, stop, think)
+
+    def _finish_batch(
+        self, state: DecodeState, numbers_Q: np.ndarray, real: int, sampling: Sampling, burst: int,
+        stop: Callable[[int, list[Generated]], Sequence[bool]] | None, think: Think,
+    ) -> Iterator[tuple[int, list[Generated]]]:  # fmt: skip
+        """Runs a batch to its end. Only the first `real` of its prompts count."""
+        k, room = state.branches, state.tokens_BxT.shape[1]
+        told_Q = np.arange(len(numbers_Q)) >= real
+        for until in range(burst, room + burst, burst):
+            state = self.advance(state, until, sampling, think)
+            results = self.results(state)
+            of_prompt = [results[q * k : (q + 1) * k] for q in range(len(numbers_Q))]
+            done_QxK = np.array(state.done_B).reshape(-1, k)
+            if stop is not None:
+                for q in np.flatnonzero(~told_Q):
+                    done_QxK[q] |= np.asarray(stop(int(numbers_Q[q]), of_prompt[q]), bool)
+                state = replace(state, done_B=jnp.asarray(done_QxK.reshape(-1)))
+            for q in np.flatnonzero(~told_Q & (done_QxK.all(1) | (until >= room))):
+                told_Q[q] = True
+                yield int(numbers_Q[q]), of_prompt[q]
+            if told_Q.all():
+                return
+            size = len(numbers_Q)
+            while size > 1 and (~told_Q).sum() <= (size + 1) // 2:
+                size = (size + 1) // 2
+            if size < len(numbers_Q):  # stable: the unfinished ones, then finished ones to fill up
+                kept = np.argsort(told_Q, kind="stable")[:size].astype(np.int32)
+                state, numbers_Q, told_Q = take_prompts(state, kept), numbers_Q[kept], told_Q[kept]
 
     def warm_up(
-        self, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling, think: Think = NEVER
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        sampling: Sampling,
+        think: Think = NEVER,
+        branches: int = 1,
     ) -> None:
         """Compiles what generating with these arguments takes, so that the next call can be timed. Draws no token."""
-        self._check_thinking(think)
-        jax.block_until_ready(self.advance(self.start(prompts, new_tokens), 0, sampling, think))
-
-
-def thought_of_row(record: ThoughtRecord | None, row: int, count: int) -> dict[str, Any]:
-    """The fields of `Generated` about the first `count` tokens of a row; `record` is of NumPy arrays."""
-    if record is None or np.isnan(record.entropies_BxT).all():  # nobody was asked to think
-        return {}
-    entropies, thinks, thoughts, weights = (
-        array[row, :count].tolist()
-        for array in (record.entropies_BxT, record.thinks_BxT, record.thoughts_BxTxN, record.weights_BxT)
-    )
-    return {
-        "entropies": entropies,
-        "thoughts": [
-            [token for token in tokens if token >= 0] if thought else None
-            for tokens, thought in zip(thoughts, thinks, strict=True)
-        ],
-        "mixing_weights": [weight if thought else None for weight, thought in zip(weights, thinks, strict=True)],
-    }
+        self._check_sampling(sampling, think, branches)
+        jax.block_until_ready(self.advance(self.start(prompts, new_tokens, branches=branches), 0, sampling, think))

@@ -21,6 +21,9 @@ class Sampling:
     """Keep the k most probable tokens (more if several tie for the last place); 0: all."""
     top_p: float = 1.0
     """Keep the most probable tokens until their probabilities reach this sum (and those that tie with the last)."""
+    branch: bool = False
+    """At the first new token branch i of a prompt takes the i-th most probable token, counted from 0, whatever the
+    fields above say. With temperature 0 this is CoT-decoding (Wang and Zhou 2024, arXiv 2402.10200, section 2)."""
 
     def __post_init__(self) -> None:
         allowed = self.temperature == 0 or (self.temperature >= 1e-6 and math.isfinite(self.temperature))
@@ -48,3 +51,23 @@ def draw(key: jax.Array, logits_V: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.temperature == 0:
         return jnp.argmax(logits_V).astype(jnp.int32)
     return jax.random.categorical(key, restrict(logits_V, sampling)).astype(jnp.int32)
+
+
+def ranked_tokens(logits_BxV: jax.Array, branches: int) -> jax.Array:
+    """For branch i of each prompt the i-th most probable token, int32 B; of equal ones the lowest id comes first."""
+    _, best_BxN = jax.lax.top_k(logits_BxV, branches)
+    ranks_B = jnp.arange(logits_BxV.shape[0]) % branches
+    return jnp.take_along_axis(best_BxN, ranks_B[:, None], 1)[:, 0].astype(jnp.int32)
+
+
+def log_prob_and_gap(logits_BxV: jax.Array, tokens_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of the tokens, and p(best token) - p(second best); float32 B, softmax over all of V.
+
+    The gap is CoT-decoding's confidence in one token (section 2.2 of the paper).
+    """
+    V = logits_BxV.shape[-1]
+    log_p_BxV = jax.nn.log_softmax(logits_BxV.astype(jnp.float32))
+    best_B = jnp.argmax(log_p_BxV, -1)
+    others_BxV = jnp.where(jnp.arange(V) == best_B[:, None], -jnp.inf, log_p_BxV)
+    gaps_B = jnp.exp(jnp.max(log_p_BxV, -1)) - jnp.exp(jnp.max(others_BxV, -1))
+    return jnp.take_along_axis(log_p_BxV, tokens_B[:, None], 1)[:, 0], gaps_B

@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mod_star.decoding.caches import Cache, FullCache
+from mod_star.decoding.caches import Cache, FullCache, over_rows
 from mod_star.model import Decoder
 from mod_star.model.attention import Segment
 from mod_star.model.layers import rms_norm
+from mod_star.model.parts import DEFAULT_PARTS
 from mod_star.model.routing import routed_share
-from mod_star.model.rows import compute_rows
+from mod_star.model.rows import compute_if
 from mod_star.model.transformer import (
     block_names,
     causal_logit,
@@ -38,6 +39,29 @@ def unstack(decoder: Decoder, params: dict[str, Any]) -> dict[str, Any]:
     return {**params, "groups": groups}
 
 
+def narrowed(decoder: Decoder, params: dict[str, Any]) -> dict[str, Any]:
+    """Params with the weights of matrix products in the compute type, which they are rounded to at every use anyway.
+
+    A decoding step spends its time reading them. What computes in float32 (norms, router, predictor, mixing head) stays
+    as it is, and so do parts of the user's own.
+    """
+    dtype, parts = decoder.config.dtype, decoder.parts
+    if dtype == "float32":
+        return params
+    names: set[str] = set()
+    if parts.block is DEFAULT_PARTS.block:
+        names |= {"query", "key", "value", "output"}
+    if parts.feed_forward is DEFAULT_PARTS.feed_forward:
+        names |= {"gate", "up", "down"}
+
+    def narrow(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        keys = [entry.key for entry in path]
+        top = len(keys) == 1 and keys[0] in ("embedding", "head")
+        return leaf.astype(dtype) if top or ("block" in keys and keys[-1] in names) else leaf
+
+    return jax.tree_util.tree_map_with_path(narrow, params)
+
+
 def logits_of(params: dict[str, Any], hidden_BxD: jax.Array) -> jax.Array:
     """Float32 logits BxV."""
     head = head_matrix(params).astype(hidden_BxD.dtype)
@@ -52,6 +76,7 @@ def decode_step(
     lengths_B: jax.Array,
     step: jax.Array,
     active_B: jax.Array,
+    branches: int = 1,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Runs generated token number `step` of every row.
@@ -64,6 +89,7 @@ def decode_step(
       lengths_B: int32 prompt lengths; the token's position is this plus `step`.
       step: int32 scalar.
       active_B: bool; rows that are finished are computed in full blocks but never in routed ones.
+      branches: rows per prompt, see `caches.over_rows`.
       key: of stochastic routing, the same as for the prefill.
 
     Returns:
@@ -78,8 +104,10 @@ def decode_step(
         group_key = None if key is None else jax.random.fold_in(key, index)
         for name in names:
             cache, block = caches[len(updated)], group[name]
+            own_text = cache.own_segments(lengths_B, step)
             if isinstance(cache, FullCache):
-                delta_BxD, own = _full_rows(decoder, block, x_BxD, positions_B, cache.segments(lengths_B, step))
+                full_row = functools.partial(_full_row, decoder, block)
+                delta_BxD, own = over_rows(full_row, (x_BxD, positions_B, own_text), cache.segments(), branches)
                 updated.append(cache.append(own, step))
             else:
                 scores_B = decoder.parts.router.apply(block["router"], x_BxD)
@@ -87,44 +115,43 @@ def decode_step(
                 wanted_B = causal_logit(block, x_BxD, scores_B, noise_B, routing, config.context) > 0
                 wanted_B &= active_B
                 computed_B = wanted_B & (cache.count_B < cache.slots)
-                delta_BxD, own = compute_rows(
-                    functools.partial(_routed_rows, decoder, block), computed_B,
-                    (x_BxD, scores_B, positions_B, cache.segment()), routed_share(routing, config.context),
-                )  # fmt: skip
+                routed_row = functools.partial(_routed_row, decoder, block)
+                rows = (computed_B, x_BxD, scores_B, positions_B, own_text)
+                delta_BxD, own = over_rows(routed_row, rows, cache.segments(), branches)
                 updated.append(cache.append(own, computed_B, wanted_B & ~computed_B))
             x_BxD = x_BxD + delta_BxD
     return rms_norm(x_BxD, params["final_norm"], config.norm_eps), tuple(updated)
 
 
-def _full_rows(
-    decoder: Decoder, block: dict[str, Any], x_BxD: jax.Array, positions_B: jax.Array, context: tuple[Segment, ...]
+def _full_row(
+    decoder: Decoder, block: dict[str, Any], row: tuple[Any, ...], prompt: tuple[Segment, ...]
 ) -> tuple[jax.Array, Segment]:
-    def row(x_D: jax.Array, position: jax.Array, context: tuple[Segment, ...]) -> tuple[jax.Array, Segment]:
-        one = jnp.ones(1, jnp.int32)
-        delta, own = decoder.parts.block.apply(
-            block["block"], x_D[None], position[None], one, one > 0, context, decoder.config, decoder.parts
-        )
-        return delta[0], own
+    """Delta D and keys/values of one token."""
+    x_D, position, own_text = row
+    one = jnp.ones(1, jnp.int32)
+    delta, own = decoder.parts.block.apply(
+        block["block"], x_D[None], position[None], one, one > 0, (*prompt, *own_text), decoder.config, decoder.parts
+    )
+    return delta[0], own
 
-    return jax.vmap(row)(x_BxD, positions_B, context)
 
-
-def _routed_rows(
-    decoder: Decoder,
-    block: dict[str, Any],
-    x_NxD: jax.Array,
-    scores_N: jax.Array,
-    positions_N: jax.Array,
-    context: Segment,
+def _routed_row(
+    decoder: Decoder, block: dict[str, Any], row: tuple[Any, ...], prompt: tuple[Segment, ...]
 ) -> tuple[jax.Array, Segment]:
-    """Gated delta and keys/values of N rows, each one token with a cache of its own."""
+    """Gated delta D and keys/values of one token if it is to be computed, else zeros."""
+    computed, *values = row
 
-    def row(x_D: jax.Array, score: jax.Array, position: jax.Array, context: Segment) -> tuple[jax.Array, Segment]:
+    def compute(
+        block: Any, x_D: jax.Array, score: jax.Array, position: jax.Array, context: tuple[Segment, ...]
+    ) -> tuple[jax.Array, Segment]:
         one = jnp.ones(1, jnp.int32)
         delta, _, own = routed_rows(
-            block, x_D[None], score[None], position[None], one, one > 0, (context,),
+            block, x_D[None], score[None], position[None], one, one > 0, context,
             decoder.config, decoder.routing, decoder.parts,
         )  # fmt: skip
         return delta[0], own
 
-    return jax.vmap(row)(x_NxD, scores_N, positions_N, context)
+    *token, own_text = values
+    share = routed_share(decoder.routing, decoder.config.context)
+    result: tuple[jax.Array, Segment] = compute_if(computed, compute, (block, *token, (*prompt, *own_text)), share)
+    return result

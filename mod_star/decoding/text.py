@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from mod_star.data.tokenizers import StreamDecoder, Tokenizer, begin
-from mod_star.decoding.generate import NEVER, Generated, Generator
+from mod_star.decoding.generate import NEVER, Generator
+from mod_star.decoding.generated import Generated
 from mod_star.decoding.sampling import Sampling
 from mod_star.decoding.think import Think
 from mod_star.errors import require
@@ -30,6 +32,12 @@ class Completion:
     """Share of the tokens that each routed block computed, prompt included; empty for a dense model."""
     overflow: int
     """Times a routed block wanted a token but had no slot left, over all routed blocks."""
+    gaps: list[float] = field(default_factory=list)
+    """Probability of the best token less that of the second best at each token's step: see `Generated`."""
+    end_log_prob: float = math.nan
+    """Log-probability of the model's own end token; nan if `finished` is anything else than "end"."""
+    end_gap: float = math.nan
+    """The gap at that token."""
     entropies: list[float] = field(default_factory=list)
     """Entropy in nats of the prediction of each token without a thought. Empty if it never thinks, as the next."""
     thoughts: list[list[int] | None] = field(default_factory=list)
@@ -58,11 +66,13 @@ def complete(
     stop: Sequence[str] = (),
     burst: int = 8,
     think: Think = NEVER,
+    branches: int = 1,
+    encoded: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[list[Completion]]:
     """Completes texts, all in one batch.
 
     Args:
-      generator: the model; its end ids should be the tokenizer's eos.
+      generator: the model; its end ids should be the tokenizer's `end_ids`.
       tokenizer: the model's.
       prompts: the texts to go on from.
       new_tokens: the most tokens to generate for each.
@@ -71,24 +81,75 @@ def complete(
       stop: strings that end a text, wherever their first and last character fall within tokens.
       burst: tokens per row between two results; a row generates up to this many beyond its stop string.
       think: when to think.
+      branches: completions of each prompt, see `Generator.start`.
+      encoded: the prompts' token ids, if they are not what `encode_prompts` makes of them (a chat's).
 
     Yields:
-      The completions so far, one for each prompt, after every burst; the last ones are finished.
+      The completions so far, those of one prompt after those of another, after every burst; the last ones are finished.
 
     Raises:
       InputError: a stop string is empty, the model is asked to think and can't, or as for `Generator.start`.
     """
     require(all(stop), "stop", tuple(stop), "must not be an empty string")
-    encoded = encode_prompts(tokenizer, prompts)
-    rows = [_Row(prompt, tokenizer, new_tokens, stop) for prompt in prompts]
+    encoded = encode_prompts(tokenizer, prompts) if encoded is None else encoded
+    rows = [_Row(prompt, tokenizer, new_tokens, stop) for prompt in prompts for _ in range(branches)]
 
     def stopped(results: list[Generated]) -> list[bool]:
-        for row, result in zip(rows, results, strict=True):
-            row.take(result)
-        return [row.finished == "stop" for row in rows]
+        return _take(rows, results)
 
-    for results in generator.stream(encoded, new_tokens, sampling, seed, burst, stopped, think):
+    for results in generator.stream(encoded, new_tokens, sampling, seed, burst, stopped, think, branches):
         yield [row.completion(result) for row, result in zip(rows, results, strict=True)]
+
+
+def complete_many(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    new_tokens: int,
+    sampling: Sampling,
+    *,
+    rows: int,
+    branches: int = 1,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    burst: int = 16,
+    think: Think = NEVER,
+    encoded: Sequence[Sequence[int]] | None = None,
+    numbers: Sequence[int] | None = None,
+) -> Iterator[tuple[int, list[Completion]]]:
+    """Completes any number of texts in batches of `rows` rows, see `Generator.generate_many`; else as `complete`.
+
+    Yields:
+      A prompt's index and the completions of its branches, as prompts get finished.
+    """
+    require(all(stop), "stop", tuple(stop), "must not be an empty string")
+    encoded = encode_prompts(tokenizer, prompts) if encoded is None else encoded
+    texts = {
+        i: [_Row(prompt, tokenizer, new_tokens, stop) for _ in range(branches)] for i, prompt in enumerate(prompts)
+    }
+    finished = generator.generate_many(
+        encoded, new_tokens, sampling, rows=rows, branches=branches, seed=seed, burst=burst, think=think,
+        numbers=numbers,
+        stop=lambda number, results: _take(texts[number], results),
+    )  # fmt: skip
+    for number, results in finished:
+        yield number, [row.completion(result) for row, result in zip(texts[number], results, strict=True)]
+
+
+def completion_of(
+    tokenizer: Tokenizer, prompt: str, result: Generated, new_tokens: int, stop: Sequence[str] = ()
+) -> Completion:
+    """One finished result as text, cut at the first of the stop strings."""
+    row = _Row(prompt, tokenizer, new_tokens, stop)
+    row.take(result)
+    return row.completion(result)
+
+
+def _take(rows: Sequence[_Row], results: Sequence[Generated]) -> list[bool]:
+    """Gives each row its new tokens, and says which have come to a stop string."""
+    for row, result in zip(rows, results, strict=True):
+        row.take(result)
+    return [row.finished == "stop" for row in rows]
 
 
 class _Row:
@@ -147,6 +208,9 @@ class _Row:
             finished=self.finished,
             routed_fraction=result.routed_fraction,
             overflow=result.overflow,
+            gaps=result.gaps[:taken],
+            end_log_prob=result.end_log_prob if self.finished == "end" else math.nan,
+            end_gap=result.end_gap if self.finished == "end" else math.nan,
             entropies=result.entropies[:taken],
             thoughts=result.thoughts[:taken],
             thought_texts=self._thought_texts[:taken],

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from mod_star.config import ThinkingConfig
+from mod_star.decoding.caches import join_text, over_rows
 from mod_star.decoding.step import logits_of
 from mod_star.errors import require
 from mod_star.model import Decoder
-from mod_star.model.rows import compute_rows
+from mod_star.model.rows import compute_if
 from mod_star.thinking.mixing import mix, mixing_weight
 from mod_star.thinking.sample import sample_thought
 
@@ -76,10 +77,11 @@ def think_step(
     think: Think,
     threshold: jax.Array | float,
     hidden_BxD: jax.Array,
-    text: Any,
+    text: tuple[Any, Any],
     positions_B: jax.Array,
     keys_B: jax.Array,
     active_B: jax.Array,
+    branches: int = 1,
 ) -> tuple[jax.Array, ThoughtRecord]:
     """Predicts the next token of every row, after a thought where one is due.
 
@@ -97,6 +99,7 @@ def think_step(
       positions_B: int32 position of the last token.
       keys_B: of the thoughts' draws.
       active_B: bool; finished rows never think.
+      branches: rows per prompt, see `caches.over_rows`.
 
     Returns:
       Float32 logits BxV, those of the plain prediction where a row doesn't think; and the step's record.
@@ -104,14 +107,21 @@ def think_step(
     base_BxV = logits_of(params, hidden_BxD)
     log_p_BxV = jax.nn.log_softmax(base_BxV)
     entropies_B = -jnp.sum(jnp.exp(log_p_BxV) * log_p_BxV, -1)
-    rows = (hidden_BxD, text, positions_B, keys_B)
-    after_thoughts = functools.partial(_after_thoughts, decoder, params, thinking, think.temperature)
-    if think.when == "always":
-        thinks_B = active_B
-        logits_BxV, thoughts_BxN, weights_B = after_thoughts(*rows)
-    else:
-        thinks_B = active_B & (entropies_B > threshold)
-        logits_BxV, thoughts_BxN, weights_B = compute_rows(after_thoughts, thinks_B, rows, think.share)
+    thinks_B = active_B if think.when == "always" else active_B & (entropies_B > threshold)
+    after_thought = functools.partial(_after_thought, decoder, thinking, think.temperature)
+
+    def row(row: tuple[Any, ...], shared: Any) -> tuple[jax.Array, ...]:
+        thinks, hidden_D, own, position, key = row
+        arrays = (params, hidden_D, join_text(own, shared), position, key)
+        result: tuple[jax.Array, ...] = (
+            after_thought(*arrays) if think.when == "always" else compute_if(thinks, after_thought, arrays, think.share)
+        )
+        return result
+
+    own, shared = text
+    logits_BxV, thoughts_BxN, weights_B = over_rows(
+        row, (thinks_B, hidden_BxD, own, positions_B, keys_B), shared, branches
+    )
     record = ThoughtRecord(
         jnp.where(active_B, entropies_B, jnp.nan),
         thinks_B,
@@ -121,25 +131,20 @@ def think_step(
     return jnp.where(thinks_B[:, None], logits_BxV, base_BxV), record
 
 
-def _after_thoughts(
+def _after_thought(
     decoder: Decoder,
-    params: dict[str, Any],
     thinking: ThinkingConfig,
     temperature: float,
-    hidden_RxD: jax.Array,
+    params: dict[str, Any],
+    hidden_D: jax.Array,
     text: Any,
-    positions_R: jax.Array,
-    keys_R: jax.Array,
+    position: jax.Array,
+    key: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Logits RxV mixed after a thought in each of R rows, the thoughts RxN, and the mixing weights R."""
-
-    def row(text: Any, position: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        thought, after_D = sample_thought(
-            decoder, params, text, position, jnp.int32(1), key, thinking, temperature, finish=True
-        )
-        assert after_D is not None
-        return thought.tokens_T, after_D
-
-    thoughts_RxN, after_RxD = jax.vmap(row)(text, positions_R, keys_R)
-    weights_R = mixing_weight(params["thinking"]["mixing"], hidden_RxD, after_RxD)
-    return logits_of(params, mix(hidden_RxD, after_RxD, weights_R)), thoughts_RxN, weights_R
+    """Logits V mixed after a thought, the thought N, and the mixing weight."""
+    thought, after_D = sample_thought(
+        decoder, params, text, position, jnp.int32(1), key, thinking, temperature, finish=True
+    )
+    assert after_D is not None
+    weight_1 = mixing_weight(params["thinking"]["mixing"], hidden_D[None], after_D[None])
+    return logits_of(params, mix(hidden_D[None], after_D[None], weight_1))[0], thought.tokens_T, weight_1[0]

@@ -17,7 +17,7 @@ from decoding_models import Model, make_prompts
 from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.decoding import Generator, Sampling
 from mod_star.decoding.caches import FullCache, RoutedCache, cache_bytes
-from mod_star.decoding.generate import DecodeState
+from mod_star.decoding.state import DecodeState
 from mod_star.model import Decoder
 from mod_star.model.layers import swiglu, swiglu_init
 from mod_star.model.parts import Part, Parts

@@ -38,7 +38,9 @@ class Scripted:
         burst: int,
         stop: Callable[[list[Generated]], Sequence[bool]],
         think: Think,
+        branches: int,
     ) -> Iterator[list[Generated]]:
+        assert len(self.rows) == len(prompts) * branches
         self.prompts = prompts
         done = [False] * len(self.rows)
         for until in range(burst, new_tokens + burst, burst):
@@ -55,7 +57,9 @@ class Scripted:
         """A thought of a row that thinks, behind every other token, is the token three times."""
         ended = END in tokens
         tokens = tokens[: tokens.index(END)] if ended else tokens
-        result = Generated(tokens, [-float(i) for i in range(len(tokens))], ended, [0.5], 1)
+        result = Generated(
+            tokens, [-float(i) for i in range(len(tokens))], ended, [0.5], 1, [float(i) for i in range(len(tokens))]
+        )
         if think.when == "never":
             return result
         thoughts = [[token] * 3 if i % 2 else None for i, token in enumerate(tokens)]

@@ -1,0 +1,69 @@
+"""What changes while decoding: one pytree for a batch of Q prompts with the same number of branches each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from flax import struct
+
+from mod_star.decoding.caches import Cache, reorder_cache, take_prompts_of_cache
+from mod_star.decoding.think import ThoughtRecord
+
+
+@struct.dataclass
+class DecodeState:
+    """Everything that changes while decoding a batch of B rows with room for T new tokens.
+
+    Row q * branches + i is branch i of prompt q.
+    """
+
+    caches: tuple[Cache, ...]
+    """One per block, in order."""
+    hidden_BxD: jax.Array
+    """Hidden state at the last token, after the final norm, in the compute type: times the LM head it gives logits."""
+    tokens_BxT: jax.Array
+    """int32 generated tokens; -1 where none (yet)."""
+    log_probs_BxT: jax.Array
+    """float32 log-probability of each generated token under the model itself (temperature 1, all tokens; after its
+    thought, where the row thought)."""
+    gaps_BxT: jax.Array
+    """float32 probability of the best token less that of the second best, in the same distribution."""
+    step: jax.Array
+    """int32 number of tokens generated in each unfinished row."""
+    done_B: jax.Array
+    """bool; the row has generated an end token, or `stream` was told to end it."""
+    lengths_B: jax.Array
+    """int32 prompt lengths."""
+    keys_B: jax.Array
+    """A random key per row: what a row draws does not depend on the rows beside it."""
+    record: ThoughtRecord | None = None
+    """What was thought before each token; None for a model that can't think."""
+    branches: int = struct.field(pytree_node=False, default=1)
+    """Rows per prompt, which share its keys/values."""
+
+
+def reorder(state: DecodeState, rows_B: jax.Array) -> DecodeState:
+    """Row b becomes a copy of row rows_B[b], as beam search wants it.
+
+    Args:
+      state: of a batch.
+      rows_B: int32; must stay within the branches of the same prompt. Only what is the rows' own is copied.
+    """
+    return _take_rows(state, tuple(reorder_cache(cache, rows_B) for cache in state.caches), rows_B)
+
+
+def take_prompts(state: DecodeState, prompts: npt.NDArray[np.int32]) -> DecodeState:
+    """The state of some of the prompts, in the order given; all their branches come along."""
+    k = state.branches
+    rows = jnp.asarray((prompts[:, None] * k + np.arange(k)).reshape(-1))
+    caches = tuple(take_prompts_of_cache(cache, jnp.asarray(prompts), rows) for cache in state.caches)
+    return _take_rows(state, caches, rows)
+
+
+def _take_rows(state: DecodeState, caches: tuple[Cache, ...], rows: jax.Array) -> DecodeState:
+    by_row = replace(state, caches=(), step=None)  # type: ignore[arg-type]
+    return replace(jax.tree.map(lambda leaf: leaf[rows], by_row), caches=caches, step=state.step)

@@ -1,0 +1,156 @@
+"""Several branches of a prompt: the same as rows of their own, over one copy of the prompt's keys and values."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoding_models import VOCAB, Model, log_softmax, make_prompts
+from thinking_models import thinking_params
+
+from mod_star.config import RunConfig, ThinkingConfig
+from mod_star.decoding import Generated, Generator, Sampling, Think
+from mod_star.decoding.state import reorder
+from mod_star.errors import InputError
+
+NEW, BRANCHES, SEED = 9, 3, 5
+PROMPTS = make_prompts((4, 17, 9))
+BRANCHING, SAMPLED = Sampling(0, branch=True), Sampling(3.0)
+
+
+@pytest.fixture(scope="module", params=["dense", "routed"])
+def model(request: pytest.FixtureRequest) -> Model:
+    return Model({"every": 0} if request.param == "dense" else {"headroom": 1.0, "capacity": 0.15}, layers=2)
+
+
+@pytest.fixture(scope="module")
+def generator(model: Model) -> Generator:
+    return model.generator()
+
+
+@pytest.fixture(scope="module")
+def branched(generator: Generator) -> list[Generated]:
+    return generator.generate(PROMPTS, NEW, BRANCHING, SEED, branches=BRANCHES)
+
+
+def same(one: Generated, other: Generated) -> None:
+    assert (one.tokens, one.thoughts, one.overflow) == (other.tokens, other.thoughts, other.overflow)
+    for name in ("log_probs", "gaps", "routed_fraction", "entropies"):
+        np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=3e-5)
+
+
+def test_branches_are_greedy_after_the_most_probable_first_tokens(model: Model, branched: list[Generated]) -> None:
+    overflow = 0
+    for row, result in enumerate(branched):
+        prompt, branch = PROMPTS[row // BRANCHES], row % BRANCHES
+        teacher = model.teach(prompt + result.tokens)
+        log_p = log_softmax(teacher.logits_SxV[len(prompt) - 1 : -1])
+        ranked = np.argsort(-log_p, axis=1, kind="stable")
+        assert result.tokens == [ranked[0, branch], *ranked[1:, 0]]
+        np.testing.assert_allclose(result.log_probs, log_p[np.arange(NEW), result.tokens], atol=3e-5)
+        best, second = np.exp(np.take_along_axis(log_p, ranked[:, :2], 1)).T
+        np.testing.assert_allclose(result.gaps, best - second, atol=3e-5)
+        np.testing.assert_allclose(result.routed_fraction, teacher.selected_LxS.mean(1))
+        assert result.overflow == teacher.overflow_LxS.sum()
+        overflow += result.overflow
+    assert not model.routing.every or overflow > 0, "no cache was ever full: the test shows less than it should"
+
+
+def test_sampled_branches_are_rows_of_their_own(generator: Generator) -> None:
+    together = generator.generate(PROMPTS, NEW, SAMPLED, SEED, branches=BRANCHES)
+    apart = generator.generate([prompt for prompt in PROMPTS for _ in range(BRANCHES)], NEW, SAMPLED, SEED)
+    for one, other in zip(together, apart, strict=True):
+        same(one, other)
+    assert len({tuple(result.tokens) for result in together[:BRANCHES]}) == BRANCHES
+
+
+def test_branches_of_a_thinking_model_think(model: Model) -> None:
+    when: Any = "auto" if model.routing.every else "always"
+    run = RunConfig(model=model.config, routing=model.routing)
+    thinking = ThinkingConfig(thought_length=3, n_true=2)
+    generator = Generator(model.decoder, thinking_params(run, model.params), thinking=thinking)
+    think = Think(when, threshold=math.inf if when == "auto" else None)
+    if when == "auto":  # about half of the rows are to think
+        plain = generator.generate(PROMPTS[:2], 5, SAMPLED, SEED, think, branches=BRANCHES)
+        think = Think("auto", threshold=float(np.median([result.entropies for result in plain])))
+    together = generator.generate(PROMPTS[:2], 5, SAMPLED, SEED, think, branches=BRANCHES)
+    apart = generator.generate([prompt for prompt in PROMPTS[:2] for _ in range(BRANCHES)], 5, SAMPLED, SEED, think)
+    for one, other in zip(together, apart, strict=True):
+        same(one, other)
+    thought = [thoughts is not None for result in together for thoughts in result.thoughts]
+    assert any(thought) and all(thought) == (when == "always")
+
+
+def test_the_prompt_is_held_once_and_never_copied(generator: Generator) -> None:
+    prompt, new, branches = make_prompts((31,)), 6, 5  # padded to 32
+    state = jax.eval_shape(lambda: generator.start(prompt, new, branches=branches))
+    config = generator.decoder.config
+    per_token = 2 * config.key_heads * config.head_size * 4
+    for cache in state.caches:
+        sizes = [leaf.size * 4 for leaf in jax.tree.leaves(cache) if leaf.ndim == 4]
+        assert sum(sizes) <= per_token * (32 + branches * (new + 1))  # + 1: a routed block's spare slot
+    text = generator._advance.lower(generator.params, state, jnp.int32(1), sampling=BRANCHING).compile().as_text()
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", str(text))}
+    assert (config.key_heads, 32, config.head_size) in shapes or (1, config.key_heads, 32, config.head_size) in shapes
+    copies = {shape for shape in shapes if math.prod(shape) >= branches * config.key_heads * 32 * config.head_size}
+    assert not {shape for shape in copies if shape[-1] == config.head_size and 32 in shape}
+
+
+def test_reordered_rows_go_on_as_the_rows_they_copy(generator: Generator, branched: list[Generated]) -> None:
+    half, greedy = NEW // 2, Sampling(0)
+    state = generator.advance(generator.start(PROMPTS, NEW, SEED, BRANCHES), half, BRANCHING)
+    rows = np.array([2, 0, 0, 3, 4, 5, 8, 8, 8])
+    state = reorder(state, jnp.asarray(rows))
+    results = generator.results(generator.advance(state, NEW, greedy))
+    for row, result in zip(rows, results, strict=True):
+        same(result, branched[row])
+
+
+def test_many_prompts_are_what_each_is_alone() -> None:
+    model, branches = Model({"headroom": 1.0}, layers=2), 2
+    prompts = make_prompts((5, 20, 3, 11, 8, 2, 7), seed=3)
+    probe = model.generator().generate(prompts, 12, SAMPLED, SEED, branches=branches)
+    end = probe[4].tokens[3]
+    generator = model.generator((end,))
+    together = generator.generate(prompts, 12, SAMPLED, SEED, branches=branches)
+    told = 6
+
+    def stop(number: int, results: list[Generated]) -> list[bool]:
+        return [number == told and len(result.tokens) >= 4 for result in results]
+
+    found = dict(
+        generator.generate_many(
+            prompts, 12, SAMPLED, rows=3 * branches, branches=branches, seed=SEED, burst=2, stop=stop
+        )
+    )
+    assert sorted(found) == list(range(len(prompts)))
+    for number, results in found.items():
+        for branch, result in enumerate(results):
+            expected = together[number * branches + branch]
+            if number == told:
+                assert result.tokens == expected.tokens[: len(result.tokens)] and len(result.tokens) <= 4
+                continue
+            same(result, expected)
+            assert result.finished == expected.finished == (not math.isnan(result.end_log_prob + result.end_gap))
+    assert {result.finished for results in found.values() for result in results} == {False, True}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda g: g.generate(PROMPTS, 2, BRANCHING, branches=VOCAB + 1),
+            f"branches = {VOCAB + 1}: must be at most the",
+        ),
+        (lambda g: g.generate(PROMPTS, 2, SAMPLED, branches=0), "branches = 0: must be at least 1"),
+        (lambda g: list(g.generate_many(PROMPTS, 2, SAMPLED, rows=2, branches=3)), "rows = 2: must be at least the"),
+    ],
+)
+def test_branches_that_cannot_be_are_refused(generator: Generator, call: Any, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        call(generator)
