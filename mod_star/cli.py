@@ -19,9 +19,12 @@ from mod_star.errors import InputError
 COMMANDS = {
     "train": "train a Mixture-of-Depths model (or its dense twin), or go on with an interrupted run",
     "upcycle": "make a dense model a Mixture-of-Depths model that computes the same, to lower its capacity in training",
+    "import": "make a run of a pretrained model: a Hugging Face directory, a hub name or a GGUF file",
+    "export": "write a dense model as a Hugging Face directory, for transformers",
     "sample": "generate text with a trained model",
     "routes": "show which tokens of a text each routed block computes",
     "calibrate": "choose how unsure a thinking model must be to think, for sample --think auto",
+    "harness": "run EleutherAI's lm-evaluation-harness (lm_eval) with --model mod_star --model_args run=RUN",
     "thoughts": "show what a thinking model thinks behind every token of a text",
 }
 
