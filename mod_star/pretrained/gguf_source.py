@@ -121,7 +121,7 @@ def _can_read(kind: GGMLQuantizationType) -> bool:
 
 
 def _canonical(name: str) -> str:
-    match = re.fullmatch(r"(?:blk\.(\d{1,6})\.)?(\w+)\.(weight|bias)", name, re.ASCII)
+    match = re.fullmatch(r"(?:blk\.(0|[1-9]\d{0,5})\.)?(\w+)\.(weight|bias)", name, re.ASCII)
     if match is None or match[2] not in _NAMES:
         return name
     layer, short, kind = match.groups()
