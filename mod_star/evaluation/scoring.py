@@ -48,6 +48,8 @@ class Scored:
     """Whether the token is the most probable one."""
     restricted_log_probs: list[float] | None = None
     """The same as `log_probs`, renormalised over the allowed ids; -inf for tokens that are none. None if not asked."""
+    restricted_is_greedy: list[bool] | None = None
+    """Whether the token is the most probable of the allowed ones; None if not asked."""
     thought: list[bool] = field(default_factory=list)
     """Whether the model thought before it; empty if it wasn't asked to."""
 
@@ -182,11 +184,8 @@ def score_rolling(
 
 def _joined(parts: list[Scored], restricted: bool) -> Scored:
     """The windows of one text as one."""
-    all_of = lambda name: [value for part in parts for value in getattr(part, name)]  # noqa: E731
-    return Scored(
-        all_of("log_probs"), all_of("is_greedy"), all_of("restricted_log_probs") if restricted else None,
-        all_of("thought"),
-    )  # fmt: skip
+    names = [name for name in Scored.__dataclass_fields__ if restricted or not name.startswith("restricted")]
+    return Scored(**{name: [value for part in parts for value in getattr(part, name)] for name in names})
 
 
 @dataclass(frozen=True)
@@ -241,9 +240,12 @@ def _routing_key(decoder: Decoder, key: jax.Array | None) -> jax.Array | None:
     return jax.random.key(0) if key is None else key
 
 
-def padded_length(tokens: int, context: int) -> int:
-    """Length that a text is padded to: at most a quarter longer (or 32), and few programs for texts of all lengths."""
-    step = max(32, (1 << (tokens - 1).bit_length()) // 8)
+def padded_length(tokens: int, context: int, steps: int = 8) -> int:
+    """Length that a text is padded to, so that few programs are compiled for texts of all lengths.
+
+    A multiple of 1 / steps of the next power of two, but at least of 32: with 8 steps at most a quarter is padding.
+    """
+    step = max(32, (1 << (tokens - 1).bit_length()) // steps)
     return min(-(-tokens // step) * step, context)
 
 
@@ -269,10 +271,12 @@ def _stream(
     plans = [_plan(texts[start : start + batch_size]) for start in starts]
     most = max((len(plan) for plan in plans), default=0)
     rows = HEAD_ROWS if thinking is None else min(-(-most // 8) * 8, THOUGHT_ROWS)
+    # Thinking takes long to compile, the text is the smaller part of its work: fewer programs, more padding.
+    steps = 8 if thinking is None else 1
     done = 0
     for start, plan in zip(starts, plans, strict=True):
         batch = texts[start : start + batch_size]
-        S = padded_length(len(batch[0].tokens), decoder.config.context)
+        S = padded_length(len(batch[0].tokens), decoder.config.context, steps)
         tokens, lengths = np.zeros((batch_size, S), np.int32), np.ones(batch_size, np.int32)
         for row, text in enumerate(batch):
             tokens[row, : len(text.tokens)], lengths[row] = text.tokens, len(text.tokens)
@@ -288,7 +292,7 @@ def _stream(
             decoder, thinking, fixed, rows, params, groups, tokens, lengths, where, targets, np.int32(len(plan)),
             allowed, threshold, seed, np.int32(start), routing_key,
         )  # fmt: skip
-        log_probs, greedy, restricted, thinks = jax.device_get(found)
+        log_probs, greedy, restricted, restricted_greedy, thinks = jax.device_get(found)
         for row, text in enumerate(batch):
             for index, position, after in text.pairs:
                 at = [slots[row, position + i] for i in range(len(after))]
@@ -299,6 +303,7 @@ def _stream(
                         log_probs[at, columns].tolist(),
                         greedy[at, columns].tolist(),
                         None if allowed is None else restricted[at, columns].tolist(),
+                        None if allowed is None else restricted_greedy[at, columns].tolist(),
                         [] if thinking is None else thinks[at].tolist(),
                     ),
                 )
@@ -358,8 +363,7 @@ def _score_batch(
       routing_key: of stochastic routing, or None.
 
     Returns:
-      Float32 log-probabilities NxT, bool NxT whether greedy, float32 renormalised log-probabilities NxT, bool N
-      whether it thought.
+      Float32 log-probabilities NxT, bool NxT whether greedy, the same two renormalised, bool N whether it thought.
     """
     (S, N, T), context = (tokens_BxS.shape[1], *targets_NxT.shape), decoder.config.context
     segment_ids_BxS = (jnp.arange(S) < lengths_B[:, None]).astype(jnp.int32)
@@ -394,17 +398,20 @@ def _score_batch(
         log_p_RxV = jax.nn.log_softmax(logits_RxV)
         log_probs_RxT = jnp.take_along_axis(log_p_RxV, targets_RxT, 1)
         greedy_RxT = jnp.argmax(logits_RxV, -1)[:, None] == targets_RxT
-        restricted_RxT = log_probs_RxT
+        restricted_RxT, best_RxT = log_probs_RxT, greedy_RxT
         if allowed_A is not None:
-            total_R = jax.nn.logsumexp(log_p_RxV[:, allowed_A], -1)
+            log_p_RxA = log_p_RxV[:, allowed_A]
             is_allowed = jnp.any(targets_RxT[..., None] == allowed_A, -1)
-            restricted_RxT = jnp.where(is_allowed, log_probs_RxT - total_R[:, None], -jnp.inf)
-        new = (log_probs_RxT, greedy_RxT, restricted_RxT, thinks_R)
+            total_Rx1 = jax.nn.logsumexp(log_p_RxA, -1, keepdims=True)
+            restricted_RxT = jnp.where(is_allowed, log_probs_RxT - total_Rx1, -jnp.inf)
+            best_RxT = allowed_A[jnp.argmax(log_p_RxA, -1)][:, None] == targets_RxT
+        new = (log_probs_RxT, greedy_RxT, restricted_RxT, best_RxT, thinks_R)
         put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, i * R, 0)  # noqa: E731
         return jax.tree.map(put, results, new)
 
     M = where_Nx2.shape[0]
-    empty = (jnp.zeros((M, T)), jnp.zeros((M, T), bool), jnp.zeros((M, T)), jnp.zeros(M, bool))
+    numbers, flags = jnp.zeros((M, T)), jnp.zeros((M, T), bool)
+    empty = (numbers, flags, numbers, flags, jnp.zeros(M, bool))
     return jax.lax.fori_loop(0, (count + R - 1) // R, portion, empty)
 
 
@@ -413,12 +420,9 @@ def _bytes_of_one(keys_values: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize // leaf.shape[0] for leaf in jax.tree.leaves(keys_values))
 
 
-def _texts_of_rows(decoder: Decoder, keys_values: Any, row_R: jax.Array) -> Any:
-    """The texts' keys/values for R thoughts, as `decoding.caches.text_of` gives them: a dict for each group."""
-    return tuple(
-        {
-            name: (jax.tree.map(lambda leaf, group=group: leaf[row_R, group], keys_values[name]),)
-            for name in block_names(decoder.routing)
-        }
-        for group in range(group_count(decoder.config, decoder.routing))
-    )
+def _texts_of_rows(decoder: Decoder, keys_values: Any, row_R: jax.Array) -> tuple[Any, Any]:
+    """The texts' keys/values for R thoughts, as `decoding.caches.text_of` gives them: nothing generated, all prompt."""
+    names, groups = block_names(decoder.routing), range(group_count(decoder.config, decoder.routing))
+    pick = lambda segment, group: jax.tree.map(lambda leaf: leaf[row_R, group], segment)  # noqa: E731
+    own = tuple(dict.fromkeys(names, ()) for _ in groups)
+    return own, tuple({name: (pick(keys_values[name], group),) for name in names} for group in groups)

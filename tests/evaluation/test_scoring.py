@@ -129,6 +129,8 @@ def test_pairs_are_what_the_whole_text_gives(model: Model) -> None:
         total = np.log(np.sum(np.exp(log_p[:, sorted(set(ALLOWED))]), -1))
         expected = np.where(np.isin(after, ALLOWED), picked - total, -np.inf)
         np.testing.assert_allclose(scored.restricted_log_probs or [], expected, atol=2e-4)
+        best = [max(ALLOWED, key=lambda token: row[token]) for row in log_p]
+        assert scored.restricted_is_greedy == [a == b for a, b in zip(best, after, strict=True)]
         assert scored.thought == []
     assert sum(scored.is_greedy[0] for scored in found[:VOCAB]) == 1  # of all tokens that can follow
     assert calls[-1] == (len(PAIRS), len(PAIRS)) and [done for done, _ in calls] == sorted(done for done, _ in calls)
@@ -139,7 +141,7 @@ def test_batches_change_nothing(model: Model) -> None:
     many = score(model.decoder, model.params, PAIRS, batch_size=100)
     for one, other in zip(alone, many, strict=True):
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
-        assert one.is_greedy == other.is_greedy and one.restricted_log_probs is None
+        assert one.is_greedy == other.is_greedy and one.restricted_log_probs is one.restricted_is_greedy is None
 
 
 def test_texts_that_begin_alike_share_a_pass(model: Model) -> None:
@@ -251,7 +253,7 @@ def test_long_texts_in_windows(model: Model) -> None:
         scored_here = end - len(expected)
         expected += [log_p[i, window[i + 1]] for i in range(len(window) - 1 - scored_here, len(window) - 1)]
     np.testing.assert_allclose(found[0].log_probs, expected, atol=2e-4)
-    assert len(found[0].restricted_log_probs or []) == 100
+    assert len(found[0].restricted_log_probs or []) == len(found[0].restricted_is_greedy or []) == 100
     with pytest.raises(InputError, match="window = 49: must be at most 48"):
         score_rolling(model.decoder, model.params, texts, 3, window=49)
     with pytest.raises(InputError, match="overlap = 21"):
@@ -263,6 +265,7 @@ def test_few_lengths_and_little_padding() -> None:
     assert all(length >= tokens for tokens, length in enumerate(padded, 1))
     assert all(length <= max(tokens + 32, 1.25 * tokens) for tokens, length in enumerate(padded, 1))
     assert len(set(padded)) <= 20 and max(padded) == 2000
+    assert [padded_length(tokens, 2000, 1) for tokens in (3, 33, 65, 128, 1025)] == [32, 64, 128, 128, 2000]
 
 
 def test_logits_of_all_tokens_never_exist() -> None:

@@ -1,0 +1,287 @@
+"""Runs of ours as a model of EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness).
+
+    mod-star harness --model mod_star --model_args run=runs/smollm2 --tasks arc_easy,gsm8k --batch_size 16
+
+is `lm_eval` with `mod_star` among its models: version 0.4 has no way to find models of other packages by itself. In
+Python, `register()` does it: then `lm_eval.simple_evaluate(model="mod_star", model_args="run=runs/smollm2")`.
+
+Needs the extra: `pip install "mod-star[harness]"`. `lm_eval` is imported by `register` and by nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from mod_star.calibration import read_calibration
+from mod_star.data.tokenizers import begin
+from mod_star.decoding import Generator, Sampling, Think
+from mod_star.decoding.text import complete_many
+from mod_star.errors import InputError, require
+from mod_star.evaluation.scoring import score_rolling, score_stream
+from mod_star.training.run_dir import load_run
+
+Request = tuple[tuple[str, str], list[int], list[int]]
+"""Context and continuation as text, and their token ids."""
+
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names of the most new tokens in generation_kwargs; the first that is there counts."""
+DRAWS = ("do_sample", "temperature", "top_k", "top_p")
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def register() -> type:
+    """Makes `mod_star` a model of lm_eval. Returns its class: `HarnessModel` as a subclass of lm_eval's `TemplateLM`.
+
+    Raises:
+      InputError: lm_eval is not installed.
+    """
+    try:
+        model, registry = (importlib.import_module(f"lm_eval.api.{name}") for name in ("model", "registry"))
+    except ModuleNotFoundError as error:
+        missing = (error.name or "lm_eval").partition(".")[0]
+        raise InputError(f"{missing} is not installed: pip install 'mod-star[harness]'") from None
+    made = type("ModStarLM", (HarnessModel, model.TemplateLM), {"__doc__": HarnessModel.__doc__})
+    registry.register_model("mod_star")(made)
+    return made
+
+
+class HarnessModel:
+    """A run as the harness sees it. The arguments are what `--model_args` gives, `batch_size` apart.
+
+    Args:
+      run: directory of the run.
+      step: of the checkpoint; the newest by default.
+      think: never, always, or auto (above the threshold of `mod-star calibrate`): before scored and generated tokens.
+      think_temperature: of the draws of thought tokens; 0: greedy.
+      max_length: most tokens of a text; by default, and at the most, the model's context.
+      max_gen_toks: most new tokens where a task doesn't say.
+      overlap: tokens before it that each token of a long text sees at least, see `rolling_windows`.
+      seed: of draws.
+      batch_size: texts at a time; auto: 8.
+      max_batch_size: has no use here.
+      device: has no use either, JAX chooses it; see `JAX_PLATFORMS`.
+
+    Raises:
+      InputError: an argument is no good; the run can't be loaded, or can't think.
+    """
+
+    cache_hook: Any
+    """The harness's, to keep results as they come (`--use_cache`)."""
+
+    def __init__(
+        self,
+        run: str,
+        step: int | None = None,
+        think: str = "never",
+        think_temperature: float = 0.0,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        overlap: int = 1,
+        seed: int = 0,
+        batch_size: int | str = 8,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        del max_batch_size, device
+        size = 8 if str(batch_size).startswith("auto") else batch_size
+        require(
+            str(size).isdecimal() and int(size) >= 1, "batch_size", batch_size, "must be a positive integer or auto"
+        )
+        require(isinstance(seed, int) and 0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
+        self._batch_size, self._seed, self._overlap, self._max_gen_toks = int(size), seed, overlap, max_gen_toks
+        self._run = load_run(run, step, option="step")
+        self.tokenizer = self._run.tokenizer
+        self._think = self._when_to_think(run, think, think_temperature)
+        context = self._run.decoder.config.context
+        self._max_length = context if max_length is None else max_length
+        require(2 <= self._max_length <= context, "max_length", max_length, f"must lie in [2, {context}], the context")
+        require(1 <= overlap <= self._max_length, "overlap", overlap, f"must lie in [1, {self._max_length}]")
+        self._generator: Generator | None = None
+
+    def _when_to_think(self, directory: str, when: str, temperature: float) -> Think:
+        allowed = "must be never, always or auto"
+        require(when in ("never", "always", "auto"), "think", when, allowed)
+        if when == "never":
+            return Think()
+        require("thinking" in self._run.params, "think", when, f"must be never, {directory} has not learned to think")
+        if when == "always":
+            return Think("always", temperature=temperature)
+        calibration = read_calibration(Path(directory))
+        if calibration is None:
+            raise InputError(f"think = 'auto': needs a threshold, run mod-star calibrate {directory} first")
+        return Think("auto", calibration.threshold, calibration.share, temperature)
+
+    @property
+    def eot_token_id(self) -> int:
+        """Id that ends a text."""
+        return self.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Id that a text without a context is predicted from."""
+        return self.tokenizer.bos_id
+
+    @property
+    def batch_size(self) -> int:
+        """Texts at a time; for the harness's report."""
+        return self._batch_size
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a text."""
+        return self._max_length
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Most new tokens where a task doesn't say."""
+        return self._max_gen_toks
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells this tokenizer from others in the harness's cache of requests."""
+        return self.tokenizer.fingerprint.replace(" ", "-")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; with bos first where the model's texts begin with it, unless `add_special_tokens` is False."""
+        return self.tokenizer.encode(string) if add_special_tokens is False else begin(self.tokenizer, string)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The source of the template, for the harness's report."""
+        if chat_template is False or chat_template is None:
+            return None
+        if isinstance(chat_template, str):
+            raise InputError(f"apply_chat_template = {chat_template!r}: must be without a name, a run has one template")
+        return self.tokenizer.chat_template
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Messages as the prompt for the next turn; without that prompt, as one that goes on with the last message.
+
+        Raises:
+          InputError: there is no template, or it fails; or the last message is none of the assistant's to go on with.
+        """
+        if add_generation_prompt:
+            return self.tokenizer.apply_chat(chat_history)
+        last = chat_history[-1] if chat_history else {}
+        if last.get("role") != "assistant":
+            raise InputError("chat: the last message must be the assistant's to go on with it")
+        return self.tokenizer.apply_chat(chat_history[:-1]) + last["content"]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation in nats, and whether greedy decoding gives it. Cuts long contexts."""
+        window = self._max_length
+        self._tell_of_cuts(len(before) + len(after) - 1 for _, before, after in requests)
+        pairs = [(before[-max(1, window + 1 - len(after)) :], after) for _, before, after in requests]
+        results: dict[int, tuple[float, bool]] = {}
+        with _Bar("log-likelihoods", len(pairs), disable_tqdm) as bar:
+            for index, scored in score_stream(self._run.decoder, self._run.params, pairs, **self._options()):
+                results[index] = (sum(scored.log_probs), all(scored.is_greedy))
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
+                bar.show(len(results))
+        return [results[index] for index in range(len(pairs))]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts in nats, each token given what fits before it into the model's context."""
+        texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
+        with _Bar("windows of long texts", None, disable_tqdm) as bar:
+            found = score_rolling(
+                self._run.decoder, self._run.params, texts, self.prefix_token_id, window=self._max_length,
+                overlap=self._overlap, progress=bar.show, **self._options(),
+            )  # fmt: skip
+        results = [sum(scored.log_probs) for scored in found]
+        for request, result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
+        return results
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model goes on with, up to a stop string, an end token or the limit. Cuts long prompts."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        results = [""] * len(requests)
+        done = 0
+        with _Bar("texts", len(requests), disable_tqdm) as bar:
+            for indices in groups.values():
+                given = requests[indices[0]].args[1]
+                stop, new_tokens, sampling = generation_options(given, self._max_gen_toks)
+                room = self._max_length - new_tokens
+                allowed = f"must be below the longest text, {self._max_length} tokens"
+                require(room >= 1, "max_gen_toks", new_tokens, allowed)
+                prompts = [requests[index].args[0] for index in indices]
+                encoded = [self.tok_encode(prompt) for prompt in prompts]
+                self._tell_of_cuts(len(ids) + new_tokens for ids in encoded)
+                found = complete_many(
+                    self._get_generator(), self.tokenizer, prompts, new_tokens, sampling, rows=self._batch_size,
+                    seed=self._seed, stop=stop, think=self._think, encoded=[ids[-room:] for ids in encoded],
+                )  # fmt: skip
+                for number, (completion,) in found:
+                    results[indices[number]] = completion.text
+                    self.cache_hook.add_partial("generate_until", (prompts[number], given), completion.text)
+                    done += 1
+                    bar.show(done)
+        return results
+
+    def _options(self) -> dict[str, Any]:
+        """What all scoring has in common."""
+        thinking = self._run.config.thinking if "thinking" in self._run.params else None
+        return {"think": self._think, "thinking": thinking, "batch_size": self._batch_size, "seed": self._seed}
+
+    def _get_generator(self) -> Generator:
+        if self._generator is None:
+            run = self._run
+            self._generator = Generator(run.decoder, run.params, run.tokenizer.end_ids, thinking=run.config.thinking)
+        return self._generator
+
+    def _tell_of_cuts(self, lengths: Any) -> None:
+        if cut := sum(length > self._max_length for length in lengths):
+            _log.warning("%d of the texts are longer than %d tokens: cut from the left", cut, self._max_length)
+
+
+def generation_options(given: Mapping[str, Any], max_gen_toks: int) -> tuple[list[str], int, Sampling]:
+    """Stop strings, most new tokens and way of drawing from a task's `generation_kwargs`.
+
+    do_sample false is greedy whatever the temperature; without do_sample a temperature above 0 samples; with it the
+    temperature is 1 if none is given.
+
+    Raises:
+      InputError: an option that is not known, or its value is no good.
+    """
+    known = ("until", *LENGTHS, *DRAWS)
+    if odd := [name for name in given if name not in known]:
+        raise InputError(f"generation_kwargs.{odd[0]} = {given[odd[0]]!r}: unknown; there are {', '.join(known)}")
+    until = given.get("until") or []
+    stop = [until] if isinstance(until, str) else list(until)
+    fine = all(isinstance(text, str) and text for text in stop)
+    require(fine, "generation_kwargs.until", until, "must be texts that are not empty")
+    length = next((given[name] for name in LENGTHS if given.get(name) is not None), max_gen_toks)
+    fine = isinstance(length, int) and length >= 1
+    require(fine, "generation_kwargs.max_gen_toks", length, "must be a positive integer")
+    do_sample = given.get("do_sample")
+    temperature = float(given.get("temperature", 1.0 if do_sample else 0.0))
+    if do_sample is False or temperature == 0:
+        return stop, length, Sampling(temperature=0)
+    return stop, length, Sampling(temperature, int(given.get("top_k") or 0), float(given.get("top_p") or 1.0))
+
+
+class _Bar(Progress):
+    """A progress bar on stderr, where the harness has its own."""
+
+    def __init__(self, what: str, total: int | None, hidden: bool) -> None:
+        super().__init__(*Progress.get_default_columns(), console=Console(stderr=True), disable=hidden)
+        self._shown = self.add_task(what, total=total)
+
+    def show(self, done: int, total: int | None = None) -> None:
+        """Shows how much is done, and of how much if that has become known."""
+        self.update(self._shown, completed=done, total=total)
