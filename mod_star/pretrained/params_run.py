@@ -10,7 +10,7 @@ from typing import Any
 from mod_star.config import RunConfig
 from mod_star.data import Tokenizer
 from mod_star.errors import InputError
-from mod_star.training.checkpoints import CheckpointWriter
+from mod_star.training.checkpoints import save_params
 from mod_star.training.run_dir import CHECKPOINTS_DIRECTORY, LOCK_FILE, created, is_run, read_config, require_creatable
 
 
@@ -44,9 +44,7 @@ def write_params_run(path: Path, run: RunConfig, tokenizer: Tokenizer, params: d
     shutil.rmtree(beside, ignore_errors=True)
     try:
         with created(beside, run, tokenizer):
-            writer = CheckpointWriter(beside / CHECKPOINTS_DIRECTORY, keep=1)
-            writer.save_params(params)
-            writer.close()
+            save_params(beside / CHECKPOINTS_DIRECTORY, params)
         for lock in (beside / LOCK_FILE, path / LOCK_FILE):
             lock.unlink(missing_ok=True)
         os.rename(beside, path)

@@ -1,19 +1,21 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, written by Orbax in the background.
 
-    RUN/checkpoints/200/params      parameters (all that sampling reads, and all that an imported model has)
+    RUN/checkpoints/200/params      parameters (all that sampling reads)
                         training    optimizer state, step, random key, counts of skipped steps
                         data        state of the grain iterator
                         progress    JSON: seconds trained so far
                         SHA256SUMS  checksums of all of these, as `sha256sum -c` reads them
 
 Orbax writes aside and renames when everything is there, the checksums included: a checkpoint exists wholly or not at
-all. Orbax itself doesn't notice a flipped bit in an array, therefore the checksums.
+all. Orbax itself doesn't notice a flipped bit in an array, therefore the checksums. A model that was imported or
+upcycled has parameters only, and those in another form: see `mod_star.training.params_file`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import orbax.checkpoint as ocp
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 
 from mod_star.errors import InputError
+from mod_star.training.params_file import PARAMS_NAME, read_params_file, write_params_file
 from mod_star.training.state import TrainState
 
 SUMS_FILE = "SHA256SUMS"
@@ -75,11 +78,6 @@ class CheckpointWriter:
             force=True,
         )
 
-    def save_params(self, params: dict[str, Any]) -> None:
-        """Saves parameters alone, as checkpoint 0: of a model to start from, that no training can go on with."""
-        self._saving = 0
-        self._manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)), force=True)
-
     def wait(self) -> None:
         """Waits until what was saved is on disk, and raises what went wrong there."""
         self._manager.wait_until_finished()
@@ -91,8 +89,21 @@ class CheckpointWriter:
     def _write_sums(self) -> None:
         # Orbax calls this when all files are written, just before the rename that makes the checkpoint.
         for written in self._directory.glob(f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}*"):
-            lines = [f"{_sha256(written / name)}  {name}\n" for name in _files(written)]
-            (written / SUMS_FILE).write_text("".join(lines))
+            _write_sums(written)
+
+
+def save_params(directory: Path, params: dict[str, Any]) -> None:
+    """Makes checkpoint 0 of parameters alone: of a model to start from, that no training can go on with.
+
+    Args:
+      directory: RUN/checkpoints; made if absent.
+      params: float32 arrays of JAX or NumPy; see `mod_star.training.params_file`.
+    """
+    beside = directory / "0.new"
+    shutil.rmtree(beside, ignore_errors=True)
+    write_params_file(beside, params)
+    _write_sums(beside)
+    os.rename(beside, directory / "0")
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -133,7 +144,7 @@ def choose_checkpoint(directory: Path, step: int | None, option: str | None) -> 
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None. Reads all of them."""
     try:
-        for name in ORBAX_FILES:
+        for name in () if (checkpoint / PARAMS_NAME).is_file() else ORBAX_FILES:
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
         lines = (checkpoint / SUMS_FILE).read_text().split("\n")
@@ -201,6 +212,8 @@ def restore_state(
 
 def restore_params(directory: Path, step: int, like: Any) -> dict[str, Any]:
     """Loads only the parameters. Args and errors as for `restore_state`, with `like` the parameters' shapes."""
+    if (directory / str(step) / PARAMS_NAME).is_file():
+        return read_params_file(directory / str(step), like)
     return _restore(directory, step, params=ocp.args.StandardRestore(_placed(like)))["params"]
 
 
@@ -236,6 +249,11 @@ def _files(checkpoint: Path) -> list[str]:
     return sorted(
         str(path) for path in files if str(path) not in (*ORBAX_FILES, SUMS_FILE) and not path.name.startswith(".")
     )
+
+
+def _write_sums(checkpoint: Path) -> None:
+    lines = [f"{_sha256(checkpoint / name)}  {name}\n" for name in _files(checkpoint)]
+    (checkpoint / SUMS_FILE).write_text("".join(lines))
 
 
 def _sha256(path: Path) -> str:

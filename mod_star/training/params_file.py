@@ -1,0 +1,77 @@
+"""Checkpoints that hold parameters only, of models that were made, not trained here: one safetensors file.
+
+    RUN/checkpoints/0/params/params.safetensors   parameters, by their paths in the tree: "groups/full_0/block/query"
+                      SHA256SUMS                  see `mod_star.training.checkpoints`
+
+Orbax, which writes the checkpoints of training, copies all arrays before it writes them and compresses them: twice the
+memory, and four times the time to load a model of 135M parameters.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mod_star.errors import InputError
+
+PARAMS_NAME = "params/params.safetensors"
+
+
+def write_params_file(checkpoint: Path, params: Mapping[str, Any]) -> None:
+    """Writes the file into a checkpoint's directory. Arrays in host memory are not copied."""
+    file = checkpoint / PARAMS_NAME
+    file.parent.mkdir(parents=True)
+    save_file({name: np.ascontiguousarray(leaf) for name, leaf in _named(params).items()}, file)
+    shutil.copymode(file.parent, file)  # `save_file` leaves it to its owner alone
+    os.chmod(file, file.stat().st_mode & 0o666)
+
+
+def read_params_file(checkpoint: Path, like: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters in a checkpoint's directory, on the default device.
+
+    Args:
+      checkpoint: RUN/checkpoints/STEP.
+      like: their shapes and types, from `jax.eval_shape`.
+
+    Raises:
+      InputError: the file can't be read, or holds other parameters.
+    """
+    path = checkpoint / PARAMS_NAME
+    try:
+        with safe_open(path, "np") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        expected = {name: leaf.shape for name, leaf in _named(like).items()}
+        for name in sorted(found.keys() | expected.keys()):
+            if found.get(name) != expected.get(name):
+                raise InputError(
+                    f"checkpoint {checkpoint} cannot be loaded: {name} has shape {found.get(name)}, expected "
+                    f"{expected.get(name)}"
+                )
+        return {name: _read(path, value, name) for name, value in like.items()}
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"checkpoint {checkpoint} cannot be loaded: {type(error).__name__}: {reason}") from error
+
+
+def _read(path: Path, like: Any, name: str) -> Any:
+    if isinstance(like, Mapping):
+        return {key: _read(path, value, f"{name}/{key}") for key, value in like.items()}
+    # Mapped anew for each array: what was read is out of memory again.
+    with safe_open(path, "np") as file:
+        array = file.get_tensor(name).astype(like.dtype, copy=False)
+    return jax.device_put(array, may_alias=True)
+
+
+def _named(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _named(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
