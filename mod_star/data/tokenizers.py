@@ -217,7 +217,7 @@ class HuggingFaceTokenizer:
         if self.chat_template is None:
             raise InputError(f"{self._name}: has no chat template, the model can't be asked as a chat")
         named = {"bos_token": self.special.bos_id, "eos_token": self.special.eos_id}
-        spelled = {key: self._tokenizer.id_to_token(token) for key, token in named.items() if token is not None}
+        spelled = {key: self._tokenizer.id_to_token(token) or "" for key, token in named.items() if token is not None}
         return render_chat(self.chat_template, messages, spelled)
 
 

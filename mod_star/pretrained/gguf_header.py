@@ -136,7 +136,8 @@ class _Cursor:
     def strings(self, count: int, what: str) -> list[str]:
         """`count` strings; as `string`, but a vocabulary has 100 000 of them."""
         self.check_count(count, 8, f"strings in {what}")
-        data, at, end, found = self._data, self.at, self._end, []
+        data, at, end = self._data, self.at, self._end
+        found: list[str] = []
         unpack = struct.Struct("<Q").unpack_from
         for index in range(count):
             if at + 8 > end or (stop := at + 8 + unpack(data, at)[0]) > end:

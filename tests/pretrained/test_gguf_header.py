@@ -61,7 +61,7 @@ def test_what_the_package_writes_is_read_back(tmp_path: Path) -> None:
         "a.numbers": [1, -2, 3],
         "general.alignment": 64,
     }
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "one": np.arange(6, dtype=np.float32).reshape(2, 3),
         "two": np.arange(64, dtype=np.float32).reshape(2, 32),
         "three": np.ones((1, 2, 2), np.float16),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def half(raw: bytes) -> float:
     return struct.unpack("<e", raw)[0]
 
 
-def naive_block(kind: str, raw: bytes) -> list[float]:
+def naive_block(kind: str, raw: bytes) -> Sequence[float]:
     """The numbers of one block, one by one, as ggml's documentation lays it out."""
     if kind == "Q8_0":
         return [half(raw[:2]) * value for value in struct.unpack("32b", raw[2:])]
@@ -44,19 +45,24 @@ def naive_block(kind: str, raw: bytes) -> list[float]:
         low = [byte & 15 for byte in quarters] + [byte >> 4 for byte in quarters]
         return [half(raw[:2]) * (value | (high >> i & 1) << 4) + offset for i, value in enumerate(low)]
     if kind == "Q6_K":
-        low, high, scales, scale = raw[:128], raw[128:192], struct.unpack("16b", raw[192:208]), half(raw[208:])
-        values = []
+        found: list[float] = []
+        low_bits, high_bits, scales, scale = (
+            raw[:128],
+            raw[128:192],
+            struct.unpack("16b", raw[192:208]),
+            half(raw[208:]),
+        )
         for i in range(256):
             part, within = divmod(i, 128)
             quarter, column = divmod(within, 32)
-            byte = low[64 * part + 32 * (quarter % 2) + column]
+            byte = low_bits[64 * part + 32 * (quarter % 2) + column]
             bits = byte >> 4 if quarter >= 2 else byte & 15
-            bits |= (high[32 * part + column] >> 2 * quarter & 3) << 4
-            values.append(scale * scales[i // 16] * (bits - 32))
-        return values
+            bits |= (high_bits[32 * part + column] >> 2 * quarter & 3) << 4
+            found.append(scale * scales[i // 16] * (bits - 32))
+        return found
     assert kind == "Q4_K"
     scale, least, packed, quarters = half(raw[:2]), half(raw[2:4]), raw[4:16], raw[16:]
-    values = []
+    found = []
     for i in range(256):
         j = i // 32
         if j < 4:
@@ -65,8 +71,8 @@ def naive_block(kind: str, raw: bytes) -> list[float]:
             step = packed[j + 4] & 15 | packed[j - 4] >> 6 << 4
             offset = packed[j + 4] >> 4 | packed[j] >> 6 << 4
         byte = quarters[32 * (j // 2) + i % 32]
-        values.append(scale * step * (byte >> 4 if j % 2 else byte & 15) - least * offset)
-    return values
+        found.append(scale * step * (byte >> 4 if j % 2 else byte & 15) - least * offset)
+    return found
 
 
 def random_blocks(kind: Kind, count: int) -> np.ndarray:
@@ -165,7 +171,12 @@ def test_configuration(tmp_path: Path) -> None:
     }
     source = open_gguf(write_model(tmp_path / "b.gguf", metadata=fields))
     assert source.family == "mistral"
-    changes = {"sliding_window": 64, "rope_scaling": "linear", "rope_factor": 4.0, "tie_embeddings": False}
+    changes: dict[str, Any] = {
+        "sliding_window": 64,
+        "rope_scaling": "linear",
+        "rope_factor": 4.0,
+        "tie_embeddings": False,
+    }
     assert source.config == dataclasses.replace(expected, **changes)
 
 
