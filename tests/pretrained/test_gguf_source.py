@@ -18,11 +18,14 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import HEAD, HEADS, HIDDEN, KEY_HEADS, LAYERS, WIDTH, network_tensors, write_gguf, write_model
 
 from mod_star.config import ModelConfig
+from mod_star.data import HuggingFaceTokenizer
 from mod_star.errors import InputError
 from mod_star.pretrained import gguf_source
 from mod_star.pretrained.build import build_params
 from mod_star.pretrained.gguf_header import read_gguf
 from mod_star.pretrained.gguf_source import dequantised, open_gguf
+from mod_star.pretrained.importing import import_model, open_source
+from mod_star.training.run_dir import load_run
 
 
 def half(raw: bytes) -> float:
@@ -274,3 +277,28 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
             build_params(open_gguf(path))
         assert message in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_an_imported_file_is_a_run_and_a_damaged_one_leaves_nothing(tmp_path: Path) -> None:
+    path = write_model(
+        tmp_path / "model.gguf", kinds={"token_embd.weight": Kind.Q8_0, "blk.0.ffn_up.weight": Kind.BF16}
+    )
+    source = open_source(str(path))
+    import_model(source, tmp_path / "run", context=64)
+    loaded = load_run(tmp_path / "run")
+    assert loaded.config.model == dataclasses.replace(source.config, context=64)
+    assert isinstance(loaded.tokenizer, HuggingFaceTokenizer)
+    assert loaded.tokenizer.fingerprint == source.tokenizer.fingerprint
+    assert loaded.tokenizer.end_ids == (2, 0)
+    assert loaded.tokenizer.chat_template == source.tokenizer.chat_template
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, build_params(source))
+    output: Any = loaded.decoder.apply(
+        {"params": loaded.params}, np.array(loaded.tokenizer.encode("The quick"), np.int32)
+    )
+    assert np.isfinite(np.asarray(output.hidden)).all()
+
+    holed = {"blk.1.ffn_down.weight": np.full((WIDTH, HIDDEN), np.nan, np.float32)}
+    bad = write_model(tmp_path / "bad.gguf", tensors=holed)
+    with pytest.raises(InputError, match=r"tensor model\.layers\.1\.mlp\.down_proj\.weight holds values that are not"):
+        import_model(open_source(str(bad)), tmp_path / "none")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.gguf", "model.gguf", "run"]
