@@ -54,6 +54,7 @@ class _Fields:
         if not isinstance(values, dict):
             raise InputError(f"{where}: must be a JSON object, and is {_short(values)}")
         self._where, self._left = where, {name: value for name, value in values.items() if value is not None}
+        self.nulls = values.keys() - self._left.keys()
 
     def fail(self, name: str, value: object, allowed: str) -> InputError:
         return InputError(f"{self._where}: {name} = {_short(value)}: {allowed}")
@@ -66,8 +67,8 @@ class _Fields:
 
     def integer(self, name: str, default: Any = _REQUIRED) -> Any:
         value = self.take(name, default)
-        if value is not default and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise self.fail(name, value, "must be a positive whole number")
+        if value is not default and (type(value) is not int or not 1 <= value < 2**31):
+            raise self.fail(name, value, "must be a positive whole number below 2^31")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:
@@ -172,12 +173,12 @@ def _sliding_window(fields: _Fields, family: str, layers: int) -> int | None:
     """The window of all layers. Layers of different kinds are refused."""
     kinds = fields.take("layer_types", None)
     window: int | None = None
+    absent = None if "sliding_window" in fields.nulls else 4096
     if family == "mistral":
-        given = fields.integer("sliding_window", None)
-        window = given
+        window = fields.integer("sliding_window", absent)
     elif family in ("qwen2", "qwen3"):
         used = fields.flag("use_sliding_window", False)
-        given, first = fields.integer("sliding_window", 4096), fields.take("max_window_layers", 28)
+        given, first = fields.integer("sliding_window", absent), fields.take("max_window_layers", 28)
         if not isinstance(first, int) or isinstance(first, bool):
             raise fields.fail("max_window_layers", first, "must be a whole number")
         if used and kinds is None:  # layers from this one on have the window
