@@ -27,12 +27,12 @@ from mod_star.training.run_dir import LoadedRun, load_run
 
 ROOT = Path(__file__).parents[2]
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"question": "Which is a fruit?", "choices": ["apple", "a stone", "é"], "gold": 0},
     {"question": "And which is not? " * 12, "choices": ["plum", "rain"], "gold": 1},  # longer than the context
 ]
-TEXTS = [{"text": "A short one."}, {"text": "def f(x):\n    return x + 1\n" * 12}]
-TASKS = {
+TEXTS: list[dict[str, Any]] = [{"text": "A short one."}, {"text": "def f(x):\n    return x + 1\n" * 12}]
+TASKS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "ours_choice": (
         QUESTIONS,
         'output_type: multiple_choice\ndoc_to_text: "Q: {{question}}\\nA:"\ndoc_to_choice: "{{choices}}"\n'
@@ -108,7 +108,7 @@ def test_choices_get_our_log_likelihoods(samples: dict[str, Any], loaded: Loaded
     tokenizer, context = loaded.tokenizer, loaded.decoder.config.context
     for sample, record in zip(samples["ours_choice"], QUESTIONS, strict=True):
         before = [tokenizer.bos_id, *tokenizer.encode(f"Q: {record['question']}\nA:")]
-        for ((value, greedy),), choice in zip(sample["resps"], record["choices"], strict=True):  # type: ignore[arg-type]
+        for ((value, greedy),), choice in zip(sample["resps"], record["choices"], strict=True):
             after = tokenizer.encode(f" {choice}")
             ids = before[-(context + 1 - len(after)) :]
             (expected,) = score(loaded.decoder, loaded.params, [(ids, after)])
@@ -129,7 +129,7 @@ def test_texts_are_what_we_generate(samples: dict[str, Any], loaded: LoadedRun) 
     room = loaded.decoder.config.context - 12
     for sample, record in zip(samples["ours_generate"], QUESTIONS, strict=True):
         ((text,),) = sample["resps"]
-        assert text == generate(loaded, str(record["question"]), room, 12, ["e"])
+        assert text == generate(loaded, record["question"], room, 12, ["e"])
 
 
 def generate(run: LoadedRun, prompt: str, room: int, new_tokens: int, stop: list[str]) -> str:

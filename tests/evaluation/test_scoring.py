@@ -101,13 +101,17 @@ def model(request: pytest.FixtureRequest) -> Model:
 def make_pairs() -> list[Pair]:
     """Of many lengths; with the same context, the same pair, an input that another begins with; as long as may be."""
     rng = np.random.default_rng(0)
-    ids = lambda n: rng.integers(0, VOCAB, n).tolist()  # noqa: E731
+
+    def ids(n: int) -> list[int]:
+        return [int(token) for token in rng.integers(0, VOCAB, n)]
+
     pairs = [(ids(before), ids(after)) for before, after in ((5, 3), (1, 1), (33, 4), (CONTEXT - 6, 7), (1, CONTEXT))]
     question = pairs[0][0]
     choices = [(question, [token]) for token in (*range(VOCAB), 3)]
     beginning = (question, pairs[0][1][:2])
     longer = (question[:2], [*question[2:], *pairs[0][1], 7])
-    return [*choices, *pairs, pairs[0], beginning, longer]
+    made: list[Pair] = [*choices, *pairs, pairs[0], beginning, longer]
+    return made
 
 
 PAIRS = make_pairs()
@@ -278,4 +282,5 @@ def test_logits_of_all_tokens_never_exist() -> None:
         decoder, None, Think(), scoring.HEAD_ROWS, params, None, ints(B, S), ints(B), ints(B * S, 2), ints(B * S, 1),
         ints(), None, jax.ShapeDtypeStruct((), np.float32), ints(), ints(), None,
     ).compile()  # fmt: skip
-    assert compiled.memory_analysis().temp_size_in_bytes < B * S * V * 4 / 2
+    memory: Any = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < B * S * V * 4 / 2
