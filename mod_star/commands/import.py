@@ -52,9 +52,9 @@ def run(argv: Sequence[str]) -> None:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from mod_star.pretrained.importing import import_model, open_source
-    from mod_star.training.run_dir import require_creatable
+    from mod_star.pretrained.params_run import require_free
 
-    require_creatable(options.run)
+    require_free(options.run)
     source = open_source(options.source)
     total = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
     console = Console(stderr=True)

@@ -12,9 +12,9 @@ from mod_star.config import DataConfig, RunConfig
 from mod_star.errors import InputError, require
 from mod_star.pretrained.build import DENSE, build_params, check_source
 from mod_star.pretrained.hf_directory import download, open_hf
-from mod_star.pretrained.params_run import write_params_run
+from mod_star.pretrained.params_run import require_free, write_params_run
 from mod_star.pretrained.source import Source
-from mod_star.training.run_dir import require_creatable, require_vocabulary
+from mod_star.training.run_dir import require_vocabulary
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -82,7 +82,7 @@ def import_model(
     Raises:
       InputError: `path` is taken or can't be written, or the source doesn't fit (see `build_params`, `run_config`).
     """
-    require_creatable(path)
+    require_free(path)
     run = run_config(source, context, dtype)
     check_source(source)
     return write_params_run(path, run, source.tokenizer, build_params(source, progress))
