@@ -16,8 +16,8 @@ import pytest
 
 from mod_star.calibration import calibrated, calibration_batches, entropies, read_calibration, write_calibration
 from mod_star.cli import main
-from mod_star.commands.sample import _Growing
 from mod_star.decoding import Completion, Generator
+from mod_star.sample_view import Growing
 from mod_star.training.run_dir import load_run
 
 PROMPT = "The é"
@@ -88,7 +88,10 @@ def test_a_calibration_of_another_step_is_pointed_out(auto: tuple[Any, str], run
 def completion(text: str, starts: list[int], thoughts: list[str | None]) -> Completion:
     N = len(starts)
     ids = [None if thought is None else [1] for thought in thoughts]
-    return Completion("x", text, [0] * N, [0.0] * N, None, [0.5], 0, [0.0] * N, ids, thoughts, [0.5] * N, starts)
+    return Completion(
+        "x", text, [0] * N, [0.0] * N, None, [0.5], 0, [0.5] * N, entropies=[0.0] * N, thoughts=ids,
+        thought_texts=thoughts, mixing_weights=[0.5] * N, starts=starts,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("prompts", [1, 2])
@@ -119,7 +122,7 @@ def test_thoughts_are_shown_in_a_terminal_or_if_asked_for(
 
 
 def test_growing_text_puts_each_thought_before_what_it_led_to(capsys: pytest.CaptureFixture[str]) -> None:
-    growing = _Growing(show_thoughts=True)
+    growing = Growing(show_thoughts=True)
     # "c" may be the beginning of a stop string, the first byte of "é" shows nothing yet.
     for text, starts, shown in (
         ("ab", [0, 1, 2], "a⟨t\u21b5\u00b7⟩b"),
@@ -129,9 +132,9 @@ def test_growing_text_puts_each_thought_before_what_it_led_to(capsys: pytest.Cap
     ):
         growing.write(completion(text, starts, [None, "t\n\x1b", "c?", "one", "two", None][: len(starts)]))
         assert capsys.readouterr().out == shown
-    clean = _Growing(show_thoughts=False)
+    clean = Growing(show_thoughts=False)
     clean.write(completion("ab", [0, 1], [None, "t"]))
-    never = _Growing(show_thoughts=True)
+    never = Growing(show_thoughts=True)
     never.write(completion("ab", [0, 1], []))
     assert capsys.readouterr().out == "abab"
 

@@ -6,22 +6,23 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import tyro
 
 from mod_star.commands import keep_compiled_programs, parse_options
 from mod_star.errors import InputError, require
+from mod_star.sample_view import completion_record, summary, write_completions, write_stream
 
 if TYPE_CHECKING:
-    from mod_star.decoding import Completion, Sampling, Think
+    from mod_star.commands.sample_branches import Answering
+    from mod_star.decoding import Sampling, Think
     from mod_star.training.run_dir import LoadedRun
 
 DEFAULT_NEW_TOKENS = 200
-OF_THINKING = ("entropies", "thoughts", "thought_texts", "mixing_weights")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class SampleOptions:
       mod-star sample runs/first --prompt Lists --prompt Strings --new-tokens 50 --temperature 0
       mod-star sample runs/first --prompt-file questions.txt --stop $'\\n' --json > answers.jsonl
       mod-star sample runs/thinking --prompt 'Q: 2 + 3 = ?' --think always
+      mod-star sample runs/smollm2 --chat --prompt 'What is 17 + 25?' --decoding cot --branches 10 --show-branches
+
+    Decodings: greedy takes the most probable token each time, temperature draws (with --top-k, --top-p), beam keeps the
+    --branches most probable texts. self-consistency draws --branches texts and answers with the majority. cot branches
+    on the --branches most probable first tokens, goes on greedily, and answers with the branch whose answer the model
+    is surest of (Δ). The last two write the text that won; --show-branches writes a table of all.
 
     The text goes to stdout, a line about it to stderr. Thoughts are shown dimmed and as ⟨thought⟩ before the token they
     led to, but only in a terminal.
@@ -46,12 +53,36 @@ class SampleOptions:
     """A file of prompts, one a line, in UTF-8; blank lines don't count. FILE.jsonl: a JSON string per line."""
     new_tokens: int | None = None
     """Tokens to generate at the most. If not given 200, or as many as the context has room for."""
-    temperature: float = 0.8
-    """Below 1 sharpens the model's distribution, above 1 flattens it; 0: always the most probable token."""
+    chat: bool = False
+    """Put each prompt to the model as a user's message, by the chat template that its tokenizer comes with."""
+    decoding: Literal["greedy", "temperature", "beam", "self-consistency", "cot"] = "temperature"
+    """How the text is chosen, see above."""
+    temperature: float | None = None
+    """Below 1 sharpens the model's distribution, above 1 flattens it; 0: always the most probable token. If not given
+    0.8, for self-consistency 0.7."""
     top_k: int = 0
     """Draw among the k most probable tokens only; 0: all."""
     top_p: float = 1.0
     """Draw among the most probable tokens that together have this probability; 1: all."""
+    branches: int | None = None
+    """Branches of cot, samples of self-consistency, width of beam, for each prompt. If not given 10, for beam 4."""
+    show_branches: bool = False
+    """Write a table of all branches instead of the text that won."""
+    answer: str | None = None
+    """What cot and self-consistency look for: number, yes-no, even-odd, letters (A to E), text (any words, found by
+    --continuation), or options with commas between them, such as red,green. The last one in a branch is its answer. If
+    not given number."""
+    continuation: str | None = None
+    """Continue every branch with this, such as 'So the answer is', and take the answer that the model gives then, at
+    the last place in the branch where it stands. If not given 'So the answer is' for --answer text, else none."""
+    ranking: Literal["delta", "log-prob", "normalised-log-prob"] | None = None
+    """What cot ranks branches by. If not given delta, how sure the model is of the answer."""
+    aggregate: bool = False
+    """Write the text of cot's aggregated answer, that with the largest sum over branches; else of the best branch."""
+    skip_first: bool = False
+    """Leave the token that cot branched on out of Δ where it is part of the answer."""
+    length_penalty: float | None = None
+    """Beam search ranks by log-probability over length to this power. If not given 0, the log-probability itself."""
     seed: int = 0
     """The same seed draws the same text."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()
@@ -70,24 +101,62 @@ class SampleOptions:
     """One JSON object per prompt and line: prompt, text, tokens, log_probs, finished (end, length, stop), ..."""
 
 
+# Which options go with which decoding only; in the order in which a mistake is told.
+ONLY_WITH: dict[str, tuple[str, ...]] = {
+    "temperature": ("temperature", "self-consistency"),
+    "top_k": ("temperature", "self-consistency"),
+    "top_p": ("temperature", "self-consistency"),
+    "branches": ("cot", "self-consistency", "beam"),
+    "show_branches": ("cot", "self-consistency", "beam"),
+    "answer": ("cot", "self-consistency"),
+    "continuation": ("cot", "self-consistency"),
+    "ranking": ("cot",),
+    "aggregate": ("cot",),
+    "skip_first": ("cot",),
+    "length_penalty": ("beam",),
+}
+
+
 def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
     options = parse_options(SampleOptions, argv, "mod-star sample")
+    _check(options)
+
+    # Only now, when the command line is known to be good: JAX takes seconds to import.
+    from mod_star.commands.sample_branches import ways_to_answer
+    from mod_star.decoding import Sampling, Think
+    from mod_star.training.run_dir import load_run
+
+    temperature = {"temperature": 0.8, "self-consistency": 0.7}.get(options.decoding, 0.0)
+    temperature = temperature if options.temperature is None else options.temperature
+    sampling = Sampling(temperature, options.top_k, options.top_p)
+    Think("always", temperature=options.think_temperature)  # an error of this option is told first of all
+    answering = ways_to_answer(options, sampling)
+    prompts = options.prompt or ("",) if options.prompt_file is None else _read_prompts(options.prompt_file)
+    keep_compiled_programs()
+    loaded = load_run(options.run, options.step)
+    _sample(loaded, prompts, sampling, chosen_think(loaded, options), options, answering)
+
+
+def _check(options: SampleOptions) -> None:
+    """Raises InputError for options that can't be, or not together; without JAX."""
     require(0 <= options.seed < 2**32, "--seed", options.seed, "must lie in [0, 2^32)")
     require(all(options.stop), "--stop", "", "must not be empty")
     if options.prompt and options.prompt_file is not None:
         raise InputError("--prompt-file: give prompts either so or with --prompt, not both")
-
-    # Only now, when the command line is known to be good: JAX takes seconds to import.
-    from mod_star.decoding import Sampling, Think
-    from mod_star.training.run_dir import load_run
-
-    sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    Think("always", temperature=options.think_temperature)  # an error of this option is told first of all
-    prompts = options.prompt or ("",) if options.prompt_file is None else _read_prompts(options.prompt_file)
-    keep_compiled_programs()
-    loaded = load_run(options.run, options.step)
-    _sample(loaded, prompts, sampling, _think(loaded, options), options)
+    defaults = {field.name: field.default for field in dataclasses.fields(SampleOptions)}
+    for name, decodings in ONLY_WITH.items():
+        if getattr(options, name) != defaults[name] and options.decoding not in decodings:
+            names = " or ".join(decodings) if len(decodings) < 3 else ", ".join(decodings)
+            raise InputError(
+                f"--{name.replace('_', '-')}: goes with --decoding {names}, and --decoding is {options.decoding}"
+            )
+    if options.branches is not None:
+        require(options.branches >= 1, "--branches", options.branches, "must be at least 1")
+    if options.aggregate and options.show_branches:
+        raise InputError("--aggregate: the table of --show-branches shows the aggregated answer too, leave one out")
+    if options.show_thoughts and options.decoding in ("beam", "self-consistency", "cot"):
+        raise InputError(f"--show-thoughts: goes with --decoding greedy or temperature, it is {options.decoding}")
 
 
 def _read_prompts(path: Path) -> tuple[str, ...]:
@@ -110,7 +179,23 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-def _think(loaded: LoadedRun, options: SampleOptions) -> Think:
+class ThinkOptions(Protocol):
+    """The options about thinking, as commands that generate have them."""
+
+    @property
+    def run(self) -> Path:
+        """Directory of the run."""
+
+    @property
+    def think(self) -> Literal["never", "always", "auto"]:
+        """When to think."""
+
+    @property
+    def think_temperature(self) -> float:
+        """Temperature of thoughts."""
+
+
+def chosen_think(loaded: LoadedRun, options: ThinkOptions) -> Think:
     """When to think. Raises InputError if the model hasn't learned to, or isn't calibrated."""
     from mod_star.calibration import read_calibration
     from mod_star.decoding import Think
@@ -132,7 +217,12 @@ def _think(loaded: LoadedRun, options: SampleOptions) -> Think:
 
 
 def _sample(
-    loaded: LoadedRun, prompts: Sequence[str], sampling: Sampling, think: Think, options: SampleOptions
+    loaded: LoadedRun,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    think: Think,
+    options: SampleOptions,
+    answering: Answering | None,
 ) -> None:
     import jax
     from rich.console import Console
@@ -144,102 +234,35 @@ def _sample(
         decoder = decoder.clone(routing=dataclasses.replace(decoder.routing, headroom=options.headroom))
     key, thinking = jax.random.key(options.seed), loaded.config.thinking
     generator = Generator(decoder, loaded.params, tokenizer.end_ids, key, thinking)
-    encoded = encode_prompts(tokenizer, prompts)
+    asked = [tokenizer.apply_chat([{"role": "user", "content": each}]) for each in prompts] if options.chat else prompts
+    encoded = encode_prompts(tokenizer, asked)
     new_tokens = options.new_tokens
     if new_tokens is None:
-        new_tokens = max(1, min(DEFAULT_NEW_TOKENS, decoder.config.context - max(map(len, encoded))))
+        spare = 0 if answering is None else answering.tokens_after(tokenizer)
+        new_tokens = max(1, min(DEFAULT_NEW_TOKENS, decoder.config.context - max(map(len, encoded)) - spare))
     notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=options.json)
+    if answering is not None:
+        answering.run(generator, tokenizer, prompts, encoded, new_tokens, think, notes)
+        return
     with notes.status("compiling"):
         generator.warm_up(encoded, new_tokens, sampling, think)
     began = time.perf_counter()
     bursts = complete(
-        generator, tokenizer, prompts, new_tokens, sampling, seed=options.seed, stop=options.stop, think=think
-    )
+        generator, tokenizer, prompts, new_tokens, sampling, seed=options.seed, stop=options.stop, think=think,
+        encoded=encoded,
+    )  # fmt: skip
     show_thoughts = options.show_thoughts or sys.stdout.isatty()
     if len(prompts) == 1 and not options.json:
-        completions = _stream(prompts[0], bursts, show_thoughts)
+        completions = write_stream(prompts[0], bursts, show_thoughts)
     else:
         with notes.status(f"generating from {len(prompts)} prompts"):
             *_, completions = bursts
     seconds = time.perf_counter() - began
     if options.json:
         for completion in completions:
-            print(json.dumps(_record(completion, think)))
+            print(json.dumps(completion_record(completion, think)))
         return
     if len(prompts) > 1:
-        for number, completion in enumerate(completions):
-            _write("\n" * bool(number))
-            _write(completion.prompt, dim=True)
-            _Growing(show_thoughts).write(completion)
-            _write("\n")
+        write_completions(completions, show_thoughts)
     sys.stdout.flush()
     notes.print(summary(completions, seconds), style="dim")
-
-
-def _record(completion: Completion, think: Think) -> dict[str, Any]:
-    """A completion as --json shows it."""
-    left_out = {"starts", *(OF_THINKING if think.when == "never" else ())}
-    return {name: value for name, value in dataclasses.asdict(completion).items() if name not in left_out}
-
-
-def _stream(prompt: str, bursts: Iterator[list[Completion]], show_thoughts: bool) -> list[Completion]:
-    """Writes one prompt and its text as it comes, and returns the last burst."""
-    _write(prompt, dim=True)
-    growing = _Growing(show_thoughts)
-    completions: list[Completion] = []
-    for completions in bursts:
-        growing.write(completions[0])
-        sys.stdout.flush()
-    _write("\n")
-    return completions
-
-
-class _Growing:
-    """Writes a text as it grows, a thought before the token that it led to if they are to be shown."""
-
-    def __init__(self, show_thoughts: bool) -> None:
-        self._show_thoughts = show_thoughts
-        self._characters = self._tokens = 0  # written
-
-    def write(self, completion: Completion) -> None:
-        """Writes what is new."""
-        from mod_star.terminal import visible
-
-        if self._show_thoughts:
-            thoughts = zip(completion.starts, completion.thought_texts, strict=False)  # no thoughts at all if never
-            for start, thought in list(thoughts)[self._tokens :]:
-                if start >= len(completion.text):  # nothing is shown of the token yet
-                    break
-                self._tokens += 1
-                if thought is not None:
-                    self._write_up_to(start, completion.text)
-                    _write(f"⟨{visible(thought)}⟩", dim=True)
-        self._write_up_to(len(completion.text), completion.text)
-
-    def _write_up_to(self, end: int, text: str) -> None:
-        _write(text[self._characters : end])
-        self._characters = end
-
-
-def _write(text: str, dim: bool = False) -> None:
-    """Writes to stdout; on a terminal without the control characters that a model may come up with."""
-    if sys.stdout.isatty():
-        text = "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
-        text = f"\x1b[2m{text}\x1b[22m" if dim and text else text
-    sys.stdout.write(text)
-
-
-def summary(completions: Sequence[Completion], seconds: float) -> str:
-    """One line about a batch: how much was generated and how fast, and what routed blocks computed."""
-    tokens = sum(len(completion.tokens) for completion in completions)
-    parts = [f"{tokens} tokens", f"{tokens / seconds:,.0f} tokens/s"]
-    if any(completion.entropies for completion in completions):
-        thoughts = [thought for completion in completions for thought in completion.thoughts]
-        parts.append(f"a thought before {sum(thought is not None for thought in thoughts) / tokens:.1%} of them")
-    shares = [completion.routed_fraction for completion in completions]
-    if shares[0]:
-        means = (sum(block) / len(block) for block in zip(*shares, strict=True))
-        parts.append(f"routed blocks computed {', '.join(f'{mean:.1%}' for mean in means)} of the tokens")
-    if overflow := sum(completion.overflow for completion in completions):
-        parts.append(f"{overflow} times a token passed by because a block's cache was full: raise --headroom")
-    return " · ".join(parts)

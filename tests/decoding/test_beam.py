@@ -1,0 +1,127 @@
+"""Beam search against a naive one that runs whole texts, and against trying every text."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from decoding_models import VOCAB, make_prompts
+from symbols import END_IDS, SYMBOLS, Subject, SymbolTokenizer
+
+from mod_star.decoding import Think
+from mod_star.decoding.beam import BeamSearch, Hypothesis, beam_search
+from mod_star.errors import InputError
+
+NEW, W = 5, 3
+PROMPTS = make_prompts((3, 9, 1))
+
+Text = tuple[list[int], list[float]]
+
+
+def naive_beams(subject: Subject, prompt: list[int], beams: int, new_tokens: int, penalty: float) -> list[Hypothesis]:
+    """The same rules on lists of whole texts."""
+    live: list[Text] = [([], [])]
+    ended: list[Hypothesis] = []
+    for _ in range(new_tokens):
+        longer: list[Text] = []
+        for tokens, log_probs in live:
+            log_p = subject.log_p(prompt + tokens)
+            for token in range(VOCAB):
+                text = ([*tokens, token], [*log_probs, float(log_p[token])])
+                if token in END_IDS:
+                    ended.append(hypothesis(*text, True, penalty))
+                else:
+                    longer.append(text)
+        live = sorted(longer, key=lambda text: -sum(text[1]))[:beams]
+    return best([*ended, *(hypothesis(*text, False, penalty) for text in live)], beams)
+
+
+def hypothesis(tokens: list[int], log_probs: list[float], finished: bool, penalty: float) -> Hypothesis:
+    return Hypothesis(tokens, log_probs, [], finished, sum(log_probs) / len(tokens) ** penalty)
+
+
+def best(found: Sequence[Hypothesis], count: int) -> list[Hypothesis]:
+    return sorted(found, key=lambda each: -each.score)[:count]
+
+
+def check(found: list[Hypothesis], expected: list[Hypothesis]) -> None:
+    assert [each.tokens for each in found] == [each.tokens for each in expected]
+    assert [each.finished for each in found] == [each.finished for each in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=1e-3)
+        assert ours.score == pytest.approx(theirs.score, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def subjects() -> dict[str, Subject]:
+    return {kind: Subject(kind) for kind in ("routed", "thinking")}
+
+
+@pytest.mark.parametrize(("kind", "penalty"), [("routed", 0.0), ("routed", 1.0), ("thinking", 0.6)])
+def test_it_is_the_naive_search(subjects: dict[str, Subject], kind: str, penalty: float) -> None:
+    subject = subjects[kind]
+    think = Think("always") if subject.thinker else Think()
+    found = BeamSearch(subject.generator, W, penalty, think).search(PROMPTS, NEW)
+    for prompt, hypotheses in zip(PROMPTS, found, strict=True):
+        check(hypotheses, naive_beams(subject, prompt, W, NEW, penalty))
+        for each in hypotheses:
+            for step, gap in enumerate(each.gaps):
+                second, first = np.sort(np.exp(subject.log_p(prompt + each.tokens[:step])))[-2:]
+                assert gap == pytest.approx(first - second, abs=2e-4)
+    ends = [each.finished for hypotheses in found for each in hypotheses]
+    assert any(ends) if penalty == 0.0 else not all(ends)
+
+
+def test_beams_as_wide_as_the_vocabulary_find_the_best_of_all_texts(subjects: dict[str, Subject]) -> None:
+    subject, prompt, going_on = subjects["routed"], PROMPTS[1], range(len(SYMBOLS))
+    first = subject.log_p(prompt)
+    every = [hypothesis([end], [float(first[end])], True, 0.5) for end in END_IDS]
+    for token in going_on:
+        second = subject.log_p([*prompt, token])
+        every += [
+            hypothesis([token, last], [float(first[token]), float(second[last])], last in END_IDS, 0.5)
+            for last in range(VOCAB)
+        ]
+    assert len(every) == len(END_IDS) + len(going_on) * VOCAB
+    (found,) = BeamSearch(subject.generator, VOCAB, 0.5).search([prompt], 2)
+    check(found, best(every, VOCAB))
+
+
+def test_texts_come_best_first_and_cut_at_stop_strings(subjects: dict[str, Subject]) -> None:
+    generator, tokenizer = subjects["routed"].generator, SymbolTokenizer()
+    encoded = [[token % len(SYMBOLS) for token in prompt] for prompt in PROMPTS]
+    prompts = [tokenizer.decode(prompt) for prompt in encoded]
+    found = beam_search(generator, tokenizer, prompts, NEW, beams=W, length_penalty=1.0, encoded=encoded)
+    for prompt, ids, beams, hypotheses in zip(
+        prompts, encoded, found, BeamSearch(generator, W, 1.0).search(encoded, NEW), strict=True
+    ):
+        assert [beam.prompt for beam in beams] == [prompt] * W
+        assert ids == tokenizer.encode(prompt)
+        for beam, each in zip(beams, hypotheses, strict=True):
+            assert beam.text == tokenizer.decode(each.tokens)
+            assert beam.finished == ("end" if each.finished else "length")
+            assert len(beam.gaps) == len(beam.log_probs) == len(beam.tokens) == len(each.tokens) - each.finished
+            assert math.isnan(beam.end_log_prob) != each.finished
+    longest = max(itertools.chain(*found), key=lambda beam: len(beam.text)).text
+    stop = longest[2]
+    for beams in beam_search(
+        generator, tokenizer, prompts, NEW, beams=W, length_penalty=1.0, stop=(stop,), encoded=encoded
+    ):
+        assert all(stop not in beam.text for beam in beams)
+
+
+def test_bad_searches_are_refused(subjects: dict[str, Subject]) -> None:
+    generator = subjects["routed"].generator
+    for beams, penalty, message in (
+        (0, 0.0, "beams = 0: must be at least 1"),
+        (VOCAB + 1, 0.0, f"beams = {VOCAB + 1}: must be at most the vocabulary, {VOCAB}"),
+        (2, -1.0, "length_penalty = -1.0: must be at least 0 and finite"),
+        (2, math.inf, "length_penalty = inf: must be at least 0 and finite"),
+    ):
+        with pytest.raises(InputError, match=f"^{message}"):
+            BeamSearch(generator, beams, penalty)
+    with pytest.raises(InputError, match=r"^think\.when = 'always': must be never"):
+        BeamSearch(generator, 2, think=Think("always"))

@@ -1,0 +1,215 @@
+"""CoT-decoding against a naive loop that runs the whole text again for every branch and step."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from decoding_models import CONTEXT, VOCAB, make_prompts
+from symbols import END_IDS, SYMBOLS, Subject, SymbolTokenizer
+
+from mod_star.decoding import Generator, Sampling, Think
+from mod_star.decoding.answers import LastNumber, Phrase
+from mod_star.decoding.branches import Branches
+from mod_star.decoding.cot import ANSWER_TOKENS, cot_decode, self_consistency
+from mod_star.errors import InputError
+
+NEW, K = 7, 6
+TOKENIZER, NUMBER = SymbolTokenizer(), LastNumber()
+ENCODED = [[token % len(SYMBOLS) for token in prompt] for prompt in make_prompts((3, 9, 1, 5, 2))]
+PROMPTS = [TOKENIZER.decode(prompt) for prompt in ENCODED]
+
+
+@dataclass
+class Naive:
+    """A branch as the plain model makes it."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    gaps: list[float]
+    ended: bool
+
+    @property
+    def text(self) -> str:
+        return "".join(SYMBOLS[token] for token in self.tokens)
+
+    @property
+    def digits(self) -> Any:
+        found = list(re.finditer(r"\d+", self.text))
+        return found[-1] if found else None
+
+    @property
+    def dropped(self) -> bool:
+        text = self.text.strip()
+        return not text or not self.ended or text[-1] == "?" or self.digits is None
+
+    def score(self, ranking: str) -> float:
+        """Log-probabilities hold the end's, gaps don't."""
+        if ranking == "delta":
+            return float(np.mean(self.gaps[self.digits.start() : self.digits.end()]))
+        return sum(self.log_probs) / (1 if ranking == "log_prob" else len(self.log_probs))
+
+
+def naive_branches(subject: Subject, prompt: list[int], branches: int, new_tokens: int) -> list[Naive]:
+    ranked = np.argsort(-subject.log_p(prompt), kind="stable")[:branches]
+    made = []
+    for first in ranked.tolist():
+        branch = Naive([], [], [], False)
+        while len(branch.log_probs) < new_tokens and not branch.ended:
+            log_p = subject.log_p(prompt + branch.tokens)
+            token = first if not branch.tokens else int(np.argmax(log_p))
+            branch.log_probs.append(log_p[token])
+            branch.ended = token in END_IDS
+            if not branch.ended:
+                second, best = np.sort(np.exp(log_p))[-2:]
+                branch.gaps.append(best - second)
+                branch.tokens.append(token)
+        made.append(branch)
+    return made
+
+
+@pytest.fixture(scope="module", params=["dense", "routed", "thinking"])
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return Subject(request.param)
+
+
+@pytest.fixture(scope="module")
+def results(subject: Subject) -> list[Branches]:
+    think = Think("always") if subject.thinker else Think()
+    count = 3 if subject.thinker else len(PROMPTS)  # the naive loop takes its time
+    return cot_decode(
+        subject.generator, TOKENIZER, PROMPTS[:count], NEW, NUMBER, branches=K, think=think, encoded=ENCODED[:count]
+    )
+
+
+def test_it_is_the_naive_loop(subject: Subject, results: list[Branches]) -> None:
+    whys = Counter[str | None]()
+    for result, prompt, text in zip(results, ENCODED, PROMPTS, strict=False):
+        naive = naive_branches(subject, prompt, K, NEW)
+        assert result.prompt == text
+        assert len(result.branches) == K
+        for branch, expected in zip(result.branches, naive, strict=True):
+            assert branch.completion.tokens == expected.tokens
+            assert branch.completion.text == expected.text
+            np.testing.assert_allclose(branch.completion.gaps, expected.gaps, atol=2e-4)
+            np.testing.assert_allclose(branch.log_prob, sum(expected.log_probs), atol=1e-3)
+            whys[branch.dropped] += 1
+            assert (branch.dropped is not None) == expected.dropped
+            assert branch.first_token == "".join(TOKENIZER.token_text(token) for token in expected.tokens[:1])
+            if not expected.dropped:
+                assert branch.answer == str(int(expected.digits[0]))
+                assert branch.span == expected.digits.span()
+                assert branch.delta == pytest.approx(expected.score("delta"), abs=2e-4)
+        counting = [branch for branch in naive if not branch.dropped]
+        for ranking in ("delta", "log_prob", "normalised_log_prob"):
+            scores = [(branch.score(ranking), str(int(branch.digits[0]))) for branch in counting]
+            assert result.answer(ranking) == (max(scores)[1] if scores else None)  # type: ignore[arg-type]
+            totals: dict[str, float] = {}
+            for score, answer in scores:
+                totals[answer] = totals.get(answer, 0.0) + (score if ranking == "delta" else math.exp(score))
+            expected_answer = max(totals, key=lambda answer: totals[answer]) if totals else None
+            assert result.answer(ranking, aggregate=True) == expected_answer  # type: ignore[arg-type]
+    assert whys[None] >= 2 and len(whys) >= 3, f"the test shows less than it should: {whys}"
+
+
+@pytest.mark.parametrize("subject", ["routed"], indirect=True)
+def test_small_batches_give_the_same(subject: Subject, results: list[Branches]) -> None:
+    rows = cot_decode(subject.generator, TOKENIZER, PROMPTS, NEW, NUMBER, branches=K, encoded=ENCODED, rows=K)
+    for found, expected in zip(rows, results, strict=True):
+        for ours, theirs in zip(found.branches, expected.branches, strict=True):
+            assert (ours.completion.text, ours.dropped) == (theirs.completion.text, theirs.dropped)
+            np.testing.assert_allclose([ours.delta, ours.log_prob], [theirs.delta, theirs.log_prob], atol=1e-5)
+
+
+@pytest.mark.parametrize("subject", ["dense"], indirect=True)
+def test_the_branched_token_can_be_left_out_of_delta(subject: Subject, results: list[Branches]) -> None:
+    skipped = cot_decode(
+        subject.generator, TOKENIZER, PROMPTS, NEW, NUMBER, branches=K, encoded=ENCODED, skip_first=True
+    )  # fmt: skip
+    changed = 0
+    for found, expected in zip(skipped, results, strict=True):
+        for ours, theirs in zip(found.branches, expected.branches, strict=True):
+            if theirs.span is None or theirs.span[0] > 0:
+                np.testing.assert_equal(ours.delta, theirs.delta)
+            else:
+                rest = theirs.completion.gaps[1 : theirs.span[1]]
+                assert ours.delta == pytest.approx(np.mean(rest) if rest else 0.0)
+                changed += 1
+    assert changed > 0
+
+
+@pytest.mark.parametrize("subject", ["routed"], indirect=True)
+def test_a_continuation_is_what_the_model_says_after_each_whole_branch(
+    subject: Subject, results: list[Branches], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mod_star.decoding.cot.ANSWER_TOKENS", 9)  # the context is small
+    found = cot_decode(
+        subject.generator, TOKENIZER, PROMPTS, NEW, NUMBER, branches=K, encoded=ENCODED, continuation="=> "
+    )  # fmt: skip
+    aligned = 0
+    for result, expected, prompt in zip(found, results, ENCODED, strict=True):
+        for branch, before in zip(result.branches, expected.branches, strict=True):
+            assert branch.completion.tokens == before.completion.tokens
+            text = branch.completion.text
+            blank = "" if not text or text[-1] == " " else " "
+            ids = prompt + branch.completion.tokens + TOKENIZER.encode(f"{blank}=> ")
+            said: list[int] = []
+            while len(said) < 9 and (not said or said[-1] not in END_IDS):
+                said.append(int(np.argmax(subject.log_p(ids + said))))
+            assert branch.continuation == TOKENIZER.decode(said)
+            numbers = [str(int(each)) for each in re.findall(r"\d+", branch.continuation)]
+            places = [m.span() for m in re.finditer(r"\d+", text) if numbers and str(int(m[0])) == numbers[0]]
+            assert branch.answer == (numbers[0] if numbers else None)
+            assert branch.span == (places[-1] if places else None)
+            aligned += branch.span is not None
+    assert aligned > 0, "no answer is in its branch: the test shows less than it should"
+
+
+@pytest.mark.parametrize("subject", ["dense"], indirect=True)
+def test_self_consistency_votes_over_independent_samples(subject: Subject) -> None:
+    found = self_consistency(
+        subject.generator, TOKENIZER, PROMPTS, NEW, NUMBER, samples=K, sampling=Sampling(1.5), seed=3, encoded=ENCODED
+    )
+    plain = subject.generator.generate(ENCODED, NEW, Sampling(1.5), seed=3, branches=K)
+    for number, result in enumerate(found):
+        texts = [TOKENIZER.decode(each.tokens) for each in plain[number * K : (number + 1) * K]]
+        assert [branch.completion.text for branch in result.branches] == texts
+        assert len(set(texts)) > 3
+        votes = Counter(branch.answer for branch in result.branches if branch.dropped is None)
+        assert result.votes() == votes
+        if votes:
+            assert votes[result.majority_answer()] == max(votes.values())
+    for sampling in (Sampling(0), Sampling(1, branch=True)):
+        with pytest.raises(InputError, match=r"^sampling = Sampling\(.*must draw every token"):
+            self_consistency(subject.generator, TOKENIZER, PROMPTS, NEW, NUMBER, sampling=sampling, encoded=ENCODED)
+
+
+@pytest.mark.parametrize("subject", ["dense"], indirect=True)
+def test_bad_requests_are_refused_before_anything_is_compiled(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiles(*_: Any, **__: Any) -> None:
+        raise AssertionError("bad input must be found before anything is compiled")
+
+    monkeypatch.setattr(Generator, "_prefill_fn", compiles)
+    room = CONTEXT - 30 - 3 - ANSWER_TOKENS
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"branches": VOCAB + 1}, f"branches = {VOCAB + 1}: must be at most the vocabulary, {VOCAB}"),
+        ({"branches": 0}, "branches = 0: must be at least 1"),
+        ({"new_tokens": 40}, r"prompt 2 = 9 tokens: must have 1 to 8"),
+        ({"finder": Phrase()}, "continuation = None: is needed"),
+        ({"continuation": " "}, "continuation = ' ': must not be empty"),
+        ({"continuation": "=>", "new_tokens": 30}, rf"prompt 1 = 3 tokens: must have at most {max(0, room)} "),
+        ({"stop": ("",)}, "stop = "),
+        ({"rows": K - 1, "branches": K}, f"rows = {K - 1}: must be at least the number of branches, {K}"),
+        ({"think": Think("always")}, "think.when = 'always': must be never"),
+    ]
+    for change, message in cases:
+        arguments: dict[str, Any] = {"new_tokens": NEW, "finder": NUMBER, "encoded": ENCODED} | change
+        with pytest.raises(InputError, match=f"^{message}"):
+            cot_decode(subject.generator, TOKENIZER, PROMPTS, **arguments)
