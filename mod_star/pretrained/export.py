@@ -155,7 +155,7 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, context: int) -> Non
     if isinstance(tokenizer, HuggingFaceTokenizer):
         content = tokenizer.content
         named = {"bos_token": tokenizer.special.bos_id, "eos_token": tokenizer.special.eos_id}
-        spelled = tokenizers.Tokenizer.from_str(content).id_to_token
+        spelled: Callable[[int], str | None] = tokenizers.Tokenizer.from_str(content).id_to_token
     else:
         assert isinstance(tokenizer, ByteTokenizer)
         content, named = byte_tokenizer_json(), {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}

@@ -15,7 +15,7 @@ from mod_star.pretrained.source import Source, SourceTensor
 
 TOKENIZER_NAME = "tokenizer.json"
 # All that is read, so that nothing else is downloaded: no pickles, no second copy of the weights in another format.
-_DOWNLOADED = (CONFIG_NAME, "generation_config.json", "model*.safetensors", INDEX_NAME)
+_DOWNLOADED: tuple[str, ...] = (CONFIG_NAME, "generation_config.json", "model*.safetensors", INDEX_NAME)
 _DOWNLOADED += (TOKENIZER_NAME, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # Rotary frequencies that old checkpoints carry; they follow from the configuration.
 _COMPUTED = ".rotary_emb.inv_freq"

@@ -13,8 +13,8 @@ from mod_star.training.run_dir import TOKENIZER_DIRECTORY, LoadedRun, load_run, 
 from mod_star.training.stored_config import read_starting_config
 
 # What the parameters compute with. All other fields may differ: they say how fast, how exactly or how often it is done.
-MODEL_FIELDS = ("vocab_size", "width", "layers", "heads", "rope_theta", "norm_eps", "tie_embeddings")
-MODEL_FIELDS += ("rope_scaling", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor")
+MODEL_FIELDS: tuple[str, ...] = ("vocab_size", "width", "layers", "heads", "norm_eps", "tie_embeddings")
+MODEL_FIELDS += ("rope_theta", "rope_scaling", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor")
 MODEL_FIELDS += ("rope_original_context", "sliding_window", "qkv_bias", "qk_norm")
 ROUTED_FIELDS = ("gate", "causal_rule", "selection", "predictor_width")
 

@@ -219,6 +219,7 @@ def test_what_is_not_a_run_to_start_from(base: Path, tmp_path: Path) -> None:
         ("model", {"head_dim": 4}, "model.head_dim = 4: must be 8"),
         ("model", {"mlp_width": None}, "model.mlp_width = 64: must be 24"),
         ("model", {"rope_theta": 5e5}, "model.rope_theta = 500000.0: must be 10000.0"),
+        ("model", {"sliding_window": 5}, "model.sliding_window = 5: must be None"),
         ("model", {"norm_eps": 1e-5}, "model.norm_eps = 1e-05: must be 1e-06"),
         ("model", {"tie_embeddings": False}, "model.tie_embeddings = False: must be True"),
         ("routing", {"every": 4}, "routing.every = 4: must be 2"),
