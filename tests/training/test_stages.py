@@ -21,7 +21,8 @@ from mod_star.config import RunConfig
 from mod_star.data import train_batches
 from mod_star.errors import InputError
 from mod_star.flops import training_flops
-from mod_star.training import run_dir
+from mod_star.model import Decoder
+from mod_star.training import loop, run_dir
 from mod_star.training.base_run import load_base
 from mod_star.training.checkpoints import restore_state, saved_steps
 from mod_star.training.interrupt import Interrupted
@@ -29,6 +30,7 @@ from mod_star.training.loop import TrainSummary, train
 from mod_star.training.metrics import MetricsWriter, read_metrics
 from mod_star.training.stages import config_at, plan_stages
 from mod_star.training.state import init_state
+from mod_star.training.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 STEPS, CONTEXT = 8, 16
@@ -146,17 +148,25 @@ def test_every_step_is_computed_at_its_capacity(uninterrupted: tuple[Path, Train
         assert loaded.config.routing == replace(run.routing, capacity=capacity, stages=())
 
 
-def test_one_program_per_stage_and_a_line_about_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_program_per_stage_and_a_line_about_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "run"
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, _, **about: (
-            compiled.append(about.get("fun_name")) if event.endswith("jaxpr_trace_duration") else 0
-        )
-    )
+    traced: list[float] = []
+
+    def counting(decoder: Decoder, run: RunConfig, total_steps: int) -> Any:
+        step = make_train_step(decoder, run, total_steps)
+
+        def train_step(state: Any, batch: Any) -> Any:
+            traced.append(decoder.routing.capacity)
+            return step(state, batch)
+
+        return train_step
+
+    monkeypatch.setattr(loop, "make_train_step", counting)
     summary = train(make_run(log_every=100, eval_every=0, checkpoint_every=0), path)
     out = capsys.readouterr().out
-    assert compiled.count("train_step") == compiled.count("eval_step") == 3
+    assert traced == [1.0, 0.5, 0.25]
     said = re.findall(r"^steps (\d) to (\d) at capacity (\S+): compiled in \d+\.\d s$", out, re.MULTILINE)
     assert said == [("1", "2", "1"), ("3", "4", "0.5"), ("5", "8", "0.25")]
     # The last step of a stage is recorded, so that all steps between two records cost the same.
