@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -50,6 +49,7 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments.composition_task import CLOSE, LENGTH, OPEN, STATES, VOCAB, is_answer, make_batch, spell
+from experiments.reporting import write_aside
 from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.flops import training_step_flops
 from mod_star.model import Decoder
@@ -250,14 +250,6 @@ def make_evaluation(run: RunConfig) -> Callable[[Any, Any], dict[str, Any]]:
         return result
 
     return evaluate
-
-
-def write_aside(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    beside.write_bytes(content)
-    os.replace(beside, path)
 
 
 def main() -> None:

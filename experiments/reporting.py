@@ -1,8 +1,10 @@
-"""What the experiments' reports share: a mean with its spread, and tables in Markdown."""
+"""What the experiments share: a mean with its spread, tables in Markdown, and files written whole or not at all."""
 
 from __future__ import annotations
 
+import os
 import statistics
+from pathlib import Path
 
 
 def spread(values: list[float], form: str) -> str:
@@ -17,3 +19,11 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; all columns but the first to the right."""
     rule = ["---", *["--:"] * (len(columns) - 1)]
     return "".join(f"| {' | '.join(row)} |\n" for row in [columns, rule, *rows])
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    beside.write_bytes(content)
+    os.replace(beside, path)

@@ -1,0 +1,126 @@
+"""Tables and picture of `experiments.cot_decoding_composition`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from rich.console import Console
+
+from experiments.reporting import markdown, spread
+from mod_star.terminal import result_table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SHOWN_K = (1, 2, 3, 5, 10)
+ONCE = ("greedy", "sampling 0.7", "sampling 1")
+LABELS = {
+    "greedy": "greedy",
+    "sampling 0.7": "sampling, temperature 0.7",
+    "sampling 1": "sampling, temperature 1",
+    "self-consistency 0.7": "self-consistency, temperature 0.7",
+    "self-consistency 1": "self-consistency, temperature 1",
+    "log_prob max": "log p, max",
+    "log_prob aggregated": "log p, aggregated",
+    "normalised_log_prob max": "log p per token, max",
+    "normalised_log_prob aggregated": "log p per token, aggregated",
+    "majority of branches": "majority of the branches",
+    "delta max": "CoT-decoding (Δ), max",
+    "delta aggregated": "CoT-decoding (Δ), aggregated",
+    "any branch": "any branch is right",
+}
+COLUMNS = (
+    ("branches", "per question", "{:.2f}"),
+    ("dropped", "dropped", "{:.0%}"),
+    ("right", "right", "{:.0%}"),
+    ("delta", "Δ", "{:.3f}"),
+    ("log_prob", "log p", "{:.2f}"),
+    ("normalised_log_prob", "log p/token", "{:.2f}"),
+)
+
+Results = list[dict[str, Any]]
+
+
+def report(out: Path, picture: Path, console: Console) -> None:
+    """Prints what there is, writes results.md beside it, and the picture."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("results-*.json"))]
+    if not results:
+        console.print(f"{out}: nothing to report yet")
+        return
+    seeds, count = len(results), results[0]["questions"]
+    tables = [
+        (f"Right answers by the number of branches or samples; {seeds} seeds, {count} questions each", *by_k(results)),
+        ("Branches by their first token (k = 10), means of those not dropped", *by_opening(results)),
+    ]
+    text = ""
+    for title, head, body in tables:
+        console.print(f"\n{title}", style="bold")
+        console.print(result_table("", head, body))
+        text += f"{title}:\n\n{markdown(head, body)}\n"
+    (out / "results.md").write_text(text, encoding="utf-8")
+    plot(results, picture)
+    console.print(f"tables: {out / 'results.md'}, picture: {picture}", soft_wrap=True)
+
+
+def by_k(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Accuracy of each way of decoding for some k, mean ± standard deviation over seeds."""
+    rows = []
+    for name, label in LABELS.items():
+        curves = [result["accuracy"][name] for result in results]
+        cells = [spread([curve[k - 1] for curve in curves], "{:.1%}") if k <= len(curves[0]) else "–" for k in SHOWN_K]
+        rows.append([label, *cells])
+    return ["", *(f"k = {k}" for k in SHOWN_K)], rows
+
+
+def by_opening(results: Results) -> tuple[list[str], list[list[str]]]:
+    """What became of the branches that begin with each token; tokens that are rare left out."""
+    tokens = sorted(
+        {token for result in results for token in result["openings"]},
+        key=lambda token: -statistics.mean(r["openings"].get(token, {}).get("branches", 0.0) for r in results),
+    )
+    rows = []
+    for token in tokens:
+        found = [result["openings"][token] for result in results if token in result["openings"]]
+        if len(found) < len(results):
+            continue
+        values = [(form, [each[key] for each in found if key in each]) for key, _, form in COLUMNS]
+        rows.append([token, *(form.format(statistics.mean(each)) if each else "–" for form, each in values)])
+    return ["first token", *(title for _, title, _ in COLUMNS)], rows
+
+
+def plot(results: Results, path: Path) -> None:
+    """Accuracy by k: means over seeds, and bands from lowest to highest."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
+    panels = {
+        "max path: what branches are ranked by": {
+            "delta max": ("C0", "Δ (CoT-decoding)"),
+            "normalised_log_prob max": ("C2", "log p per token"),
+            "log_prob max": ("C3", "log p"),
+        },
+        "aggregated over branches or samples": {
+            "delta aggregated": ("C0", "ΣΔ (CoT-decoding)"),
+            "majority of branches": ("C1", "majority of the branches"),
+            "normalised_log_prob aggregated": ("C2", "log p per token"),
+            "log_prob aggregated": ("C3", "log p"),
+            "self-consistency 0.7": ("C4", "self-consistency, temperature 0.7"),
+            "self-consistency 1": ("C5", "self-consistency, temperature 1"),
+        },
+    }
+    for axis, (title, ways) in zip(axes, panels.items(), strict=True):
+        for name, (color, label) in {"any branch": ("lightgrey", "any branch is right"), **ways}.items():
+            values = 100 * np.array([result["accuracy"][name] for result in results])
+            k = np.arange(1, values.shape[1] + 1)
+            axis.plot(k, values.mean(0), color=color, marker="o", markersize=3, label=label)
+            axis.fill_between(k, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+        axis.axhline(20, color="grey", linestyle=":", linewidth=1)
+        axis.set(title=title, xlabel="branches or samples, k", xticks=range(1, values.shape[1] + 1), ylim=(0, 102))
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("answers right, %\n(dotted: chance; k = 1 of the branches: greedy)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
