@@ -1,0 +1,88 @@
+"""Branches as records: what JSON keeps of them, and what every decoding that they allow for answers.
+
+One generation of k branches serves greedy decoding (branch 0) and CoT-decoding with every ranking, maximum and
+aggregated; one of n samples serves sampling (sample 0) and self-consistency.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mod_star.decoding.branches import RANKINGS, Branch, Branches, Ranking
+from mod_star.decoding.text import Completion
+
+RANKING_NAMES: dict[Ranking, str] = {
+    "delta": "Δ",
+    "log_prob": "log-prob",
+    "normalised_log_prob": "log-prob per token",
+}
+"""What tables call the rankings."""
+DIGITS = 6  # of what is kept of deltas and log-probabilities
+
+
+def branch_record(branch: Branch) -> dict[str, Any]:
+    """A branch as JSON keeps it; what isn't there (nan) is null."""
+    return {
+        "first_token": branch.first_token,
+        "answer": branch.answer,
+        "delta": _rounded(branch.delta),
+        "log_prob": _rounded(branch.log_prob),
+        "normalised_log_prob": _rounded(branch.normalised_log_prob),
+        "dropped": branch.dropped,
+        "finished": branch.completion.finished,
+        "tokens": len(branch.completion.tokens),
+        "span": None if branch.span is None else list(branch.span),
+        "continuation": branch.continuation,
+        "text": branch.completion.text,
+    }
+
+
+def branches_of(records: list[dict[str, Any]], prompt: str = "") -> Branches:
+    """The branches again, with all that rankings and answers depend on; tokens and their numbers are not kept."""
+    made = []
+    for record in records:
+        completion = Completion(
+            prompt=prompt, text=record["text"], tokens=[], log_probs=[], finished=record["finished"],
+            routed_fraction=[], overflow=0,
+        )  # fmt: skip
+        delta, log_prob, normalised = (
+            math.nan if record[name] is None else record[name] for name in ("delta", "log_prob", "normalised_log_prob")
+        )
+        span = None if record["span"] is None else (record["span"][0], record["span"][1])
+        made.append(
+            Branch(
+                completion,
+                record["first_token"],
+                span,
+                record["answer"],
+                delta,
+                log_prob,
+                normalised,
+                record["dropped"],
+                record["continuation"],
+            )
+        )
+    return Branches(prompt, made)
+
+
+def cot_answers(branches: Branches) -> dict[str, str | None]:
+    """What CoT-decoding answers: by each ranking the aggregated answer and that of the best path, Δ first.
+
+    Greedy decoding answers what branch 0 says, even where it was cut by the limit of new tokens.
+    """
+    found: dict[str, str | None] = {}
+    for ranking in RANKINGS:
+        found[f"CoT aggregated, {RANKING_NAMES[ranking]}"] = branches.answer(ranking, aggregate=True)
+        found[f"CoT max, {RANKING_NAMES[ranking]}"] = branches.answer(ranking)
+    found["greedy (branch 0)"] = branches.branches[0].answer
+    return found
+
+
+def sample_answers(samples: Branches) -> dict[str, str | None]:
+    """What self-consistency answers, and the first sample alone, even where it was cut by the limit of new tokens."""
+    return {"self-consistency": samples.majority_answer(), "one sample": samples.branches[0].answer}
+
+
+def _rounded(value: float) -> float | None:
+    return round(value, DIGITS) if math.isfinite(value) else None
