@@ -16,6 +16,7 @@ from mod_star.decoding.caches import Cache, FullCache, over_rows
 from mod_star.model import Decoder
 from mod_star.model.attention import Segment
 from mod_star.model.layers import rms_norm
+from mod_star.model.linear import linear
 from mod_star.model.parts import DEFAULT_PARTS
 from mod_star.model.routing import routed_share
 from mod_star.model.rows import compute_if
@@ -64,8 +65,7 @@ def narrowed(decoder: Decoder, params: dict[str, Any]) -> dict[str, Any]:
 
 def logits_of(params: dict[str, Any], hidden_BxD: jax.Array) -> jax.Array:
     """Float32 logits BxV."""
-    head = head_matrix(params).astype(hidden_BxD.dtype)
-    return jnp.einsum("bd,vd->bv", hidden_BxD, head, preferred_element_type=jnp.float32)
+    return linear(hidden_BxD, head_matrix(params).astype(hidden_BxD.dtype).T, jnp.float32)
 
 
 def decode_step(
