@@ -74,7 +74,7 @@ class Options:
     """Where runs, answers, tables and the picture are kept."""
     steps: int = 100
     """Steps per arm, each on 2 sequences of 128 tokens."""
-    items: int = 300
+    items: int = 200
     """Questions per task, drawn at random."""
     learning_rate: float = 2e-5
     """Constant after ten steps of warm-up."""
