@@ -58,5 +58,6 @@ def run(argv: Sequence[str]) -> None:
     rows = [(file.name, short_number(file.stat().st_size)) for file in files]
     console = Console(highlight=False)
     title = f"{family.architecture}, {short_number(count)} parameters in {options.dtype}, of step {loaded.step}"
-    console.print(result_table(title, ("file", "bytes"), rows))
+    console.print(title, soft_wrap=True)
+    console.print(result_table("", ("file", "bytes"), rows))
     console.print(f"written: {options.directory}", markup=False, soft_wrap=True)
