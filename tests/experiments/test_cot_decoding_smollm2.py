@@ -1,0 +1,82 @@
+"""The report of `experiments.cot_decoding_smollm2` on records made by hand, and the order in which it asks."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments.cot_decoding_smollm2 import PARTS, Options, chunks
+from experiments.cot_decoding_smollm2_report import cot, read, report
+
+
+def row(answer: str | None, delta: float, log_prob: float, dropped: str | None = None) -> dict[str, Any]:
+    return {
+        "first_token": "A", "answer": answer, "delta": delta, "log_prob": log_prob,
+        "normalised_log_prob": log_prob / 10, "dropped": dropped, "finished": "length" if dropped else "end",
+        "tokens": 10, "span": [0, 1], "continuation": None, "text": answer,
+    }  # fmt: skip
+
+
+def test_marks_and_report(tmp_path: Path) -> None:
+    # Greedy says 1, the surest branch 2, most branches by Δ 3, the most probable 4; the gold answer takes turns.
+    branches = [row("1", 0.1, -9.0), row("2", 0.9, -8.0), row("3", 0.6, -7.0), row("3", 0.5, -6.0)]
+    branches += [row("4", 0.05, -1.0), *[row("5", 1.0, -0.5, "cut by the length limit")] * 5]
+    samples = [row("6", 0.5, -5.0, "cut by the length limit"), *[row("7", 0.5, -5.0)] * 5, *[row("8", 0.5, -1.0)] * 4]
+    right = {
+        "1": ("greedy", cot(1, "delta", False), cot(1, "log_prob", True)),
+        "2": (cot(10, "delta", False), cot(2, "delta", True), cot(5, "delta", False)),
+        "3": (cot(10, "delta", True), cot(5, "normalised_log_prob", True)),
+        "4": (cot(10, "log_prob", False), cot(5, "normalised_log_prob", False)),
+        "5": ("any of 10 branches",),
+        "6": ("temperature 0.7", "any of 10 samples"),
+        "7": ("self-consistency, 10",),
+    }
+    lines = [
+        {"id": f"gsm8k/plain/{gold}", "task": "gsm8k", "prompt": "plain", "gold": gold, "question": "?",
+         "branches": branches, "samples": samples, "seconds": 2.0}
+        for gold in right
+    ]  # fmt: skip
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"id": "half')
+    marks, records = read(tmp_path)
+    assert len(records) == 7
+    for index, (gold, names) in enumerate(right.items()):
+        for name in names:
+            assert marks["gsm8k", "plain"][name][index] == 1.0, (gold, name)
+    assert sum(marks["gsm8k", "plain"][cot(10, "delta", True)]) == 1.0
+
+    console = Console(width=200, record=True)
+    report(tmp_path, console)
+    tables = (tmp_path / "results.md").read_text()
+    assert "| greedy | 14.3 (2.6 to 51.3) |" in tables, "one of seven, Wilson's interval"
+    assert "| GSM8K, plain, branches | 10 | 50.0 % | 50.0 % | 2.0 |" in tables
+    assert json.loads((tmp_path / "results.json").read_text())["gsm8k, plain"]["greedy"]["n"] == 7
+    assert (tmp_path / "cot_decoding_smollm2.png").stat().st_size > 10_000
+    empty = tmp_path / "empty"
+    report(empty, console)
+    assert "nothing to report yet" in console.export_text() and not empty.exists()
+
+
+def test_tasks_and_prompts_take_turns(tmp_path: Path) -> None:
+    for part in PARTS:
+        question, answer = ("sQuestion", "lSolutions") if part.task == "multiarith" else ("question", "answer")
+        gold: Any = {"multiarith": [3.0], "gsm8k": "#### 3", "coin_flip": "yes"}[part.task]
+        made = [{question: f"{n}?", answer: gold, "iIndex": n} for n in range(part.items + 20)]
+        (tmp_path / part.file).write_text(
+            "\n".join(map(json.dumps, made)) if part.file.endswith("l") else json.dumps(made)
+        )
+    turns = list(chunks(Options(data=tmp_path)))
+    asked = [(part.task, prompt, item.id) for part, _, prompt, _, items in turns for item in items]
+    assert len(asked) == len(set(asked)) == 1000
+    assert Counter(asked[i][:2] for i in range(1000)) == {
+        (part.task, prompt): part.items for part in PARTS for prompt in ("plain", "step by step")
+    }
+    early = Counter(task for task, _, _ in asked[:500])
+    for part in PARTS:
+        assert abs(early[part.task] - part.items) <= 16, "half of the questions at half time"
+    assert [item.id for *_, items in chunks(Options(data=tmp_path, limit=8)) for item in items] == [
+        name for *_, name in asked[:48]
+    ]  # fmt: skip
