@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,10 +89,12 @@ def load_run(directory: str | Path, step: int | None = None, option: str | None 
     path = Path(directory)
     run = read_config(path)
     checkpoints = path / CHECKPOINTS_DIRECTORY
-    chosen = choose_checkpoint(checkpoints, step, option)
-    if chosen is None:
-        raise InputError(f"{path}: has no checkpoint yet")
-    tokenizer = load_saved_tokenizer(path / TOKENIZER_DIRECTORY, run.data.tokenizer)
+    with ThreadPoolExecutor(1) as pool:  # a large tokenizer takes as long as the checksums of 135M parameters
+        loading = pool.submit(load_saved_tokenizer, path / TOKENIZER_DIRECTORY, run.data.tokenizer)
+        chosen = choose_checkpoint(checkpoints, step, option)
+        if chosen is None:
+            raise InputError(f"{path}: has no checkpoint yet")
+        tokenizer = loading.result()
     require_vocabulary(run, tokenizer)
     run = config_at(run, chosen)
     decoder = Decoder(run.model, run.routing, load_parts(run.parts))
