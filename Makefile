@@ -17,7 +17,7 @@ demo: .venv
 	$(BIN)/python -m experiments.demo
 
 test: .venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv
 	$(BIN)/ruff check

@@ -1,13 +1,22 @@
 """Tiny models and batches that tests share, and faster compilation: the programs here are small and run seldom."""
 
+import atexit
 import os
 import re
+import shutil
+import tempfile
 
+# Programs are compiled once for all tests, those in subprocesses and in other workers of pytest-xdist included: workers
+# inherit the environment of the process that starts them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mod-star-programs-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # Halves the time that XLA's CPU compiler takes. It changes machine code only: the optimised HLO that tests read is the
 # same. Before JAX starts its backend.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from thinking_models import Thinker, scores, thinking_params, thinks
 
 from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
@@ -118,19 +126,6 @@ def _random_state() -> Callable[..., TrainState]:
 def scatters() -> Callable[[str], list[str]]:
     """Finds scatters in the text of a program: StableHLO's, XLA's, and loops that XLA made of one."""
     return re.compile(r"\"stablehlo\.scatter\"|\S+ = \S+ scatter\(|op_name=\"[^\"]*/scatter[^\"]*").findall
-
-
-@pytest.fixture(scope="module")
-def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Every call of `train` compiles anew; here all but the first load the program from disk."""
-    before = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

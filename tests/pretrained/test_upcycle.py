@@ -33,7 +33,6 @@ from mod_star.training.metrics import read_metrics
 from mod_star.training.next_token import make_loss
 from mod_star.training.run_dir import load_run, read_config
 
-pytestmark = pytest.mark.usefixtures("compile_once")
 DENSE = RunConfig(
     model=ModelConfig(vocab_size=29, width=16, layers=4, heads=4, kv_heads=2, mlp_width=24, context=24),
     routing=RoutingConfig(every=0),

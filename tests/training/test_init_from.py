@@ -29,7 +29,6 @@ from mod_star.training.loop import TrainSummary, _Training, train
 from mod_star.training.metrics import MetricsWriter, read_metrics
 from mod_star.training.state import init_params, init_state
 
-pytestmark = pytest.mark.usefixtures("compile_once")
 STEPS = 4
 PARTS = "from mod_star.parts import Parts\nmine = Parts()\n"
 

@@ -26,7 +26,6 @@ from mod_star.training.metrics import MetricsWriter, read_metrics
 from mod_star.training.state import init_state
 
 STEPS = 8
-pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 def make_run(**fields: Any) -> RunConfig:

@@ -38,7 +38,6 @@ from mod_star.training.quiet_star import (
     summarise_thinking,
 )
 
-pytestmark = pytest.mark.usefixtures("compile_once")
 STEPS = 4
 
 

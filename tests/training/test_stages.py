@@ -32,7 +32,6 @@ from mod_star.training.stages import config_at, plan_stages
 from mod_star.training.state import init_state
 from mod_star.training.step import make_train_step
 
-pytestmark = pytest.mark.usefixtures("compile_once")
 STEPS, CONTEXT = 8, 16
 # The stages of `make_run`: two steps of capacity 1, two of 1/2, four of 1/4.
 CAPACITIES = [1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25]
