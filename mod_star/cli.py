@@ -24,6 +24,7 @@ COMMANDS = {
     "sample": "generate text with a trained model",
     "routes": "show which tokens of a text each routed block computes",
     "calibrate": "choose how unsure a thinking model must be to think, for sample --think auto",
+    "evaluate": "ask a model the questions of a task, by any decoding, and count right answers",
     "harness": "run EleutherAI's lm-evaluation-harness (lm_eval) with --model mod_star --model_args run=RUN",
     "thoughts": "show what a thinking model thinks behind every token of a text",
 }

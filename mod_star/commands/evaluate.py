@@ -1,0 +1,299 @@
+"""`mod-star evaluate`: asks a model the questions of a task and counts right answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from mod_star.commands import keep_compiled_programs, parse_options, require_writable
+from mod_star.errors import InputError, require
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mod_star.evaluation.intervals import Estimate
+    from mod_star.evaluation.protocols import Numbered, ProtocolOf, Subject
+    from mod_star.evaluation.records import Records
+    from mod_star.evaluation.tasks import CustomTask, Task
+
+Append = tyro.conf.UseAppendAction
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Asks the model in RUN the questions of a task, and says how many it answers rightly, with 95 % intervals.
+
+    Examples:
+      mod-star evaluate runs/smollm2 --chat --task gsm8k --data gsm8k_test.jsonl --decoding cot --limit 200
+      mod-star evaluate runs/smollm2 --task csqa --data csqa_dev.jsonl --protocol choice
+      mod-star evaluate runs/first --task gsm8k --data test.jsonl --few-shot 4 --few-shot-data train.jsonl
+      mod-star evaluate runs/first --data items.jsonl --question '{q}' --answer '{a}' --kind choice --choices yes no
+
+    Protocols: generate lets the model write, finds the answer in the text (the last number, the last of the choices)
+    and compares it with the gold answer. choice takes the choice with the largest log-likelihood, plain and per
+    character. expected is that of the Quiet-STaR paper: the probability of the gold answer among digits or choices, and
+    whether it is the argmax.
+
+    cot counts, from one generation, aggregated answer and best path by Δ and by both log-probability rankings, and
+    greedy decoding, its first branch; self-consistency counts its first sample, too.
+
+    OUT gets records.jsonl, a line per question as they are done, and results.json. Interrupted, the same command goes
+    on.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Directory of the run."""
+    data: Path
+    """File of questions, .jsonl or .json."""
+    task: Literal["gsm8k", "csqa", "multiarith", "coin_flip"] | None = None
+    """What the file holds, in the form in which the task is published; or else --question, --answer and --kind."""
+    question: str | None = None
+    """Template of a question over the fields of a record, such as '{question}'."""
+    answer: str | None = None
+    """Template of the gold answer: a text whose last number counts, or one of the choices, or any text."""
+    kind: Literal["number", "choice", "text"] | None = None
+    """Of the answers."""
+    choices: tuple[str, ...] = ()
+    """For --kind choice: words, or templates such as '{options[0]}'."""
+    item_id: str | None = None
+    """Template of a question's id; if not given the number of its line."""
+    out: Path | None = None
+    """Directory for records and results. If not given RUN/evaluations/TASK-PROTOCOL, with the decoding for generate."""
+    limit: int | None = None
+    """Only this many questions, drawn by --seed."""
+    seed: int = 0
+    """Of the questions, the examples and what is drawn while generating."""
+    protocol: Literal["generate", "choice", "expected"] = "generate"
+    """How answers are judged, see above."""
+    decoding: Literal["greedy", "temperature", "self-consistency", "beam", "cot"] | None = None
+    """How answers are generated; if not given greedy."""
+    branches: int | None = None
+    """Branches of cot, samples of self-consistency, width of beam. If not given 10, for beam 4."""
+    new_tokens: int | None = None
+    """Tokens of an answer at the most; if not given 256. Branches that are cut there are dropped."""
+    temperature: float | None = None
+    """Of temperature (if not given 0.8) and self-consistency (0.7)."""
+    top_k: int | None = None
+    """Draw among the k most probable tokens only; 0: all."""
+    top_p: float | None = None
+    """Draw among the most probable tokens that together have this probability; 1: all."""
+    stop: Annotated[tuple[str, ...], Append, tyro.conf.arg(metavar="TEXT")] = ()
+    """A string that ends an answer; several times for several. Without --chat, "\\nQ:" does by default."""
+    continuation: str | None = None
+    """Ask for the answer by continuing each text with this, such as 'So the answer is'."""
+    skip_first: bool = False
+    """cot: leave the branched token out of Δ where it is part of the answer."""
+    choice_texts: bool = False
+    """--protocol choice: score what choices stand for ("bank"), not their labels ("A")."""
+    prompt_template: str | None = None
+    """Of a question; if not given 'Q: {question}\\nA:', with --chat '{question}'."""
+    chat: bool = False
+    """Ask as a user's message in the chat template that the tokenizer comes with."""
+    step_by_step: bool = False
+    """End prompts with "Let's think step by step."."""
+    few_shot: int = 0
+    """Answered questions before each question, drawn by --seed."""
+    few_shot_data: Path | None = None
+    """Where they are from: a file like --data. A .txt file stands before every question as it is. If not given,
+    questions of --data that are not asked."""
+    think: Literal["never", "always", "auto"] = "never"
+    """Before which tokens a model that has learned to think thinks. auto: where it is unsure, by mod-star calibrate."""
+    think_temperature: float = 0.0
+    """Temperature of the thoughts; 0: always their most probable token."""
+    batch_size: int = 8
+    """Questions at a time. Changes speed and memory, not what is asked."""
+    step: int | None = None
+    """Step of the checkpoint to load. The newest if not given."""
+    headroom: float | None = None
+    """Slots of a routed block, as a multiple of its capacity, if not as in training (routing.headroom)."""
+
+
+OF_CUSTOM = ("question", "answer", "kind")
+OF_GENERATE = (
+    "decoding", "branches", "new_tokens", "temperature", "top_k", "top_p", "stop", "continuation", "skip_first",
+)  # fmt: skip
+OF_DRAWING = ("temperature", "top_k", "top_p")
+WITHOUT_INFLUENCE = ("out", "batch_size")
+"""Options that records don't depend on."""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the command. Errors are `mod_star.cli`'s to show."""
+    options = parse_options(EvaluateOptions, argv, "mod-star evaluate")
+    _check(options)
+
+    # Only now, when the command line is known to be good: JAX takes seconds to import.
+    from rich.console import Console
+
+    from mod_star.commands.sample import chosen_think
+    from mod_star.evaluation.prompts import Prompts, few_shot, subset
+    from mod_star.evaluation.protocols import Subject
+    from mod_star.evaluation.records import open_records, require_evaluation
+    from mod_star.evaluation.tasks import load_task
+    from mod_star.training.run_dir import load_run
+
+    how = _task(options)
+    task = load_task(how, options.data)
+    asked = subset(task.items, options.limit, options.seed)
+    examples, preamble, examples_digest = few_shot(
+        options.few_shot, options.few_shot_data, task, asked, how, options.seed
+    )
+    protocol = _protocol(options)
+    out = options.out or options.run / "evaluations" / f"{task.name}-{options.decoding or options.protocol}"
+    loaded = load_run(options.run, options.step)
+    config = _config(options, loaded.step) | {"data_sha256": task.sha256, "few_shot_sha256": examples_digest}
+    require_evaluation(out, config)
+    require_writable("--out", out / "records.jsonl")
+    prompts = Prompts(
+        loaded.tokenizer, options.prompt_template, options.chat, options.step_by_step, examples, preamble
+    )  # fmt: skip
+    decoder = loaded.decoder
+    if options.headroom is not None:
+        decoder = decoder.clone(routing=dataclasses.replace(decoder.routing, headroom=options.headroom))
+    subject = Subject(
+        decoder, loaded.params, loaded.tokenizer, prompts, loaded.config.thinking, chosen_think(loaded, options)
+    )
+    protocol.check(subject, asked)
+    keep_compiled_programs()
+    console = Console(highlight=False)
+    with open_records(out, config) as records:
+        todo = [(number, item) for number, item in enumerate(asked) if item.id not in records.by_id]
+        if len(todo) < len(asked):
+            console.print(f"{len(asked) - len(todo)} of {len(asked)} questions are done already", markup=False)
+        _ask(subject, protocol, todo, len(asked), records)
+        _report(task, protocol, config, records, out, console)
+
+
+def _check(options: EvaluateOptions) -> None:
+    """Raises InputError for options that don't go together."""
+    require(0 <= options.seed < 2**31, "--seed", options.seed, "must lie in [0, 2^31)")
+    require(options.batch_size >= 1, "--batch-size", options.batch_size, "must be at least 1")
+    require(all(options.stop), "--stop", "", "must not be empty")
+    require(options.branches is None or options.branches >= 1, "--branches", options.branches, "must be at least 1")
+    given = [name for name in OF_CUSTOM if getattr(options, name) is not None]
+    if options.task is not None and (given or options.choices or options.item_id is not None):
+        name = _flag([*given, *(["choices"] if options.choices else []), "item_id"][0])
+        raise InputError(f"{name}: has no use with --task, which knows its file")
+    if options.task is None and len(given) < len(OF_CUSTOM):
+        missing = next(name for name in OF_CUSTOM if name not in given)
+        raise InputError(f"{_flag(missing)} is missing: give --task, or --question, --answer and --kind")
+    if options.protocol != "generate":
+        for name in OF_GENERATE:
+            if getattr(options, name) not in (None, (), False):
+                raise InputError(
+                    f"{_flag(name)}: has no use with --protocol {options.protocol}, which generates nothing"
+                )
+    require(not options.choice_texts or options.protocol == "choice", "--choice-texts", True, "needs --protocol choice")
+    decoding = options.decoding or "greedy"
+    for names, decodings in (
+        (OF_DRAWING, ("temperature", "self-consistency")),
+        (("branches",), ("self-consistency", "beam", "cot")),
+        (("skip_first",), ("cot",)),
+        (("stop",), ("greedy", "temperature", "self-consistency", "cot")),
+    ):
+        for name in names:
+            if getattr(options, name) not in (None, (), False) and decoding not in decodings:
+                raise InputError(
+                    f"{_flag(name)}: has no use with --decoding {decoding}, only with {', '.join(decodings)}"
+                )
+
+
+def _task(options: EvaluateOptions) -> str | CustomTask:
+    from mod_star.evaluation.tasks import CustomTask
+
+    if options.task is not None:
+        return options.task
+    assert options.question is not None and options.answer is not None and options.kind is not None
+    return CustomTask(options.question, options.answer, options.kind, options.choices, options.item_id)
+
+
+def _protocol(options: EvaluateOptions) -> ProtocolOf:
+    from mod_star.decoding import Sampling
+    from mod_star.evaluation.generation import GeneratedAnswer
+    from mod_star.evaluation.likelihood import ChoiceLikelihood, ExpectedProbability
+
+    if options.protocol == "choice":
+        return ChoiceLikelihood(options.choice_texts, options.batch_size, options.seed)
+    if options.protocol == "expected":
+        return ExpectedProbability(options.batch_size, options.seed)
+    decoding = options.decoding or "greedy"
+    temperature = {"temperature": 0.8, "self-consistency": 0.7}.get(decoding, 0.0)
+    temperature = temperature if options.temperature is None else options.temperature
+    branches = options.branches or (4 if decoding == "beam" else 10)
+    stop = options.stop or (() if options.chat or decoding == "beam" else ("\nQ:",))
+    sampling = Sampling(temperature, options.top_k or 0, 1.0 if options.top_p is None else options.top_p)
+    return GeneratedAnswer(
+        decoding, 256 if options.new_tokens is None else options.new_tokens, branches, sampling, stop,
+        options.skip_first, options.continuation, options.batch_size, options.seed,
+    )  # fmt: skip
+
+
+def _config(options: EvaluateOptions, step: int) -> dict[str, Any]:
+    """What records depend on, by option."""
+    values = {name: value for name, value in dataclasses.asdict(options).items() if name not in WITHOUT_INFLUENCE}
+    values |= {"step": step, "decoding": options.decoding or ("greedy" if options.protocol == "generate" else None)}
+    for name in ("run", "data", "few_shot_data"):  # the same file, wherever the command was given
+        values[name] = None if values[name] is None else str(Path(values[name]).absolute())
+    return {_flag(name): value for name, value in values.items()}
+
+
+def _ask(subject: Subject, protocol: ProtocolOf, todo: Sequence[Numbered], total: int, records: Records) -> None:
+    """Adds the records that are missing, under a bar with the running result."""
+    import sys
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if not todo:
+        return
+    errors = Console(stderr=True, highlight=False)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=errors,
+        disable=not errors.is_terminal,
+    )  # fmt: skip
+    scores = [float(record["scores"][protocol.headline]) for record in records.by_id.values()]
+    with bar:
+        line = bar.add_task(protocol.headline, total=total, completed=total - len(todo))
+        for record in protocol.records(subject, todo):
+            records.add(record)
+            scores.append(float(record["scores"][protocol.headline]))
+            so_far = f"{protocol.headline}: {100 * sum(scores) / len(scores):.1f} %"
+            bar.update(line, advance=1, description=so_far)
+            if bar.disable and (len(scores) % 50 == 0 or len(scores) == total):
+                print(f"{len(scores)} of {total}  {so_far}", file=sys.stderr, flush=True)
+
+
+def _report(
+    task: Task, protocol: ProtocolOf, config: dict[str, Any], records: Records, out: Path, console: Console
+) -> None:
+    """Writes results.json and prints the table."""
+    from mod_star.evaluation.protocols import measures
+    from mod_star.evaluation.records import RESULTS_FILE, write_json
+    from mod_star.terminal import result_table
+
+    found = measures(list(records.by_id.values()))
+    results = {
+        "task": task.name,
+        "items": len(records.by_id),
+        "headline": protocol.headline,
+        "measures": {name: dataclasses.asdict(estimate) for name, estimate in found.items()},
+        "seconds": round(sum(record["seconds"] for record in records.by_id.values()), 3),
+        "config": config,
+    }
+    write_json(out / RESULTS_FILE, results)
+    title = f"{task.name}, {len(records.by_id)} questions"
+    console.print(result_table(title, ("", "right", "95 % interval"), [_row(*entry) for entry in found.items()]))
+    console.print(f"records and results: {out}", markup=False, soft_wrap=True)
+
+
+def _row(name: str, estimate: Estimate) -> tuple[str, str, str]:
+    return name, f"{100 * estimate.value:.1f} %", f"{100 * estimate.low:.1f} – {100 * estimate.high:.1f}"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

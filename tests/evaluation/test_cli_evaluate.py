@@ -1,0 +1,174 @@
+"""`mod-star evaluate` as a user meets it: a real process, interrupted and gone on with; and every error in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mod_star.cli import main
+from mod_star.decoding import Generator
+from mod_star.evaluation.intervals import accuracy
+
+OPTIONS = (
+    "--question", "{q}", "--answer", "{a}", "--kind", "number", "--limit", "60", "--decoding", "self-consistency",
+    "--branches", "2", "--new-tokens", "40", "--temperature", "1.5", "--seed", "1", "--batch-size", "1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Processes share what they compile."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    path.write_text("\n".join(json.dumps({"q": f"{n} + {n}?", "a": 2 * n}) for n in range(80)))
+    return path
+
+
+def start(environment: dict[str, str], *argv: str | Path) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "mod_star", "evaluate", *map(str, argv)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def records_of(out: Path) -> dict[str, Any]:
+    """By id; without the time that they took."""
+    lines = [json.loads(line) for line in (out / "records.jsonl").read_text().split("\n")[:-1]]
+    assert all(line.pop("seconds") >= 0 for line in lines)
+    assert len({line["id"] for line in lines}) == len(lines)
+    return {line["id"]: line for line in lines}
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_records(
+    environment: dict[str, str], trained_run: Path, data: Path, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = start(environment, trained_run, "--data", data, *OPTIONS, "--out", whole)
+    out, err = done.communicate(timeout=240)
+    assert done.returncode == 0, err
+    expected = records_of(whole)
+    assert len(expected) == 60
+    results = json.loads((whole / "results.json").read_text())
+    right = [record["correct"] for record in expected.values()]
+    estimate = accuracy(right)
+    assert results["measures"]["self-consistency"] == pytest.approx(
+        {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": 60}
+    )
+    assert results["config"]["--branches"] == 2 and results["items"] == 60
+    assert re.search(r"self-consistency +\d+\.\d % +\d+\.\d – \d+\.\d", out), out
+    assert "one sample" in out and "60 of 60  self-consistency: " in err
+    for record in expected.values():
+        assert record["prompt"].startswith("Q: ") and record["prompt"].endswith("?\nA:")
+        assert record["gold"] == str(2 * int(record["prompt"][3:].split(" ")[0]))
+        assert len(record["branches"]) == 2
+        assert record["correct"] == (record["answer"] == record["gold"])
+
+    stopped = start(environment, trained_run, "--data", data, *OPTIONS, "--out", parts)
+    while stopped.poll() is None and not (
+        (parts / "records.jsonl").exists() and os.path.getsize(parts / "records.jsonl")
+    ):
+        time.sleep(0.005)
+    stopped.send_signal(signal.SIGINT)
+    _, err = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130 and "what was saved before is kept" in err, err
+    kept = records_of(parts)
+    assert 0 < len(kept) < 60 and not (parts / "results.json").exists()
+    with (parts / "records.jsonl").open("a") as file:  # as if it had been killed while it wrote
+        file.write('{"id": "80", "corr')
+    resumed = start(environment, trained_run, "--data", data, *OPTIONS, "--out", parts)
+    out, err = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, err
+    assert f"{len(kept)} of 60 questions are done already" in out
+    assert records_of(parts) == expected
+    strip = lambda path: {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}  # noqa: E731
+    assert strip(parts / "results.json") == strip(whole / "results.json")
+
+
+def test_likelihood_protocols_and_thinking(
+    thinking_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mod_star.commands.evaluate.keep_compiled_programs", lambda: None)  # it would stay set
+    data = tmp_path / "words.jsonl"
+    data.write_text("\n".join(json.dumps({"q": f"{n}?", "a": "no" if n % 3 else "yes"}) for n in range(6)))
+    words = ("--data", data, "--question", "{q}", "--answer", "{a}", "--kind", "choice", "--choices", "yes", "no")
+    scores = {}
+    for protocol, think in (("choice", "never"), ("choice", "always"), ("expected", "never")):
+        out = tmp_path / f"{protocol}-{think}"
+        argv = [thinking_run, *words, "--protocol", protocol, "--think", think, "--out", out]
+        with pytest.raises(SystemExit) as left:
+            main(["evaluate", *map(str, argv)])
+        shown = capsys.readouterr()
+        assert left.value.code == 0, shown.err
+        assert "words, 6 questions" in shown.out
+        scores[protocol, think] = [
+            record.get("log_likelihoods", record["scores"]) for record in records_of(out).values()
+        ]  # fmt: skip
+    assert scores["choice", "never"] != scores["choice", "always"], "thoughts change what is said"
+    assert all(0 < each["expected probability"] < 1 for each in scores["expected", "never"])
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
+    """The one line on stderr of a command that must fail with exit code 2."""
+    with pytest.raises(SystemExit) as left:
+        main(["evaluate", *map(str, argv)])
+    out, err = capsys.readouterr()
+    assert (left.value.code, out) == (2, ""), err
+    assert re.fullmatch(r"error: [^\n]+\n", err), err
+    return err
+
+
+def test_bad_input(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained_run: Path, data: Path, tmp_path: Path
+) -> None:
+    def trace(*_: Any, **__: Any) -> None:
+        raise AssertionError("bad input must be found before anything is compiled")
+
+    monkeypatch.setattr(Generator, "_prefill_fn", trace)
+    monkeypatch.setattr("mod_star.commands.evaluate.keep_compiled_programs", lambda: None)
+    good = ("--question", "{q}", "--answer", "{a}", "--kind", "number", "--new-tokens", "12")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    for argv, message in (
+        ((), "--question is missing: give --task, or --question, --answer and --kind"),
+        (("--question", "{q}"), "--answer is missing"),
+        (("--task", "gsm8k"), "sums.jsonl, line 1: field 'answer' is missing, there are 'q', 'a'"),
+        (("--task", "gsm8k", "--kind", "number"), "--kind: has no use with --task"),
+        (("--task", "gsm9k"), "--task"),
+        ((*good, "--question", "{p}"), "sums.jsonl, line 1: --question names 'p', the record has fields q, a"),
+        ((*good, "--temperature", "1"), "--temperature: has no use with --decoding greedy"),
+        ((*good, "--decoding", "cot", "--branches", "5000"), "--branches = 5000: must be at most the vocabulary"),
+        ((*good, "--decoding", "beam", "--stop", "x"), "--stop: has no use with --decoding beam"),
+        ((*good, "--protocol", "choice"), "--new-tokens: has no use with --protocol choice"),
+        ((*good, "--limit", "0"), "--limit = 0: must be positive"),
+        ((*good, "--new-tokens", "60"), "item '1' = 13 tokens with its prompt: must be at most 4 (context 64 minus 60"),
+        ((*good, "--chat"), "--chat: the model's tokenizer has no chat template"),
+        ((*good, "--prompt-template", "Q:"), "--prompt-template = 'Q:': it names no field"),
+        ((*good, "--few-shot", "3"), "--few-shot = 3: there are only 0 questions in"),
+        ((*good, "--few-shot", "1", "--few-shot-data", "none.jsonl"), "none.jsonl: cannot be read"),
+        ((*good, "--think", "always"), "--think = 'always'"),
+        ((*good, "--out", str(tmp_path / "full")), "is neither empty nor an evaluation"),
+        ((*good, "--step", "7"), "7"),
+        ((*good, "--batch-size", "0"), "--batch-size = 0: must be at least 1"),
+        ((*good, "--seed", "-1"), "--seed = -1: must lie in [0, 2^31)"),
+        ((*good, "--decodin", "cot"), "unknown option --decodin; perhaps you meant --decoding"),
+    ):
+        assert message in error_of(capsys, trained_run, "--data", data, *argv), argv
+    assert "none.jsonl: cannot be read" in error_of(capsys, trained_run, "--data", "none.jsonl", *good)
+    assert "is not a run" in error_of(capsys, tmp_path / "none", "--data", data, *good)
+    assert not (trained_run / "evaluations").exists() and len(list((tmp_path / "full").iterdir())) == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"--limit": 5}')
+    error = error_of(capsys, trained_run, "--data", data, *good, "--out", tmp_path / "other")
+    assert "holds an evaluation of another configuration: --limit: 5 → null; --run: none → " in error
