@@ -58,7 +58,7 @@ def branches_table(result: Branches, ranking: Ranking = "delta", samples: bool =
         styles = ("", "", WON if "Σ" in cells[-1] or "vote" in cells[-1] else "", "", WON)
         shown_cells = [Text(cell, style) for cell, style in zip(cells, styles, strict=True)]
         table.add_row(*shown_cells, text, style=None if branch.dropped is None else DIM)
-    return Group(table, *outcome(result, ranking, samples))
+    return Group(table, Text(), *outcome(result, ranking, samples))
 
 
 def beams_table(beams: Sequence[Completion], width: int = 80) -> Table:

@@ -259,8 +259,17 @@ def beam_search(
     """
     require(all(stop), "stop", tuple(stop), "must not be an empty string")
     ids = encode_prompts(tokenizer, prompts) if encoded is None else encoded
-    found = BeamSearch(generator, beams, length_penalty, think).search(ids, new_tokens)
+    found = _search_of(generator, beams, length_penalty, think).search(ids, new_tokens)
     return [
         [completion_of(tokenizer, prompt, each.generated(), new_tokens, stop) for each in hypotheses]
         for prompt, hypotheses in zip(prompts, found, strict=True)
     ]
+
+
+def _search_of(generator: Generator, beams: int, length_penalty: float, think: Think) -> BeamSearch:
+    """One search object for equal arguments, which lives as long as the generator: the next batch compiles nothing."""
+    known: dict[Any, BeamSearch] = vars(generator).setdefault("_beam_searches", {})
+    arguments = (beams, length_penalty, think)
+    if arguments not in known:
+        known[arguments] = BeamSearch(generator, *arguments)
+    return known[arguments]

@@ -43,6 +43,7 @@ class Subject:
     """A model to decode with, and its next-token log-probabilities from running a whole text anew."""
 
     def __init__(self, kind: str) -> None:
+        self._known: dict[tuple[int, ...], np.ndarray] = {}
         self.thinker: Thinker | None = None
         if kind == "thinking":
             self.thinker = Thinker(2)
@@ -56,6 +57,11 @@ class Subject:
 
     def log_p(self, ids: Sequence[int]) -> np.ndarray:
         """Float64 log-probabilities V of the token after `ids`."""
+        if tuple(ids) not in self._known:
+            self._known[tuple(ids)] = self._log_p(ids)
+        return self._known[tuple(ids)]
+
+    def _log_p(self, ids: Sequence[int]) -> np.ndarray:
         if self.thinker is None:
             return log_softmax(self.model.teach(list(ids)).logits_SxV[-1])
         thinker, text = self.thinker, list(ids)
