@@ -127,7 +127,7 @@ def test_cot_in_a_process(trained_run: Path) -> None:
     done = subprocess.run([*words, *options], capture_output=True, text=True, timeout=240, check=False, env=os.environ)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [record["prompt"] for record in records] == ["The", "In a list"]
+    assert [record["prompt"] for record in records] == ["The", "In a list of"]
     for record in records:
         firsts = [each["log_probs"][0] for each in record["branches"]]
         assert firsts == sorted(firsts, reverse=True) and len(set(firsts)) == 3
