@@ -6,6 +6,27 @@ Two layers are taught lines that compose six permutations (`experiments.worked_l
 pass. Half of the lines answer at once, behind #; one in five works it out, behind (; the rest answer at once behind
 another symbol, or after working that is none. So greedy decoding opens with # and guesses, while a line that opens with
 ( is as good as right. Asked are 500 questions that training has not seen.
+
+Measured on two CPU cores, one seed so far (of 1,200 steps of 48 x 48 symbols); answers right, chance is 20 %:
+
+                                      k = 1     k = 2     k = 3     k = 5    k = 10
+    greedy                           21.0 %
+    sampling, T = 0.7                34.3 %
+    sampling, T = 1                  36.8 %
+    self-consistency, T = 0.7                  36.0 %    39.4 %    45.0 %    55.6 %
+    self-consistency, T = 1                    38.2 %    42.8 %    48.0 %    63.8 %
+    log p, max or aggregated         21.0 %    21.0 %    21.0 %    21.0 %    21.0 %
+    log p per token, max             21.0 %   100.0 %   100.0 %   100.0 %   100.0 %
+    log p per token, aggregated      21.0 %   100.0 %    32.4 %    26.6 %    33.8 %
+    majority of the branches         21.0 %    21.0 %    23.2 %    22.4 %    27.0 %
+    CoT-decoding (delta), max        21.0 %   100.0 %   100.0 %    95.4 %    83.0 %
+    CoT-decoding, aggregated         21.0 %   100.0 %   100.0 %    90.2 %    56.6 %
+
+Up to k = 4, the number of openings that there are, delta tells the worked line (1.000 on average) from guesses (0.002)
+without fail. Branches beyond begin with symbols that never follow a question, and there the model is surely wrong: they
+make up lines of their own and are certain of those lines' answers (delta 0.75 to 0.79). Branching on more tokens than
+there are sensible ones costs CoT-decoding an answer in six, aggregated nearly half. Log p per token doesn't fall for
+them, because it counts how unlikely such a line is from its first symbol on. Log p alone takes the shortest line.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ SHOWN_K = (1, 2, 3, 5, 10)
 ONCE = ("greedy", "sampling 0.7", "sampling 1")
 LABELS = {
     "greedy": "greedy",
-    "sampling 0.7": "sampling, temperature 0.7",
-    "sampling 1": "sampling, temperature 1",
-    "self-consistency 0.7": "self-consistency, temperature 0.7",
-    "self-consistency 1": "self-consistency, temperature 1",
+    "sampling 0.7": "sampling, T = 0.7",
+    "sampling 1": "sampling, T = 1",
+    "self-consistency 0.7": "self-consistency, T = 0.7",
+    "self-consistency 1": "self-consistency, T = 1",
     "log_prob max": "log p, max",
     "log_prob aggregated": "log p, aggregated",
     "normalised_log_prob max": "log p per token, max",
@@ -79,10 +80,12 @@ def by_k(results: Results) -> tuple[list[str], list[list[str]]]:
 
 def by_opening(results: Results) -> tuple[list[str], list[list[str]]]:
     """What became of the branches that begin with each token; tokens that are rare left out."""
-    tokens = sorted(
-        {token for result in results for token in result["openings"]},
-        key=lambda token: -statistics.mean(r["openings"].get(token, {}).get("branches", 0.0) for r in results),
-    )
+
+    def mean(token: str, key: str) -> float:
+        return statistics.mean(result["openings"].get(token, {}).get(key, -math.inf) for result in results)
+
+    every = {token for result in results for token in result["openings"]}
+    tokens = sorted(every, key=lambda token: (mean(token, "branches"), mean(token, "log_prob")), reverse=True)
     rows = []
     for token in tokens:
         found = [result["openings"][token] for result in results if token in result["openings"]]
@@ -95,7 +98,7 @@ def by_opening(results: Results) -> tuple[list[str], list[list[str]]]:
 
 def plot(results: Results, path: Path) -> None:
     """Accuracy by k: means over seeds, and bands from lowest to highest."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     panels = {
         "max path: what branches are ranked by": {
             "delta max": ("C0", "Δ (CoT-decoding)"),
@@ -107,19 +110,20 @@ def plot(results: Results, path: Path) -> None:
             "majority of branches": ("C1", "majority of the branches"),
             "normalised_log_prob aggregated": ("C2", "log p per token"),
             "log_prob aggregated": ("C3", "log p"),
-            "self-consistency 0.7": ("C4", "self-consistency, temperature 0.7"),
-            "self-consistency 1": ("C5", "self-consistency, temperature 1"),
+            "self-consistency 0.7": ("C4", "self-consistency, T = 0.7"),
+            "self-consistency 1": ("C5", "self-consistency, T = 1"),
         },
     }
     for axis, (title, ways) in zip(axes, panels.items(), strict=True):
         for name, (color, label) in {"any branch": ("lightgrey", "any branch is right"), **ways}.items():
             values = 100 * np.array([result["accuracy"][name] for result in results])
             k = np.arange(1, values.shape[1] + 1)
-            axis.plot(k, values.mean(0), color=color, marker="o", markersize=3, label=label)
+            dashes = "--" if name.startswith("normalised") else "-"  # where it lies on Δ's line, both are seen
+            axis.plot(k, values.mean(0), dashes, color=color, marker="o", markersize=3, label=label)
             axis.fill_between(k, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
         axis.axhline(20, color="grey", linestyle=":", linewidth=1)
         axis.set(title=title, xlabel="branches or samples, k", xticks=range(1, values.shape[1] + 1), ylim=(0, 102))
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3)
     axes[0].set_ylabel("answers right, %\n(dotted: chance; k = 1 of the branches: greedy)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
