@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -64,7 +64,7 @@ class Options:
     """A run directory made by mod-star import."""
     out: Path = Path("runs/cot_decoding_smollm2")
     """Where records, tables and the picture are kept."""
-    dtype: str = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type of the model; logits, Δ and log-probabilities are float32 whatever it is."""
     questions: int = 8
     """Questions at a time, ten rows each; changes speed and memory."""

@@ -53,8 +53,10 @@ Numbered = tuple[int, Item]
 class ProtocolOf(Protocol):
     """A way to evaluate."""
 
-    headline: str
-    """The measure that counts most."""
+    @property
+    def headline(self) -> str:
+        """The measure that counts most."""
+        ...
 
     def check(self, subject: Subject, items: Sequence[Item]) -> None:
         """Raises InputError for what can't be done, before anything is compiled."""
