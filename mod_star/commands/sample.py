@@ -36,10 +36,11 @@ class SampleOptions:
       mod-star sample runs/thinking --prompt 'Q: 2 + 3 = ?' --think always
       mod-star sample runs/smollm2 --chat --prompt 'What is 17 + 25?' --decoding cot --branches 10 --show-branches
 
-    Decodings: greedy takes the most probable token each time, temperature draws (with --top-k, --top-p), beam keeps the
-    --branches most probable texts. self-consistency draws --branches texts and answers with the majority. cot branches
-    on the --branches most probable first tokens, goes on greedily, and answers with the branch whose answer the model
-    is surest of (Δ). The last two write the text that won; --show-branches writes a table of all.
+    Decodings: greedy takes the most probable token each time, temperature draws (with --top-k, --top-p), beam searches
+    for the most probable text. self-consistency draws several texts and answers with the majority. cot branches on
+    the most probable first tokens, goes on greedily, and answers with the branch whose answer has the largest margin
+    over what else the model could have said (Δ). The last two write the text that won, or with --show-branches a table
+    of all.
 
     The text goes to stdout, a line about it to stderr. Thoughts are shown dimmed and as ⟨thought⟩ before the token they
     led to, but only in a terminal.
@@ -58,31 +59,31 @@ class SampleOptions:
     decoding: Literal["greedy", "temperature", "beam", "self-consistency", "cot"] = "temperature"
     """How the text is chosen, see above."""
     temperature: float | None = None
-    """Below 1 sharpens the model's distribution, above 1 flattens it; 0: always the most probable token. If not given
-    0.8, for self-consistency 0.7."""
+    """Below 1 sharpens the model's distribution, above 1 flattens it; 0: always the most probable token. 0.8 if not
+    given, for self-consistency 0.7."""
     top_k: int = 0
     """Draw among the k most probable tokens only; 0: all."""
     top_p: float = 1.0
     """Draw among the most probable tokens that together have this probability; 1: all."""
     branches: int | None = None
-    """Branches of cot, samples of self-consistency, width of beam, for each prompt. If not given 10, for beam 4."""
+    """Branches of cot, samples of self-consistency, beams of beam, for each prompt. 10 if not given, for beam 4."""
     show_branches: bool = False
     """Write a table of all branches instead of the text that won."""
     answer: str | None = None
-    """What cot and self-consistency look for: number, yes-no, even-odd, letters (A to E), text (any words, found by
-    --continuation), or options with commas between them, such as red,green. The last one in a branch is its answer. If
-    not given number."""
+    """What cot and self-consistency look for: number, yes-no, even-odd, letters (A to E), text (any words, as a
+    continuation gives them), or options with commas between them, such as red,green. The last one in a branch is its
+    answer. number if not given."""
     continuation: str | None = None
     """Continue every branch with this, such as 'So the answer is', and take the answer that the model gives then, at
-    the last place in the branch where it stands. If not given 'So the answer is' for --answer text, else none."""
+    the last place in the branch where it stands. 'So the answer is' if not given with --answer text, else none."""
     ranking: Literal["delta", "log-prob", "normalised-log-prob"] | None = None
-    """What cot ranks branches by. If not given delta, how sure the model is of the answer."""
+    """What cot ranks branches by. delta if not given: how sure the model is of the answer."""
     aggregate: bool = False
     """Write the text of cot's aggregated answer, that with the largest sum over branches; else of the best branch."""
     skip_first: bool = False
     """Leave the token that cot branched on out of Δ where it is part of the answer."""
     length_penalty: float | None = None
-    """Beam search ranks by log-probability over length to this power. If not given 0, the log-probability itself."""
+    """Beam search ranks by log-probability over length to this power. 0 if not given: the log-probability itself."""
     seed: int = 0
     """The same seed draws the same text."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()
