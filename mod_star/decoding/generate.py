@@ -25,6 +25,8 @@ from mod_star.model.transformer import block_names, group_count
 
 PROMPT_MULTIPLE = 32
 """Prompts are padded to a multiple of this, so that few programs are compiled for prompts of many lengths."""
+MANY_MULTIPLE = 128
+"""The same for collections of prompts, where compilation costs more than padding."""
 NEVER = Think()
 Stop = Callable[[list[Generated]], Sequence[bool]]
 THOUGHTS = np.uint32(2**32 - 1)
@@ -67,6 +69,7 @@ class Generator:
         seed: int = 0,
         branches: int = 1,
         numbers: Sequence[int] | None = None,
+        multiple: int = PROMPT_MULTIPLE,
     ) -> DecodeState:
         """Runs the prompts and returns the state before the first new token.
 
@@ -77,6 +80,7 @@ class Generator:
           branches: rows per prompt. They share its keys/values, which are computed once.
           numbers: of the prompts in a larger collection: with one seed, rows of one number draw the same wherever
             they are. 0, 1, ... by default.
+          multiple: prompts are padded to a multiple of this, as far as the context allows.
 
         Raises:
           InputError: a prompt is empty, holds an id that the model doesn't have, or leaves no room for `new_tokens` in
@@ -86,7 +90,7 @@ class Generator:
         require(branches >= 1, "branches", branches, "must be at least 1")
         context = self.decoder.config.context
         longest = max(map(len, prompts))
-        padded = min(-(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, context - new_tokens)
+        padded = min(-(-longest // multiple) * multiple, context - new_tokens)
         tokens = np.zeros((len(prompts), padded), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
@@ -306,7 +310,8 @@ class Generator:
     ) -> Iterator[tuple[int, list[Generated]]]:
         """Any number of prompts, in batches of prompts of about equal length; yields each when it is finished.
 
-        A batch whose prompts are half finished goes on with the others alone: there is one program for each halving.
+        A batch goes on with half of its prompts when the others are finished, and once more with a quarter. That makes
+        three programs for each padded length, of which there are few.
 
         Args:
           prompts: as for `start`. What is drawn for a prompt depends on its number, not on its batch.
@@ -345,6 +350,7 @@ class Generator:
         """Runs a batch to its end. Only the first `real` of its prompts count."""
         k, room = state.branches, state.tokens_BxT.shape[1]
         told_Q = np.arange(len(numbers_Q)) >= real
+        sizes = (-(-len(numbers_Q) // 4), -(-len(numbers_Q) // 2))
         for until in range(burst, room + burst, burst):
             state = self.advance(state, until, sampling, think)
             results = self.results(state)
@@ -359,9 +365,7 @@ class Generator:
                 yield int(numbers_Q[q]), of_prompt[q]
             if told_Q.all():
                 return
-            size = len(numbers_Q)
-            while size > 1 and (~told_Q).sum() <= (size + 1) // 2:
-                size = (size + 1) // 2
+            size = next((size for size in sizes if size >= (~told_Q).sum()), len(numbers_Q))
             if size < len(numbers_Q):  # stable: the unfinished ones, then finished ones to fill up
                 kept = np.argsort(told_Q, kind="stable")[:size].astype(np.int32)
                 state, numbers_Q, told_Q = take_prompts(state, kept), numbers_Q[kept], told_Q[kept]

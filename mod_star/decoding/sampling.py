@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mod_star.errors import require
+from mod_star.thinking.sample import draw_token
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def draw(key: jax.Array, logits_V: jax.Array, sampling: Sampling) -> jax.Array:
     """The next token, int32; the most probable one (the lowest id of several) when greedy."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_V).astype(jnp.int32)
-    return jax.random.categorical(key, restrict(logits_V, sampling)).astype(jnp.int32)
+    return draw_token(key, restrict(logits_V, sampling), 1.0)
 
 
 def ranked_tokens(logits_BxV: jax.Array, branches: int) -> jax.Array:

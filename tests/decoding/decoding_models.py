@@ -100,3 +100,9 @@ def restrict_naively(logits_V: np.ndarray, temperature: float, top_k: int, top_p
             before += probabilities[i]
             last = logits[i]
     return np.array([logit if i in allowed and logit >= last else -np.inf for i, logit in enumerate(logits)])
+
+
+def draw_naively(key: jax.Array, logits_V: np.ndarray) -> int:
+    """The token at which the probabilities, added up in float64, exceed the key's uniform number."""
+    probabilities = np.exp(logits_V - np.max(logits_V))
+    return int(np.searchsorted(np.cumsum(probabilities / probabilities.sum()), float(jax.random.uniform(key)), "right"))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding_models import CONTEXT, Model, log_softmax, make_prompts, restrict_naively
+from decoding_models import CONTEXT, Model, draw_naively, log_softmax, make_prompts, restrict_naively
 
 from mod_star.decoding import Generated, Sampling, generate
 from mod_star.decoding.caches import RoutedCache
@@ -41,7 +40,7 @@ def next_token(logits_V: np.ndarray, sampling: Sampling, row: int, step: int) ->
         return int(np.argmax(logits_V))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), row), step)
     allowed = restrict_naively(logits_V, sampling.temperature, sampling.top_k, sampling.top_p)
-    return int(jax.random.categorical(key, jnp.asarray(allowed, jnp.float32)))
+    return draw_naively(key, allowed)
 
 
 def check(model: Model, prompt: list[int], result: Generated, sampling: Sampling, row: int, atol: float = 2e-5) -> None:

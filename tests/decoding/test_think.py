@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding_models import VOCAB, Model, log_softmax, make_prompts
+from decoding_models import VOCAB, Model, draw_naively, log_softmax, make_prompts
 from numpy_decoder import decode, float64
 from thinking_models import thinking_params
 
@@ -76,8 +76,7 @@ class Thinker:
                 assert result.mixing_weights[step] == pytest.approx(weight, abs=1e-4)
                 log_p = log_softmax(self.logits((1 - weight) * base + weight * hidden[-1]))
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), row), step)
-            logits = jnp.asarray(log_p, jnp.float32) / SAMPLED.temperature
-            assert result.tokens[step] == int(jax.random.categorical(key, logits))
+            assert result.tokens[step] == draw_naively(key, log_p / SAMPLED.temperature)
             np.testing.assert_allclose(result.log_probs[step], log_p[result.tokens[step]], atol=2e-4)
 
 
