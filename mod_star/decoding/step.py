@@ -65,7 +65,7 @@ def narrowed(decoder: Decoder, params: dict[str, Any]) -> dict[str, Any]:
 
 def logits_of(params: dict[str, Any], hidden_BxD: jax.Array) -> jax.Array:
     """Float32 logits BxV."""
-    return linear(hidden_BxD, head_matrix(params).astype(hidden_BxD.dtype).T, jnp.float32)
+    return linear(hidden_BxD, head_matrix(params).astype(hidden_BxD.dtype), jnp.float32, transposed=True)
 
 
 def decode_step(

@@ -22,59 +22,73 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 linear_p = Primitive("linear")
-ROWS_AT_LEAST = 8
+ROWS_AT_LEAST = 2
 """Rows that a 16-bit product is padded to on a CPU."""
 
 
-def linear(x_NxD: jax.Array, weight_DxF: jax.Array, dtype: Any = None) -> jax.Array:
+def linear(x_NxD: jax.Array, weight_DxF: jax.Array, dtype: Any = None, *, transposed: bool = False) -> jax.Array:
     """x @ weight, NxF, accumulated in float32; also differentiable and vmappable.
 
     Args:
       x_NxD: rows.
       weight_DxF: of the same type.
       dtype: of the result; None: that of x.
+      transposed: the weight is FxD, as an embedding that serves as LM head is. (With weight.T instead, XLA:CPU converts
+        16-bit weights to float32 to transpose them, at every use.)
     """
-    if x_NxD.ndim != 2 or weight_DxF.ndim != 2 or x_NxD.shape[1] != weight_DxF.shape[0]:
-        raise TypeError(f"linear takes NxD and DxF, got {x_NxD.shape} and {weight_DxF.shape}")
+    inner = weight_DxF.shape[-1 if transposed else 0]
+    if x_NxD.ndim != 2 or weight_DxF.ndim != 2 or x_NxD.shape[1] != inner:
+        expected = "NxD and FxD" if transposed else "NxD and DxF"
+        raise TypeError(f"linear takes {expected}, got {x_NxD.shape} and {weight_DxF.shape}")
     if x_NxD.dtype != weight_DxF.dtype:
         raise TypeError(f"linear takes two arrays of one type, got {x_NxD.dtype} and {weight_DxF.dtype}")
-    return linear_p.bind(x_NxD, weight_DxF, dtype=jnp.dtype(x_NxD.dtype if dtype is None else dtype))
+    dtype = jnp.dtype(x_NxD.dtype if dtype is None else dtype)
+    return linear_p.bind(x_NxD, weight_DxF, dtype=dtype, transposed=transposed)
 
 
-def _product(x: jax.Array, weight: jax.Array, *, dtype: Any, contracting: tuple[int, int] = (1, 0)) -> jax.Array:
-    dimensions = (((contracting[0],), (contracting[1],)), ((), ()))
-    return jax.lax.dot_general(x, weight, dimensions, preferred_element_type=jnp.float32).astype(dtype)
+def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: Any) -> jax.Array:
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32).astype(dtype)
 
 
-def _product_on_cpu(x: jax.Array, weight: jax.Array, *, dtype: Any) -> jax.Array:
-    """XLA:CPU multiplies a single 16-bit row by converting the whole weight to float32 first: ten times eight rows."""
+def _product(x: jax.Array, weight: jax.Array, *, dtype: Any, transposed: bool) -> jax.Array:
+    return _dot(x, weight, (1, int(transposed)), dtype)
+
+
+def _product_on_cpu(x: jax.Array, weight: jax.Array, *, dtype: Any, transposed: bool) -> jax.Array:
+    """XLA:CPU multiplies a single 16-bit row by converting the whole weight to float32 first: ten times two rows."""
     rows = x.shape[0]
-    if x.dtype == jnp.float32 or rows >= ROWS_AT_LEAST:
-        return _product(x, weight, dtype=dtype)
-    return _product(jnp.pad(x, ((0, ROWS_AT_LEAST - rows), (0, 0))), weight, dtype=dtype)[:rows]
+    if x.dtype != jnp.float32 and rows < ROWS_AT_LEAST:
+        x = jnp.pad(x, ((0, ROWS_AT_LEAST - rows), (0, 0)))
+    return _product(x, weight, dtype=dtype, transposed=transposed)[:rows]
 
 
-def _batch(operands: tuple[jax.Array, jax.Array], dims: tuple[Any, Any], *, dtype: Any) -> tuple[jax.Array, int]:
+def _batch(operands: tuple[jax.Array, jax.Array], dims: tuple[Any, Any], **params: Any) -> tuple[jax.Array, int]:
     (x, weight), (x_dim, weight_dim) = operands, dims
     if weight_dim is None:
         x = jnp.moveaxis(x, x_dim, 0)
-        rows = linear(x.reshape(-1, x.shape[-1]), weight, dtype)
+        rows = linear_p.bind(x.reshape(-1, x.shape[-1]), weight, **params)
         return rows.reshape(*x.shape[:2], -1), 0
-    return jax.vmap(functools.partial(_product, dtype=dtype), (x_dim, weight_dim))(x, weight), 0
+    return jax.vmap(functools.partial(_product, **params), (x_dim, weight_dim))(x, weight), 0
 
 
-def _gradient_of_x(grad: jax.Array, x: Any, weight: jax.Array, *, dtype: Any) -> jax.Array:
+def _gradient_of_x(grad: jax.Array, x: Any, weight: jax.Array, *, dtype: Any, transposed: bool) -> jax.Array:
     del dtype
-    return linear(grad.astype(weight.dtype), weight.T, x.aval.dtype)
+    return linear(grad.astype(weight.dtype), weight, x.aval.dtype, transposed=not transposed)
 
 
-def _gradient_of_weight(grad: jax.Array, x: jax.Array, weight: Any, *, dtype: Any) -> jax.Array:
+def _gradient_of_weight(grad: jax.Array, x: jax.Array, weight: Any, *, dtype: Any, transposed: bool) -> jax.Array:
     del dtype
-    return _product(x, grad.astype(x.dtype), dtype=weight.aval.dtype, contracting=(0, 0))
+    pair = (x, grad.astype(x.dtype))
+    return _dot(*(pair[::-1] if transposed else pair), (0, 0), weight.aval.dtype)
 
 
-linear_p.def_impl(functools.partial(jax.jit, static_argnames="dtype")(_product))
-linear_p.def_abstract_eval(lambda x, weight, *, dtype: ShapedArray((x.shape[0], weight.shape[1]), dtype))
+def _shape(x: ShapedArray, weight: ShapedArray, *, dtype: Any, transposed: bool) -> ShapedArray:
+    return ShapedArray((x.shape[0], weight.shape[0 if transposed else 1]), dtype)
+
+
+linear_p.def_impl(functools.partial(jax.jit, static_argnames=("dtype", "transposed"))(_product))
+linear_p.def_abstract_eval(_shape)
 mlir.register_lowering(linear_p, mlir.lower_fun(_product, multiple_results=False))
 mlir.register_lowering(linear_p, mlir.lower_fun(_product_on_cpu, multiple_results=False), platform="cpu")
 batching.primitive_batchers[linear_p] = _batch

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -93,3 +94,27 @@ def test_shapes_and_types_that_do_not_fit_are_refused() -> None:
             linear(jnp.zeros(x), jnp.zeros(w))
     with pytest.raises(TypeError, match="one type"):
         linear(jnp.zeros((2, 3), jnp.bfloat16), jnp.zeros((3, 4)))
+
+
+def test_a_transposed_weight_is_the_same_product_and_has_the_same_gradients() -> None:
+    def loss(x: jax.Array, w: jax.Array, product: Product) -> jax.Array:
+        return jnp.sum(jnp.sin(nested(product)(x, w)))
+
+    ours = jax.grad(lambda x, w: loss(x, w, partial(linear, transposed=True)), (0, 1))(X, W.T)
+    theirs = jax.grad(lambda x, w: loss(x, w, lambda x, w: x @ w.T), (0, 1))(X, W.T)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), ours, theirs)
+    with pytest.raises(TypeError, match="linear takes NxD and FxD"):
+        linear(X[0, 0], W, transposed=True)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_16_bit_weights_are_never_converted_as_a_whole(rows: int, transposed: bool) -> None:
+    x, w = (jnp.asarray(RNG.normal(size=size), jnp.bfloat16) for size in ((rows, 64), (64, 160)))
+    product = jax.jit(partial(linear, dtype=jnp.float32, transposed=transposed))
+    stored = w.T if transposed else w
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    np.testing.assert_allclose(product(x, stored), exact, rtol=1e-5, atol=1e-5)
+    assert product(x, stored).shape == (rows, 160)
+    program = str(product.lower(x, stored).compile().as_text())
+    assert "bf16[" in program and not re.search(r"= f32\[(64,160|160,64)\]", program)
