@@ -185,7 +185,8 @@ def _by_group(routing: RoutingConfig, segments: list[tuple[Segment, ...]]) -> An
 
 def reorder_cache(cache: Cache, rows_B: jax.Array) -> Cache:
     """Row b becomes a copy of row rows_B[b], which must be a branch of the same prompt. Prompts stay where they are."""
-    return replace(jax.tree.map(lambda leaf: leaf[rows_B], replace(cache, prompt=None)), prompt=cache.prompt)
+    own = replace(cache, prompt=None)  # type: ignore[arg-type]
+    return replace(jax.tree.map(lambda leaf: leaf[rows_B], own), prompt=cache.prompt)
 
 
 def take_prompts_of_cache(cache: Cache, prompts: jax.Array, rows: jax.Array) -> Cache:

@@ -69,7 +69,7 @@ def _batch(operands: tuple[jax.Array, jax.Array], dims: tuple[Any, Any], **param
         x = jnp.moveaxis(x, x_dim, 0)
         rows = linear_p.bind(x.reshape(-1, x.shape[-1]), weight, **params)
         return rows.reshape(*x.shape[:2], -1), 0
-    return jax.vmap(functools.partial(_product, **params), (x_dim, weight_dim))(x, weight), 0
+    return jax.vmap(lambda x, weight: _product(x, weight, **params), (x_dim, weight_dim))(x, weight), 0
 
 
 def _gradient_of_x(grad: jax.Array, x: Any, weight: jax.Array, *, dtype: Any, transposed: bool) -> jax.Array:
