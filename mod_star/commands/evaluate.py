@@ -194,7 +194,6 @@ def _check(options: EvaluateOptions) -> None:
         (OF_DRAWING, ("temperature", "self-consistency")),
         (("branches",), ("self-consistency", "beam", "cot")),
         (("skip_first",), ("cot",)),
-        (("stop",), ("greedy", "temperature", "self-consistency", "cot")),
     ):
         for name in names:
             if getattr(options, name) not in (None, (), False) and decoding not in decodings:
@@ -225,7 +224,7 @@ def _protocol(options: EvaluateOptions) -> ProtocolOf:
     temperature = {"temperature": 0.8, "self-consistency": 0.7}.get(decoding, 0.0)
     temperature = temperature if options.temperature is None else options.temperature
     branches = options.branches or (4 if decoding == "beam" else 10)
-    stop = options.stop or (() if options.chat or decoding == "beam" else ("\nQ:",))
+    stop = options.stop or (() if options.chat else ("\nQ:",))
     sampling = Sampling(temperature, options.top_k or 0, 1.0 if options.top_p is None else options.top_p)
     return GeneratedAnswer(
         decoding, 256 if options.new_tokens is None else options.new_tokens, branches, sampling, stop,

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mod_star.decoding.beam import BeamSearch, Hypothesis
+from mod_star.decoding.beam import BeamSearch
 from mod_star.decoding.branches import Branches
 from mod_star.decoding.cot import ANSWER_TOKENS, BRANCHING, GREEDY, read_branches
 from mod_star.decoding.generate import Generator
+from mod_star.decoding.generated import Generated
 from mod_star.decoding.sampling import Sampling
-from mod_star.decoding.text import Completion, complete_many
+from mod_star.decoding.text import Completion, complete_many, completion_of
 from mod_star.errors import InputError, require
 from mod_star.evaluation.branch_records import branch_record, cot_answers, sample_answers
 from mod_star.evaluation.protocols import Numbered, Subject, stopwatch
@@ -99,7 +100,8 @@ class GeneratedAnswer:
                 filled = places + places[-1:] * (size - len(places))  # the last batch needs no program of its own
                 found = search.search([encoded[place] for place in filled], self.new_tokens)
                 for place, beams in zip(places, found, strict=False):
-                    yield place, [_completion(subject, texts[place], encoded[place], beam) for beam in beams]
+                    results = [beam.generated() for beam in beams]
+                    yield place, [self._completion(subject, texts[place], result) for result in results]
             return
         sampling = {"greedy": GREEDY, "cot": BRANCHING}.get(self.decoding, self.sampling)
         yield from complete_many(
@@ -107,6 +109,9 @@ class GeneratedAnswer:
             branches=self.rows, seed=self.seed, stop=self.stop, think=subject.think, encoded=encoded,
             numbers=[number for number, _ in items],
         )  # fmt: skip
+
+    def _completion(self, subject: Subject, prompt: str, result: Generated) -> Completion:
+        return completion_of(subject.tokenizer, prompt, result, self.new_tokens, self.stop)
 
     def _record(self, item: Item, made: Branches) -> Record:
         if self.decoding == "cot":
@@ -131,23 +136,5 @@ class GeneratedAnswer:
             "scores": {name: given == item.gold for name, given in answers.items()},
             "answers": answers,
             "text": None if best is None else made.branches[best].completion.text,
-            "branches": [branch_record(branch) | self._without_gaps() for branch in made.branches],
+            "branches": [branch_record(branch) for branch in made.branches],
         }
-
-    def _without_gaps(self) -> Record:
-        """Beams have no Δ: their gaps are not kept while they change places."""
-        return {"delta": None} if self.decoding == "beam" else {}
-
-
-def _completion(subject: Subject, prompt: str, encoded: Sequence[int], beam: Hypothesis) -> Completion:
-    """A beam in the form of other decodings; it starts nowhere, as its gaps are not known."""
-    before = len(subject.tokenizer.decode(encoded))
-    return Completion(
-        prompt=prompt,
-        text=subject.tokenizer.decode([*encoded, *beam.tokens])[before:],
-        tokens=beam.tokens,
-        log_probs=beam.log_probs,
-        finished="end" if beam.finished else "length",
-        routed_fraction=[],
-        overflow=0,
-    )

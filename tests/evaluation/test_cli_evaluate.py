@@ -149,7 +149,6 @@ def test_bad_input(
         ((*good, "--question", "{p}"), "sums.jsonl, line 1: --question names 'p', the record has fields q, a"),
         ((*good, "--temperature", "1"), "--temperature: has no use with --decoding greedy"),
         ((*good, "--decoding", "cot", "--branches", "5000"), "--branches = 5000: must be at most the vocabulary"),
-        ((*good, "--decoding", "beam", "--stop", "x"), "--stop: has no use with --decoding beam"),
         ((*good, "--protocol", "choice"), "--new-tokens: has no use with --protocol choice"),
         ((*good, "--limit", "0"), "--limit = 0: must be positive"),
         ((*good, "--new-tokens", "60"), "item '1' = 13 tokens with its prompt: must be at most 4 (context 64 minus 60"),

@@ -204,6 +204,7 @@ def test_every_decoding_answers_as_it_does_alone(naive: Naive, monkeypatch: pyte
             [row["log_prob"] for row in rows], [sum(beam.log_probs) for beam in expected_beams], atol=1e-4
         )
         assert beams[item.id]["answer"] == rows[0]["answer"]
+        assert all((row["delta"] is None) == (row["answer"] is None) for row in rows)
 
 
 def test_branches_come_back_from_their_records(naive: Naive) -> None:
