@@ -7,26 +7,29 @@ pass. Half of the lines answer at once, behind #; one in five works it out, behi
 another symbol, or after working that is none. So greedy decoding opens with # and guesses, while a line that opens with
 ( is as good as right. Asked are 500 questions that training has not seen.
 
-Measured on two CPU cores, one seed so far (of 1,200 steps of 48 x 48 symbols); answers right, chance is 20 %:
+Measured with three seeds (of 1,200 steps of 48 x 48 symbols; 12 to 33 minutes each on two CPU cores that other work
+kept busy, of which asking takes less than one); answers right, mean and standard deviation; chance is 20 %:
 
-                                      k = 1     k = 2     k = 3     k = 5    k = 10
-    greedy                           21.0 %
-    sampling, T = 0.7                34.3 %
-    sampling, T = 1                  36.8 %
-    self-consistency, T = 0.7                  36.0 %    39.4 %    45.0 %    55.6 %
-    self-consistency, T = 1                    38.2 %    42.8 %    48.0 %    63.8 %
-    log p, max or aggregated         21.0 %    21.0 %    21.0 %    21.0 %    21.0 %
-    log p per token, max             21.0 %   100.0 %   100.0 %   100.0 %   100.0 %
-    log p per token, aggregated      21.0 %   100.0 %    32.4 %    26.6 %    33.8 %
-    majority of the branches         21.0 %    21.0 %    23.2 %    22.4 %    27.0 %
-    CoT-decoding (delta), max        21.0 %   100.0 %   100.0 %    95.4 %    83.0 %
-    CoT-decoding, aggregated         21.0 %   100.0 %   100.0 %    90.2 %    56.6 %
+                                      k = 1         k = 2          k = 3         k = 5        k = 10
+    greedy                          20.2 ± 1.7
+    sampling, T = 0.7               33.3 ± 1.4
+    sampling, T = 1                 35.6 ± 1.4
+    self-consistency, T = 0.7                     34.7 ± 2.7     39.3 ± 2.5    44.0 ± 1.4    52.9 ± 3.6
+    self-consistency, T = 1                       37.3 ± 3.6     42.3 ± 2.1    47.1 ± 0.9    59.5 ± 5.4
+    log p, max or aggregated        20.2 ± 1.7    20.2 ± 1.7     20.2 ± 1.7    20.2 ± 1.7    20.2 ± 1.7
+    log p per token, max            20.2 ± 1.7    98.1 ± 3.3     98.1 ± 3.3    98.1 ± 3.3    98.1 ± 3.3
+    log p per token, aggregated     20.2 ± 1.7    98.1 ± 3.3    38.7 ± 24.1    30.3 ± 3.4    33.7 ± 1.8
+    majority of the branches        20.2 ± 1.7    20.2 ± 1.7     24.3 ± 6.8    22.5 ± 4.3    23.7 ± 4.0
+    CoT-decoding (delta), max       20.2 ± 1.7    98.1 ± 3.3     98.1 ± 3.3    94.4 ± 6.2    89.3 ± 7.9
+    CoT-decoding, aggregated        20.2 ± 1.7    98.1 ± 3.3     98.1 ± 3.3    93.6 ± 5.5   64.3 ± 15.4
 
-Up to k = 4, the number of openings that there are, delta tells the worked line (1.000 on average) from guesses (0.002)
-without fail. Branches beyond begin with symbols that never follow a question, and there the model is surely wrong: they
-make up lines of their own and are certain of those lines' answers (delta 0.75 to 0.79). Branching on more tokens than
-there are sensible ones costs CoT-decoding an answer in six, aggregated nearly half. Log p per token doesn't fall for
-them, because it counts how unlikely such a line is from its first symbol on. Log p alone takes the shortest line.
+Up to k = 4, the number of openings that there are, delta tells the worked line (1.000 on average) from guesses
+(0.003) without fail. Branches beyond begin with symbols that never follow a question, and there the model is surely
+wrong: it makes up lines of its own and is certain of many of those lines' answers (delta 0.3 to 0.7 on average).
+Branching on more tokens than there are sensible ones costs CoT-decoding one answer in eleven, aggregated one in
+three. Log p per token doesn't fall for them, because it counts how unlikely such a line is from its first symbol on;
+its sum over branches does, for guesses are many. Log p alone takes the shortest line. (Seed 0 was asked before tokens
+were drawn with one random number each: its two sampled rows come out differently now, within their spread.)
 """
 
 from __future__ import annotations
