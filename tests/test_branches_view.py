@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ def completion(text: str, finished: Any = "end", gap: float = 0.5) -> Completion
     return Completion(
         prompt="Q", text=text, tokens=list(range(len(text))), log_probs=[-0.1] * len(text), finished=finished,
         routed_fraction=[], overflow=0, gaps=[gap] * len(text), starts=list(range(len(text))),
-        end_log_prob=-0.1 if finished == "end" else math.nan, end_gap=0.9 if finished == "end" else math.nan,
+        end_log_prob=-0.1 if finished == "end" else None, end_gap=0.9 if finished == "end" else None,
     )  # fmt: skip
 
 

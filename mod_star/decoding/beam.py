@@ -51,8 +51,8 @@ class Hypothesis:
             routed_fraction=[],
             overflow=0,
             gaps=self.gaps[:count],
-            end_log_prob=self.log_probs[-1] if self.finished else math.nan,
-            end_gap=self.gaps[-1] if self.finished else math.nan,
+            end_log_prob=self.log_probs[-1] if self.finished else None,
+            end_gap=self.gaps[-1] if self.finished else None,
         )
 
 

@@ -144,7 +144,7 @@ def answer_delta(gaps: Sequence[float], tokens: Sequence[int], skip_first: bool 
 def path_log_prob(completion: Completion) -> tuple[float, float]:
     """Log-probability of a branch in nats, its end token included if it has one; and the same per token."""
     log_probs = list(completion.log_probs)
-    if completion.finished == "end" and not math.isnan(completion.end_log_prob):
+    if completion.finished == "end" and completion.end_log_prob is not None:
         log_probs.append(completion.end_log_prob)
     total = math.fsum(log_probs)
     return total, total / max(1, len(log_probs))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,9 +31,9 @@ class Generated:
     gaps: list[float]
     """For each token, probability of the best token less that of the second best at its step, under the same
     distribution as `log_probs`. What CoT-decoding calls confidence."""
-    end_log_prob: float = math.nan
-    """The log-probability of the end token; nan if the row did not end by itself."""
-    end_gap: float = math.nan
+    end_log_prob: float | None = None
+    """The log-probability of the end token; None if the row did not end by itself."""
+    end_gap: float | None = None
     """The gap at the end token."""
     entropies: list[float] = field(default_factory=list)
     """Entropy in nats of the prediction of each token without a thought. Empty if it never thinks, as the next two."""
@@ -63,8 +62,8 @@ def results_of(state: DecodeState, end_ids: Sequence[int]) -> list[Generated]:
                 tokens=new[:-1] if ended else new,
                 log_probs=log_probs[row][: len(new) - ended].tolist(),
                 gaps=gaps[row][: len(new) - ended].tolist(),
-                end_log_prob=float(log_probs[row][len(new) - 1]) if ended else math.nan,
-                end_gap=float(gaps[row][len(new) - 1]) if ended else math.nan,
+                end_log_prob=float(log_probs[row][len(new) - 1]) if ended else None,
+                end_gap=float(gaps[row][len(new) - 1]) if ended else None,
                 finished=ended,
                 routed_fraction=(counts[:, row] / seen).tolist() if routed else [],
                 overflow=int(overflow[:, row].sum()) if routed else 0,

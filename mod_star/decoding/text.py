@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -34,9 +33,9 @@ class Completion:
     """Times a routed block wanted a token but had no slot left, over all routed blocks."""
     gaps: list[float] = field(default_factory=list)
     """Probability of the best token less that of the second best at each token's step: see `Generated`."""
-    end_log_prob: float = math.nan
-    """Log-probability of the model's own end token; nan if `finished` is anything else than "end"."""
-    end_gap: float = math.nan
+    end_log_prob: float | None = None
+    """Log-probability of the model's own end token; None if `finished` is anything else than "end"."""
+    end_gap: float | None = None
     """The gap at that token."""
     entropies: list[float] = field(default_factory=list)
     """Entropy in nats of the prediction of each token without a thought. Empty if it never thinks, as the next."""
@@ -209,8 +208,8 @@ class _Row:
             routed_fraction=result.routed_fraction,
             overflow=result.overflow,
             gaps=result.gaps[:taken],
-            end_log_prob=result.end_log_prob if self.finished == "end" else math.nan,
-            end_gap=result.end_gap if self.finished == "end" else math.nan,
+            end_log_prob=result.end_log_prob if self.finished == "end" else None,
+            end_gap=result.end_gap if self.finished == "end" else None,
             entropies=result.entropies[:taken],
             thoughts=result.thoughts[:taken],
             thought_texts=self._thought_texts[:taken],

@@ -106,7 +106,7 @@ def test_texts_come_best_first_and_cut_at_stop_strings(subjects: dict[str, Subje
             assert beam.text == tokenizer.decode(each.tokens)
             assert beam.finished == ("end" if each.finished else "length")
             assert len(beam.gaps) == len(beam.log_probs) == len(beam.tokens) == len(each.tokens) - each.finished
-            assert math.isnan(beam.end_log_prob) != each.finished
+            assert (beam.end_log_prob is not None) == each.finished
     (search,) = vars(generator)["_beam_searches"].values()
     compiled: Any = search._run
     assert compiled._cache_size() == 1

@@ -30,8 +30,8 @@ def completion(pieces: list[str], logits_TxV: np.ndarray | None = None, finished
     ended = finished == "end"
     return Completion(
         prompt="", text="".join(pieces), tokens=list(range(N)), log_probs=log_p.max(-1)[:N].tolist(), finished=finished,
-        routed_fraction=[], overflow=0, starts=starts, gaps=gaps[:N], end_gap=gaps[N] if ended else math.nan,
-        end_log_prob=float(log_p.max(-1)[N]) if ended else math.nan,
+        routed_fraction=[], overflow=0, starts=starts, gaps=gaps[:N], end_gap=gaps[N] if ended else None,
+        end_log_prob=float(log_p.max(-1)[N]) if ended else None,
     )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_delta_is_the_mean_gap_of_the_answers_tokens() -> None:
     skipped = read_branch(text, "␣1", NUMBER, skip_first=True)
     assert skipped.delta == pytest.approx(0.5)
     assert read_branch(completion(["7"], np.log(p[[0, 3]])), "7", NUMBER, True).delta == 0, "no evidence is left"
-    stopped = read_branch(replace(text, finished="stop", end_log_prob=math.nan), "␣1", NUMBER)
+    stopped = read_branch(replace(text, finished="stop", end_log_prob=None), "␣1", NUMBER)
     assert stopped.log_prob == pytest.approx(np.log([0.5, 0.7, 0.9]).sum())
     assert stopped.normalised_log_prob == pytest.approx(np.log([0.5, 0.7, 0.9]).mean())
 
