@@ -69,8 +69,9 @@ def test_sampled_branches_are_rows_of_their_own(generator: Generator) -> None:
     assert len({tuple(result.tokens) for result in together[:BRANCHES]}) == BRANCHES
 
 
-def test_branches_of_a_thinking_model_think(model: Model) -> None:
-    when: Any = "auto" if model.routing.every else "always"
+@pytest.mark.parametrize("when", ["always", "auto"])
+def test_branches_of_a_thinking_model_think(when: Any) -> None:
+    model = Model({"every": 0 if when == "always" else 1, "headroom": 1.0}, layers=1)
     run = RunConfig(model=model.config, routing=model.routing)
     thinking = ThinkingConfig(thought_length=3, n_true=2)
     generator = Generator(model.decoder, thinking_params(run, model.params), thinking=thinking)
@@ -112,7 +113,7 @@ def test_reordered_rows_go_on_as_the_rows_they_copy(generator: Generator, branch
 
 
 def test_many_prompts_are_what_each_is_alone() -> None:
-    model, branches = Model({"headroom": 1.0}, layers=2), 2
+    model, branches = Model({"every": 1, "headroom": 1.0}, layers=1), 2
     prompts = make_prompts((5, 20, 3, 11, 8, 2, 7), seed=3)
     probe = model.generator().generate(prompts, 12, SAMPLED, SEED, branches=branches)
     end = probe[4].tokens[3]
