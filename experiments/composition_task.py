@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+
+from experiments.pretraining import symbol_batch
 
 SYMBOLS = "01234abcdQ()="
 STATES, OPERATIONS, OPERATIONS_PER_LINE = 5, 4, 6
@@ -44,15 +45,7 @@ def make_batch(rng: np.random.Generator, sequences: int, brackets: float, truthf
         while len(row) <= LENGTH:
             row += make_line(rng, brackets, truthful)
         rows.append(row[: LENGTH + 1])
-    symbols = np.array(rows, np.int32)
-    shape = (sequences, LENGTH)
-    return {
-        "tokens": jnp.asarray(symbols[:, :-1]),
-        "targets": jnp.asarray(symbols[:, 1:]),
-        "positions": jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), shape),
-        "segment_ids": jnp.ones(shape, jnp.int32),
-        "weights": jnp.ones(shape, jnp.float32),
-    }
+    return symbol_batch(rows)
 
 
 def is_answer(batch: dict[str, Any]) -> npt.NDArray[np.bool_]:

@@ -39,28 +39,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import tyro
-from flax.serialization import from_bytes, to_bytes
 from rich.console import Console
 from rich.progress import track
 
+from experiments.pretraining import DENSE, pretrained
 from experiments.reporting import write_aside
 from experiments.worked_lines import HELD_OUT, LENGTH, TOKENIZER, Question, make_batch, question
-from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, TrainConfig
+from mod_star.config import ModelConfig
 from mod_star.decoding import Generator, Sampling
 from mod_star.decoding.answers import LastOption
 from mod_star.decoding.branches import RANKINGS, Branch, Branches
 from mod_star.decoding.cot import cot_decode, self_consistency
 from mod_star.model import Decoder
-from mod_star.training.state import init_params, init_state
-from mod_star.training.step import make_train_step
 
 MODEL = ModelConfig(
     vocab_size=TOKENIZER.vocab_size, width=128, layers=2, heads=4, context=LENGTH, mlp_width=512, rope_theta=1000.0
 )
-DENSE = RoutingConfig(every=0)
 STEPS, BATCH = 1200, 48
 NEW_TOKENS = 20
 """Worked lines take 14 with the newline."""
@@ -85,24 +81,10 @@ class Options:
     """Only report, on what there is."""
 
 
-def pretrained(options: Options, seed: int) -> dict[str, Any]:
+def base_params(options: Options, seed: int) -> dict[str, Any]:
     """Parameters of the model; made once per seed."""
-    path = options.out / f"base-{seed}.msgpack"
-    decoder = Decoder(MODEL, DENSE)
-    if path.exists():
-        return from_bytes(jax.eval_shape(lambda: init_params(decoder, seed)), path.read_bytes())
-    run = RunConfig(
-        MODEL, DENSE,
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100, weight_decay=0.01, final_fraction=0.03),
-        train=TrainConfig(steps=STEPS, batch_size=BATCH, loss_chunk=LENGTH, seed=seed),
-    )  # fmt: skip
-    step = jax.jit(make_train_step(decoder, run, STEPS), donate_argnums=0)
-    state = init_state(decoder, run, STEPS)
-    rng = np.random.default_rng(seed)
-    for _ in track(range(STEPS), f"pretraining, seed {seed}"):
-        state, _ = step(state, make_batch(rng, BATCH))
-    write_aside(path, to_bytes(state.params))
-    return jax.device_get(state.params)
+    path, title = options.out / f"base-{seed}.msgpack", f"pretraining, seed {seed}"
+    return pretrained(path, MODEL, STEPS, BATCH, seed, title, lambda rng: make_batch(rng, BATCH))
 
 
 def ask(options: Options, seed: int) -> None:
@@ -110,7 +92,7 @@ def ask(options: Options, seed: int) -> None:
     path = options.out / f"results-{seed}.json"
     if path.exists():
         return
-    generator = Generator(Decoder(MODEL, DENSE), pretrained(options, seed), TOKENIZER.end_ids)
+    generator = Generator(Decoder(MODEL, DENSE), base_params(options, seed), TOKENIZER.end_ids)
     questions = [question(int(number)) for number in HELD_OUT]
     branches: list[Branches] = []
     samples: dict[float, list[Branches]] = {temperature: [] for temperature in TEMPERATURES}

@@ -44,13 +44,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from flax.serialization import from_bytes, to_bytes
 from rich.console import Console
 from rich.progress import track
 
 from experiments.composition_task import CLOSE, LENGTH, OPEN, STATES, VOCAB, is_answer, make_batch, spell
+from experiments.pretraining import DENSE, pretrained
 from experiments.reporting import write_aside
-from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
+from mod_star.config import ModelConfig, OptimizerConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.flops import training_step_flops
 from mod_star.model import Decoder
 from mod_star.model.cross_entropy import cross_entropy_by_token, token_entropy
@@ -59,11 +59,10 @@ from mod_star.model.transformer import head_matrix
 from mod_star.thinking.objective import choose_places, place_count, sample_thoughts, talk_loss
 from mod_star.thinking.parameters import thinking_init
 from mod_star.training.next_token import forward
-from mod_star.training.state import init_params, init_state
+from mod_star.training.state import init_state
 from mod_star.training.step import make_train_step
 
 MODEL = ModelConfig(vocab_size=VOCAB, width=128, layers=2, heads=4, context=LENGTH, mlp_width=512, rope_theta=1000.0)
-DENSE = RoutingConfig(every=0)
 PRETRAIN_STEPS, PRETRAIN_BATCH = 1500, 48
 TEACH_BATCH, EVAL_BATCH = 8, 48
 BRACKETS = 0.5
@@ -126,24 +125,15 @@ class Options:
     """Only report, on what there is."""
 
 
-def pretrained(options: Options, truthful: float, seed: int) -> dict[str, Any]:
+def base_params(options: Options, truthful: float, seed: int) -> dict[str, Any]:
     """Parameters of the base model; made once per seed and share of truthful brackets."""
     path = options.out / f"base-{truthful:g}-{seed}.msgpack"
-    decoder = Decoder(MODEL, DENSE)
-    if path.exists():
-        return from_bytes(jax.eval_shape(lambda: init_params(decoder, seed)), path.read_bytes())
-    run = RunConfig(
-        MODEL, DENSE,
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100, weight_decay=0.01, final_fraction=0.03),
-        train=TrainConfig(steps=PRETRAIN_STEPS, batch_size=PRETRAIN_BATCH, loss_chunk=LENGTH, seed=seed),
-    )  # fmt: skip
-    step = jax.jit(make_train_step(decoder, run, PRETRAIN_STEPS), donate_argnums=0)
-    state = init_state(decoder, run, PRETRAIN_STEPS)
-    rng = np.random.default_rng(seed)
-    for _ in track(range(PRETRAIN_STEPS), f"pretraining, {truthful:.0%} truthful, seed {seed}"):
-        state, _ = step(state, make_batch(rng, PRETRAIN_BATCH, BRACKETS, truthful))
-    write_aside(path, to_bytes(state.params))
-    return jax.device_get(state.params)
+    title = f"pretraining, {truthful:.0%} truthful, seed {seed}"
+
+    def next_batch(rng: np.random.Generator) -> dict[str, Any]:
+        return make_batch(rng, PRETRAIN_BATCH, BRACKETS, truthful)
+
+    return pretrained(path, MODEL, PRETRAIN_STEPS, PRETRAIN_BATCH, seed, title, next_batch)
 
 
 def teach(options: Options, name: str, seed: int) -> None:
@@ -152,7 +142,7 @@ def teach(options: Options, name: str, seed: int) -> None:
     if path.exists():
         return
     arm = ARMS[name]
-    params = dict(pretrained(options, arm.truthful, seed))
+    params = dict(base_params(options, arm.truthful, seed))
     steps = arm.steps or options.steps
     run = RunConfig(
         MODEL, DENSE,

@@ -19,10 +19,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.composition_task import OPERATIONS, OPERATIONS_PER_LINE, PERMUTATIONS, STATES
+from experiments.pretraining import symbol_batch
 from mod_star.data.chat import Message
 from mod_star.errors import InputError
 
@@ -78,15 +78,7 @@ def make_batch(rng: np.random.Generator, sequences: int) -> dict[str, Any]:
         while len(text) <= LENGTH:
             text += make_line(rng)
         rows.append(TOKENIZER.encode(text[: LENGTH + 1]))
-    symbols = np.array(rows, np.int32)
-    shape = (sequences, LENGTH)
-    return {
-        "tokens": jnp.asarray(symbols[:, :-1]),
-        "targets": jnp.asarray(symbols[:, 1:]),
-        "positions": jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), shape),
-        "segment_ids": jnp.ones(shape, jnp.int32),
-        "weights": jnp.ones(shape, jnp.float32),
-    }
+    return symbol_batch(rows)
 
 
 class SymbolTokenizer:

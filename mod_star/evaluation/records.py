@@ -10,7 +10,6 @@ A process that is stopped or killed loses at most the batch that it was at.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from mod_star.errors import InputError
+from mod_star.locks import LOCK_FILE, locked
 
-CONFIG_FILE, RECORDS_FILE, RESULTS_FILE, LOCK_FILE = "config.json", "records.jsonl", "results.json", ".lock"
+CONFIG_FILE, RECORDS_FILE, RESULTS_FILE = "config.json", "records.jsonl", "results.json"
 
 Record = dict[str, Any]
 
@@ -76,16 +76,12 @@ def open_records(directory: Path, config: Mapping[str, Any]) -> Iterator[Records
         else, or a record that can't be read; it can't be written, or another process is evaluating there.
     """
     require_evaluation(directory, config)
+    name = f"--out = {str(directory)!r}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / LOCK_FILE).open("a")
     except OSError as error:
-        raise InputError(f"--out = {str(directory)!r}: cannot be written: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"--out = {str(directory)!r}: another process is evaluating here") from None
+        raise InputError(f"{name}: cannot be written: {error.strerror}") from error
+    with locked(directory, "evaluating", name):
         require_evaluation(directory, config)
         write_json(directory / CONFIG_FILE, config)
         records = Records(directory)

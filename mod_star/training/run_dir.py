@@ -13,7 +13,6 @@ config.json is written last: a directory without it is not a run.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -31,6 +30,7 @@ import mod_star
 from mod_star.config import RunConfig, to_dict
 from mod_star.data import Tokenizer, load_saved_tokenizer, load_tokenizer, save_tokenizer
 from mod_star.errors import InputError, require
+from mod_star.locks import LOCK_FILE, locked
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.training.checkpoints import choose_checkpoint, restore_params
@@ -61,7 +61,6 @@ __all__ = [
 PARTS_FILE = "parts.py"
 TOKENIZER_DIRECTORY = "tokenizer"
 CHECKPOINTS_DIRECTORY = "checkpoints"
-LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True)
@@ -237,22 +236,3 @@ def _write(path: Path, run: RunConfig, tokenizer: Tokenizer, base: RunConfig | N
     beside = path / (CONFIG_FILE + ".new")
     beside.write_text(json.dumps(versions | configs, indent=2) + "\n", encoding="utf-8")
     os.replace(beside, path / CONFIG_FILE)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keeps other processes from training in the same directory; the lock ends with the process, however it ends.
-
-    Raises:
-      InputError: another process holds it, or the directory isn't writable.
-    """
-    try:
-        file = (path / LOCK_FILE).open("a")
-    except OSError as error:
-        raise InputError(f"{path}: is not writable: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{path}: another process is training here") from None
-        yield
