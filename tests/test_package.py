@@ -61,20 +61,3 @@ def test_the_lock_holds_every_dependency_and_no_address() -> None:
 def test_scripts_are_executable_and_sound(script: str) -> None:
     assert (ROOT / script).stat().st_mode & 0o111
     subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
-
-
-def test_the_tpu_set_up_can_be_rehearsed() -> None:
-    done = subprocess.run(
-        ["bash", "tpu_setup.sh", "--dry-run"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.stderr == ""
-    assert "+ make PYTHON=" in done.stdout
-    assert r"pip install --quiet --disable-pip-version-check -r requirements.lock jax\[tpu\]" in done.stdout
-    refused = subprocess.run(["bash", "tpu_setup.sh", "--dryrun"], cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "unknown argument '--dryrun'" in refused.stderr
