@@ -23,9 +23,9 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from mod_star.errors import InputError
+from mod_star.training.events import EventFile
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
@@ -55,14 +55,7 @@ class MetricsWriter:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file = open_records(run_dir / METRICS_FILE, resume_step)
-        first_step = 0 if resume_step is None else resume_step + 1
-        # Event files are named by the second; the suffix keeps a quick resume from writing over its predecessor's.
-        self._events = SummaryWriter(
-            str(run_dir / TENSORBOARD_DIRECTORY),
-            purge_step=first_step,
-            flush_secs=30,
-            filename_suffix=f".from_step_{first_step}",
-        )
+        self._events = EventFile(run_dir / TENSORBOARD_DIRECTORY, 0 if resume_step is None else resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Writes one record and gives it back as plain Python values.
@@ -77,27 +70,29 @@ class MetricsWriter:
 
         Raises:
           ValueError: a value is not a number or has more than one dimension.
+          OSError: it can't be written, because the disk is full for one.
         """
         record: dict[str, Any] = {"step": int(step)}
         for name, value in values.items():
             record[name] = _plain(name, value)
         self._file.write(json.dumps({name: _json(value) for name, value in record.items()}, allow_nan=False) + "\n")
         self._file.flush()
+        scalars: dict[str, float] = {}
         for name, value in record.items():
-            if name == "step":
-                continue
             if isinstance(value, list):
-                for layer, entry in enumerate(value):
-                    part = "decile" if name.endswith("_by_decile") else "layer"
-                    self._events.add_scalar(f"{name}/{part}_{layer}", float(entry), record["step"])
-            else:
-                self._events.add_scalar(name, float(value), record["step"])
+                part = "decile" if name.endswith("_by_decile") else "layer"
+                scalars |= {f"{name}/{part}_{layer}": float(entry) for layer, entry in enumerate(value)}
+            elif name != "step":
+                scalars[name] = float(value)
+        self._events.write(record["step"], scalars)
         return record
 
     def close(self) -> None:
         """Flushes and closes both files. Closing twice is harmless."""
-        self._file.close()
-        self._events.close()
+        try:
+            self._file.close()
+        finally:
+            self._events.close()
 
     def __enter__(self) -> Self:
         return self
@@ -105,7 +100,11 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except OSError:  # on a full disk it fails again; what failed first says more
+            if error is None:
+                raise
 
 
 def open_records(path: Path, resume_step: int | None) -> TextIO:
