@@ -18,6 +18,7 @@ from mod_star.errors import InputError
 # A subcommand is a module of `mod_star.commands`, by the same name, and a line here.
 COMMANDS = {
     "train": "train a Mixture-of-Depths model (or its dense twin), or go on with an interrupted run",
+    "plan": "compile the training step for a TPU slice that isn't there: memory, FLOPs, communication; does it fit?",
     "upcycle": "make a dense model a Mixture-of-Depths model that computes the same, to lower its capacity in training",
     "import": "make a run of a pretrained model: a Hugging Face directory, a hub name or a GGUF file",
     "export": "write a dense model as a Hugging Face directory, for transformers",

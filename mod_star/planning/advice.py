@@ -1,0 +1,66 @@
+"""What to change about a run or a mesh that a plan found no room for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mod_star.planning.plan import Plan
+
+
+def advice(plan: Plan) -> tuple[str, ...]:
+    """Changes that lower the memory of a chip, those that cost least first; each says what it changes.
+
+    Args:
+      plan: one that does not fit.
+    """
+    found: list[str] = []
+    run, mesh, memory, chip = plan.run, plan.mesh, plan.memory, plan.topology.chip
+    limit = chip.usable if chip else float("inf")
+    state = memory.parameters + memory.optimizer
+    shares = mesh["data"] * mesh["fsdp"]
+    rows = run.train.batch_size // run.train.accumulation // shares
+    if mesh["data"] > 1 and run.model.width % shares == 0:
+        found.append(
+            f"--mesh.fsdp {shares} --mesh.data 1: parameters and optimizer state take {size(state / mesh['data'])} "
+            f"per chip instead of {size(state)}, for more communication"
+        )
+    if run.model.remat != "full":
+        found.append("--model.remat full: keeps one input per group of blocks, for a quarter to a third more FLOPs")
+    chunk = min(run.train.loss_chunk, run.model.context)
+    logits = 4.0 * rows * chunk * run.model.vocab_size / mesh["tensor"]
+    if chunk > 32 and logits > 0.02 * limit:
+        found.append(
+            f"--train.loss-chunk {max(32, chunk // 4)}: the logits of a chunk take {size(logits)} per "
+            "chip, several times over"
+        )
+    if run.train.objective == "quiet_star" and run.thinking.chunk > 4:
+        found.append(f"--thinking.chunk {run.thinking.chunk // 2}: half the thoughts are scored at a time")
+    if run.train.objective == "quiet_star" and run.thinking.think_fraction > 0.5:
+        found.append("--thinking.think-fraction 0.5: half as many thoughts, and half the caches of sampling")
+    if rows > 1:
+        found.append(
+            f"--train.accumulation {run.train.accumulation * 2}: half of the {rows} sequences per chip at a time"
+        )
+    if run.model.key_heads % (mesh["tensor"] * 2) == 0 and shares % 2 == 0:
+        axes = _halved(mesh)
+        found.append(f"{axes} --mesh.tensor {mesh['tensor'] * 2}: the activations of a sequence lie on twice the chips")
+    if state > 0.5 * limit:
+        found.append(f"more chips: the training state alone takes {size(state)} of {size(limit)} on each")
+    elif not found:
+        found.append("more chips, or a smaller --train.batch-size, --model.context or model")
+    return tuple(found)
+
+
+def _halved(mesh: dict[str, int]) -> str:
+    axis = "data" if mesh["data"] % 2 == 0 else "fsdp"
+    return f"--mesh.{axis} {mesh[axis] // 2}"
+
+
+def size(value: float) -> str:
+    """Bytes in words, in binary units: 1.5 GiB."""
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= factor:
+            scaled = value / factor
+            return f"{scaled:#.3g}".rstrip(".") + f" {unit}" if scaled < 999.5 else f"{scaled:.0f} {unit}"
+    return f"{value:.0f} B"

@@ -1,0 +1,208 @@
+"""What one run of a compiled program costs a device: operations, memory traffic, communication.
+
+XLA's own `cost_analysis` counts the body of a loop once; here it counts as often as it runs, and a loop over blocks or
+over chunks is what training consists of. Counted from the text of the compiled program (`mod_star.planning.hlo`), so
+that what the compiler added, or computes on several devices alike, is in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mod_star.planning.collectives import Collective, collective_of, describe, kind_of, merged, operand_arrays
+from mod_star.planning.hlo import Array, Computation, Instruction, Program
+from mod_star.planning.traffic import NO_TRAFFIC, fusion_traffic, plain_traffic
+from mod_star.planning.trips import trip_count
+
+SCATTERED = "all-reduce-scatter"
+"""XLA for TPUs writes a reduce-scatter as a fusion of this name, of an all-reduce and a slice."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one run costs one device."""
+
+    flops: float = 0.0
+    """Floating-point operations of matrix products, two per multiply-add."""
+    traffic: float = 0.0
+    """Bytes read from and written to its main memory, as far as the program's text shows."""
+    collectives: tuple[Collective, ...] = ()
+    """Communication; those that differ only in how often they run as one."""
+    kept: float = 0.0
+    """Bytes that the loops of the forward pass leave for the backward pass: the activations."""
+    unknown_loops: int = 0
+    """Loops that run as often as data says; they count as running once."""
+
+    def times(self, count: float) -> Cost:
+        """So many runs one after the other; memory is used again."""
+        collectives = tuple(each.times(count) for each in self.collectives)
+        return Cost(self.flops * count, self.traffic * count, collectives, self.kept, self.unknown_loops)
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """One after the other."""
+    costs = list(costs)
+    return Cost(
+        sum(each.flops for each in costs),
+        sum(each.traffic for each in costs),
+        merged(collective for each in costs for collective in each.collectives),
+        sum(each.kept for each in costs),
+        sum(each.unknown_loops for each in costs),
+    )
+
+
+def program_cost(program: Program) -> Cost:
+    """The cost of one run of a program on one device."""
+    return _Counter(program).computation(program.entry)
+
+
+@dataclass
+class _Counter:
+    program: Program
+    done: dict[str, Cost] = field(default_factory=dict)
+
+    def computation(self, name: str) -> Cost:
+        """One run of a computation, with all that it calls."""
+        if name not in self.done:
+            computation = self.program.computations[name]
+            # XLA for TPUs cuts an asynchronous collective up over several fusions, each with a copy of it.
+            seen: set[tuple[str, str]] = set()
+            self.done[name] = total(self._cost(computation, i, seen) for i in computation.instructions.values())
+        return self.done[name]
+
+    def _cost(self, computation: Computation, made: Instruction, seen: set[tuple[str, str]]) -> Cost:
+        if made.opcode == "while":
+            return self._loop(computation, made)
+        if made.opcode == "conditional":
+            return max((self.computation(branch) for branch in _branches(made)), key=lambda cost: cost.flops)
+        if made.opcode == "call" or (made.opcode == "async-start" and made.attribute("calls")):
+            return self.computation(made.attribute("to_apply") or made.attribute("calls") or "")
+        if made.opcode == "fusion":
+            return self._fusion(computation, made, seen)
+        traffic = plain_traffic(computation, made)
+        if kind_of(made) is not None:
+            return Cost(0.0, traffic, self._exchange(computation, made))
+        return Cost(matrix_flops(computation, made), traffic)
+
+    def _loop(self, computation: Computation, made: Instruction) -> Cost:
+        body = self.computation(made.attribute("body") or "")
+        trips = trip_count(self.program, computation, made)
+        cost = body.times(1 if trips is None else trips)
+        kept = cost.kept + (0 if trips is None else kept_bytes(self.program, made, trips))
+        return Cost(cost.flops, cost.traffic, cost.collectives, kept, cost.unknown_loops + (trips is None))
+
+    def _exchange(self, computation: Computation, made: Instruction) -> tuple[Collective, ...]:
+        found = collective_of(made, computation, self.program.partitions)
+        return (found,) if found.group > 1 else ()
+
+    def _fusion(self, computation: Computation, made: Instruction, seen: set[tuple[str, str]]) -> Cost:
+        name = made.attribute("calls") or ""
+        inner = self.program.computations[name]
+        costs = []
+        for instruction in inner.instructions.values():
+            if instruction.opcode == "fusion":
+                costs.append(self._fusion(inner, instruction, seen))
+            elif (kind := kind_of(instruction)) is None:
+                costs.append(Cost(matrix_flops(inner, instruction)))
+            elif (key := (kind, instruction.attribute("channel_id") or instruction.name)) not in seen:
+                seen.add(key)
+                exchanged = self._exchange(inner, instruction)
+                if name.startswith(SCATTERED):
+                    exchanged = tuple(_scattered(each, inner) for each in exchanged)
+                costs.append(Cost(0.0, plain_traffic(inner, instruction), exchanged))
+        cost = total(costs)
+        traffic = NO_TRAFFIC if name.startswith(SCATTERED) else fusion_traffic(computation, made, inner)
+        return Cost(cost.flops, cost.traffic + traffic, cost.collectives)
+
+
+def _scattered(collective: Collective, inner: Computation) -> Collective:
+    arrays = [a for parameter in inner.parameters.values() for a in parameter.arrays]
+    size = sum(a.bytes for a in arrays)
+    return Collective("reduce-scatter", collective.group, size, describe(arrays), collective.source)
+
+
+def _branches(made: Instruction) -> list[str]:
+    listed = re.search(r"branch_computations=\{([^}]*)\}", made.attributes)
+    names = listed[1].split(",") if listed else re.findall(r"(?:true|false)_computation=([^, ]+)", made.attributes)
+    return [name.strip().lstrip("%") for name in names]
+
+
+def kept_bytes(program: Program, loop: Instruction, trips: int) -> float:
+    """Bytes in main memory of what a loop of the forward pass stacks up, slice by slice, for the backward pass.
+
+    A loop is of the forward pass if JAX's names say so: under `jvp`, not under `transpose`.
+    """
+    if trips < 2 or "jvp(" not in loop.op_name or "transpose(" in loop.op_name:
+        return 0.0
+    body = program.computations[loop.attribute("body") or ""]
+    if body.root.opcode != "tuple" or not isinstance(loop.kind, tuple):
+        return 0.0
+    kept = 0.0
+    for number, (kind, name) in enumerate(zip(loop.kind, body.root.operands, strict=False)):
+        stacked = isinstance(kind, Array) and kind.in_hbm and kind.dims[:1] == (trips,)
+        if isinstance(kind, Array) and stacked and not _handed_on(body, name, number):
+            kept += kind.padded_bytes
+    return kept
+
+
+def _handed_on(body: Computation, name: str, number: int) -> bool:
+    """Whether an element of the body's result is that of its argument, as it was."""
+    made = body.instructions.get(name)
+    while made is not None and made.opcode in ("copy", "bitcast"):
+        made = body.instructions.get(made.operands[0])
+    return made is not None and made.opcode == "get-tuple-element" and made.attribute("index") == str(number)
+
+
+def matrix_flops(computation: Computation, made: Instruction) -> float:
+    """Operations of a `dot` or a `convolution`, which is how XLA for TPUs writes a matrix product; else 0."""
+    if made.opcode not in ("dot", "convolution"):
+        return 0.0
+    left, right = (operand_arrays(computation, name)[0] for name in made.operands[:2])
+    result = made.arrays[0]
+    if made.opcode == "dot":
+        listed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", made.attributes)
+        contracted = [left.dims[int(n)] for n in listed[1].split(",") if n] if listed else []
+        return 2.0 * result.size * float(np.prod(contracted, dtype=float))
+    return 2.0 * _convolution_products(made, left, right, result)
+
+
+def _convolution_products(made: Instruction, left: Array, right: Array, result: Array) -> float:
+    """Multiply-adds of a convolution: those of places beyond the input, or between dilated elements, are none."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", made.attributes)
+    if labels is None:
+        return 0.0
+    of_left, of_right, of_result = labels[1], labels[2], labels[3]
+    products = float(result.dims[of_result.index("b")] * result.dims[of_result.index("f")])
+    products *= right.dims[of_right.index("i")]
+    window_text = re.search(r"window=\{([^}]*)\}", made.attributes)
+    settings = dict(re.findall(r"(\w+)=([\w\-]+)", window_text[1])) if window_text else {}
+    for place in range(len(labels[1]) - 2):
+        letter = str(place)
+        products *= _taps(
+            left.dims[of_left.index(letter)],
+            result.dims[of_result.index(letter)],
+            right.dims[of_right.index(letter)],
+            *(_setting(settings, name, place) for name in ("stride", "lhs_dilate", "rhs_dilate")),
+            low=int(settings["pad"].split("x")[place].split("_")[0]) if "pad" in settings else 0,
+        )
+    return products
+
+
+def _setting(settings: dict[str, str], name: str, place: int) -> int:
+    return int(settings[name].split("x")[place]) if name in settings else 1
+
+
+@functools.cache
+def _taps(size: int, results: int, kernel: int, stride: int, dilation: int, kernel_dilation: int, low: int) -> int:
+    """How many pairs of a result and an element of the kernel meet an element of the input, along one dimension."""
+    count = 0
+    for start in range(0, results, 4096):  # a kernel may be as long as a sequence
+        at = np.arange(start, min(results, start + 4096))[:, None] * stride
+        at = at + np.arange(kernel) * kernel_dilation - low
+        count += int(np.sum((at >= 0) & (at % dilation == 0) & (at < (size - 1) * dilation + 1)))
+    return count

@@ -1,0 +1,93 @@
+"""Bytes that instructions of a compiled program read from and write to a device's main memory.
+
+What lies in another memory space (a TPU's VMEM) costs nothing here. Of an array that is sliced or updated in place,
+only the slice counts.
+"""
+
+from __future__ import annotations
+
+import re
+
+from mod_star.planning.collectives import operand_arrays
+from mod_star.planning.hlo import Array, Computation, Instruction
+
+NO_TRAFFIC = 0.0
+
+# They move nothing: names for what is there, or ends of what was started (and counted) before.
+FREE = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+    "opt-barrier", "iota", "domain", "add-dependency",
+)  # fmt: skip
+SLICING = ("dynamic-slice", "slice", "gather")
+
+
+def bytes_of(arrays: list[Array]) -> float:
+    """Bytes of those that lie in main memory."""
+    return float(sum(a.bytes for a in arrays if a.in_hbm))
+
+
+def plain_traffic(computation: Computation, made: Instruction) -> float:
+    """Traffic of an instruction that is no fusion and calls nothing."""
+    if made.opcode in FREE or made.opcode.endswith("-done"):
+        return NO_TRAFFIC
+    read = [a for name in made.operands for a in operand_arrays(computation, name)]
+    if made.opcode in SLICING:
+        return 2 * bytes_of(made.arrays)
+    if made.opcode == "dynamic-update-slice":
+        return 2 * bytes_of(operand_arrays(computation, made.operands[1]))
+    if made.opcode.endswith("-start"):  # (result, operand, ...), or (operand, result, ...)
+        return 2 * bytes_of(read)
+    return bytes_of(read) + bytes_of(made.arrays)
+
+
+def fusion_traffic(computation: Computation, made: Instruction, inner: Computation) -> float:
+    """Traffic of a fusion: its operands and results, but for what is only sliced, updated in place or handed on."""
+    users: dict[str, list[Instruction]] = {}
+    for each in inner.instructions.values():
+        for name in each.operands:
+            users.setdefault(name, []).append(each)
+    handed_on, results_handed_on = _aliased(made)
+    traffic = 0.0
+    for number, parameter in inner.parameters.items():
+        if number not in handed_on and number < len(made.operands):
+            whole = operand_arrays(computation, made.operands[number])
+            traffic += min(bytes_of(whole), _read(parameter, users, bytes_of(whole)))
+    roots = [inner.root]
+    if inner.root.opcode == "tuple":
+        roots = [inner.instructions[name] for name in inner.root.operands if name in inner.instructions]
+    parts = made.kind if isinstance(made.kind, tuple) else (made.kind,)
+    for number, (root, kind) in enumerate(zip(roots, parts, strict=False)):
+        if isinstance(kind, Array) and kind.in_hbm and number not in results_handed_on:
+            traffic += _written(root, inner, kind)
+    return traffic
+
+
+def _aliased(made: Instruction) -> tuple[set[int], set[int]]:
+    """Numbers of the operands and of the results that are one buffer, which a fusion hands on untouched."""
+    listed = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", made.attributes)
+    pairs = re.findall(r"\{(\d*)\}: \((\d+),", listed[1]) if listed else []
+    return {int(operand) for _, operand in pairs}, {int(result or 0) for result, _ in pairs}
+
+
+def _read(value: Instruction, users: dict[str, list[Instruction]], whole: float) -> float:
+    """Bytes that are read of a fusion's operand."""
+    read = 0.0
+    for user in users.get(value.name, []):
+        if user.opcode in ("bitcast", "reshape", "copy") and user.name in users:
+            read += _read(user, users, whole)
+        elif user.opcode in SLICING and user.operands[0] == value.name:
+            read += float(sum(a.bytes for a in user.arrays))
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+            read += 0.0
+        else:
+            return whole
+    return read
+
+
+def _written(root: Instruction, inner: Computation, kind: Array) -> float:
+    """Bytes that are written of a fusion's result."""
+    while root.opcode in ("bitcast", "reshape") and root.operands[0] in inner.instructions:
+        root = inner.instructions[root.operands[0]]
+    if root.opcode == "dynamic-update-slice":
+        return float(sum(a.bytes for a in operand_arrays(inner, root.operands[1])))
+    return float(kind.bytes)
