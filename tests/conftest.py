@@ -1,6 +1,9 @@
 """Tiny models and batches that tests share, and faster compilation: the programs here are small and run seldom."""
 
 import atexit
+import fcntl
+import gc
+import importlib.metadata
 import os
 import re
 import shutil
@@ -12,9 +15,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mod-star-programs-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-# Halves the time that XLA's CPU compiler takes. It changes machine code only: the optimised HLO that tests read is the
-# same. Before JAX starts its backend.
+# XLA's CPU compiler takes half the time without LLVM's optimisations, and a sixth without a pipeline of its own for
+# each fusion as well (an option that newer versions lack). Both change machine code only: the optimised HLO that tests
+# read is the same. Before JAX starts its backend.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,6 +43,12 @@ from mod_star.training.loop import train
 from mod_star.training.optimizer import make_optimizer
 from mod_star.training.run_dir import read_config
 from mod_star.training.state import TrainState, init_params
+
+# Tracing makes millions of small objects, hardly any of them in cycles: the collector, which JAX makes slower still,
+# would take a fifth of the time.
+gc.collect()
+gc.freeze()
+gc.set_threshold(100_000, 50, 50)
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +141,32 @@ def scatters() -> Callable[[str], list[str]]:
 
 
 @pytest.fixture(scope="session")
-def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`made_once(name, make)`: the directory that `make` writes, in one worker of pytest-xdist for all of them.
+
+    Each worker gets a copy of its own, so that what a test does to a run by mistake is seen in its own worker alone.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        original, copy = shared / "made-once" / name, tmp_path_factory.mktemp(name) / "run"
+        original.parent.mkdir(exist_ok=True)
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not original.exists():
+                make(copy)
+                shutil.copytree(copy, original.with_suffix(".new"))
+                original.with_suffix(".new").rename(original)
+        if not copy.exists():
+            shutil.copytree(original, copy)
+        return copy
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def trained_run(made_once: Callable[..., Path]) -> Path:
     """Directory of a complete run with checkpoints 6 and 12, to load and sample from. Tests leave it as it is."""
     run = tiny()
     run = replace(
@@ -138,13 +175,11 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         routing=replace(run.routing, causal_rule="router", headroom=1.0),  # its caches soon are full
         train=replace(run.train, steps=12, checkpoint_every=6, eval_every=0, eval_batches=1),
     )
-    path = tmp_path_factory.mktemp("trained") / "run"
-    train(run, path, quiet=True)
-    return path
+    return made_once("trained", lambda path: train(run, path, quiet=True))
 
 
 @pytest.fixture(scope="session")
-def thinking_run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def thinking_run(trained_run: Path, made_once: Callable[..., Path]) -> Path:
     """Directory of a complete run that taught `trained_run` to think for 3 steps. Tests leave it as it is."""
     base = read_config(trained_run)
     run = replace(
@@ -153,9 +188,7 @@ def thinking_run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
         train=replace(base.train, objective="quiet_star", steps=3, batch_size=2, checkpoint_every=0),
         thinking=ThinkingConfig(thought_length=3, n_true=2, n_thoughts=2, chunk=40),
     )
-    path = tmp_path_factory.mktemp("thinking") / "run"
-    train(run, path, quiet=True)
-    return path
+    return made_once("thinking", lambda path: train(run, path, quiet=True))
 
 
 @pytest.fixture(scope="session", params=["dense", "routed"])

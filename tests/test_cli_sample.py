@@ -21,27 +21,20 @@ PROMPT = "The é"
 OPTIONS = ("--new-tokens", "24", "--seed", "3", "--temperature", "2")
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Processes share what they compile."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-
-
-def sample(environment: dict[str, str], *argv: str | Path) -> subprocess.CompletedProcess[str]:
+def sample(*argv: str | Path) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-m", "mod_star", "sample", *map(str, argv)]
-    done = subprocess.run(words, capture_output=True, timeout=120, check=False, env=environment)
+    done = subprocess.run(words, capture_output=True, timeout=120, check=False)
     out, err = done.stdout.decode(), done.stderr.decode()  # text=True would make newlines of a model's "\r"
     assert done.returncode == 0, err
     return subprocess.CompletedProcess(words, 0, out, err)
 
 
 @pytest.fixture(scope="module")
-def rows(environment: dict[str, str], trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def rows(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What --json gives for a file of two prompts."""
     file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     file.write_text(f'{json.dumps(PROMPT)}\n\n"two\\nlines, longer than the other"\n')
-    done = sample(environment, trained_run, "--prompt-file", file, "--json", *OPTIONS)
+    done = sample(trained_run, "--prompt-file", file, "--json", *OPTIONS)
     assert done.stderr == ""
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -57,8 +50,8 @@ def test_json_says_everything_about_each_prompt(rows: list[Any]) -> None:
     assert rows[0]["text"] != rows[1]["text"]
 
 
-def test_one_prompt_is_streamed_as_plain_text(environment: dict[str, str], trained_run: Path, rows: list[Any]) -> None:
-    done = sample(environment, trained_run, "--prompt", PROMPT, *OPTIONS)
+def test_one_prompt_is_streamed_as_plain_text(trained_run: Path, rows: list[Any]) -> None:
+    done = sample(trained_run, "--prompt", PROMPT, *OPTIONS)
     assert done.stdout == f"{PROMPT}{rows[0]['text']}\n", "the same row as in a batch"
     shares = ", ".join(f"{share:.1%}" for share in rows[0]["routed_fraction"])
     assert re.match(rf"24 tokens · [\d,]+ tokens/s · routed blocks computed {shares} of the tokens", done.stderr)
@@ -66,12 +59,10 @@ def test_one_prompt_is_streamed_as_plain_text(environment: dict[str, str], train
     assert done.stderr.count("\n") == 1
 
 
-def test_a_terminal_gets_a_dim_prompt_and_no_control_characters(
-    environment: dict[str, str], trained_run: Path, rows: list[Any]
-) -> None:
+def test_a_terminal_gets_a_dim_prompt_and_no_control_characters(trained_run: Path, rows: list[Any]) -> None:
     ours, theirs = pty.openpty()
     words = [sys.executable, "-m", "mod_star", "sample", str(trained_run), "--prompt", PROMPT, *OPTIONS]
-    subprocess.run(words, stdout=theirs, stderr=subprocess.DEVNULL, timeout=120, check=True, env=environment)
+    subprocess.run(words, stdout=theirs, stderr=subprocess.DEVNULL, timeout=120, check=True)
     os.close(theirs)
     shown = os.read(ours, 10_000).decode().replace("\r\n", "\n")
     os.close(ours)
@@ -79,18 +70,16 @@ def test_a_terminal_gets_a_dim_prompt_and_no_control_characters(
     assert shown == f"\x1b[2m{PROMPT}\x1b[22m{text}\n"
 
 
-def test_several_prompts_stand_one_under_the_other_and_end_at_a_stop_string(
-    environment: dict[str, str], trained_run: Path, rows: list[Any]
-) -> None:
+def test_several_prompts_stand_one_under_the_other_and_end_at_a_stop_string(trained_run: Path, rows: list[Any]) -> None:
     prompts = [word for row in rows for word in ("--prompt", row["prompt"])]
     stop = rows[1]["text"][len(rows[1]["text"]) // 2 :][:1]
-    done = sample(environment, trained_run, *prompts, *OPTIONS, "--stop", "no such text", "--stop", stop)
+    done = sample(trained_run, *prompts, *OPTIONS, "--stop", "no such text", "--stop", stop)
     texts = [row["prompt"] + row["text"].partition(stop)[0] for row in rows]
     assert done.stdout == f"{texts[0]}\n\n{texts[1]}\n"
 
 
-def test_an_older_checkpoint_and_more_headroom_without_a_prompt(environment: dict[str, str], trained_run: Path) -> None:
-    done = sample(environment, trained_run, "--step", "6", "--headroom", "4", "--json")
+def test_an_older_checkpoint_and_more_headroom_without_a_prompt(trained_run: Path) -> None:
+    done = sample(trained_run, "--step", "6", "--headroom", "4", "--json")
     row = json.loads(done.stdout)
     assert row["prompt"] == ""
     assert len(row["tokens"]) == 63 or row["finished"] == "end", "it fills the context"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -36,26 +35,19 @@ def run(thinking_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Processes share what they compile."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-
-
-def sample(environment: dict[str, str], *argv: str | Path) -> tuple[str, str]:
+def sample(*argv: str | Path) -> tuple[str, str]:
     """What goes to stdout and stderr."""
     words = [sys.executable, "-m", "mod_star", "sample", *map(str, argv), *OPTIONS]
-    done = subprocess.run(words, capture_output=True, timeout=240, check=False, env=environment)
+    done = subprocess.run(words, capture_output=True, timeout=240, check=False)
     out, err = done.stdout.decode(), done.stderr.decode()  # text=True would make newlines of a model's "\r"
     assert done.returncode == 0, err
     return out, err
 
 
 @pytest.fixture(scope="module")
-def auto(environment: dict[str, str], run: Path) -> tuple[Any, str]:
+def auto(run: Path) -> tuple[Any, str]:
     """One prompt's record, and stderr."""
-    out, err = sample(environment, run, "--prompt", PROMPT, "--think", "auto", "--json")
+    out, err = sample(run, "--prompt", PROMPT, "--think", "auto", "--json")
     return json.loads(out), err
 
 

@@ -25,22 +25,15 @@ OPTIONS = (
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Processes share what they compile."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "sums.jsonl"
     path.write_text("\n".join(json.dumps({"q": f"{n} + {n}?", "a": 2 * n}) for n in range(80)))
     return path
 
 
-def start(environment: dict[str, str], *argv: str | Path) -> subprocess.Popen[str]:
+def start(*argv: str | Path) -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "mod_star", "evaluate", *map(str, argv)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def records_of(out: Path) -> dict[str, Any]:
@@ -51,11 +44,9 @@ def records_of(out: Path) -> dict[str, Any]:
     return {line["id"]: line for line in lines}
 
 
-def test_an_interrupted_evaluation_goes_on_to_the_same_records(
-    environment: dict[str, str], trained_run: Path, data: Path, tmp_path: Path
-) -> None:
+def test_an_interrupted_evaluation_goes_on_to_the_same_records(trained_run: Path, data: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    done = start(environment, trained_run, "--data", data, *OPTIONS, "--out", whole)
+    done = start(trained_run, "--data", data, *OPTIONS, "--out", whole)
     out, err = done.communicate(timeout=240)
     assert done.returncode == 0, err
     expected = records_of(whole)
@@ -75,7 +66,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_records(
         assert len(record["branches"]) == 2
         assert record["correct"] == (record["answer"] == record["gold"])
 
-    stopped = start(environment, trained_run, "--data", data, *OPTIONS, "--out", parts)
+    stopped = start(trained_run, "--data", data, *OPTIONS, "--out", parts)
     while stopped.poll() is None and not (
         (parts / "records.jsonl").exists() and os.path.getsize(parts / "records.jsonl")
     ):
@@ -87,7 +78,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_records(
     assert 0 < len(kept) < 60 and not (parts / "results.json").exists()
     with (parts / "records.jsonl").open("a") as file:  # as if it had been killed while it wrote
         file.write('{"id": "80", "corr')
-    resumed = start(environment, trained_run, "--data", data, *OPTIONS, "--out", parts)
+    resumed = start(trained_run, "--data", data, *OPTIONS, "--out", parts)
     out, err = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, err
     assert f"{len(kept)} of 60 questions are done already" in out
