@@ -16,7 +16,7 @@ from mod_star.decoding.think import Think
 from mod_star.errors import InputError, require
 from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
-from mod_star.model.transformer import head_matrix
+from mod_star.model.transformer import logits_of
 from mod_star.routes import token_pieces
 from mod_star.thinking.mixing import mix, mixing_weight
 from mod_star.thinking.objective import contexts
@@ -86,11 +86,9 @@ def _think_everywhere(
         {"params": params}, tokens_S, None, segment_ids_S, mode="causal", slots=slots, keep_keys_values=True
     )
     text = contexts(output)
-    head = head_matrix(params)
 
     def log_softmax(hidden_D: jax.Array) -> jax.Array:
-        narrow = head.astype(hidden_D.dtype)
-        return jax.nn.log_softmax(jnp.einsum("d,vd->v", hidden_D, narrow, preferred_element_type=jnp.float32))
+        return jax.nn.log_softmax(logits_of(params, hidden_D[None])[0])
 
     def one(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         position, following, hidden_D = inputs

@@ -7,13 +7,14 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import tyro
 
 from mod_star.commands import keep_compiled_programs, parse_options
+from mod_star.devices_config import MeshConfig
 from mod_star.errors import InputError, require
 from mod_star.sample_view import completion_record, summary, write_completions, write_stream
 
@@ -98,6 +99,8 @@ class SampleOptions:
     """Temperature of the thoughts; 0: always their most probable token."""
     show_thoughts: bool = False
     """Write thoughts into the text where it isn't a terminal, too."""
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
+    """Devices to use, for a model that is too large for one or for many prompts; a single one if not given."""
     json: bool = False
     """One JSON object per prompt and line: prompt, text, tokens, log_probs, finished (end, length, stop), ..."""
 
@@ -126,6 +129,7 @@ def run(argv: Sequence[str]) -> None:
     # Only now, when the command line is known to be good: JAX takes seconds to import.
     from mod_star.commands.sample_branches import ways_to_answer
     from mod_star.decoding import Sampling, Think
+    from mod_star.sharding import make_small_mesh
     from mod_star.training.run_dir import load_run
 
     temperature = {"temperature": 0.8, "self-consistency": 0.7}.get(options.decoding, 0.0)
@@ -135,7 +139,8 @@ def run(argv: Sequence[str]) -> None:
     answering = ways_to_answer(options, sampling)
     prompts = options.prompt or ("",) if options.prompt_file is None else _read_prompts(options.prompt_file)
     keep_compiled_programs()
-    loaded = load_run(options.run, options.step)
+    mesh = make_small_mesh(options.mesh)
+    loaded = load_run(options.run, options.step, mesh=mesh)
     _sample(loaded, prompts, sampling, chosen_think(loaded, options), options, answering)
 
 
@@ -234,7 +239,7 @@ def _sample(
     if options.headroom is not None:
         decoder = decoder.clone(routing=dataclasses.replace(decoder.routing, headroom=options.headroom))
     key, thinking = jax.random.key(options.seed), loaded.config.thinking
-    generator = Generator(decoder, loaded.params, tokenizer.end_ids, key, thinking)
+    generator = Generator(decoder, loaded.params, tokenizer.end_ids, key, thinking, loaded.mesh)
     asked = [tokenizer.apply_chat([{"role": "user", "content": each}]) for each in prompts] if options.chat else prompts
     encoded = encode_prompts(tokenizer, asked)
     new_tokens = options.new_tokens

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from mod_star.commands import keep_compiled_programs, parse_options
 from mod_star.config import RunConfig
+from mod_star.devices_config import MeshConfig, ProcessesConfig
 from mod_star.errors import InputError, require
 from mod_star.presets import PRESETS
 from mod_star.training.stored_config import is_run, read_base_config, read_config, read_starting_config
@@ -28,17 +30,24 @@ class TrainOptions:
       mod-star train runs/mine --data.source 'notes/*.txt' --model.width 384 --train.steps 2000
       mod-star train runs/dense --data.source 'notes/*.txt' --routing.every 0 --train.flops 1e15
       mod-star train runs/fine --init-from runs/mine --data.source 'mail/*.txt' --optimizer.learning-rate 3e-4
+      mod-star train runs/large --preset base --mesh.fsdp 4 --mesh.tensor 2
 
     Interrupt it with Ctrl-C or SIGTERM: it finishes the step, saves, and the same command goes on from there, as if it
-    had never stopped. Every field below is part of the run: another value means another directory.
+    had never stopped. Every field below is part of the run: another value means another directory. Only --mesh and
+    --processes are not: a run may go on with other devices. With several processes, start the same command in each.
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Directory of the run: new or empty, or an interrupted run of the same configuration."""
     config: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     """What to train."""
-    preset: Literal["tiny", "small", "base"] = "small"
-    """Where the fields below start: seconds, to try it out; minutes on a CPU; 100M parameters for an accelerator."""
+    preset: Literal["tiny", "small", "base", "7b", "7b-mod", "7b-quiet"] = "small"
+    """Where the fields below start: seconds, to try it out; minutes on a CPU; 100M parameters for an accelerator; 7B
+    for a TPU slice, dense, Mixture-of-Depths or thinking (look with mod-star plan first)."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How to use several devices."""
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
+    """How several processes find one another, where JAX can't tell."""
     resume_from: int | None = None
     """Step of an older checkpoint to go on from, should the newest be damaged; later ones are deleted."""
     quiet: bool = False
@@ -50,18 +59,30 @@ def run(argv: Sequence[str]) -> None:
     start = TrainOptions(run=tyro.MISSING, config=_defaults(argv))
     options = parse_options(TrainOptions, argv, "mod-star train", start)
     # Only now, when the command line is known to be good: JAX takes seconds to import.
+    from mod_star.processes import join_processes
     from mod_star.training.interrupt import Interrupted
     from mod_star.training.loop import TrainingError, train
 
     keep_compiled_programs()
+    sys.unraisablehook = functools.partial(_show_unraisable, sys.unraisablehook)
+    join_processes(options.processes)
     try:
-        train(options.config, options.run, resume_from=options.resume_from, quiet=options.quiet)
+        train(
+            options.config, options.run, mesh=options.mesh, resume_from=options.resume_from, quiet=options.quiet
+        )  # fmt: skip
     except Interrupted as stopped:
         print(f"{stopped}. Go on with: {_command_to_go_on(argv)}", file=sys.stderr)
         sys.exit(128 + stopped.signal)
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _show_unraisable(others: Callable[[Any], object], error: Any) -> None:
+    """Leaves out what says nothing: tensorstore tells every write that ends after one has failed (the disk is full) to
+    an event loop that is gone."""
+    if str(error.exc_value) != "Event loop is closed":
+        others(error)
 
 
 def _command_to_go_on(argv: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """Text from many sources as packed, batched, resumable streams of tokens. Needs neither TensorFlow nor PyTorch."""
 
-from mod_star.data.pipeline import Batch, held_out_batches, prefetch_to_device, train_batches
+from mod_star.data.pipeline import Batch, held_out_batches, merge_states, prefetch_to_device, train_batches
 from mod_star.data.sources import read_sources
 from mod_star.data.tokenizers import (
     ByteTokenizer,
@@ -24,6 +24,7 @@ __all__ = [
     "held_out_batches",
     "load_saved_tokenizer",
     "load_tokenizer",
+    "merge_states",
     "prefetch_to_device",
     "read_sources",
     "save_tokenizer",

@@ -39,27 +39,22 @@ Batch = dict[str, np.ndarray]
 
 
 def train_batches(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    context: int,
-    batch_size: int,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
+    config: DataConfig, tokenizer: Tokenizer, context: int, batch_size: int, rows: Sequence[int] | None = None
 ) -> grain.IterDataset:
-    """Training batches without end, in an order that only `config.seed` and the process decide.
+    """Training batches without end, in an order that only `config.seed` and the batch size decide.
 
-    Each source is shuffled anew in every epoch; sources are mixed by document in proportion to `config.weights`. In
-    every epoch of a source each document goes to exactly one process. The iterator's `get_state()` is small, survives
-    JSON, and lets another iterator go on exactly where it was taken, in the middle of a document if need be.
+    Each source is shuffled anew in every epoch; sources are mixed by document in proportion to `config.weights`. Every
+    row of the batch is a stream of its own: of each source's documents, row r has every B-th, and packs them by itself.
+    So a batch is the same however many processes make it, each its own rows, and a state may be taken by some processes
+    and gone on with by others (`merge_states`). The iterator's `get_state()`, {"rows": {row: state}}, is JSON and
+    small; it goes on exactly where it was taken, in the middle of a document if need be.
 
     Args:
         config: Sources, weights, split, packing, seed.
         tokenizer: Makes the ids.
         context: S, length of a sequence.
-        batch_size: B, sequences per batch of this process.
-        process_index: This process, from 0.
-        process_count: How many processes share the data.
+        batch_size: B, sequences of the whole batch.
+        rows: Which of them to make, in this order; all of them by default.
 
     Returns:
         A dataset of batches (see the module).
@@ -67,16 +62,27 @@ def train_batches(
     Raises:
         InputError: A source cannot be read or split, or has too little text for S.
     """
-    require(0 <= process_index < process_count, "process_index", process_index, f"must lie in [0, {process_count})")
+    rows = range(batch_size) if rows is None else rows
     parts = _split_documents(config, tokenizer, context)
-    streams = []
-    for index, (train, _) in enumerate(parts):
-        stream = grain.MapDataset.source(train).shuffle(seed=_seed(config.seed, 1, index)).repeat()
-        streams.append(stream[process_index::process_count])
-    # Slicing each source, not the mixture, keeps its proportions in every process.
+    shuffled = [
+        grain.MapDataset.source(train).shuffle(seed=_seed(config.seed, 1, index)).repeat()
+        for index, (train, _) in enumerate(parts)
+    ]
     weights = config.weights or [len(train) for train, _ in parts]
-    mixture = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights)
-    return _sequences(mixture, config, tokenizer, context).batch(batch_size, drop_remainder=True)
+    streams = []
+    for row in rows:
+        # Slicing each source, not the mixture, keeps its proportions in every row.
+        own = [source[row::batch_size] for source in shuffled]
+        mixture = own[0] if len(own) == 1 else grain.MapDataset.mix(own, weights)
+        streams.append(_sequences(mixture, config, tokenizer, context))
+    return _Rows(rows, streams)
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One state of all rows from the states of several processes' iterators, taken at the same step."""
+    if len(states) == 1:
+        return states[0]
+    return {"rows": {row: state for part in states for row, state in part["rows"].items()}}
 
 
 def held_out_batches(config: DataConfig, tokenizer: Tokenizer, context: int, batch_size: int) -> grain.IterDataset:
@@ -116,7 +122,8 @@ def prefetch_to_device(
     def put(batch: Batch) -> dict[str, jax.Array]:
         if sharding is None:
             return jax.device_put(batch)
-        return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+        rows = jax.make_array_from_process_local_data
+        return {name: rows(sharding, values) for name, values in batch.items()}
 
     return _ClosedAtExit(ThreadPrefetchIterDataset(batches.map(put), prefetch_buffer_size=buffer))
 
@@ -212,6 +219,34 @@ def _sequence(pairs_Sx2: np.ndarray, positions_S: np.ndarray, segment_ids_S: np.
         "segment_ids": segment_ids_S,
         "weights": (segment_ids_S > 0).astype(np.float32),
     }
+
+
+class _Rows(grain.IterDataset):
+    """Batches from one dataset of sequences per row."""
+
+    def __init__(self, rows: Sequence[int], streams: Sequence[grain.IterDataset]) -> None:
+        super().__init__(streams)
+        self._rows = [str(row) for row in rows]
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _RowsIterator(self._rows, [iter(stream) for stream in self._parents])
+
+
+class _RowsIterator(grain.DatasetIterator):
+    def __init__(self, rows: Sequence[str], streams: Sequence[grain.DatasetIterator]) -> None:
+        super().__init__(streams)
+        self._streams = dict(zip(rows, streams, strict=True))
+
+    def __next__(self) -> Batch:
+        sequences = [next(stream) for stream in self._streams.values()]
+        return {name: np.stack([sequence[name] for sequence in sequences]) for name in sequences[0]}
+
+    def get_state(self) -> dict[str, Any]:
+        return {"rows": {row: stream.get_state() for row, stream in self._streams.items()}}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for row, stream in self._streams.items():
+            stream.set_state(state["rows"][row])
 
 
 class _JsonState(grain.IterDataset):

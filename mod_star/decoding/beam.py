@@ -20,10 +20,11 @@ from mod_star.decoding.generate import NEVER, Generator
 from mod_star.decoding.generated import Generated
 from mod_star.decoding.sampling import log_prob_and_gap
 from mod_star.decoding.state import DecodeState, reorder
-from mod_star.decoding.step import decode_step, logits_of
+from mod_star.decoding.step import decode_step
 from mod_star.decoding.text import Completion, completion_of, encode_prompts
 from mod_star.decoding.think import Think
 from mod_star.errors import require
+from mod_star.model.transformer import logits_of
 
 
 @dataclass(frozen=True)

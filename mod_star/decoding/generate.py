@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from mod_star.config import ThinkingConfig
 from mod_star.decoding.caches import Cache, full_cache, routed_cache, text_of
 from mod_star.decoding.generated import Generated, results_of
 from mod_star.decoding.sampling import Sampling, draw, log_prob_and_gap, ranked_tokens
 from mod_star.decoding.state import DecodeState, take_prompts
-from mod_star.decoding.step import decode_step, logits_of, narrowed, unstack
+from mod_star.decoding.step import decode_step, narrowed, unstack
 from mod_star.decoding.think import Think, ThoughtRecord, empty_record, think_step
 from mod_star.errors import InputError, require
 from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
-from mod_star.model.transformer import block_names, group_count
+from mod_star.model.transformer import block_names, group_count, logits_of
+from mod_star.sharding import batch_sharding, replicated, use_mesh
 
 PROMPT_MULTIPLE = 32
 """Prompts are padded to a multiple of this, so that few programs are compiled for prompts of many lengths."""
@@ -42,6 +45,8 @@ class Generator:
       end_ids: tokens that end a row.
       routing_key: for models with stochastic routing.
       thinking: length and kind of thoughts, for a model that can think; `params` then has the entry "thinking".
+      mesh: where `params` lie, if on several devices. Prompts and their rows are shared out over data and fsdp where
+        their number allows.
     """
 
     def __init__(
@@ -51,8 +56,9 @@ class Generator:
         end_ids: Sequence[int] = (),
         routing_key: jax.Array | None = None,
         thinking: ThinkingConfig | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
-        self.decoder = decoder
+        self.decoder, self._mesh = decoder, mesh
         self.thinking = ThinkingConfig() if thinking is None else thinking
         self._can_think = thinking is not None and "thinking" in params
         self._stacked = narrowed(decoder, params)
@@ -100,8 +106,24 @@ class Generator:
         lengths = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
         # The slots do not depend on how prompts are padded, so neither does what is generated.
         slots = causal_slots(self.decoder.routing, context)
-        tokens_QxP = jnp.asarray(tokens)
-        return self._prefill(self._stacked, tokens_QxP, lengths, keys, room=new_tokens, slots=slots, branches=branches)
+        prompts_QxP, lengths, keys = self._shared_out((jnp.asarray(tokens), lengths, keys))
+        with self._in_force():
+            return self._prefill(
+                self._stacked, prompts_QxP, lengths, keys, room=new_tokens, slots=slots, branches=branches
+            )  # fmt: skip
+
+    def _in_force(self) -> AbstractContextManager[None]:
+        """The mesh, while a program is traced."""
+        return nullcontext() if self._mesh is None else use_mesh(self._mesh)
+
+    def _shared_out(self, arrays: Any) -> Any:
+        """Arrays with a leading axis of prompts or rows, on the mesh."""
+        if self._mesh is None:
+            return arrays
+        Q = arrays[0].shape[0]
+        shares = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        where = replicated(self._mesh) if Q % shares else batch_sharding(self._mesh)
+        return jax.device_put(arrays, where)
 
     def _check(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         context, V = self.decoder.config.context, self.decoder.config.vocab_size
@@ -168,7 +190,8 @@ class Generator:
         # The threshold is data: a new one is no new program.
         threshold, fixed = jnp.float32(think.threshold or 0.0), replace(think, threshold=0.0)
         fixed = NEVER if think.when == "never" else fixed
-        return self._advance(self.params, state, jnp.int32(until), threshold, sampling=sampling, think=fixed)
+        with self._in_force():
+            return self._advance(self.params, state, jnp.int32(until), threshold, sampling=sampling, think=fixed)
 
     def _check_sampling(self, sampling: Sampling, think: Think, branches: int) -> None:
         """Raises InputError for what can't be, before anything is compiled."""

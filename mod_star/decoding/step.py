@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from mod_star.decoding.caches import Cache, FullCache, over_rows
 from mod_star.model import Decoder
 from mod_star.model.attention import Segment
-from mod_star.model.layers import rms_norm
-from mod_star.model.linear import linear
+from mod_star.model.layers import lookup, rms_norm
 from mod_star.model.parts import DEFAULT_PARTS
 from mod_star.model.routing import routed_share
 from mod_star.model.rows import compute_if
@@ -24,7 +23,6 @@ from mod_star.model.transformer import (
     block_names,
     causal_logit,
     group_count,
-    head_matrix,
     routed_rows,
     stochastic_noise,
 )
@@ -63,11 +61,6 @@ def narrowed(decoder: Decoder, params: dict[str, Any]) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(narrow, params)
 
 
-def logits_of(params: dict[str, Any], hidden_BxD: jax.Array) -> jax.Array:
-    """Float32 logits BxV."""
-    return linear(hidden_BxD, head_matrix(params).astype(hidden_BxD.dtype), jnp.float32, transposed=True)
-
-
 def decode_step(
     decoder: Decoder,
     params: dict[str, Any],
@@ -96,7 +89,7 @@ def decode_step(
       Hidden states BxD after the final norm, and the caches with the token in them.
     """
     config, routing = decoder.config, decoder.routing
-    x_BxD = jnp.take(params["embedding"], tokens_B, axis=0, mode="clip").astype(config.dtype)
+    x_BxD = lookup(params["embedding"], tokens_B).astype(config.dtype)
     positions_B = lengths_B + step
     names = block_names(routing)
     updated: list[Cache] = []

@@ -16,10 +16,10 @@ from flax import struct
 
 from mod_star.config import ThinkingConfig
 from mod_star.decoding.caches import join_text, over_rows
-from mod_star.decoding.step import logits_of
 from mod_star.errors import require
 from mod_star.model import Decoder
 from mod_star.model.rows import compute_if
+from mod_star.model.transformer import logits_of
 from mod_star.thinking.mixing import mix, mixing_weight
 from mod_star.thinking.sample import sample_thought
 

@@ -21,12 +21,12 @@ import numpy.typing as npt
 
 from mod_star.config import ThinkingConfig
 from mod_star.decoding.generate import NEVER
-from mod_star.decoding.step import logits_of, unstack
+from mod_star.decoding.step import unstack
 from mod_star.decoding.think import Think, think_step
 from mod_star.errors import InputError, require
 from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
-from mod_star.model.transformer import block_names, group_count
+from mod_star.model.transformer import block_names, group_count, logits_of
 
 Pair = tuple[Sequence[int], Sequence[int]]
 

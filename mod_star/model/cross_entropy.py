@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mod_star.sharding import constrain
+
 
 def cross_entropy(
     hidden_BxSxD: jax.Array, head_VxD: jax.Array, targets_BxS: jax.Array, weights_BxS: jax.Array, chunk: int
@@ -43,7 +45,7 @@ def cross_entropy_by_token(
 
 def token_entropy(hidden_BxSxD: jax.Array, head_VxD: jax.Array, chunk: int) -> jax.Array:
     """Entropy of each predicted distribution in nats, float32 BxS, chunk by chunk; not meant to be differentiated."""
-    narrow = head_VxD.astype(hidden_BxSxD.dtype)
+    narrow = constrain(head_VxD.astype(hidden_BxSxD.dtype), "tensor", None)
 
     def one(h: jax.Array) -> jax.Array:
         log_p = jax.nn.log_softmax(jnp.einsum("bcd,vd->bcv", h, narrow, preferred_element_type=jnp.float32))
@@ -73,7 +75,8 @@ def _scan(
     """Loss, NLL by token, and if asked for gradients of the hidden states (their type) and of the head (float32)."""
     S = hidden.shape[1]
     chunk = min(chunk, S)
-    narrow = head.astype(hidden.dtype)
+    # Put together over fsdp before the loop, not in it.
+    narrow = constrain(head.astype(hidden.dtype), "tensor", None)
 
     def one(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], Any]:
         total, grad_head = carry
@@ -90,7 +93,7 @@ def _scan(
         grad_logits = grad_logits.astype(hidden.dtype)
         grad_hidden = jnp.einsum("bcv,vd->bcd", grad_logits, narrow)
         grad_head += jnp.einsum("bcv,bcd->vd", grad_logits, h, preferred_element_type=jnp.float32)
-        return (total, grad_head), (nll, grad_hidden)
+        return (total, constrain(grad_head, "tensor", "fsdp")), (nll, grad_hidden)
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32) if with_gradients else None)
     inputs = tuple(chunked(a, chunk) for a in (hidden, targets, weights))

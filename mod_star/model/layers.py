@@ -12,6 +12,7 @@ import numpy as np
 
 from mod_star.config import ModelConfig
 from mod_star.model.linear import linear
+from mod_star.sharding import axis_size, constrain
 
 Params = dict[str, jax.Array]
 
@@ -19,6 +20,23 @@ Params = dict[str, jax.Array]
 def fan_in_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int, scale: float = 1.0) -> jax.Array:
     """Float32 normal weights of standard deviation scale / sqrt(fan_in)."""
     return jax.random.normal(key, shape, jnp.float32) * (scale * fan_in**-0.5)
+
+
+def lookup(embedding_VxD: jax.Array, tokens_N: jax.Array) -> jax.Array:
+    """Rows NxD of an embedding. Ids beyond the vocabulary get its last row, negative ones its first.
+
+    Where a mesh cuts up the vocabulary, each device looks up what it has, zeros for the rest, and the rows are added
+    up: no device ever holds the whole embedding.
+    """
+    V, D = embedding_VxD.shape
+    cuts = axis_size("tensor")
+    if cuts == 1:
+        return jnp.take(constrain(embedding_VxD, None, None), tokens_N, axis=0, mode="clip")
+    own_TxVxD = constrain(embedding_VxD.reshape(cuts, V // cuts, D), "tensor", None, None)
+    index_TxN = jnp.clip(tokens_N, 0, V - 1) - jnp.arange(0, V, V // cuts)[:, None]
+    here_TxN = (index_TxN >= 0) & (index_TxN < V // cuts)
+    take = lambda rows, index: jnp.take(rows, index, axis=0, mode="clip")  # noqa: E731
+    return jnp.sum(jnp.where(here_TxN[..., None], jax.vmap(take)(own_TxVxD, index_TxN), 0), 0)
 
 
 def rms_norm(x_NxD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:

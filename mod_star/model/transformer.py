@@ -17,8 +17,8 @@ from flax import struct
 from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.errors import require
 from mod_star.model.attention import Segment
-from mod_star.model.layers import fan_in_normal, rms_norm
-from mod_star.model.linear import linear_saveable
+from mod_star.model.layers import fan_in_normal, lookup, rms_norm
+from mod_star.model.linear import linear, linear_saveable
 from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.model.routing import (
     Selection,
@@ -35,6 +35,7 @@ from mod_star.model.routing import (
     select_top,
 )
 from mod_star.model.rows import compute_if
+from mod_star.sharding import constrain
 
 RoutingMode = Literal["top_k", "causal"]
 
@@ -153,7 +154,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens_S: jax.Array) -> jax.Array:
         """Embeddings SxD in the compute type."""
-        return jnp.take(self.embedding, tokens_S, axis=0, mode="clip").astype(self.config.dtype)
+        return lookup(self.embedding, tokens_S).astype(self.config.dtype)
 
     def __call__(
         self,
@@ -243,7 +244,8 @@ def run(
                     params[name]["block"], x_NxD, positions_N, segment_ids_N, segment_ids_N > 0, before,
                     config, decoder.parts,
                 )  # fmt: skip
-            x_NxD = x_NxD + delta
+            # Said once per block, so that tokens stay where they are and weights move: see `mod_star.sharding`.
+            x_NxD = constrain(x_NxD + delta, None, None)
         return x_NxD, (trace, keys_values if keep_keys_values else None)
 
     if config.remat != "none":
@@ -251,6 +253,7 @@ def run(
         group = jax.checkpoint(group, policy=policies[config.remat], prevent_cse=not config.scan)
     groups = params["groups"]
     count = group_count(config, routing)
+    x_NxD = constrain(x_NxD, None, None)
     inputs = (groups, jnp.arange(count), context, taken, decided)
     if isinstance(groups, tuple):
         results = []
@@ -348,3 +351,8 @@ def routed_rows(
 def head_matrix(params: dict[str, Any]) -> jax.Array:
     """The LM head VxD, float32: the embedding where they are tied."""
     return params["head"] if "head" in params else params["embedding"]
+
+
+def logits_of(params: dict[str, Any], hidden_NxD: jax.Array) -> jax.Array:
+    """Float32 logits NxV. The head is read in the hidden states' type."""
+    return linear(hidden_NxD, head_matrix(params).astype(hidden_NxD.dtype), jnp.float32, transposed=True)

@@ -22,6 +22,7 @@ from mod_star.model import Decoder, Output
 from mod_star.model.cross_entropy import chunked, cross_entropy_by_token, token_entropy, unchunked
 from mod_star.model.routing import select_top
 from mod_star.model.transformer import head_matrix
+from mod_star.sharding import batch_vmap
 from mod_star.thinking.mixing import mix, mixing_weight
 from mod_star.thinking.sample import Thought, sample_thought
 from mod_star.thinking.scan_sum import scan_sum
@@ -120,7 +121,7 @@ def sample_thoughts(
         return jax.tree.map(lambda leaf: leaf.reshape(-1, M, *leaf.shape[1:]), rows)
 
     keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(places.indices_BxJ.shape[0]))
-    return jax.vmap(sequence)(contexts(text), batch["positions"], batch["segment_ids"], places.indices_BxJ, keys_B)
+    return batch_vmap(sequence)(contexts(text), batch["positions"], batch["segment_ids"], places.indices_BxJ, keys_B)
 
 
 def talk_loss(
@@ -196,7 +197,7 @@ def _talk_loss_of_chunk(
 
         return jax.vmap(jax.vmap(one, (None, 0)))(indices_J, thoughts)
 
-    scored = jax.vmap(sequence)(
+    scored = batch_vmap(sequence)(
         context, batch["tokens"], batch["positions"], batch["segment_ids"], places.indices_BxJ, thoughts
     )
     gather = jax.vmap(lambda row, at: row[at])

@@ -16,8 +16,9 @@ from flax import struct
 from mod_star.config import RoutingConfig, ThinkingConfig
 from mod_star.model import Decoder
 from mod_star.model.attention import Segment
+from mod_star.model.layers import lookup
 from mod_star.model.routing import causal_slots
-from mod_star.model.transformer import head_matrix, run
+from mod_star.model.transformer import logits_of, run
 
 DRAW_BLOCK = 128
 
@@ -88,7 +89,6 @@ def sample_thought(
     slots = thought_slots(decoder.routing, thinking)
     text = text_before(text, position)
     cache = _empty_cache(text, t + 2 if finish else t)
-    head = head_matrix(params)
 
     def step(x_D: jax.Array, cache: Any, i: jax.Array) -> tuple[jax.Array, Any, Any]:
         """Runs one token, the i-th counting <start> as 0."""
@@ -102,7 +102,7 @@ def sample_thought(
     def think(carry: tuple[jax.Array, Any], i: jax.Array) -> tuple[tuple[jax.Array, Any], Any]:
         x_D, cache = carry
         hidden_D, cache, decided = step(x_D, cache, i)
-        logits_V = jnp.matmul(head.astype(hidden_D.dtype), hidden_D, preferred_element_type=jnp.float32)
+        logits_V = logits_of(params, hidden_D[None])[0]
         log_p = jax.nn.log_softmax(logits_V)
         entropy = -jnp.sum(jnp.exp(log_p) * log_p)
         if thinking.kind == "pause":
@@ -132,8 +132,7 @@ def sample_thought(
 
 def embed_thought(params: dict[str, Any], tokens_N: jax.Array) -> jax.Array:
     """Float32 embeddings NxD of thought tokens; a pause (-1) is <start> once more."""
-    rows = jnp.take(params["embedding"], jnp.maximum(tokens_N, 0), axis=0, mode="clip")
-    return jnp.where(tokens_N[:, None] < 0, params["thinking"]["start"], rows)
+    return jnp.where(tokens_N[:, None] < 0, params["thinking"]["start"], lookup(params["embedding"], tokens_N))
 
 
 def draw_token(key: jax.Array, logits_V: jax.Array, temperature: float) -> jax.Array:

@@ -10,6 +10,7 @@ from flax import struct
 
 from mod_star.config import ThinkingConfig
 from mod_star.model import Decoder, Trace
+from mod_star.model.layers import lookup
 from mod_star.model.transformer import run
 from mod_star.thinking.sample import Thought, embed_thought, text_before, thought_slots
 
@@ -51,7 +52,7 @@ def score_thought(
     t, own = thinking.thought_length, params["thinking"]
     x_NxD = jnp.concatenate(
         [own["start"][None], embed_thought(params, thought.tokens_T), own["end"][None],
-         jnp.take(params["embedding"], following, axis=0, mode="clip")]
+         lookup(params["embedding"], following)]
     )  # fmt: skip
     N = x_NxD.shape[0]
     decided = None

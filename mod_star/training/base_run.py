@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from mod_star.config import RunConfig
 from mod_star.data import Tokenizer, load_tokenizer
 from mod_star.errors import InputError
@@ -19,13 +21,14 @@ MODEL_FIELDS += ("rope_original_context", "sliding_window", "qkv_bias", "qk_norm
 ROUTED_FIELDS = ("gate", "causal_rule", "selection", "predictor_width")
 
 
-def load_base(run: RunConfig, tokenizer: Tokenizer | None = None) -> LoadedRun | None:
+def load_base(run: RunConfig, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None) -> LoadedRun | None:
     """Loads the newest checkpoint of `run.init_from`, if that is given, and checks that `run` can start from it.
 
     Args:
       run: the new run; `model.vocab_size` 0 stands for that of the other.
       tokenizer: the new run's own, if it has been made already; None: the one that `data.tokenizer` names. Where that
         is what the other run's configuration says, the copy in its directory is meant, not the original.
+      mesh: where its parameters are to lie; None: one device.
 
     Returns:
       The other run; its `config` is the one that the new run's defaults are from, see `read_starting_config`.
@@ -38,7 +41,7 @@ def load_base(run: RunConfig, tokenizer: Tokenizer | None = None) -> LoadedRun |
         return None
     path = Path(run.init_from)
     _require_same_function(run, read_config(path))
-    base = load_run(path, option=None)
+    base = load_run(path, option=None, mesh=mesh)
     spec = run.data.tokenizer
     if tokenizer is None and spec != base.config.data.tokenizer:
         tokenizer = load_tokenizer(spec)

@@ -2,7 +2,7 @@
 
     RUN/checkpoints/200/params      parameters (all that sampling reads)
                         training    optimizer state, step, random key, counts of skipped steps
-                        data        state of the grain iterator
+                        data        JSON: state of the data iterator, of all rows of the batch
                         progress    JSON: seconds trained so far
                         SHA256SUMS  checksums of all of these, as `sha256sum -c` reads them
 
@@ -15,17 +15,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
 import orbax.checkpoint as ocp
-from grain.checkpoint import CheckpointRestore, CheckpointSave
+from jax.sharding import Mesh
 
+from mod_star.data import merge_states
 from mod_star.errors import InputError
+from mod_star.processes import gather
+from mod_star.sharding import place, shardings
 from mod_star.training.params_file import PARAMS_NAME, read_params_file, write_params_file
 from mod_star.training.state import TrainState
 
@@ -33,9 +40,15 @@ SUMS_FILE = "SHA256SUMS"
 # Orbax rewrites these two after our checksums are made: its time stamps, and an empty marker.
 ORBAX_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
+# After which Orbax gives up a save. It goes by the wall clock, which a laptop that slept in the middle of a save, or a
+# machine that has just been told the time, find to have jumped: more than any jump.
+PATIENCE_SECONDS = 100 * 365 * 24 * 3600
+
 
 class CheckpointWriter:
     """Saves checkpoints into a directory, asynchronously, and deletes all but the latest few.
+
+    All processes save together, each the parts of arrays that it holds, into a directory that all of them see.
 
     Args:
       directory: RUN/checkpoints; made if absent. What an interrupted save left there is removed.
@@ -51,7 +64,7 @@ class CheckpointWriter:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.LatestN(keep),
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_sums),
+                async_options=ocp.AsyncOptions(PATIENCE_SECONDS, post_finalization_callback=self._write_sums),
             ),
         )
 
@@ -60,34 +73,41 @@ class CheckpointWriter:
 
         Args:
           state: what the steps so far made.
-          batches: the iterator that the next batch will come from.
+          batches: the iterator that the next batch will come from; this process's rows of it.
           progress: JSON values to keep beside it.
+
+        Raises:
+          OSError: as for `wait`.
         """
         step = int(state.step)
         self.wait()
         self._saving = step
         saved = _to_saved(state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(saved["params"]),
-                training=ocp.args.StandardSave(saved["training"]),
-                data=CheckpointSave(batches),
-                progress=ocp.args.JsonSave(progress),
-            ),
-            force=True,
-        )
+        with _disk_errors(self._directory / str(step)):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(saved["params"]),
+                    training=ocp.args.StandardSave(saved["training"]),
+                    data=ocp.args.JsonSave(merge_states(gather(batches.get_state()))),
+                    progress=ocp.args.JsonSave(progress),
+                ),
+                force=True,
+            )
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk, and raises what went wrong there."""
-        self._manager.wait_until_finished()
+        """Waits until what was saved is on disk. Raises OSError if that can't be: the disk is full, say."""
+        with _disk_errors(self._directory / str(self._saving)):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and ends the background threads."""
-        self._manager.close()
+        """Waits and ends the background threads. What went wrong in a save is `wait`'s to raise."""
+        with suppress(OSError), _disk_errors(self._directory / str(self._saving)):
+            self._manager.close()
 
     def _write_sums(self) -> None:
-        # Orbax calls this when all files are written, just before the rename that makes the checkpoint.
+        # Orbax calls this when all files are written, just before the rename that makes the checkpoint, and only in the
+        # first process.
         for written in self._directory.glob(f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}*"):
             _write_sums(written)
 
@@ -180,7 +200,7 @@ def delete_after(directory: Path, step: int) -> None:
 
 
 def restore_state(
-    directory: Path, step: int, like: TrainState, batches: grain.DatasetIterator
+    directory: Path, step: int, like: TrainState, batches: grain.DatasetIterator, mesh: Mesh | None = None
 ) -> tuple[TrainState, dict[str, Any]]:
     """Loads a checkpoint to train on from; sets `batches` to where it was.
 
@@ -188,7 +208,8 @@ def restore_state(
       directory: RUN/checkpoints.
       step: which checkpoint.
       like: the state's shapes and types, as from `jax.eval_shape`.
-      batches: an iterator over the same data.
+      batches: an iterator over the same data, whatever rows of the batch it makes.
+      mesh: where the state is to lie, wherever it was when it was saved; None: one device.
 
     Returns:
       The state, and what `progress` was.
@@ -196,25 +217,27 @@ def restore_state(
     Raises:
       InputError: the checkpoint can't be read or doesn't fit.
     """
-    saved = _placed(jax.eval_shape(_to_saved, like))
+    saved = _placed(jax.eval_shape(_to_saved, like), mesh)
     found = _restore(
         directory,
         step,
         params=ocp.args.StandardRestore(saved["params"]),
         training=ocp.args.StandardRestore(saved["training"]),
-        data=CheckpointRestore(batches),
+        data=ocp.args.JsonRestore(),
         progress=ocp.args.JsonRestore(),
     )
+    batches.set_state(found["data"])
     training = dict(found["training"])
     key = jax.random.wrap_key_data(training.pop("key"))
     return TrainState(params=found["params"], key=key, **training), found["progress"]
 
 
-def restore_params(directory: Path, step: int, like: Any) -> dict[str, Any]:
+def restore_params(directory: Path, step: int, like: Any, mesh: Mesh | None = None) -> dict[str, Any]:
     """Loads only the parameters. Args and errors as for `restore_state`, with `like` the parameters' shapes."""
     if (directory / str(step) / PARAMS_NAME).is_file():
-        return read_params_file(directory / str(step), like)
-    return _restore(directory, step, params=ocp.args.StandardRestore(_placed(like)))["params"]
+        params = read_params_file(directory / str(step), like)
+        return params if mesh is None else place(params, shardings(mesh, like))
+    return _restore(directory, step, params=ocp.args.StandardRestore(_placed(like, mesh)))["params"]
 
 
 def _restore(directory: Path, step: int, **items: Any) -> Any:
@@ -231,16 +254,48 @@ def _not_loaded(checkpoint: Path, error: Exception) -> InputError:
     return InputError(f"checkpoint {checkpoint} cannot be loaded: {type(error).__name__}: {reason}")
 
 
+@contextmanager
+def _disk_errors(checkpoint: Path) -> Iterator[None]:
+    """Makes an OSError that names the checkpoint of what Orbax and tensorstore make of a full or failing disk."""
+    try:
+        yield
+    except Exception as error:
+        number = _error_number(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(checkpoint)) from error
+
+
+def _error_number(error: BaseException | None) -> int | None:
+    """The operating system's, of an error that came from there; tensorstore's is a ValueError with it in the text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return None if found is None else int(found[1])
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the tracebacks of a full or failing disk: `wait` raises the same, once and in one line."""
+    return not record.exc_info or _error_number(record.exc_info[1]) is None
+
+
+for _name in ("absl", "asyncio"):  # Orbax's background threads log there
+    logging.getLogger(_name).addFilter(_is_news)
+
+
 def _to_saved(state: TrainState) -> dict[str, Any]:
     """The state as two pytrees that Orbax can write: parameters, and the rest with the key as plain numbers."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}
     return {"params": state.params, "training": rest | {"key": jax.random.key_data(state.key)}}
 
 
-def _placed(like: Any) -> Any:
-    """Shapes with the default device as their place; without it Orbax would look for the devices that saved them."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), like)
+def _placed(like: Any, mesh: Mesh | None) -> Any:
+    """Shapes with their places; without them Orbax would look for the devices that saved them."""
+    if mesh is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), like)
+    places = shardings(mesh, like)
+    return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), like, places)
 
 
 def _files(checkpoint: Path) -> list[str]:

@@ -3,6 +3,9 @@
 The loop never waits for a step it has just started: the numbers of step n−1 are read after step n is on its way.
 What belongs to step n (its record, its evaluation) is written before the checkpoint of step n, so that a run that was
 interrupted and resumed leaves the same files as one that wasn't.
+
+Several processes go through all of this together. They save one checkpoint, each its part; the first one alone decides
+what the files mean, writes all others, and prints.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +23,7 @@ from typing import Any, NoReturn
 import grain
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 from mod_star.config import RunConfig
@@ -32,21 +36,33 @@ from mod_star.data import (
     prefetch_to_device,
     train_batches,
 )
+from mod_star.devices_config import MeshConfig
 from mod_star.errors import InputError
 from mod_star.flops import parameter_count
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.plots import plot_curves
+from mod_star.processes import SharedStop, decide_first, is_first
+from mod_star.sharding import (
+    batch_sharding,
+    make_mesh,
+    place,
+    require_fits,
+    rows_of_process,
+    shardings,
+    use_mesh,
+)
 from mod_star.terminal import short_number
 from mod_star.training import checkpoints, run_dir
 from mod_star.training.base_run import load_base
+from mod_star.training.compiled import lower_eval_step, lower_train_step, state_shapes
 from mod_star.training.interrupt import Interrupted, stop_signals
 from mod_star.training.metrics import MetricsWriter, read_metrics
 from mod_star.training.progress import TrainingProgress
 from mod_star.training.run_dir import LoadedRun
 from mod_star.training.stages import Stage, StagePlan, plan_stages
 from mod_star.training.state import TrainState, init_state, initial_params
-from mod_star.training.step import make_train_step, objective_of
+from mod_star.training.step import objective_of
 from mod_star.training.summary import SUMMARY_FILE, TrainSummary, describe, read_summary, write_summary
 from mod_star.training.thoughts_log import ThoughtsLog
 
@@ -64,6 +80,16 @@ class TrainingError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class _Unread:
+    """What a step has to say, to be read when it has been computed."""
+
+    step: int
+    metrics: Metrics
+    asked: jax.Array | None
+    """From `SharedStop.ask`."""
+
+
+@dataclass(frozen=True)
 class _Inputs:
     """What a run is made from, checked and ready."""
 
@@ -73,10 +99,17 @@ class _Inputs:
     batches: grain.IterDataset
     held_out: list[Batch]
     plan: StagePlan
+    mesh: Mesh | None
+    """None: one device."""
 
 
 def train(
-    run: RunConfig, directory: str | Path, *, resume_from: int | None = None, quiet: bool = False
+    run: RunConfig,
+    directory: str | Path,
+    *,
+    mesh: MeshConfig | None = None,
+    resume_from: int | None = None,
+    quiet: bool = False,
 ) -> TrainSummary:
     """Trains a run to its end, from the start or from where it was interrupted.
 
@@ -85,7 +118,9 @@ def train(
 
     Args:
       run: what to train. `model.vocab_size` 0 is filled in from the tokenizer, or from the run that it starts from.
-      directory: where the run is kept; see `mod_star.training.run_dir`. It may hold the same run, interrupted.
+      directory: where the run is kept; see `mod_star.training.run_dir`. It may hold the same run, interrupted, also on
+        another mesh or by another number of processes. All processes must see it.
+      mesh: how to use several devices; copies of the model on all of them by default.
       resume_from: step of an older checkpoint to go on from; later ones are deleted. None: the newest.
       quiet: print nothing.
 
@@ -94,48 +129,61 @@ def train(
 
     Raises:
       InputError: a field, the data, the directory or a checkpoint is no good.
-      TrainingError: `train.max_skipped` steps in a row had a non-finite loss or gradient.
+      TrainingError: `train.max_skipped` steps in a row had a non-finite loss or gradient, or the disk is full.
       Interrupted: SIGTERM or Ctrl-C (in the main thread); call again to go on.
     """
     path = Path(directory)
-    console = Console(quiet=quiet)
-    if run_dir.is_run(path):
-        with run_dir.locked(path):
+    console = Console(quiet=quiet or not is_first())
+    devices = make_mesh(MeshConfig() if mesh is None else mesh)
+    placed = None if devices.size == 1 else devices
+    with ExitStack() as stack:
+        if decide_first(lambda: run_dir.is_run(path)):
+            decide_first(lambda: stack.enter_context(run_dir.locked(path)))
             checkpoints.require_training(path / run_dir.CHECKPOINTS_DIRECTORY)
             stored = run_dir.resumed_config(path, run)
-            if resume_from is None and (path / SUMMARY_FILE).is_file():
+            if resume_from is None and decide_first(lambda: (path / SUMMARY_FILE).is_file()):
                 summary = read_summary(path)
                 _say(console, f"{path}: is complete already\n{describe(summary)}")
                 return summary
             tokenizer = load_saved_tokenizer(path / run_dir.TOKENIZER_DIRECTORY, stored.data.tokenizer)
-            begun = checkpoints.saved_steps(path / run_dir.CHECKPOINTS_DIRECTORY)
-            base = None if begun else load_base(stored, tokenizer)
-            return _Training(_load_inputs(stored, tokenizer), path, resume_from, console, base).run_to_end()
-    if resume_from is not None:
-        raise InputError(f"--resume-from = {resume_from}: {path} is not a run yet")
-    run_dir.require_creatable(path)
-    base = load_base(run)
-    if base is None:
-        inputs = _load_inputs(run, load_tokenizer(run.data.tokenizer))
-    else:
-        run = replace(run, model=replace(run.model, vocab_size=base.config.model.vocab_size))
-        inputs = _load_inputs(run, base.tokenizer)
-    with run_dir.created(path, inputs.run, inputs.tokenizer, None if base is None else base.config):
+            begun = decide_first(lambda: checkpoints.saved_steps(path / run_dir.CHECKPOINTS_DIRECTORY))
+            base = None if begun else load_base(stored, tokenizer, placed)
+            inputs = _load_inputs(stored, tokenizer, placed)
+            return _Training(inputs, path, resume_from, console, base).run_to_end()
+        if resume_from is not None:
+            raise InputError(f"--resume-from = {resume_from}: {path} is not a run yet")
+        decide_first(lambda: run_dir.require_creatable(path))
+        base = load_base(run, mesh=placed)
+        if base is None:
+            inputs = _load_inputs(run, load_tokenizer(run.data.tokenizer), placed)
+        else:
+            run = replace(run, model=replace(run.model, vocab_size=base.config.model.vocab_size))
+            inputs = _load_inputs(run, base.tokenizer, placed)
+        config = None if base is None else base.config
+
+        def create() -> None:
+            stack.enter_context(run_dir.created(path, inputs.run, inputs.tokenizer, config))
+
+        decide_first(create)
         return _Training(inputs, path, None, console, base).run_to_end()
 
 
-def _load_inputs(run: RunConfig, tokenizer: Tokenizer) -> _Inputs:
+def _load_inputs(run: RunConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> _Inputs:
     """Reads and checks everything that a run is made from."""
     parts = load_parts(run.parts)
     if run.model.vocab_size == 0:
         run = replace(run, model=replace(run.model, vocab_size=64 * math.ceil(tokenizer.vocab_size / 64)))
     run_dir.require_vocabulary(run, tokenizer)
     plan = plan_stages(run)
+    rows = None
+    if mesh is not None:
+        require_fits(run, mesh)
+        rows = rows_of_process(mesh, run.train.batch_size)
     source = (run.data, tokenizer, run.model.context, run.train.batch_size)
-    batches = train_batches(*source)
+    batches = train_batches(*source, rows)
     next(iter(batches))  # a document that cannot be read or tokenised comes to light now, not after compilation
     held_out = list(itertools.islice(held_out_batches(*source), run.train.eval_batches))
-    return _Inputs(run, tokenizer, Decoder(run.model, run.routing, parts), batches, held_out, plan)
+    return _Inputs(run, tokenizer, Decoder(run.model, run.routing, parts), batches, held_out, plan, mesh)
 
 
 class _Training:
@@ -147,7 +195,9 @@ class _Training:
         self.inputs, self.run, self.path, self.console = inputs, inputs.run, path, console
         self.base = base  # to start from; None also if that is done
         self.checkpoints = path / run_dir.CHECKPOINTS_DIRECTORY
-        self.last_saved = checkpoints.choose_checkpoint(self.checkpoints, resume_from, "--resume-from")
+        self.last_saved = decide_first(
+            lambda: checkpoints.choose_checkpoint(self.checkpoints, resume_from, "--resume-from")
+        )
         self.start = self.last_saved or 0
         self.earlier_seconds = self.began = self.paused = self.compile_seconds = 0.0
         self.stage: Stage | None = None  # that `step_fn` and `eval_fn` are compiled for
@@ -156,14 +206,29 @@ class _Training:
 
     def run_to_end(self) -> TrainSummary:
         """Trains what is left to train, evaluates, saves, draws the curves."""
+        try:
+            return self._run_to_end()
+        except BrokenPipeError:  # nobody reads what is printed any more: the command line's to deal with
+            raise
+        except OSError as error:  # the disk is full, most likely
+            raise TrainingError(
+                f"{error.filename or self.path}: {error.strerror or error}; {self._last_good()}. "
+                "When that is mended, the same command goes on"
+            ) from error
+
+    def _run_to_end(self) -> TrainSummary:
         with ExitStack() as stack:
-            self.stop = stack.enter_context(stop_signals())
-            self.batches = iter(prefetch_to_device(self.inputs.batches))
+            self.stop = SharedStop(stack.enter_context(stop_signals()))
+            mesh = self.inputs.mesh
+            where = None if mesh is None else batch_sharding(mesh)
+            self.batches = iter(prefetch_to_device(self.inputs.batches, where))
             stack.callback(self.batches.close)
             state = self._first_state()
             self.writer = checkpoints.CheckpointWriter(self.checkpoints, self.run.train.keep_checkpoints)
             stack.callback(self.writer.close)
-            self.metrics = stack.enter_context(MetricsWriter(self.path, self.last_saved))
+            self.metrics: MetricsWriter | None = None
+            if is_first():
+                self.metrics = stack.enter_context(MetricsWriter(self.path, self.last_saved))
             self.thoughts = self._thoughts_log(stack)
             self.progress = stack.enter_context(self._progress())
             self._announce(parameter_count(state.params))
@@ -171,40 +236,52 @@ class _Training:
                 self._save_start(state)
             state = self._loop(state)
             seconds = self._seconds()
+            self.writer.wait()
         return self._finish(parameter_count(state.params), int(state.skipped), seconds)
 
     def _thoughts_log(self, stack: ExitStack) -> ThoughtsLog | None:
         if self.run.train.objective != "quiet_star":
             return None
-        return stack.enter_context(ThoughtsLog(self.path, self.last_saved, self.inputs.tokenizer))
+        log = ThoughtsLog(self.path, self.last_saved, self.inputs.tokenizer, writes=is_first())
+        return stack.enter_context(log)
 
     def _first_state(self) -> TrainState:
-        decoder, run, total = self.inputs.decoder, self.run, self.inputs.plan.steps
+        decoder, run, total, mesh = self.inputs.decoder, self.run, self.inputs.plan.steps, self.inputs.mesh
 
         def first(base: dict[str, Any] | None) -> TrainState:
             return init_state(decoder, run, total, initial_params(decoder, run, self.inputs.tokenizer, base))
 
+        self.shapes = state_shapes(decoder, run, self.inputs.tokenizer, total, mesh)
         if self.last_saved is None:
-            return jax.jit(first, donate_argnums=0)(None if self.base is None else self.base.params)
-        like = jax.eval_shape(first, None)
-        state, saved = checkpoints.restore_state(self.checkpoints, self.last_saved, like, self.batches)
-        checkpoints.delete_after(self.checkpoints, self.last_saved)
-        (self.path / SUMMARY_FILE).unlink(missing_ok=True)
+            places = None if mesh is None else shardings(mesh, self.shapes)
+            with self._mesh():
+                make = jax.jit(first, donate_argnums=0, out_shardings=places)
+                return make(None if self.base is None else self.base.params)
+        state, saved = checkpoints.restore_state(self.checkpoints, self.last_saved, self.shapes, self.batches, mesh)
+        if is_first():
+            # In this order: a run without a summary goes on, one with a summary needs its last checkpoint.
+            (self.path / SUMMARY_FILE).unlink(missing_ok=True)
+            checkpoints.delete_after(self.checkpoints, self.last_saved)
         self.earlier_seconds = saved["seconds"]
         return state
 
-    def _compile(self, state: TrainState, stage: Stage) -> None:
+    def _mesh(self) -> AbstractContextManager[None]:
+        """In force while a program of the run is traced."""
+        return nullcontext() if self.inputs.mesh is None else use_mesh(self.inputs.mesh)
+
+    def _put(self, batch: Batch) -> Any:
+        """A whole batch, which every process has, on the devices."""
+        mesh = self.inputs.mesh
+        return jax.device_put(batch) if mesh is None else place(batch, batch_sharding(mesh))
+
+    def _compile(self, stage: Stage) -> None:
         """Compiles both steps of a stage ahead of time, so that compilation is part of no step's time."""
         with self._pause("compiling"):
             began = time.perf_counter()
-            decoder = Decoder(stage.run.model, stage.run.routing, self.inputs.decoder.parts)
+            decoder, mesh = Decoder(stage.run.model, stage.run.routing, self.inputs.decoder.parts), self.inputs.mesh
             # From shapes alone: with arrays, a restored state would make another program of it than a new one.
-            like, batch, key = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, self.inputs.held_out[0], self._eval_key())
-            )
-            step = jax.jit(make_train_step(decoder, stage.run, self.inputs.plan.steps), donate_argnums=0)
-            self.step_fn = step.lower(like, batch).compile()
-            self.eval_fn = jax.jit(objective_of(decoder, stage.run).eval_step).lower(like.params, batch, key).compile()
+            self.step_fn = lower_train_step(decoder, stage.run, self.inputs.plan.steps, self.shapes, mesh).compile()
+            self.eval_fn = lower_eval_step(decoder, stage.run, self.shapes.params, mesh).compile()
             if self.thoughts is not None:
                 self.thoughts.compute_with(decoder, stage.run)
             self.stage = stage
@@ -218,10 +295,10 @@ class _Training:
 
     def _loop(self, state: TrainState) -> TrainState:
         plan, total = self.inputs.plan, self.inputs.plan.steps
-        unread: tuple[int, Metrics] | None = None
+        unread: _Unread | None = None
         self.began = time.perf_counter()
-        owed = bool(self.start) and self._evaluation_due(self.start) and self._last_evaluation(self.start) is None
-        self._compile(state, plan.at(self.start if owed else min(self.start + 1, total)))
+        owed = bool(self.start) and self._evaluation_due(self.start) and not self._evaluated(self.start)
+        self._compile(plan.at(self.start if owed else min(self.start + 1, total)))
         if owed:
             self._evaluate(state, self.start)  # the interruption came between the step and its evaluation
         for step in range(self.start + 1, total + 1):
@@ -231,10 +308,11 @@ class _Training:
             if plan.at(step) is not self.stage:
                 self._record(unread)
                 unread = None
-                self._compile(state, plan.at(step))
+                self._compile(plan.at(step))
             state, metrics = self.step_fn(state, next(self.batches))
+            asked = self.stop.ask()
             self._record(unread)
-            unread = (step, metrics)
+            unread = _Unread(step, metrics, asked)
             evaluation_due, checkpoint_due = self._evaluation_due(step), self._checkpoint_due(step)
             if evaluation_due or checkpoint_due:
                 self._record(unread)
@@ -244,16 +322,16 @@ class _Training:
             # A checkpoint in a streak of non-finite steps would not be a good one to go back to: wait for its end.
             if checkpoint_due and (step == total or int(state.streak) == 0):
                 self._save(state)
-        if self._last_evaluation(total) is None:  # a signal cut it short
+        if not self._evaluated(total):  # a signal cut it short
             self._leave(state)
         return state
 
-    def _record(self, unread: tuple[int, Metrics] | None) -> None:
+    def _record(self, unread: _Unread | None) -> None:
         """Reads a step's numbers (waiting for it, if need be), shows and writes them; stops a run that diverges."""
         if unread is None:
             return
-        step, metrics = unread
-        values = jax.device_get(metrics)
+        step, values = unread.step, jax.device_get(unread.metrics)
+        self.stop.read(unread.asked)
         streak, _ = int(values.pop("streak")), values.pop("finite")
         self.progress.update(step, float(values["loss"]))
         # The last of a stage too: between two records, all steps cost the same.
@@ -261,15 +339,18 @@ class _Training:
             if (rate := self.progress.tokens_per_second) is not None:
                 values["tokens_per_second"] = rate
             values["train_flops"] = self.inputs.plan.flops_until(step)
-            self.metrics.write(step, values | self._capacity())
+            self._write(step, values)
         if streak >= self.run.train.max_skipped:
-            good = "there is no good checkpoint"
-            if self.last_saved is not None:
-                good = f"the last good checkpoint is {self.checkpoints / str(self.last_saved)}"
+            self.writer.wait()
             raise TrainingError(
-                f"loss or gradient was not finite in {streak} steps in a row, {step - streak + 1} to {step}; {good}. "
+                f"loss or gradient was not finite in {streak} steps in a row, {step - streak + 1} to {step}; "
+                f"{self._last_good()}. "
                 f"A lower --optimizer.learning-rate (now {self.run.optimizer.learning_rate:g}) in a new run may help"
             )
+
+    def _last_good(self) -> str:
+        saved = checkpoints.saved_steps(self.checkpoints)
+        return f"the last good checkpoint is {self.checkpoints / str(saved[-1])}" if saved else "there is no checkpoint"
 
     def _evaluate(self, state: TrainState, step: int) -> None:
         """Evaluates on the held-out batches and records it; a signal in the middle leaves it to the next sitting."""
@@ -279,12 +360,16 @@ class _Training:
                 if self.stop() is not None:
                     return
                 key = jax.random.fold_in(self._eval_key(), number)
-                sums.append(jax.device_get(self.eval_fn(state.params, jax.device_put(batch), key)))
+                sums.append(jax.device_get(self.eval_fn(state.params, self._put(batch), key)))
             added = jax.tree.map(lambda *values: np.sum(np.asarray(values, np.float64), axis=0), *sums)
             found = objective_of(self.inputs.decoder, self.run).summarise(added)
-            self.metrics.write(step, found | self._capacity())
+            self._write(step, found)
             if self.thoughts is not None:
                 self.thoughts.write(step, state.params, self.inputs.held_out[0], self._eval_key())
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(step, values | self._capacity())
 
     def _capacity(self) -> dict[str, Any]:
         """The capacity in force, for the records of a run that changes it."""
@@ -324,10 +409,11 @@ class _Training:
             tokens_per_second=tokens / seconds,
             compile_seconds=self.compile_seconds,
             skipped=skipped,
-            evaluation=self._last_evaluation(steps) or {},
+            evaluation=decide_first(lambda: self._last_evaluation(steps) or {}),
         )
-        plot_curves({self.path.name: self.path}, self.path / CURVES_FILE)
-        write_summary(self.path, summary)
+        if is_first():
+            plot_curves({self.path.name: self.path}, self.path / CURVES_FILE)
+            write_summary(self.path, summary)
         _say(self.console, f"{describe(summary)}\ncurves: {self.path / CURVES_FILE}")
         return summary
 
@@ -352,6 +438,9 @@ class _Training:
 
     def _due(self, step: int, every: int) -> bool:
         return step == self.inputs.plan.steps or (every > 0 and step % every == 0)
+
+    def _evaluated(self, step: int) -> bool:
+        return bool(decide_first(lambda: self._last_evaluation(step) is not None))
 
     def _last_evaluation(self, step: int) -> dict[str, Any] | None:
         """What was measured on held-out text after this step, if it was."""

@@ -14,6 +14,7 @@ from mod_star.config import RoutingConfig, RunConfig
 from mod_star.model import Decoder, Output, Trace
 from mod_star.model.cross_entropy import cross_entropy
 from mod_star.model.transformer import RoutingMode, head_matrix
+from mod_star.sharding import batch_vmap
 
 Batch = dict[str, jax.Array]
 """tokens, targets, positions, segment_ids int32 and weights float32, all [B, S]; segment id 0 is padding."""
@@ -38,7 +39,7 @@ def forward(
         )
         return output
 
-    return jax.vmap(one)(batch["tokens"], batch["positions"], batch["segment_ids"], keys)
+    return batch_vmap(one)(batch["tokens"], batch["positions"], batch["segment_ids"], keys)
 
 
 def routing_sums(

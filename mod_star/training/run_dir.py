@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 import mod_star
 from mod_star.config import RunConfig, to_dict
@@ -33,6 +34,7 @@ from mod_star.errors import InputError, require
 from mod_star.locks import LOCK_FILE, locked
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
+from mod_star.sharding import require_model_fits
 from mod_star.training.checkpoints import choose_checkpoint, restore_params
 from mod_star.training.stages import config_at
 from mod_star.training.state import initial_params
@@ -61,6 +63,8 @@ __all__ = [
 PARTS_FILE = "parts.py"
 TOKENIZER_DIRECTORY = "tokenizer"
 CHECKPOINTS_DIRECTORY = "checkpoints"
+MADE_BEFORE_CONFIG = {LOCK_FILE, TOKENIZER_DIRECTORY, PARTS_FILE, CONFIG_FILE + ".new"}
+"""What a directory can hold that a new run was about to be made in when its process was killed."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +79,25 @@ class LoadedRun:
     """float32 parameters, a plain nested dict."""
     step: int
     """Step of the checkpoint that the parameters are from."""
+    mesh: Mesh | None = None
+    """Where the parameters lie, if on several devices."""
 
 
-def load_run(directory: str | Path, step: int | None = None, option: str | None = "--step") -> LoadedRun:
+def load_run(
+    directory: str | Path, step: int | None = None, option: str | None = "--step", mesh: Mesh | None = None
+) -> LoadedRun:
     """Loads a run's model from its newest checkpoint, or from that of `step`.
 
-    `option` is what the command calls `step`, for the error message; None: it has no such option.
+    `option` is what the command calls `step`, for the error message; None: it has no such option. With a mesh, its
+    parameters lie there as they do in training.
 
     Raises:
       InputError: the directory isn't a run, has no checkpoint, or the checkpoint is damaged (an older one is named).
     """
     path = Path(directory)
     run = read_config(path)
+    if mesh is not None:
+        require_model_fits(run.model, mesh)
     checkpoints = path / CHECKPOINTS_DIRECTORY
     with ThreadPoolExecutor(1) as pool:  # a large tokenizer takes as long as the checksums of 135M parameters
         loading = pool.submit(load_saved_tokenizer, path / TOKENIZER_DIRECTORY, run.data.tokenizer)
@@ -98,7 +109,7 @@ def load_run(directory: str | Path, step: int | None = None, option: str | None 
     run = config_at(run, chosen)
     decoder = Decoder(run.model, run.routing, load_parts(run.parts))
     like = jax.eval_shape(lambda: initial_params(decoder, run, tokenizer))
-    return LoadedRun(run, tokenizer, decoder, restore_params(checkpoints, chosen, like), chosen)
+    return LoadedRun(run, tokenizer, decoder, restore_params(checkpoints, chosen, like, mesh), chosen, mesh)
 
 
 def resumed_config(path: Path, run: RunConfig) -> RunConfig:
@@ -174,7 +185,8 @@ def require_creatable(path: Path) -> None:
             names = {entry.name for entry in path.iterdir()}
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        if names - {LOCK_FILE}:
+        left_by_a_killed_start = LOCK_FILE in names and names <= MADE_BEFORE_CONFIG
+        if names and not left_by_a_killed_start:
             raise InputError(f"{path}: is neither empty nor a run (it has no {CONFIG_FILE}); choose another directory")
     existing = path.absolute()
     while not existing.exists():
@@ -223,6 +235,7 @@ def created(path: Path, run: RunConfig, tokenizer: Tokenizer, base: RunConfig | 
 
 
 def _write(path: Path, run: RunConfig, tokenizer: Tokenizer, base: RunConfig | None) -> None:
+    shutil.rmtree(path / TOKENIZER_DIRECTORY, ignore_errors=True)  # a killed start may have left another
     save_tokenizer(tokenizer, path / TOKENIZER_DIRECTORY)
     if run.parts is not None:
         original, _, name = run.parts.rpartition(":")

@@ -83,7 +83,8 @@ def make_train_step(
         if portions == 1:
             loss, sums, grads = portion(key, batch)
         else:
-            parts = jax.tree.map(lambda a: a.reshape(portions, -1, *a.shape[1:]), batch)
+            # Every portion takes some rows of every device: sequences stay where they are.
+            parts = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, portions, *a.shape[1:]), 0, 1), batch)
             keys = jax.random.split(key, portions)
             zeros = jax.tree.map(
                 lambda a: jnp.zeros(a.shape, a.dtype),

@@ -30,10 +30,11 @@ class ThoughtsLog:
       run_dir: directory of the run.
       resume_step: as for `MetricsWriter`.
       tokenizer: to decode thoughts with.
+      writes: False: only compute, where another process writes.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int | None, tokenizer: Tokenizer) -> None:
-        self._file = open_records(run_dir / THOUGHTS_FILE, resume_step)
+    def __init__(self, run_dir: Path, resume_step: int | None, tokenizer: Tokenizer, writes: bool = True) -> None:
+        self._file = open_records(run_dir / THOUGHTS_FILE, resume_step) if writes else None
         self._tokenizer = tokenizer
 
     def compute_with(self, decoder: Decoder, run: RunConfig) -> None:
@@ -43,7 +44,9 @@ class ThoughtsLog:
 
     def write(self, step: int, params: dict[str, Any], batch: Batch, key: jax.Array) -> None:
         """Samples thoughts in the first sequence of a batch and writes them down."""
-        examples = jax.device_get(self._examples(params, jax.device_put(batch), key))
+        examples = jax.device_get(self._examples(params, {name: values[:1] for name, values in batch.items()}, key))
+        if self._file is None:
+            return
         for record in describe_examples(examples, np.asarray(batch["tokens"][0]), self._tokenizer, self._n_true):
             self._file.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
         self._file.flush()
@@ -54,4 +57,9 @@ class ThoughtsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        try:
+            if self._file is not None:
+                self._file.close()
+        except OSError:  # on a full disk it fails again; what failed first says more
+            if error is None:
+                raise

@@ -1,4 +1,4 @@
-"""The pipeline: exact contents, split, mixture, processes, restoration, limits."""
+"""The pipeline: exact contents, split, mixture, rows, restoration, limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mod_star.config import DataConfig
-from mod_star.data import ByteTokenizer, held_out_batches, prefetch_to_device, train_batches
+from mod_star.data import ByteTokenizer, held_out_batches, merge_states, prefetch_to_device, train_batches
 from mod_star.data.pipeline import Batch
 from mod_star.errors import InputError
 
@@ -56,6 +56,17 @@ def documents_of(batches: list[Batch]) -> list[str]:
     return [TOKENIZER.decode(ids) for ids in documents]
 
 
+def by_row(batches: list[Batch]) -> list[list[Batch]]:
+    """The batches of each row alone: every row is a stream of its own."""
+    rows = range(len(batches[0]["tokens"]))
+    return [[{key: value[row : row + 1] for key, value in batch.items()} for batch in batches] for row in rows]
+
+
+def whole_documents(batches: list[Batch]) -> list[str]:
+    """The documents of all rows, without each row's last, which may be cut off."""
+    return [text for row in by_row(batches) for text in documents_of(row)[:-1]]
+
+
 def take(dataset: grain.IterDataset, count: int) -> list[Batch]:
     return list(itertools.islice(dataset, count))
 
@@ -91,10 +102,11 @@ def test_packed_batches_equal_a_naive_loop(config: DataConfig) -> None:
     for batch in batches:
         assert {key: value.dtype.name for key, value in batch.items()} == DTYPES
         assert all(value.shape == (4, 24) for value in batch.values())
-    expected = naive_packing(documents_of(batches), 24)
-    for key in DTYPES:
-        rows = np.concatenate([batch[key] for batch in batches])
-        np.testing.assert_array_equal(rows, np.array(expected[key])[: len(rows)])
+    for row in by_row(batches):
+        expected = naive_packing(documents_of(row), 24)
+        for key in DTYPES:
+            sequences = np.concatenate([batch[key] for batch in row])
+            np.testing.assert_array_equal(sequences, np.array(expected[key])[: len(sequences)])
 
 
 def test_documents_begin_with_bos_only_where_the_tokenizer_wants_it(tmp_path: Path) -> None:
@@ -148,7 +160,7 @@ def test_split_is_by_document_and_by_seed(config: DataConfig) -> None:
     for seed in (3, 4):
         seeded = DataConfig(source=config.source, held_out=0.2, seed=seed)
         held_out = set(documents_of(list(held_out_batches(seeded, TOKENIZER, 24, 4))))
-        trained = set(documents_of(take(train_batches(seeded, TOKENIZER, 24, 4), 40))[:-1])
+        trained = set(whole_documents(take(train_batches(seeded, TOKENIZER, 24, 4), 60)))
         assert not held_out & trained
         assert held_out | trained == everything
         splits.append(held_out)
@@ -158,7 +170,7 @@ def test_split_is_by_document_and_by_seed(config: DataConfig) -> None:
 def test_order_is_the_seeds_and_epochs_differ(config: DataConfig) -> None:
     assert_equal(take(train_batches(config, TOKENIZER, 24, 4), 5), take(train_batches(config, TOKENIZER, 24, 4), 5))
     one_source = DataConfig(source=config.source[:1], held_out=0.2)
-    documents = documents_of(take(train_batches(one_source, TOKENIZER, 24, 4), 30))
+    documents = documents_of(take(train_batches(one_source, TOKENIZER, 24, 1), 120))
     first, second = documents[:32], documents[32:64]
     assert set(first) == set(second)
     assert len(set(first)) == 32
@@ -168,21 +180,38 @@ def test_order_is_the_seeds_and_epochs_differ(config: DataConfig) -> None:
 @pytest.mark.parametrize(("weights", "share"), [((), 32 / 56), ((3.0, 1.0), 0.75), ((0.1, 0.4), 0.2)])
 def test_mixture_shares(config: DataConfig, weights: tuple[float, ...], share: float) -> None:
     mixed = DataConfig(source=config.source, held_out=0.2, weights=weights)
-    for process in (0, 1):
-        batches = take(train_batches(mixed, TOKENIZER, 24, 4, process_index=process, process_count=2), 60)
-        documents = documents_of(batches)
+    for row in by_row(take(train_batches(mixed, TOKENIZER, 24, 2), 120)):
+        documents = documents_of(row)
         assert np.mean([text.startswith("a") for text in documents]) == pytest.approx(share, abs=0.01)
 
 
-def test_processes_share_an_epoch_without_overlap(tmp_path: Path) -> None:
+def test_rows_share_an_epoch_without_overlap(tmp_path: Path) -> None:
     config = DataConfig(source=(write(tmp_path / "a.jsonl", words("a", 50)),), held_out=0.1)
-    seen = []
-    for process in range(3):
-        batches = take(train_batches(config, TOKENIZER, 16, 2, process_index=process, process_count=3), 20)
-        seen.append(documents_of(batches)[:15])
-    assert len(set(itertools.chain(*seen))) == 45
-    with pytest.raises(InputError, match=r"process_index = 3: must lie in \[0, 3\)"):
-        train_batches(config, TOKENIZER, 16, 2, process_index=3, process_count=3)
+    rows = by_row(take(train_batches(config, TOKENIZER, 16, 3), 40))
+    assert len(set(itertools.chain(*[documents_of(row)[:15] for row in rows]))) == 45
+
+
+def test_batches_do_not_depend_on_who_makes_which_rows(config: DataConfig) -> None:
+    whole = iter(train_batches(config, TOKENIZER, 24, 4))
+    parts = [iter(train_batches(config, TOKENIZER, 24, 4, rows)) for rows in (range(2), (2, 3))]
+
+    def step(iterators: list[grain.DatasetIterator]) -> Batch:
+        made = [next(iterator) for iterator in iterators]
+        return {key: np.concatenate([batch[key] for batch in made]) for key in made[0]}
+
+    for _ in range(7):
+        assert_equal([next(whole)], [step(parts)])
+    # Saved by two, gone on with by one, and by four; saved by one, gone on with by two.
+    state = json.loads(json.dumps(merge_states([iterator.get_state() for iterator in parts])))
+    assert state == json.loads(json.dumps(whole.get_state()))
+    one = iter(train_batches(config, TOKENIZER, 24, 4))
+    four = [iter(train_batches(config, TOKENIZER, 24, 4, (row,))) for row in range(4)]
+    for iterator in (one, *four, *parts):
+        next(iterator)
+        iterator.set_state(state)
+    for _ in range(5):
+        expected = next(whole)
+        assert_equal([expected, expected, expected], [next(one), step(four), step(parts)])
 
 
 @pytest.mark.parametrize("pack", [True, False])

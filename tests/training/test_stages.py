@@ -22,7 +22,7 @@ from mod_star.data import train_batches
 from mod_star.errors import InputError
 from mod_star.flops import training_flops
 from mod_star.model import Decoder
-from mod_star.training import loop, run_dir
+from mod_star.training import compiled, run_dir
 from mod_star.training.base_run import load_base
 from mod_star.training.checkpoints import restore_state, saved_steps
 from mod_star.training.interrupt import Interrupted
@@ -162,7 +162,7 @@ def test_one_program_per_stage_and_a_line_about_it(
 
         return train_step
 
-    monkeypatch.setattr(loop, "make_train_step", counting)
+    monkeypatch.setattr(compiled, "make_train_step", counting)
     summary = train(make_run(log_every=100, eval_every=0, checkpoint_every=0), path)
     out = capsys.readouterr().out
     assert traced == [1.0, 0.5, 0.25]

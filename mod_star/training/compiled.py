@@ -1,0 +1,77 @@
+"""The programs of training, lowered from shapes alone: what the loop runs is what a plan or a test looks at."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mod_star.config import RunConfig
+from mod_star.data import Tokenizer
+from mod_star.model import Decoder
+from mod_star.sharding import batch_sharding, replicated, shardings, use_mesh
+from mod_star.training.state import TrainState, init_state, initial_params
+from mod_star.training.step import make_train_step, objective_of
+
+
+def state_shapes(
+    decoder: Decoder, run: RunConfig, tokenizer: Tokenizer, total_steps: int, mesh: Mesh | None = None
+) -> TrainState:
+    """Shapes, types and, on a mesh, places of a training state."""
+    shapes = jax.eval_shape(lambda: init_state(decoder, run, total_steps, initial_params(decoder, run, tokenizer)))
+    return shapes if mesh is None else _placed(shapes, shardings(mesh, shapes))
+
+
+def batch_shapes(run: RunConfig, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """The same of a global batch, see `mod_star.data.pipeline`."""
+    where = None if mesh is None else batch_sharding(mesh)
+    shape = (run.train.batch_size, run.model.context)
+    types = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"weights": jnp.float32}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in types.items()}
+
+
+def lower_train_step(
+    decoder: Decoder,
+    run: RunConfig,
+    total_steps: int,
+    state: TrainState,
+    mesh: Mesh | None = None,
+    platforms: tuple[str, ...] | None = None,
+) -> jax.stages.Lowered:
+    """The training step `(state, batch) -> (state, metrics)`, which consumes its state.
+
+    Args:
+      decoder: the model.
+      run: its configuration; of one stage, where the capacity falls in stages.
+      total_steps: length of the learning-rate schedule.
+      state: from `state_shapes`.
+      mesh: None: one device.
+      platforms: what to lower for, such as ("cuda",); None: the platform of the devices.
+    """
+    step = make_train_step(decoder, run, total_steps)
+    if mesh is None:
+        traced = jax.jit(step, donate_argnums=0).trace(state, batch_shapes(run))
+        return traced.lower(lowering_platforms=platforms)
+    places = (shardings(mesh, state), replicated(mesh))
+    with use_mesh(mesh):
+        traced = jax.jit(step, donate_argnums=0, out_shardings=places).trace(state, batch_shapes(run, mesh))
+        return traced.lower(lowering_platforms=platforms)
+
+
+def lower_eval_step(
+    decoder: Decoder, run: RunConfig, params: Any, mesh: Mesh | None = None
+) -> jax.stages.Lowered:  # fmt: skip
+    """The evaluation step `(params, batch, key) -> sums`. Args as for `lower_train_step`; `params` are shapes."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    if mesh is not None:
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+    step = jax.jit(objective_of(decoder, run).eval_step, out_shardings=None if mesh is None else replicated(mesh))
+    with nullcontext() if mesh is None else use_mesh(mesh):
+        return step.lower(params, batch_shapes(run, mesh), key)
+
+
+def _placed(shapes: Any, places: Any) -> Any:
+    return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places)
