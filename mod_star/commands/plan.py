@@ -23,6 +23,8 @@ from mod_star.training.stored_config import is_run, read_config
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mod_star.planning.plan import Watch
+
 WHAT = "the name of a preset, or the directory of a run"
 
 
@@ -82,7 +84,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 @contextmanager
-def _watching(console: Console) -> Iterator[object]:
+def _watching(console: Console) -> Iterator[Watch]:
     """Shows what is being done and for how long, in a terminal; elsewhere nothing."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

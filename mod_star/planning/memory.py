@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mod_star.config import RunConfig
@@ -47,7 +48,7 @@ def arguments(state: TrainState, run: RunConfig, mesh: Mesh) -> Memory:
       run: for its batch.
       mesh: where it lies.
     """
-    rest = replace(state, params=(), opt_state=())
+    rest = (state.step, state.key, state.skipped, state.streak)
     return Memory(
         share_bytes(state.params), share_bytes(state.opt_state), share_bytes((rest, batch_shapes(run, mesh)))
     )  # fmt: skip
@@ -58,7 +59,7 @@ def share_bytes(tree: Any) -> float:
     total = 0.0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         total += math.prod(shape) * (8 if key else leaf.dtype.itemsize)
     return total
 

@@ -63,7 +63,8 @@ def _count(start: int, limit: int, step: int, direction: str) -> int | None:
 
 def _comparison(program: Program, condition: Computation) -> tuple[_Value, _Value, str] | None:
     """Both sides and the direction of the comparison that a condition is."""
-    computation, places, root = condition, {}, condition.root
+    places: _Places = {}
+    computation, root = condition, condition.root
     while root.opcode in ("fusion", "call") or root.opcode in SAME:
         if root.opcode in SAME:
             root = computation.instructions[root.operands[0]]
@@ -109,7 +110,8 @@ def _evaluate(program: Program, computation: Computation, name: str, places: _Pl
     if made.opcode in SAME:
         return again(made.operands[0] if element is None else f"{made.operands[0]}[{element}]")
     if made.opcode in ("add", "subtract") and element is None:
-        return _add(*(again(operand) for operand in made.operands), sign=1 if made.opcode == "add" else -1)
+        left, right = (again(operand) for operand in made.operands)
+        return _add(left, right, 1 if made.opcode == "add" else -1)
     if made.opcode in ("fusion", "call"):
         inner = program.computations[made.attribute("calls") or made.attribute("to_apply") or ""]
         at = inner.root.name if element is None else f"{inner.root.name}[{element}]"
