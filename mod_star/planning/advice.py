@@ -39,8 +39,10 @@ def advice(plan: Plan) -> tuple[str, ...]:
     if run.train.objective == "quiet_star" and run.thinking.think_fraction > 0.5:
         found.append("--thinking.think-fraction 0.5: half as many thoughts, and half the caches of sampling")
     if rows > 1:
+        parts = _portions(rows, (memory.temporaries or 0.0) / max(1.0, limit - state - memory.batch))
         found.append(
-            f"--train.accumulation {run.train.accumulation * 2}: half of the {rows} sequences per chip at a time"
+            f"--train.accumulation {run.train.accumulation * parts}: {rows // parts} of the {rows} sequences per chip "
+            "at a time"
         )
     if run.model.key_heads % (mesh["tensor"] * 2) == 0 and shares % 2 == 0:
         axes = _halved(mesh)
@@ -50,6 +52,12 @@ def advice(plan: Plan) -> tuple[str, ...]:
     elif not found:
         found.append("more chips, or a smaller --train.batch-size, --model.context or model")
     return tuple(found)
+
+
+def _portions(rows: int, excess: float) -> int:
+    """Into how many portions to cut the rows of a chip, so that temporaries that are `excess` times too large fit."""
+    parts = [count for count in range(2, rows + 1) if rows % count == 0]
+    return next((count for count in parts if count >= excess), rows)
 
 
 def _halved(mesh: dict[str, int]) -> str:

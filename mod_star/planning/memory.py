@@ -29,9 +29,9 @@ class Memory:
     """What loops of the forward pass keep for the backward pass."""
     temporaries: float | None = None
     """All else that a step needs for a while: gradients, gathered parameters, logits of a chunk, copies."""
-    results: float = 0.0
+    results: float | None = None
     """New values that don't take the place of old ones."""
-    code: float = 0.0
+    code: float | None = None
     """The program itself."""
 
     @property

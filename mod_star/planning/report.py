@@ -114,7 +114,7 @@ def _floors_table(plan: Plan) -> RenderableType:
 
 def _verdict(plan: Plan) -> Text:
     if plan.fits is None:
-        return Text("")
+        return Text("whether it fits is not known" if plan.topology.chip else "", style="bold")
     if plan.fits:
         return Text("fits", style="bold green")
     return Text("does not fit", style="bold red")

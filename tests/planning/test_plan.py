@@ -124,7 +124,7 @@ def test_communication_is_that_of_the_mesh(plans: dict[str, Any]) -> None:
 def test_gpus_are_lowered_for_and_what_is_unknown_is_said(plans: dict[str, Any]) -> None:
     plan = plans["gpu"]
     assert plan["compiled_flops"] is plan["collectives"] is plan["compile_seconds"] is None
-    assert plan["memory"]["activations"] is None
+    assert plan["memory"]["activations"] is plan["memory"]["code"] is None
     assert plan["memory"]["temporaries"] == plan["memory"]["parameters"]  # gradients, at least
     assert plan["floors"]["flops"] == plan["step_flops"] / 4 / 989e12
     assert "not compiled" in plan["notes"][0] and "cpu:4" in plan["notes"][1]
@@ -216,6 +216,7 @@ def test_advice_names_options_that_exist_and_would_help() -> None:
     assert options[0] == "--mesh.fsdp" and "715 MiB per chip instead of 2.79 GiB" in said[0]
     assert {"--model.remat", "--train.loss-chunk", "--thinking.chunk", "--train.accumulation"} <= set(options)
     assert "--train.loss-chunk 64:" in " ".join(said)  # of sequences of 256
+    assert "--train.accumulation 4: 8 of the 32 sequences per chip" in " ".join(said)  # 30 GB, where 13.9 are left
     tiny = PRESETS["tiny"]()
     last = replace(tiny, model=replace(tiny.model, remat="full", heads=1))
     exhausted = replace(plan, mesh={"data": 1, "fsdp": 256, "tensor": 1}, run=last)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -317,6 +319,20 @@ ENTRY %main (x: f32[100,8], i: s32[], y: f32[8]) -> f32[100,8] {
     )
     row, index = 8 * 4, 4
     assert cost.traffic == (row + index + row + row) + row + (index + row)
+
+
+def test_traffic_without_loops_is_what_xla_counts() -> None:
+    """XLA's own analysis of bytes, which counts loops once and slices as here."""
+
+    def function(x: jax.Array, w: jax.Array, row: jax.Array) -> jax.Array:
+        hidden = jax.nn.softmax(x @ w, -1)
+        return jax.lax.dynamic_update_slice(x, (hidden @ w.T)[:1], (row, 0)).T @ hidden
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((256, 64), (64, 128))]
+    compiled = jax.jit(function).lower(*shapes, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    analysis: Any = compiled.cost_analysis()
+    cost = program_cost(parse(compiled.as_text() or ""))
+    assert cost.traffic == pytest.approx(analysis["bytes accessed"], rel=0.15)
 
 
 def test_a_program_of_this_machine_costs_what_it_computes() -> None:
