@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
-from tensorboardX.summary import scalar
 
 FLUSH_SECONDS = 30.0
 """Time after which what was written is to be seen in TensorBoard."""
@@ -39,7 +39,8 @@ class EventFile:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes values of a step; they can be read at once or in half a minute. Raises OSError if they can't be."""
         for name, value in values.items():
-            self._write(Event(step=step, summary=scalar(name, value)))
+            # tensorboardX's own `scalar` warns about every NaN on standard error.
+            self._write(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)])))
         if time.monotonic() >= self._flush_at:
             self._file.flush()
             self._flush_at = time.monotonic() + FLUSH_SECONDS

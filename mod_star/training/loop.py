@@ -66,7 +66,7 @@ from mod_star.training.step import objective_of
 from mod_star.training.summary import SUMMARY_FILE, TrainSummary, describe, read_summary, write_summary
 from mod_star.training.thoughts_log import ThoughtsLog
 
-__all__ = ["SUMMARY_FILE", "TrainSummary", "TrainingError", "describe", "train"]
+__all__ = ["SUMMARY_FILE", "LostProcess", "TrainSummary", "TrainingError", "describe", "train"]
 
 CURVES_FILE = "curves.png"
 
@@ -77,6 +77,16 @@ EvalFn = Callable[[dict[str, Any], Any, jax.Array], Metrics]
 
 class TrainingError(RuntimeError):
     """Training cannot go on, through no fault of the input's form; the message is one line."""
+
+
+class LostProcess(TrainingError):
+    """Another process has died or can't be reached. This one can't do anything with JAX either; it should end."""
+
+    def __init__(self, error: Exception, last_good: str) -> None:
+        reason = str(error).partition("\n")[0][:200]
+        super().__init__(
+            f"another process is gone ({reason}); {last_good}. Started in all of them, the same command goes on"
+        )
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,7 @@ def train(
     Raises:
       InputError: a field, the data, the directory or a checkpoint is no good.
       TrainingError: `train.max_skipped` steps in a row had a non-finite loss or gradient, or the disk is full.
+      LostProcess: another process is gone.
       Interrupted: SIGTERM or Ctrl-C (in the main thread); call again to go on.
     """
     path = Path(directory)
@@ -200,6 +211,7 @@ class _Training:
         )
         self.start = self.last_saved or 0
         self.earlier_seconds = self.began = self.paused = self.compile_seconds = 0.0
+        self.streak = 0  # of steps that were not finite, up to the last one that was read
         self.stage: Stage | None = None  # that `step_fn` and `eval_fn` are compiled for
         self.step_fn: StepFn
         self.eval_fn: EvalFn
@@ -232,11 +244,17 @@ class _Training:
             self.thoughts = self._thoughts_log(stack)
             self.progress = stack.enter_context(self._progress())
             self._announce(parameter_count(state.params))
-            if self.base is not None:
-                self._save_start(state)
-            state = self._loop(state)
-            seconds = self._seconds()
-            self.writer.wait()
+            try:
+                if self.base is not None:
+                    self._save_start(state)
+                state = self._loop(state)
+                seconds = self._seconds()
+                self.writer.wait()
+            except jax.errors.JaxRuntimeError as error:
+                if jax.process_count() == 1:
+                    raise
+                stack.pop_all()  # closing would wait for the process that is no more
+                raise LostProcess(error, self._last_good()) from error
         return self._finish(parameter_count(state.params), int(state.skipped), seconds)
 
     def _thoughts_log(self, stack: ExitStack) -> ThoughtsLog | None:
@@ -309,9 +327,11 @@ class _Training:
                 self._record(unread)
                 unread = None
                 self._compile(plan.at(step))
-            state, metrics = self.step_fn(state, next(self.batches))
-            asked = self.stop.ask()
-            self._record(unread)
+            # Only batches go in (by the thread that makes them), only metrics come out: both are asked for by name.
+            with jax.transfer_guard("disallow"):
+                state, metrics = self.step_fn(state, next(self.batches))
+                asked = self.stop.ask()
+                self._record(unread)
             unread = _Unread(step, metrics, asked)
             evaluation_due, checkpoint_due = self._evaluation_due(step), self._checkpoint_due(step)
             if evaluation_due or checkpoint_due:
@@ -320,7 +340,7 @@ class _Training:
             if evaluation_due:
                 self._evaluate(state, step)
             # A checkpoint in a streak of non-finite steps would not be a good one to go back to: wait for its end.
-            if checkpoint_due and (step == total or int(state.streak) == 0):
+            if checkpoint_due and (step == total or self.streak == 0):
                 self._save(state)
         if not self._evaluated(total):  # a signal cut it short
             self._leave(state)
@@ -332,7 +352,7 @@ class _Training:
             return
         step, values = unread.step, jax.device_get(unread.metrics)
         self.stop.read(unread.asked)
-        streak, _ = int(values.pop("streak")), values.pop("finite")
+        self.streak, _ = int(values.pop("streak")), values.pop("finite")
         self.progress.update(step, float(values["loss"]))
         # The last of a stage too: between two records, all steps cost the same.
         if step % self.run.train.log_every == 0 or step == self.inputs.plan.at(step).last:
@@ -340,10 +360,10 @@ class _Training:
                 values["tokens_per_second"] = rate
             values["train_flops"] = self.inputs.plan.flops_until(step)
             self._write(step, values)
-        if streak >= self.run.train.max_skipped:
+        if self.streak >= self.run.train.max_skipped:
             self.writer.wait()
             raise TrainingError(
-                f"loss or gradient was not finite in {streak} steps in a row, {step - streak + 1} to {step}; "
+                f"loss or gradient was not finite in {self.streak} steps in a row, {step - self.streak + 1} to {step}; "
                 f"{self._last_good()}. "
                 f"A lower --optimizer.learning-rate (now {self.run.optimizer.learning_rate:g}) in a new run may help"
             )
