@@ -16,8 +16,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # XLA's CPU compiler takes half the time without LLVM's optimisations, and a sixth without a pipeline of its own for
-# each fusion as well (an option that newer versions lack). Both change machine code only: the optimised HLO that tests
-# read is the same. Before JAX starts its backend.
+# each fusion as well (newer versions lack that option). The first changes machine code only; the second also writes
+# scatters out as loops, so what is said of a compiled program is said of one with `AS_SHIPPED`. Before JAX starts its
+# backend.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
@@ -49,6 +50,11 @@ from mod_star.training.state import TrainState, init_params
 gc.collect()
 gc.freeze()
 gc.set_threshold(100_000, 50, 50)
+
+AS_SHIPPED: dict[str, str | bool] = (
+    {"xla_cpu_use_fusion_emitters": True} if "emitters=false" in os.environ["XLA_FLAGS"] else {}
+)
+"""`compiler_options` for the programs that users get."""
 
 
 @pytest.fixture(scope="session")
@@ -213,3 +219,10 @@ def scored(thinker: Thinker, thought_of: tuple[Places, Thought]) -> tuple[jax.Ar
     """Loss and talk of `thought_of`."""
     result: tuple[jax.Array, Talk] = scores(thinker.run)(thinker.params, thinker.batch, *thought_of)
     return result
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Shows what tests counted (with `record_property`), in workers of pytest-xdist too."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")

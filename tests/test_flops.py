@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import AS_SHIPPED
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.flops import (
@@ -57,7 +58,7 @@ def compiled_flops(model: ModelConfig, routing: RoutingConfig, parts: Parts, *, 
     def gradient(params: Any, batch: Any) -> Any:
         return jax.grad(lambda p: loss(p, batch, None, jnp.float32(S), jnp.float32(S))[0])(params)
 
-    analysis: Any = jax.jit(gradient if training else logits).lower(params, batch).compile().cost_analysis()
+    analysis: Any = jax.jit(gradient if training else logits).lower(params, batch).compile(AS_SHIPPED).cost_analysis()
     return float(analysis["flops"])
 
 
@@ -178,7 +179,7 @@ def compiled_thinking(run: RunConfig, *, sampling: bool) -> float:
         lowered = jax.jit(sample).lower(shapes, jax.eval_shape(read, shapes, batch), batch, places)
     else:
         lowered = jax.jit(gradient).lower(shapes, batch, places, thoughts)
-    analysis: Any = lowered.compile().cost_analysis()
+    analysis: Any = lowered.compile(AS_SHIPPED).cost_analysis()
     return float(analysis["flops"])
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import AS_SHIPPED
 from decoding_models import VOCAB, Model, log_softmax, make_prompts
 from thinking_models import thinking_params
 
@@ -95,7 +96,8 @@ def test_the_prompt_is_held_once_and_never_copied(generator: Generator) -> None:
     for cache in state.caches:
         sizes = [leaf.size * 4 for leaf in jax.tree.leaves(cache) if leaf.ndim == 4]
         assert sum(sizes) <= per_token * (32 + branches * (new + 1))  # + 1: a routed block's spare slot
-    text = generator._advance.lower(generator.params, state, jnp.int32(1), sampling=BRANCHING).compile().as_text()
+    lowered = generator._advance.lower(generator.params, state, jnp.int32(1), sampling=BRANCHING)
+    text = lowered.compile(AS_SHIPPED).as_text()
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", str(text))}
     assert (config.key_heads, 32, config.head_size) in shapes or (1, config.key_heads, 32, config.head_size) in shapes
     copies = {shape for shape in shapes if math.prod(shape) >= branches * config.key_heads * 32 * config.head_size}

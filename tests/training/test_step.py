@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import AS_SHIPPED
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig
 from mod_star.model import Decoder, Output
@@ -22,8 +23,8 @@ Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def jitted(run: RunConfig) -> Any:
-    return jax.jit(make_train_step(Decoder(run.model, run.routing), run, 100))
+def jitted(run: RunConfig, options: Any = None) -> Any:
+    return jax.jit(make_train_step(Decoder(run.model, run.routing), run, 100), compiler_options=options)
 
 
 def changed(run: RunConfig, **groups: dict[str, Any]) -> RunConfig:
@@ -54,7 +55,7 @@ def tiny_state(tiny_run: RunConfig, random_state: Callable[..., TrainState]) -> 
 def tiny_program(tiny_run: RunConfig, tiny_state: TrainState, tiny_batch: Batch) -> Any:
     """Lowered and compiled: what is read as text and run."""
     lowered = jitted(tiny_run).lower(tiny_state, tiny_batch)
-    return lowered, lowered.compile()
+    return lowered, lowered.compile(AS_SHIPPED)
 
 
 @pytest.fixture(scope="module")
@@ -193,15 +194,16 @@ def trained(
     """The smallest model with changed fields, each variant compiled once."""
     done: dict[str, Trained] = {}
 
-    def with_fields(**groups: dict[str, Any]) -> Trained:
-        if repr(groups) not in done:
+    def with_fields(options: Any = None, **groups: dict[str, Any]) -> Trained:
+        name = repr((options, groups))
+        if name not in done:
             run = changed(routed_run, **groups)
-            step, start = jitted(run), random_state(run)
+            step, start = jitted(run, options), random_state(run)
             state = start
             for _ in range(3):
                 state, metrics = step(state, tiny_batch)
-            done[repr(groups)] = Trained(step, start, state, metrics)
-        return done[repr(groups)]
+            done[name] = Trained(step, start, state, metrics)
+        return done[name]
 
     return with_fields
 
@@ -223,7 +225,7 @@ def language_model(state: TrainState) -> dict[str, np.ndarray]:
 
 
 def test_the_predictor_costs_the_language_model_nothing_to_the_bit(trained: Callable[..., Trained]) -> None:
-    light, heavy = trained().state, trained(routing={"auxiliary_weight": 1.0}).state
+    light, heavy = (trained(AS_SHIPPED, routing={"auxiliary_weight": weight}).state for weight in (0.01, 1.0))
     assert_same_bits(language_model(light), language_model(heavy))
     predictor = lambda state: state.params["groups"]["routed"]["predictor"]["hidden"]  # noqa: E731
     assert np.any(predictor(light) != predictor(heavy)), "the weight does something"
@@ -347,10 +349,10 @@ def test_the_logits_of_all_tokens_never_exist(tiny_run: RunConfig) -> None:
     state = jax.eval_shape(lambda: init_state(decoder, run, 10))
     batch = {n: jax.ShapeDtypeStruct((B, S), jnp.int32) for n in ("tokens", "targets", "positions", "segment_ids")}
     batch["weights"] = jax.ShapeDtypeStruct((B, S), jnp.float32)
-    text = jitted(run).lower(state, batch).compile().as_text()
+    text = jitted(run).lower(state, batch).compile(AS_SHIPPED).as_text()
     assert largest_float_array(text) < B * S * V
     assert largest_float_array(text) == max(B * 128 * V, B * S * S), "a chunk of the logits, or attention"
     # The same search finds them where they are.
     naive = jax.jit(lambda h, w: jnp.mean(jax.nn.logsumexp(jnp.sin(h @ w.T), -1)))
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(B, S, 16), (V, 16)]]
-    assert largest_float_array(naive.lower(*shapes).compile().as_text() or "") >= B * S * V
+    assert largest_float_array(naive.lower(*shapes).compile(AS_SHIPPED).as_text() or "") >= B * S * V
