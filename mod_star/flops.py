@@ -82,14 +82,7 @@ def training_flops(model: ModelConfig, routing: RoutingConfig, tokens: int, part
     forward = forward_flops(model, routing, tokens, parts)
     step = forward * 3
     step = dataclasses.replace(step, predictor=2 * forward.predictor)
-    if model.remat == "full":
-        step += dataclasses.replace(forward, head=0.0)
-        if routing.every == 0 and parts == DEFAULT_PARTS:
-            # The last product of a group is not needed again, but for a gate's gradient: here, every block's down.
-            step += Flops(mlp=-forward.mlp / 3)
-    elif model.remat == "dots":
-        step += Flops(attention=forward.attention)
-    return step
+    return step + _recomputed(model, routing, parts, forward)
 
 
 def sampling_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> Flops:
@@ -108,7 +101,10 @@ def sampling_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) ->
 
 
 def scoring_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> Flops:
-    """Forward and backward pass over one sequence and over all of its thoughts with what follows them."""
+    """Forward and backward pass over one sequence and over all of its thoughts with what follows them.
+
+    With what `model.remat` recomputes.
+    """
     model, routing, thinking = run.model, run.routing, run.thinking
     D, V, t, n_true = model.width, model.vocab_size, thinking.thought_length, thinking.n_true
     thoughts = place_count(thinking, tokens) * thinking.n_thoughts
@@ -121,7 +117,8 @@ def scoring_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> 
     )
     forward += _groups_flops(model, routing, parts, tokens, tokens, text_slots, text_slots)
     forward += Flops(head=2.0 * tokens * D * V)
-    return dataclasses.replace(forward * 3, predictor=2 * forward.predictor)
+    step = dataclasses.replace(forward * 3, predictor=2 * forward.predictor)
+    return step + _recomputed(model, routing, parts, forward)
 
 
 def training_step_flops(run: RunConfig, parts: Parts | None = None) -> float:
@@ -141,6 +138,17 @@ def training_step_flops(run: RunConfig, parts: Parts | None = None) -> float:
 def parameter_count(params: object) -> int:
     """Number of elements of a pytree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _recomputed(model: ModelConfig, routing: RoutingConfig, parts: Parts, forward: Flops) -> Flops:
+    """What the backward pass computes a second time of this forward pass, by `model.remat`."""
+    if model.remat == "full":
+        again = dataclasses.replace(forward, head=0.0, mixing=0.0)
+        if routing.every == 0 and parts == DEFAULT_PARTS:
+            # The last product of a group is not needed again, but for a gate's gradient: here, every block's down.
+            again += Flops(mlp=-forward.mlp / 3)
+        return again
+    return Flops(attention=forward.attention) if model.remat == "dots" else Flops()
 
 
 def _text_slots(run: RunConfig, tokens: int) -> int:

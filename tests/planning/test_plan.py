@@ -17,7 +17,7 @@ import pytest
 from mod_star.cli import main
 from mod_star.commands.plan import _source
 from mod_star.config import RunConfig
-from mod_star.flops import parameter_count, training_step_flops
+from mod_star.flops import parameter_count, scoring_flops, training_step_flops
 from mod_star.model import Decoder
 from mod_star.planning.advice import advice, size
 from mod_star.planning.memory import Memory
@@ -190,6 +190,17 @@ def test_the_large_presets_have_the_shape_of_mistral() -> None:
     assert extra == 7_241_732_096 + 16 * (4096 + 4096 * 256 + 256 + 256 + 1)
     assert large_quiet().thinking.thought_length == 12 and large_quiet().model.context == 256
     assert {large().train.batch_size, routed.train.batch_size, large_quiet().train.batch_size} == {256}
+
+
+def test_a_thinking_model_is_counted_with_what_it_recomputes() -> None:
+    """Every product of the blocks once more, but for the last of each: a third of a feed-forward layer's."""
+    run = large_quiet()
+    none = scoring_flops(replace(run, model=replace(run.model, remat="none")), 256)
+    dots, full = (scoring_flops(replace(run, model=replace(run.model, remat=remat)), 256) for remat in ("dots", "full"))
+    assert dots.total - none.total == none.attention / 3
+    again = none.projections / 3 + none.attention / 3 + none.mlp / 3 * 2 / 3
+    assert full.total - none.total == pytest.approx(again)
+    assert (full.head, full.mixing) == (none.head, none.mixing)
 
 
 def test_the_need_of_a_program_that_is_too_large_is_read_from_the_compilers_message() -> None:
