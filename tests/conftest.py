@@ -14,7 +14,7 @@ import tempfile
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mod-star-programs-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
 # XLA's CPU compiler takes half the time without LLVM's optimisations, and a sixth without a pipeline of its own for
 # each fusion as well (newer versions lack that option). The first changes machine code only; the second also writes
 # scatters out as loops, so what is said of a compiled program is said of one with `AS_SHIPPED`. Before JAX starts its
