@@ -7,8 +7,10 @@ what is not an array. With a single process everything here does nothing.
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -104,6 +106,19 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def leave(code: int) -> NoReturn:
+    """Ends this process because of an error that the others may not have.
+
+    With several processes at once: on a usual exit JAX would wait for the others, which wait for this one. They notice
+    that it is gone after `HEARTBEAT_SECONDS`.
+    """
+    if jax.process_count() == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 class SharedStop:
     """Lets all processes stop after the same step, whichever of them was asked to.
 
@@ -124,8 +139,10 @@ class SharedStop:
         """Puts the question into the queue, after a step; None with a single process."""
         if jax.process_count() == 1:
             return None
-        own = np.full(jax.local_device_count(), self._asked() or 0, np.int32)
-        return self._largest(jax.make_array_from_process_local_data(self._flags, own))
+        own = np.full(1, self._asked() or 0, np.int32)
+        pieces = [jax.device_put(own, device) for device in jax.local_devices()]
+        shape = (jax.device_count(),)
+        return self._largest(jax.make_array_from_single_device_arrays(shape, self._flags, pieces))
 
     def read(self, answer: jax.Array | None) -> None:
         """Reads an answer, waiting for the step if need be."""

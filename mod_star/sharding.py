@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -139,7 +140,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     """`NamedSharding`s of parameters, optimizer state or a whole training state (arrays or shapes), by the rules."""
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return NamedSharding(mesh, PartitionSpec())
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return NamedSharding(mesh, spec_of(name, leaf.shape, mesh.shape["fsdp"]))

@@ -59,7 +59,7 @@ def run(argv: Sequence[str]) -> None:
     start = TrainOptions(run=tyro.MISSING, config=_defaults(argv))
     options = parse_options(TrainOptions, argv, "mod-star train", start)
     # Only now, when the command line is known to be good: JAX takes seconds to import.
-    from mod_star.processes import join_processes
+    from mod_star.processes import join_processes, leave
     from mod_star.training.interrupt import Interrupted
     from mod_star.training.loop import TrainingError, train
 
@@ -73,9 +73,9 @@ def run(argv: Sequence[str]) -> None:
     except Interrupted as stopped:
         print(f"{stopped}. Go on with: {_command_to_go_on(argv)}", file=sys.stderr)
         sys.exit(128 + stopped.signal)
-    except TrainingError as error:
+    except (TrainingError, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        leave(2 if isinstance(error, InputError) else 1)
 
 
 def _show_unraisable(others: Callable[[Any], object], error: Any) -> None:

@@ -1,0 +1,120 @@
+"""Runs steps and sampling on meshes of eight CPU devices and writes what came out: `eight_devices.py OUT`.
+
+A process of its own, with JAX_NUM_CPU_DEVICES=8: the number of devices is fixed once JAX begins.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import conftest
+import jax
+import jax.numpy as jnp
+import numpy as np
+from thinking_models import thinking_params
+
+from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
+from mod_star.decoding import Generator, Sampling, Think
+from mod_star.devices_config import MeshConfig
+from mod_star.model import Decoder
+from mod_star.sharding import batch_sharding, make_mesh, place, shardings, use_mesh
+from mod_star.training.compiled import lower_eval_step, lower_train_step
+from mod_star.training.next_token import forward
+from mod_star.training.optimizer import make_optimizer
+from mod_star.training.state import TrainState
+
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
+
+
+def make_run(kind: str) -> RunConfig:
+    """One group of blocks; every dimension is a multiple of 8. No clipping: the first moments are gradients."""
+    run = RunConfig(
+        model=ModelConfig(vocab_size=64, width=16, layers=2, heads=8, head_dim=2, mlp_width=32, context=24),
+        routing=RoutingConfig(capacity=0.25, predictor_width=8) if kind != "dense" else RoutingConfig(every=0),
+        optimizer=OptimizerConfig(learning_rate=0.01, schedule="constant", warmup_steps=0, clip=0.0),
+        train=TrainConfig(batch_size=8, loss_chunk=10),
+        thinking=ThinkingConfig(thought_length=3, n_true=2, n_thoughts=2, chunk=12),
+    )
+    if kind == "accumulated":
+        return replace(run, train=replace(run.train, batch_size=16, accumulation=2))
+    return replace(run, train=replace(run.train, objective="quiet_star")) if kind == "quiet_star" else run
+
+
+def make_state(run: RunConfig, kind: str) -> TrainState:
+    """Random parameters of all kinds, on one device."""
+    state = conftest.random_state(run)
+    if kind != "quiet_star":
+        return state
+    params = thinking_params(run, state.params)
+    return replace(state, params=params, opt_state=make_optimizer(run, 100).init(params))
+
+
+def named(tree: Any) -> dict[str, np.ndarray]:
+    """Leaves by path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def train(kind: str, name: str, out: Path) -> None:
+    """One training step, as the loop compiles it, and for routed models the tokens that it selects."""
+    run = make_run(kind)
+    decoder, state = Decoder(run.model, run.routing), make_state(run, kind)
+    rows = [[24], [10, 14], [7, 8, 4], [4], [12, 12], [24], [20], [3, 3, 3]] * (run.train.batch_size // 8)
+    batch = conftest.make_batch(rows, 24, 64)
+    mesh = None if name == "one" else make_mesh(MeshConfig(*MESHES[name]))
+    shapes = jax.eval_shape(lambda: state)
+    if mesh is not None:
+        places = shardings(mesh, shapes)
+        shapes = jax.tree.map(lambda a, p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=p), shapes, places)
+        batch = place(batch, batch_sharding(mesh))
+        keep = state.key
+        state = replace(jax.device_put(replace(state, key=jnp.zeros(())), replace(places, key=places.step)), key=keep)
+        state = replace(state, key=jax.device_put(keep, places.key))
+    program = lower_train_step(decoder, run, 100, shapes, mesh).compile()
+    memory = program.memory_analysis()
+    found: dict[str, Any] = {"argument_bytes": memory.argument_size_in_bytes, "temp_bytes": memory.temp_size_in_bytes}
+    if kind == "routed":
+
+        def selected(params: Any, batch: Any) -> Any:
+            return forward(decoder, params, batch, None).trace.selected  # type: ignore[union-attr]
+
+        with use_mesh(mesh) if mesh is not None else jax.default_device(jax.devices()[0]):
+            found["selected"] = np.asarray(jax.jit(selected)(state.params, batch)).tolist()
+    if kind in ("dense", "routed") and name in ("one", "tensor"):
+        found["eval_program"] = lower_eval_step(decoder, run, shapes.params, mesh).compile().as_text()
+    (out / f"{kind}-{name}.json").write_text(json.dumps(found))
+    after, metrics = program(state, batch)
+    adam = after.opt_state[1]
+    np.savez(out / f"{kind}-{name}.npz", **named({"metrics": metrics, "gradients": adam.mu}))
+
+
+def sample(name: str, out: Path) -> None:
+    """Tokens and log-probabilities of four prompts, without thoughts and with one before every token."""
+    run = make_run("quiet_star")
+    decoder, params = Decoder(run.model, run.routing), make_state(run, "quiet_star").params
+    mesh = None if name == "one" else make_mesh(MeshConfig(*MESHES[name]))
+    if mesh is not None:
+        params = place(params, shardings(mesh, params))
+    generator = Generator(decoder, params, (), thinking=run.thinking, mesh=mesh)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11]]
+    found = {}
+    for way, think in (("plain", Think()), ("thinking", Think("always"))):
+        results = generator.generate(prompts, 6, Sampling(1.0), seed=3, think=think)
+        found[way] = [{"tokens": r.tokens, "log_probs": r.log_probs, "overflow": r.overflow} for r in results]
+    (out / f"sample-{name}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    for kind in ("dense", "routed"):
+        for name in ("one", *MESHES):
+            train(kind, name, folder)
+    for kind in ("accumulated", "quiet_star"):
+        for name in ("one", "mixed") if kind == "accumulated" else ("one", *MESHES):
+            train(kind, name, folder)
+    for name in ("one", "mixed"):
+        sample(name, folder)

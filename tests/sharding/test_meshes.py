@@ -1,0 +1,159 @@
+"""Eight devices do what one does, each with a part of the memory; and meshes that can't be are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mod_star.config import RunConfig
+from mod_star.devices_config import MeshConfig
+from mod_star.errors import InputError
+from mod_star.presets import tiny
+from mod_star.sharding import make_mesh, require_fits, rows_of_process, spec_of
+
+MESHES = ("data", "fsdp", "tensor", "mixed")
+CASES = [(kind, mesh) for kind in ("dense", "routed", "quiet_star") for mesh in MESHES] + [("accumulated", "mixed")]
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory with what `eight_devices.py` found."""
+    out = tmp_path_factory.mktemp("eight")
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    command = [sys.executable, str(TESTS / "sharding" / "eight_devices.py"), str(out)]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path, "JAX_NUM_CPU_DEVICES": "8"})
+    return out
+
+
+def load(eight: Path, kind: str, mesh: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    with np.load(eight / f"{kind}-{mesh}.npz") as arrays:
+        return dict(arrays), json.loads((eight / f"{kind}-{mesh}.json").read_text())
+
+
+@pytest.mark.parametrize(("kind", "mesh"), CASES)
+def test_losses_and_gradients_equal_one_device(eight: Path, kind: str, mesh: str) -> None:
+    (one, _), (many, _) = load(eight, kind, "one"), load(eight, kind, mesh)
+    assert one.keys() == many.keys()
+    for name, expected in one.items():
+        # Two thoughts that say the same have the same reward, but for rounding: which is "positive" is left to chance.
+        if name != "metrics/reward_positive":
+            np.testing.assert_allclose(many[name], expected, rtol=1e-5, atol=1e-5, err_msg=name)
+    largest = [np.abs(values).max() for name, values in one.items() if name.startswith("gradients/")]
+    assert min(largest) > 1e-7 and max(largest) > 1e-3, "every parameter has a gradient to compare"
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_routing_selects_the_same_tokens(eight: Path, mesh: str) -> None:
+    (_, one), (_, many) = load(eight, "routed", "one"), load(eight, "routed", mesh)
+    assert many["selected"] == one["selected"]
+    assert 0 < np.mean(one["selected"]) < 0.3
+
+
+def test_sampling_equals_one_device(eight: Path) -> None:
+    one, many = (json.loads((eight / f"sample-{mesh}.json").read_text()) for mesh in ("one", "mixed"))
+    for way in ("plain", "thinking"):
+        for expected, found in zip(one[way], many[way], strict=True):
+            assert found["tokens"] == expected["tokens"] and found["overflow"] == expected["overflow"]
+            np.testing.assert_allclose(found["log_probs"], expected["log_probs"], rtol=1e-5, atol=1e-5)
+    assert one["plain"] != one["thinking"]
+
+
+@pytest.mark.parametrize("kind", ["dense", "routed", "quiet_star"])
+def test_memory_falls_with_the_mesh(eight: Path, kind: str) -> None:
+    one = load(eight, kind, "one")[1]
+    share = {mesh: load(eight, kind, mesh)[1] for mesh in MESHES}
+    for name, found in share.items():
+        share[name] = {key: found[key] / one[key] for key in ("argument_bytes", "temp_bytes")}
+    # Arguments are parameters, their two moments, and the batch; vectors stay whole, and at width 16 they count.
+    assert share["fsdp"]["argument_bytes"] < 0.16
+    assert share["tensor"]["argument_bytes"] < 0.3
+    assert share["mixed"]["argument_bytes"] < 0.31
+    assert share["data"]["argument_bytes"] > 0.9, "copies, on purpose"
+    # Temporaries are activations and gradients.
+    for mesh in ("data", "fsdp", "mixed"):
+        assert share[mesh]["temp_bytes"] < 0.25
+    assert share["tensor"]["temp_bytes"] < 0.4
+
+
+@pytest.mark.parametrize("kind", ["dense", "routed"])
+def test_a_tensor_parallel_forward_pass_puts_no_parameter_together(eight: Path, kind: str) -> None:
+    program = load(eight, kind, "tensor")[1]["eval_program"]
+    moved = re.findall(r"= \(?(\w+)\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", program)
+    sizes = [int(np.prod([int(size) for size in shape.split(",")])) for _, shape in moved if shape]
+    smallest = 16 * 16  # query, key, value and output of a block: D x H·E
+    assert all(size < smallest / 8 for size in sizes), moved
+    assert "all-reduce" in program, "it is cut up at all"
+    assert "all-reduce" not in load(eight, kind, "one")[1]["eval_program"]
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        ("embedding", (64, 16), P("tensor", "fsdp")),
+        ("params/head", (64, 16), P("tensor", "fsdp")),
+        ("opt_state/1/mu/groups/full_0/block/query", (3, 16, 8, 2), P(None, "fsdp", "tensor", None)),
+        ("groups/routed/block/key", (3, 16, 4, 2), P(None, "fsdp", "tensor", None)),
+        ("groups/routed/block/output", (3, 8, 2, 16), P(None, "tensor", None, "fsdp")),
+        ("groups/2/routed/block/output", (8, 2, 16), P("tensor", None, "fsdp")),
+        ("groups/routed/block/value_bias", (3, 4, 2), P(None, "tensor", None)),
+        ("groups/routed/block/feed_forward/down", (3, 32, 16), P(None, "tensor", "fsdp")),
+        ("groups/routed/block/attention_norm", (3, 16), P()),
+        ("groups/routed/router/weight", (3, 16), P()),
+        ("groups/routed/predictor/hidden", (3, 16, 8), P(None, "fsdp", None)),
+        ("thinking/mixing/first", (32, 16), P("fsdp", None)),
+        ("opt_state/4/count", (), P()),
+        # A user's own: along the largest dimension that divides.
+        ("groups/full_0/block/feed_forward/experts", (3, 5, 16, 40), P(None, None, None, "fsdp")),
+        ("groups/full_0/block/feed_forward/experts", (3, 5, 16, 42), P(None, None, "fsdp", None)),
+        ("groups/full_0/block/feed_forward/odd", (3, 5, 7), P(None, None, None)),
+        # A name that a rule speaks of with other dimensions is the user's own too.
+        ("groups/full_0/block/feed_forward/down", (3, 4, 8, 5), P(None, None, "fsdp", None)),
+    ],
+)
+def test_rules(path: str, shape: tuple[int, ...], spec: P) -> None:
+    assert spec_of(path, shape, fsdp=4) == spec
+
+
+def test_a_mesh_that_does_not_fit_the_devices() -> None:
+    with pytest.raises(InputError, match=r"data 2 x fsdp 1 x tensor 1: must multiply to the number of devices, 1"):
+        make_mesh(MeshConfig(data=2), jax.devices()[:1])
+    with pytest.raises(InputError, match=r"data \? x fsdp 2 x tensor 3: must multiply to the number of devices, 1"):
+        make_mesh(MeshConfig(fsdp=2, tensor=3), jax.devices()[:1])
+    with pytest.raises(InputError, match=r"mesh\.tensor = 0: must be at least 1"):
+        MeshConfig(tensor=0)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert rows_of_process(mesh, 6) == range(6)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((3, 2, 1), r"train\.batch_size = 4: must be a multiple of mesh\.data x mesh\.fsdp = 3 x 2 = 6"),
+        ((4, 1, 1), r"train\.batch_size = 4 / train\.accumulation = 2: must be a multiple of .* = 4 x 1 = 4"),
+        ((1, 1, 3), r"mesh\.tensor = 3: must divide model\.vocab_size = 320"),
+        ((1, 1, 4), r"mesh\.tensor = 4: must divide model\.heads = 2"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_run(sizes: tuple[int, int, int], message: str) -> None:
+    run: RunConfig = tiny()
+    accumulation = 2 if sizes[0] == 4 else 1
+    run = replace(
+        run, model=replace(run.model, vocab_size=320), train=replace(run.train, accumulation=accumulation)
+    )  # fmt: skip
+    mesh: Any = SimpleNamespace(shape=dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    with pytest.raises(InputError, match=message):
+        require_fits(run, mesh)

@@ -1,0 +1,126 @@
+"""Several real processes train one run: killed, stopped, and gone on with by another number of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mod_star.config import RunConfig
+from mod_star.devices_config import ProcessesConfig
+from mod_star.errors import InputError
+from mod_star.presets import dense, tiny
+from mod_star.training.loop import train
+from mod_star.training.metrics import read_metrics
+from mod_star.training.run_dir import load_run
+
+STEPS = 150
+
+
+def make_run() -> RunConfig:
+    run = dense(tiny())
+    return replace(
+        run,
+        model=replace(run.model, width=16),
+        # A small rate and no routing: rounding, which differs between meshes, must not grow into what other data do.
+        optimizer=replace(run.optimizer, learning_rate=1e-4),
+        train=replace(run.train, steps=STEPS, checkpoint_every=5, eval_every=0, log_every=1),
+    )
+
+
+def start(path: Path, count: int = 2) -> list[subprocess.Popen[str]]:
+    """`mod-star train` in several processes with a device each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "mod_star", "train", str(path), "--preset", "tiny", "--model.width", "16",
+        "--routing.every", "0",
+        "--optimizer.learning-rate", "1e-4", "--train.steps", str(STEPS), "--train.checkpoint-every", "5",
+        "--train.eval-every", "0", "--train.log-every", "1", "--processes.coordinator", f"127.0.0.1:{port}",
+        "--processes.count", str(count),
+    ]  # fmt: skip
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [
+        subprocess.Popen(
+            [*command, "--processes.index", str(index)], **pipes, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+        )
+        for index in range(count)
+    ]
+
+
+def wait_for(path: Path, processes: list[subprocess.Popen[str]]) -> None:
+    """Waits for a checkpoint."""
+    limit = time.monotonic() + 200
+    while not path.is_dir():
+        if any(process.poll() is not None for process in processes) or time.monotonic() > limit:
+            for process in processes:
+                process.kill()
+            pytest.fail("\n".join(process.communicate()[0] for process in processes))
+        time.sleep(0.02)
+
+
+def saved_data(path: Path) -> Any:
+    """State of the data iterator in the last checkpoint."""
+    files = (path / "checkpoints" / str(STEPS) / "data").iterdir()
+    (state,) = [text for text in (file.read_text() for file in files) if text.startswith("{")]
+    return json.loads(state)
+
+
+def test_killed_stopped_and_resumed_by_another_number_of_processes(tmp_path: Path) -> None:
+    path, reference = tmp_path / "run", tmp_path / "reference"
+    train(make_run(), reference, quiet=True)
+
+    first, second = start(path)
+    wait_for(path / "checkpoints" / "10", [first, second])
+    second.kill()
+    began = time.monotonic()
+    out = first.communicate(timeout=60)[0]
+    assert time.monotonic() - began < 60
+    assert first.returncode == 1
+    assert "error: another process is gone (" in out and "; the last good checkpoint is " in out
+    assert "Traceback" not in out
+    second.communicate()
+
+    first, second = start(path)
+    saved = max(int(entry.name) for entry in (path / "checkpoints").iterdir() if entry.name.isdecimal())
+    wait_for(path / "checkpoints" / str(saved + 10), [first, second])
+    second.send_signal(signal.SIGTERM)
+    outs = [process.communicate(timeout=60)[0] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [143, 143], outs
+    (step,) = {out.partition("SIGTERM: stopped after step ")[2].split(" ")[0] for out in outs}
+    assert saved + 10 <= int(step) < STEPS
+    assert f"goes on from step {saved}" in outs[0] and "goes on" not in outs[1].partition("SIGTERM")[0]
+    assert load_run(path).step == int(step)
+
+    summary = train(make_run(), path, quiet=True)  # by one process, with one device
+    assert summary.steps == STEPS
+    found, expected = ([r for r in read_metrics(run) if "loss" in r] for run in (path, reference))
+    assert [record["step"] for record in found] == list(range(1, STEPS + 1))
+    losses = [np.array([record["loss"] for record in records]) for records in (found, expected)]
+    np.testing.assert_allclose(*losses, atol=1e-4)
+    assert np.abs(np.diff(losses[1])).min() < 0.1 < np.abs(np.diff(losses[1])).max(), "another batch would be noticed"
+    assert saved_data(path) == saved_data(reference)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"coordinator": "host:1"}, r"processes = .*: coordinator, count and index must be given together"),
+        ({"coordinator": "host", "count": 2, "index": 0}, r"processes\.coordinator = 'host': must be HOST:PORT"),
+        ({"coordinator": "host:1", "count": 2, "index": 2}, r"processes\.index = 2: must lie in \[0, 2\)"),
+    ],
+)
+def test_processes_that_cannot_be(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ProcessesConfig(**fields)
