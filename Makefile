@@ -17,7 +17,7 @@ demo: .venv
 	$(BIN)/python -m experiments.demo
 
 test: .venv
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv
 	$(BIN)/ruff check
