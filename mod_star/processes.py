@@ -36,6 +36,8 @@ def join_processes(config: ProcessesConfig) -> None:
         if config.coordinator is not None:
             raise
     except RuntimeError as error:
+        if config.coordinator is None and "must be called before" in str(error):
+            return  # JAX has begun, alone: the command was called as a function
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"processes: cannot be joined ({config.coordinator or 'found by JAX'}): {reason}") from error
 

@@ -50,6 +50,8 @@ class TrainOptions:
     """How several processes find one another, where JAX can't tell."""
     resume_from: int | None = None
     """Step of an older checkpoint to go on from, should the newest be damaged; later ones are deleted."""
+    profile: str | None = None
+    """Steps to trace into RUN/profile for xprof, such as 100:105 (the last one included)."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -58,6 +60,7 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
     start = TrainOptions(run=tyro.MISSING, config=_defaults(argv))
     options = parse_options(TrainOptions, argv, "mod-star train", start)
+    profile = None if options.profile is None else _steps(options.profile)
     # Only now, when the command line is known to be good: JAX takes seconds to import.
     from mod_star.processes import join_processes, leave
     from mod_star.training.interrupt import Interrupted
@@ -68,7 +71,8 @@ def run(argv: Sequence[str]) -> None:
     join_processes(options.processes)
     try:
         train(
-            options.config, options.run, mesh=options.mesh, resume_from=options.resume_from, quiet=options.quiet
+            options.config, options.run, mesh=options.mesh, resume_from=options.resume_from, profile=profile,
+            quiet=options.quiet,
         )  # fmt: skip
     except Interrupted as stopped:
         print(f"{stopped}. Go on with: {_command_to_go_on(argv)}", file=sys.stderr)
@@ -76,6 +80,14 @@ def run(argv: Sequence[str]) -> None:
     except (TrainingError, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         leave(2 if isinstance(error, InputError) else 1)
+
+
+def _steps(text: str) -> range:
+    """The steps of --profile."""
+    first, colon, last = text.partition(":")
+    good = colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)
+    require(bool(good), "--profile", text, "must be FIRST:LAST, two steps counted from 1, such as 100:105")
+    return range(int(first), int(last) + 1)
 
 
 def _show_unraisable(others: Callable[[Any], object], error: Any) -> None:

@@ -69,6 +69,7 @@ from mod_star.training.thoughts_log import ThoughtsLog
 __all__ = ["SUMMARY_FILE", "LostProcess", "TrainSummary", "TrainingError", "describe", "train"]
 
 CURVES_FILE = "curves.png"
+PROFILE_DIRECTORY = "profile"
 
 Metrics = dict[str, jax.Array]
 StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
@@ -119,6 +120,7 @@ def train(
     *,
     mesh: MeshConfig | None = None,
     resume_from: int | None = None,
+    profile: range | None = None,
     quiet: bool = False,
 ) -> TrainSummary:
     """Trains a run to its end, from the start or from where it was interrupted.
@@ -132,6 +134,7 @@ def train(
         another mesh or by another number of processes. All processes must see it.
       mesh: how to use several devices; copies of the model on all of them by default.
       resume_from: step of an older checkpoint to go on from; later ones are deleted. None: the newest.
+      profile: steps to trace into RUN/profile, for xprof; None: none.
       quiet: print nothing.
 
     Returns:
@@ -160,7 +163,7 @@ def train(
             begun = decide_first(lambda: checkpoints.saved_steps(path / run_dir.CHECKPOINTS_DIRECTORY))
             base = None if begun else load_base(stored, tokenizer, placed)
             inputs = _load_inputs(stored, tokenizer, placed)
-            return _Training(inputs, path, resume_from, console, base).run_to_end()
+            return _Training(inputs, path, resume_from, console, base, profile).run_to_end()
         if resume_from is not None:
             raise InputError(f"--resume-from = {resume_from}: {path} is not a run yet")
         decide_first(lambda: run_dir.require_creatable(path))
@@ -176,7 +179,7 @@ def train(
             stack.enter_context(run_dir.created(path, inputs.run, inputs.tokenizer, config))
 
         decide_first(create)
-        return _Training(inputs, path, None, console, base).run_to_end()
+        return _Training(inputs, path, None, console, base, profile).run_to_end()
 
 
 def _load_inputs(run: RunConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> _Inputs:
@@ -201,10 +204,17 @@ class _Training:
     """One sitting of a run in its directory."""
 
     def __init__(
-        self, inputs: _Inputs, path: Path, resume_from: int | None, console: Console, base: LoadedRun | None
+        self,
+        inputs: _Inputs,
+        path: Path,
+        resume_from: int | None,
+        console: Console,
+        base: LoadedRun | None,
+        profile: range | None,
     ) -> None:
         self.inputs, self.run, self.path, self.console = inputs, inputs.run, path, console
         self.base = base  # to start from; None also if that is done
+        self.profile = range(0) if profile is None else profile
         self.checkpoints = path / run_dir.CHECKPOINTS_DIRECTORY
         self.last_saved = decide_first(
             lambda: checkpoints.choose_checkpoint(self.checkpoints, resume_from, "--resume-from")
@@ -327,12 +337,18 @@ class _Training:
                 self._record(unread)
                 unread = None
                 self._compile(plan.at(step))
+            if step == self.profile.start:
+                jax.profiler.start_trace(self.path / PROFILE_DIRECTORY)
             # Only batches go in (by the thread that makes them), only metrics come out: both are asked for by name.
             with jax.transfer_guard("disallow"):
                 state, metrics = self.step_fn(state, next(self.batches))
                 asked = self.stop.ask()
                 self._record(unread)
             unread = _Unread(step, metrics, asked)
+            if step == min(self.profile.stop - 1, total) and self.profile.start > self.start:
+                jax.block_until_ready(metrics)
+                jax.profiler.stop_trace()
+                self.progress.say(f"profile of steps {self.profile.start} to {step}: {self.path / PROFILE_DIRECTORY}")
             evaluation_due, checkpoint_due = self._evaluation_due(step), self._checkpoint_due(step)
             if evaluation_due or checkpoint_due:
                 self._record(unread)

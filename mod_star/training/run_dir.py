@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -178,6 +179,8 @@ def require_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> None:
 
 def require_creatable(path: Path) -> None:
     """Raises InputError unless a new run can be made at `path`: absent or empty, and writable."""
+    if re.match(r"[a-z][a-z0-9]+:/", str(path)):
+        raise InputError(f"{path}: must be a directory, and is an address; a bucket can be mounted, see the README")
     if path.exists():
         if not path.is_dir():
             raise InputError(f"{path}: must be a directory, and is a file")

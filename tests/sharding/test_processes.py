@@ -108,7 +108,7 @@ def test_killed_stopped_and_resumed_by_another_number_of_processes(tmp_path: Pat
     found, expected = ([r for r in read_metrics(run) if "loss" in r] for run in (path, reference))
     assert [record["step"] for record in found] == list(range(1, STEPS + 1))
     losses = [np.array([record["loss"] for record in records]) for records in (found, expected)]
-    np.testing.assert_allclose(*losses, atol=1e-4)
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-4)
     assert np.abs(np.diff(losses[1])).min() < 0.1 < np.abs(np.diff(losses[1])).max(), "another batch would be noticed"
     assert saved_data(path) == saved_data(reference)
 

@@ -159,6 +159,14 @@ def test_a_diverging_run_stops(tmp_path: Path) -> None:
     assert f"last good checkpoint is {tmp_path}/run/checkpoints/{last}." in str(stopped.value)
 
 
+def test_profile_of_some_steps(uninterrupted: tuple[Path, TrainSummary], tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    train(make_run(), path, profile=range(3, 5), quiet=True)
+    assert timeless(path) == timeless(uninterrupted[0])
+    (trace,) = (path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
+
+
 def test_budget_in_flops(tmp_path: Path) -> None:
     run = make_run(log_every=100)
     run = presets.dense(replace(run, model=replace(run.model, vocab_size=258)))

@@ -98,6 +98,13 @@ def test_refuses_what_is_no_place_for_a_run(tmp_path: Path) -> None:
     assert [entry.name for entry in (tmp_path / "full").iterdir()] == ["thesis.tex"]
 
 
+def test_refuses_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"gs:/bucket/run: must be a directory, and is an address"):
+        create(Path("gs://bucket/run"), make_run())
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
 def test_refuses_a_directory_that_is_not_writable(tmp_path: Path) -> None:
     create(tmp_path / "run", make_run())
