@@ -275,8 +275,12 @@ def _error_number(error: BaseException | None) -> int | None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for the tracebacks of a full or failing disk: `wait` raises the same, once and in one line."""
-    return not record.exc_info or _error_number(record.exc_info[1]) is None
+    """False for the tracebacks of a full or failing disk: `wait` raises the same, once and in one line.
+
+    Nor is it news that other threads of a failed save can't go on when the process ends.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    return _error_number(error) is None and "cannot schedule new futures after" not in str(error)
 
 
 for _name in ("absl", "asyncio"):  # Orbax's background threads log there

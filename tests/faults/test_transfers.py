@@ -24,7 +24,7 @@ STEPS = 12
 def make_run() -> RunConfig:
     run = presets.dense(presets.tiny())
     model = replace(run.model, width=8, heads=1, mlp_width=8, layers=1, context=16)
-    fields = {
+    fields: dict[str, Any] = {
         "steps": STEPS,
         "batch_size": 2,
         "log_every": 1,
