@@ -187,14 +187,10 @@ def _append(cache: Any, own: Any, slot: jax.Array) -> Any:
     """The cache with one token's keys/values in `slot`."""
 
     def write(old: Segment, new: Segment) -> Segment:
-        at = lambda a, b, axis: jax.lax.dynamic_update_slice_in_dim(a, b, slot, axis)  # noqa: E731
-        return Segment(
-            at(old.keys_KxMxE, new.keys_KxMxE, -2),
-            at(old.values_KxMxE, new.values_KxMxE, -2),
-            at(old.positions_M, new.positions_M, -1),
-            at(old.segment_ids_M, new.segment_ids_M, -1),
-            at(old.valid_M, new.valid_M, -1),
-        )
+        # By a choice between old and new: under `vmap` an update of a slice becomes a scatter.
+        here_M = jnp.arange(old.valid_M.shape[-1]) == slot
+        choose = lambda a, b: jnp.where(here_M if a.ndim == old.valid_M.ndim else here_M[:, None], b, a)  # noqa: E731
+        return jax.tree.map(choose, old, new)
 
     return jax.tree.map(write, cache, own, is_leaf=lambda node: isinstance(node, Segment))
 
