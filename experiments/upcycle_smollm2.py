@@ -9,6 +9,17 @@ of 1, 1/2, ... in its first half (`mod-star upcycle`). "at once" has no such sta
 same documents before training and after each sixth of the steps, which is where the stages of 0.125 end; routed by
 top-k, as trained, and causally, as sampled. `--out` holds the runs, results.json, results.md and the plot. One seed on
 one CPU core; interrupted, the same command goes on.
+
+Measured (AMD EPYC, one core each, JAX 0.10.2; 77 minutes of training; held-out nats per token, top-k / causal):
+
+    before training     dense 2.242; capacity 1 the same; cut to 0.5 at once 7.393 / 4.816, to 0.125 11.21 / 10.68
+    after 35 TFLOP      dense 1.624; MoD 0.5 3.602 / 3.296; MoD 0.125 3.044 / 3.891; 0.125 at once 2.907 / 4.643
+
+A negative result: in so short a training routed blocks do not recover, and stages help the causal loss only. At the end
+of the first stage MoD equals dense (1.723 against 1.733); what is lost is lost when half of the tokens are taken from a
+block before the router knows which. Routers start at zero, so that capacity 1 changes nothing, and learn slowly through
+a gate of 1 + 0.2 tanh; the predictor is right in 50 % (0.5) and 12.5 % (0.125) of its decisions, and "at once" in
+87.5 % only by never choosing.
 """
 
 from __future__ import annotations
