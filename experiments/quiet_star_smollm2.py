@@ -14,6 +14,23 @@ these, `greedy` those whose every token is the most probable of all. Thinking ev
 token of the answer.
 
 Nothing was swept: learning rate 2e-5 is an order of magnitude above the paper's for a model 50 times smaller.
+
+Measured (AMD EPYC, one core, JAX 0.10.2, one seed, 200 questions each; 1 h 23 min of Quiet-STaR on a shared core), per
+cent with 95 % intervals, expected probability / argmax; greedy is 0 everywhere but "before" on GSM8K, 2.0:
+
+    GSM8K            before      1.4 (1.1 to 1.7)  / 2.5 (1.1 to 5.7)
+                     trained on  0.5 (0.3 to 0.8)  / 0.0 (0.0 to 1.9)
+                     quiet-star  0.5 (0.2 to 0.7)  / 0.5 (0.1 to 2.8), thinking or not
+    CommonsenseQA    before     13.9 (11.1 to 16.9) / 18.0 (13.3 to 23.9)
+                     trained on 16.5 (13.1 to 20.1) / 18.0
+                     quiet-star 16.3 (13.0 to 19.7), thinking 16.4 (13.1 to 19.8) / 18.0
+
+    paired, thinking after quiet-star less trained on: GSM8K -0.1 (-0.1 to -0.0), CommonsenseQA -0.1 (-0.3 to +0.1)
+    held-out nats per token: trained on 1.8604; quiet-star 1.8672, 1.8644 with thoughts; mixing weight 0.003
+
+A negative result: 100 steps of 256 tokens do not teach SmolLM2 to think. The mixing weight wanders between -0.01 and
+0.06, so thoughts change next to nothing, and training on worked solutions costs the direct answers of GSM8K what they
+had.
 """
 
 from __future__ import annotations

@@ -122,10 +122,12 @@ def plot(results: dict[str, dict[str, Records]], out: Path, path: Path) -> None:
             values = np.array([100 * each.value for each in shown])
             low, high = (np.array([100 * getattr(each, end) for each in shown]) for end in ("low", "high"))
             axis.bar(x, values, 0.18, color=COLOURS[number], label=name)
-            axis.errorbar(x, values, [values - low, high - values], fmt="none", ecolor="#222222", elinewidth=1)
+            errors = np.maximum([values - low, high - values], 0)  # rounding makes a bound at 0 negative
+            axis.errorbar(x, values, errors, fmt="none", ecolor="#222222", elinewidth=1)
         axis.set_xticks(range(len(MEASURES)), [name.replace(" ", "\n") for name in MEASURES])
         axis.set(title=title, ylabel="per cent, 95 % intervals")
-        axis.legend(frameon=False, fontsize=8)
+        axis.set_ylim(0, 1.4 * axis.get_ylim()[1])  # room for the legend above the bars
+        axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
     records = [r for r in read_metrics(out / "quiet-star") if "talk_nll" in r] if (out / "quiet-star").is_dir() else []
     for number, (key, label) in enumerate((("base_nll", "without a thought"), ("talk_nll", "after a thought"))):
         if records:

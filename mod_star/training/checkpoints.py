@@ -60,7 +60,13 @@ class CheckpointWriter:
         self._saving = 0
         self._manager = ocp.CheckpointManager(
             self._directory,
-            item_names=("params", "training", "data", "progress"),
+            item_handlers={
+                # Trained weights hardly get smaller; compressing them takes twice the time of writing them.
+                "params": ocp.PyTreeCheckpointHandler(use_compression=False),
+                "training": ocp.PyTreeCheckpointHandler(use_compression=False),
+                "data": ocp.JsonCheckpointHandler(),
+                "progress": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.LatestN(keep),
                 cleanup_tmp_directories=True,
@@ -87,8 +93,8 @@ class CheckpointWriter:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(saved["params"]),
-                    training=ocp.args.StandardSave(saved["training"]),
+                    params=ocp.args.PyTreeSave(saved["params"]),
+                    training=ocp.args.PyTreeSave(saved["training"]),
                     data=ocp.args.JsonSave(merge_states(gather(batches.get_state()))),
                     progress=ocp.args.JsonSave(progress),
                 ),
