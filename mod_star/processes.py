@@ -75,15 +75,7 @@ def decide_first(function: Callable[[], Any]) -> Any:
 
 def broadcast(value: Any) -> Any:
     """A JSON value of the first process, for all."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    data = np.frombuffer(json.dumps(value).encode() if is_first() else b"", np.uint8)
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-    padded = np.zeros(length, np.uint8)
-    padded[: data.size] = data
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
+    return gather(value if is_first() else None)[0]
 
 
 def gather(value: Any) -> list[Any]:
@@ -98,14 +90,6 @@ def gather(value: Any) -> list[Any]:
     padded[: data.size] = data
     rows = np.asarray(multihost_utils.process_allgather(padded)).astype(np.uint8)
     return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
-
-
-def wait_for_all(name: str) -> None:
-    """Returns when all processes have come here."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
 
 
 def leave(code: int) -> NoReturn:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -148,6 +148,13 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def placed_shapes(mesh: Mesh, tree: Any) -> Any:
+    """Shapes and types of arrays (or shapes), with their places by the rules."""
+    return jax.tree.map(
+        lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree, shardings(mesh, tree)
+    )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Where a batch lies: its sequences shared out over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
@@ -191,9 +198,9 @@ def place(tree: Any, where: Any) -> Any:
 
 
 @contextmanager
-def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Inside, programs are traced for this mesh: `constrain` is in force."""
-    with jax.set_mesh(mesh):
+def use_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """Inside, programs are traced for this mesh: `constrain` is in force. None: one device, nothing changes."""
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield
 
 

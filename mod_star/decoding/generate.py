@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -107,14 +106,10 @@ class Generator:
         # The slots do not depend on how prompts are padded, so neither does what is generated.
         slots = causal_slots(self.decoder.routing, context)
         prompts_QxP, lengths, keys = self._shared_out((jnp.asarray(tokens), lengths, keys))
-        with self._in_force():
+        with use_mesh(self._mesh):
             return self._prefill(
                 self._stacked, prompts_QxP, lengths, keys, room=new_tokens, slots=slots, branches=branches
             )  # fmt: skip
-
-    def _in_force(self) -> AbstractContextManager[None]:
-        """The mesh, while a program is traced."""
-        return nullcontext() if self._mesh is None else use_mesh(self._mesh)
 
     def _shared_out(self, arrays: Any) -> Any:
         """Arrays with a leading axis of prompts or rows, on the mesh."""
@@ -190,7 +185,7 @@ class Generator:
         # The threshold is data: a new one is no new program.
         threshold, fixed = jnp.float32(think.threshold or 0.0), replace(think, threshold=0.0)
         fixed = NEVER if think.when == "never" else fixed
-        with self._in_force():
+        with use_mesh(self._mesh):
             return self._advance(self.params, state, jnp.int32(until), threshold, sampling=sampling, think=fixed)
 
     def _check_sampling(self, sampling: Sampling, think: Think, branches: int) -> None:

@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 from mod_star.data import merge_states
 from mod_star.errors import InputError
 from mod_star.processes import gather
-from mod_star.sharding import place, shardings
+from mod_star.sharding import place, placed_shapes, shardings
 from mod_star.training.params_file import PARAMS_NAME, read_params_file, write_params_file
 from mod_star.training.state import TrainState
 
@@ -304,8 +304,7 @@ def _placed(like: Any, mesh: Mesh | None) -> Any:
     if mesh is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), like)
-    places = shardings(mesh, like)
-    return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), like, places)
+    return placed_shapes(mesh, like)
 
 
 def _files(checkpoint: Path) -> list[str]:

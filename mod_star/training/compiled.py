@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ from jax.sharding import Mesh
 from mod_star.config import RunConfig
 from mod_star.data import Tokenizer
 from mod_star.model import Decoder
-from mod_star.sharding import batch_sharding, replicated, shardings, use_mesh
+from mod_star.sharding import batch_sharding, placed_shapes, replicated, shardings, use_mesh
 from mod_star.training.state import TrainState, init_state, initial_params
 from mod_star.training.step import make_train_step, objective_of
 
@@ -22,7 +21,7 @@ def state_shapes(
 ) -> TrainState:
     """Shapes, types and, on a mesh, places of a training state."""
     shapes = jax.eval_shape(lambda: init_state(decoder, run, total_steps, initial_params(decoder, run, tokenizer)))
-    return shapes if mesh is None else _placed(shapes, shardings(mesh, shapes))
+    return shapes if mesh is None else placed_shapes(mesh, shapes)
 
 
 def batch_shapes(run: RunConfig, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -69,9 +68,5 @@ def lower_eval_step(
     if mesh is not None:
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
     step = jax.jit(objective_of(decoder, run).eval_step, out_shardings=None if mesh is None else replicated(mesh))
-    with nullcontext() if mesh is None else use_mesh(mesh):
+    with use_mesh(mesh):
         return step.lower(params, batch_shapes(run, mesh), key)
-
-
-def _placed(shapes: Any, places: Any) -> Any:
-    return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places)

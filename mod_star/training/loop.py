@@ -15,7 +15,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -282,7 +282,7 @@ class _Training:
         self.shapes = state_shapes(decoder, run, self.inputs.tokenizer, total, mesh)
         if self.last_saved is None:
             places = None if mesh is None else shardings(mesh, self.shapes)
-            with self._mesh():
+            with use_mesh(mesh):
                 make = jax.jit(first, donate_argnums=0, out_shardings=places)
                 return make(None if self.base is None else self.base.params)
         state, saved = checkpoints.restore_state(self.checkpoints, self.last_saved, self.shapes, self.batches, mesh)
@@ -292,10 +292,6 @@ class _Training:
             checkpoints.delete_after(self.checkpoints, self.last_saved)
         self.earlier_seconds = saved["seconds"]
         return state
-
-    def _mesh(self) -> AbstractContextManager[None]:
-        """In force while a program of the run is traced."""
-        return nullcontext() if self.inputs.mesh is None else use_mesh(self.inputs.mesh)
 
     def _put(self, batch: Batch) -> Any:
         """A whole batch, which every process has, on the devices."""

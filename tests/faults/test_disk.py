@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fault_runs import arrays, differences, fresh_seed, newest, options, result
-from fork_server import Server, shared_server
+from fork_server import Server, shared_server, straight_run
 
 from mod_star.training.checkpoints import find_damage, saved_steps
 
@@ -33,10 +33,7 @@ def server() -> Server:
 
 @pytest.fixture(scope="module")
 def uninterrupted(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "straight"
-    finished = server.run("train", str(run), *RUN)
-    assert (finished.code, finished.err) == (0, "")
-    return run
+    return straight_run(server, tmp_path_factory.mktemp("runs") / "straight", RUN)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from fault_runs import differences, fresh_seed, newest, options, records, result
-from fork_server import Server, shared_server
+from fork_server import Server, shared_server, straight_run
 
 from mod_star.training.checkpoints import find_damage, saved_steps
 
@@ -65,10 +65,7 @@ def server() -> Server:
 
 @pytest.fixture(scope="module")
 def uninterrupted(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "straight"
-    finished = server.run("train", str(run), *RUN)
-    assert (finished.code, finished.err) == (0, "")
-    return run
+    return straight_run(server, tmp_path_factory.mktemp("runs") / "straight", RUN)
 
 
 def complaints(err: str) -> list[str]:

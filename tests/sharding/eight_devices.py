@@ -20,7 +20,7 @@ from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConf
 from mod_star.decoding import Generator, Sampling, Think
 from mod_star.devices_config import MeshConfig
 from mod_star.model import Decoder
-from mod_star.sharding import batch_sharding, make_mesh, place, shardings, use_mesh
+from mod_star.sharding import batch_sharding, make_mesh, place, placed_shapes, shardings, use_mesh
 from mod_star.training.compiled import lower_eval_step, lower_train_step
 from mod_star.training.next_token import forward
 from mod_star.training.optimizer import make_optimizer
@@ -68,7 +68,7 @@ def train(kind: str, name: str, out: Path) -> None:
     shapes = jax.eval_shape(lambda: state)
     if mesh is not None:
         places = shardings(mesh, shapes)
-        shapes = jax.tree.map(lambda a, p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=p), shapes, places)
+        shapes = placed_shapes(mesh, shapes)
         batch = place(batch, batch_sharding(mesh))
         state = jax.device_put(state, places)
     program = lower_train_step(decoder, run, 100, shapes, mesh).compile()
@@ -79,7 +79,7 @@ def train(kind: str, name: str, out: Path) -> None:
         def selected(params: Any, batch: Any) -> Any:
             return forward(decoder, params, batch, None).trace.selected  # type: ignore[union-attr]
 
-        with use_mesh(mesh) if mesh is not None else jax.default_device(jax.devices()[0]):
+        with use_mesh(mesh):
             found["selected"] = np.asarray(jax.jit(selected)(state.params, batch)).tolist()
     if kind in ("dense", "routed") and name in ("one", "tensor"):
         found["eval_program"] = lower_eval_step(decoder, run, shapes.params, mesh).compile().as_text()
