@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mod_star.config import ThinkingConfig
-from mod_star.decoding.caches import Cache, full_cache, routed_cache, text_of
+from mod_star.decoding.caches import Cache, full_cache, in_place_options, routed_cache, text_of
 from mod_star.decoding.generated import Generated, results_of
 from mod_star.decoding.sampling import Sampling, draw, log_prob_and_gap, ranked_tokens
 from mod_star.decoding.state import DecodeState, take_prompts
@@ -65,7 +65,12 @@ class Generator:
         self._end_ids = tuple(end_ids)
         self._routing_key = routing_key if decoder.routing.selection == "stochastic" else None
         self._prefill = jax.jit(self._prefill_fn, static_argnames=("room", "slots", "branches"))
-        self._advance = jax.jit(self._advance_fn, static_argnames=("sampling", "think"), donate_argnames=("state",))
+        self._advance = jax.jit(
+            self._advance_fn,
+            static_argnames=("sampling", "think"),
+            donate_argnames=("state",),
+            compiler_options=in_place_options(),
+        )
 
     def start(
         self,

@@ -16,6 +16,7 @@ from thinking_models import thinking_params
 
 from mod_star.config import RunConfig, ThinkingConfig
 from mod_star.decoding import Generated, Generator, Sampling, Think
+from mod_star.decoding.caches import FullCache
 from mod_star.decoding.state import reorder
 from mod_star.errors import InputError
 
@@ -102,6 +103,17 @@ def test_the_prompt_is_held_once_and_never_copied(generator: Generator) -> None:
     assert (config.key_heads, 32, config.head_size) in shapes or (1, config.key_heads, 32, config.head_size) in shapes
     copies = {shape for shape in shapes if math.prod(shape) >= branches * config.key_heads * 32 * config.head_size}
     assert not {shape for shape in copies if shape[-1] == config.head_size and 32 in shape}
+
+
+def test_no_step_copies_the_cache_of_generated_tokens(generator: Generator) -> None:
+    prompt, new = make_prompts((7,)), 23
+    state = jax.eval_shape(lambda: generator.start(prompt, new, branches=2))
+    lowered = generator._advance.lower(generator.params, state, jnp.int32(1), sampling=BRANCHING)
+    full = next(cache for cache in state.caches if isinstance(cache, FullCache))
+    shape = re.escape(f"f32[{','.join(map(str, full.keys_BxKxTxE.shape))}]")
+    text = str(lowered.compile(AS_SHIPPED).as_text())
+    assert re.search(rf"= {shape}\S* (?:fusion|dynamic-update-slice)\(", text)  # it is there, and written
+    assert not re.search(rf"= {shape}\S* copy\(", text)
 
 
 def test_reordered_rows_go_on_as_the_rows_they_copy(generator: Generator, branched: list[Generated]) -> None:
