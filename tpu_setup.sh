@@ -6,9 +6,9 @@
 #   a spot TPU, kept alive:      ./tpu_setup.sh --all-workers TPU --zone ZONE [--project ID] --train COMMAND
 #                                    --spot ACCELERATOR_TYPE --runtime-version VERSION [OPTIONS] [-- GCLOUD_FLAGS]
 #
-#   --prepare COMMAND      on every worker, before the check: mount a disk or a bucket, fetch data. Runs every time.
-#   --runs DIR             where the minute of training goes (default: runs). The hosts of a slice must share it;
-#                          without it they check the chips only.
+#   --prepare COMMAND      on every worker, before the check: mount a disk, fetch data. Runs every time.
+#   --runs PLACE           where the minute of training goes (default: runs), a directory or gs://BUCKET/NAME. The hosts
+#                          of a slice must share it; without it they check the chips only.
 #   --train COMMAND        then, on every worker: as a service, which survives log-out, crashes and reboots
 #   --only install|check   on one VM: one half. The hosts of a slice must start the check together.
 #   --dry-run              print the commands, change nothing
@@ -118,7 +118,9 @@ print(len(chips), hosts, host, agreed)'
 result_program='
 import json, math, sys
 
-result = json.load(open(sys.argv[1], encoding="utf-8"))
+from mod_star.buckets import working_copy
+
+result = json.loads((working_copy(sys.argv[1]) / "summary.json").read_text(encoding="utf-8"))
 loss, skipped = result["evaluation"]["eval_loss"], result["skipped"]
 if skipped or not loss < math.log(256):
     raise SystemExit(f"held-out loss {loss}, {skipped} steps skipped: no better than chance")
@@ -142,7 +144,7 @@ check() {
     echo "${found%$'\n'*}"
     read -r chips hosts host agreed <<<"${found##*$'\n'}"
     if ((hosts > 1)) && [[ -z $runs ]]; then
-        echo "No training yet: the $hosts hosts need a directory that they share (--runs; README, Cloud TPU)"
+        echo "No training yet: the $hosts hosts need a directory that they share, or a bucket (--runs; README, Cloud TPU)"
         return
     fi
     runs=${runs:-runs}/tpu_setup-$agreed
@@ -150,9 +152,13 @@ check() {
     run timeout 900 .venv/bin/mod-star train "$runs" --preset small --train.steps 200 --model.dtype bfloat16 \
         --train.batch-size $((chips * ((7 + chips) / chips))) || fail "the chips are there, training failed: see $runs"
     ((host == 0)) || return 0
-    echo "+ .venv/bin/python -c '… held-out loss …' $runs/summary.json"
-    $dry_run || .venv/bin/python -c "$result_program" "$runs/summary.json" || fail "training went wrong: see $runs"
-    run rm -rf "$runs"
+    echo "+ .venv/bin/python -c '… held-out loss …' $runs"
+    $dry_run || .venv/bin/python -c "$result_program" "$runs" || fail "training went wrong: see $runs"
+    if [[ $runs == gs://* ]]; then
+        run gcloud storage rm --recursive "$runs"
+    else
+        run rm -rf "$runs"
+    fi
 }
 
 put() { # put FILE: makes FILE what comes on standard input; if it wasn't yet, says so and sets $changed

@@ -73,7 +73,14 @@ def _run(argv: Sequence[str]) -> None:
         meant = f"; perhaps you meant {near[0]}" if near else ""
         raise InputError(f"unknown command {name!r}{meant}; there are {', '.join(COMMANDS)}, see mod-star --help")
     command = importlib.import_module(f"mod_star.commands.{name}")
-    command.run(rest)
+    try:
+        command.run(rest)
+    finally:  # what it has written beside a run in a bucket; also after an error or an interruption
+        try:
+            if buckets := sys.modules.get("mod_star.buckets"):
+                buckets.bring_back_all()
+        except OSError as error:
+            _leave(1, f"error: {error.filename}: {error.strerror}")
 
 
 def _leave(code: int, message: str) -> NoReturn:

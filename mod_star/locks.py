@@ -35,3 +35,15 @@ def locked(path: Path, doing: str = "training", name: str | None = None) -> Iter
         except BlockingIOError:
             raise InputError(f"{name}: another process is {doing} here") from None
         yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the directory at this moment. Changes nothing."""
+    try:
+        with (path / LOCK_FILE).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

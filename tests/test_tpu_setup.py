@@ -388,6 +388,13 @@ def test_a_slice_without_a_shared_directory_has_its_chips_checked_only(machine: 
     assert done.stdout.count("the 2 hosts need a directory that they share") == 2
 
 
+def test_the_minute_of_training_may_be_in_a_bucket(machine: Machine) -> None:
+    done = machine.run("--dry-run", "--runs", "gs://bucket/runs")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"mod-star train gs://bucket/runs/tpu_setup-\d+ ", done.stdout)
+    assert re.search(r"gcloud storage rm --recursive gs://bucket/runs/tpu_setup-\d+\n", done.stdout)
+
+
 def test_a_worker_that_fails_is_reported_and_no_other_waits_for_it(machine: Machine) -> None:
     machine.set_workers(3)
     machine.set("make-fails-on-1", "")

@@ -7,6 +7,7 @@ needs of JAX, so that help and mistyped options are answered at once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import inspect
 import io
@@ -55,6 +56,16 @@ def parse_options(kind: type[Options], argv: Sequence[str], prog: str, default: 
             if not stop.code:
                 raise
     raise InputError(f"{_one_line(errors.getvalue())}; see {prog} --help")
+
+
+def with_working_copy(options: Options) -> Options:
+    """The options with RUN (the field `run`), if it is in a bucket, replaced by its working copy on this machine.
+
+    What the command writes there is brought back when it ends. Errors as for `mod_star.buckets.working_copy`.
+    """
+    from mod_star.buckets import working_copy
+
+    return dataclasses.replace(options, run=working_copy(options.run))  # type: ignore
 
 
 def require_writable(option: str, path: Path) -> None:

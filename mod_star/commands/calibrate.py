@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mod_star.commands import keep_compiled_programs, parse_options
+from mod_star.commands import keep_compiled_programs, parse_options, with_working_copy
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,7 +39,7 @@ class CalibrateOptions:
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
-    options = parse_options(CalibrateOptions, argv, "mod-star calibrate")
+    options = with_working_copy(parse_options(CalibrateOptions, argv, "mod-star calibrate"))
 
     import numpy as np
     from rich.console import Console

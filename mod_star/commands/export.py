@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mod_star.commands import parse_options
+from mod_star.commands import parse_options, with_working_copy
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ExportOptions:
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
-    options = parse_options(ExportOptions, argv, "mod-star export")
+    options = with_working_copy(parse_options(ExportOptions, argv, "mod-star export"))
 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn

@@ -13,12 +13,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from mod_star.buckets import holds_run, working_copy
 from mod_star.commands import keep_compiled_programs, parse_options
 from mod_star.config import RunConfig
 from mod_star.devices_config import MeshConfig, ProcessesConfig
 from mod_star.errors import InputError, require
 from mod_star.presets import PRESETS
-from mod_star.training.stored_config import is_run, read_base_config, read_config, read_starting_config
+from mod_star.training.stored_config import read_base_config, read_config, read_starting_config
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class TrainOptions:
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Directory of the run: new or empty, or an interrupted run of the same configuration."""
+    """Directory of the run, or gs://BUCKET/NAME: new or empty, or an interrupted run of the same configuration."""
     config: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     """What to train."""
     preset: Literal["tiny", "small", "base", "7b", "7b-mod", "7b-quiet"] = "small"
@@ -118,7 +119,7 @@ def _defaults(argv: Sequence[str]) -> RunConfig:
         return PRESETS[preset]()
     if preset is not None:
         raise InputError(f"--preset = {preset!r}: not with --init-from, whose fields are the defaults (here {base!r})")
-    return replace(_config_at_start(argv, base) or read_starting_config(Path(base)), init_from=base)
+    return replace(_config_at_start(argv, base) or read_starting_config(working_copy(base)), init_from=base)
 
 
 def _value_of(option: str, argv: Sequence[str]) -> str | None:
@@ -140,7 +141,10 @@ def _config_at_start(argv: Sequence[str], base: str) -> RunConfig | None:
     The same command must mean the same run, even if the base has changed since or is gone. Which word is RUN can't be
     told without knowing all options, but only RUN is a run that was started from this base.
     """
-    for path in (Path(word) for word in argv if not word.startswith("-")):
-        if is_run(path) and (started_from := read_config(path).init_from) and Path(started_from) == Path(base):
+    for word in argv:
+        if word.startswith("-") or word == base or not holds_run(word):
+            continue
+        path = working_copy(word)
+        if (started_from := read_config(path).init_from) and Path(started_from) == Path(base):
             return read_base_config(path)
     return None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from mod_star.commands import keep_compiled_programs, parse_options
+from mod_star.commands import keep_compiled_programs, parse_options, with_working_copy
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,7 +44,7 @@ class UpcycleOptions:
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
-    options = parse_options(UpcycleOptions, argv, "mod-star upcycle")
+    options = with_working_copy(parse_options(UpcycleOptions, argv, "mod-star upcycle"))
 
     from rich.console import Console
 

@@ -9,7 +9,8 @@
 | `tfds:NAME[/CONFIG][:SPLIT]` | an example of TensorFlow Datasets by `data.template`; NAME may be a directory     |
 
 Files may be globs (`corpus/**/*.md`), sorted by name. Text and JSON are read and checked at once and stay in memory;
-ArrayRecord and TensorFlow Datasets are read as needed, which is the way for a corpus larger than memory.
+they may be in a bucket (`gs://BUCKET/corpus/*.jsonl`). ArrayRecord and TensorFlow Datasets are read as needed, which is
+the way for a corpus larger than memory; they must be on a disk or a mount.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 from urllib import error as url_error
 from urllib import request
 
+from mod_star.buckets import find_files, is_address, read_file
 from mod_star.data.templates import Template, unicode_text
 from mod_star.errors import InputError
 
@@ -91,11 +93,16 @@ def _open(spec: str, template: Template, raw: bool) -> tuple[str, list[str], Seq
     else:
         records = _jsonl_records if kind == "jsonl" else _json_records
         documents = [template.render(record, where) for path in paths for record, where in records(path)]
-    return kind, [os.path.realpath(path) for path in paths], documents
+    return kind, [path if is_address(path) else os.path.realpath(path) for path in paths], documents
 
 
 def _paths(spec: str) -> list[str]:
     """The files that a path or glob names, sorted."""
+    if is_address(spec):
+        found = find_files(spec)
+        if not found:
+            raise InputError(f"data.source = {spec!r}: no such file, and no file matches it as a pattern")
+        return found
     pattern = os.path.expanduser(spec)
     # A file whose name looks like a glob is meant literally.
     paths = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -132,7 +139,8 @@ def _python_docs() -> list[str]:
 def read_text(path: str) -> str:
     """A file as text with "\\n" line ends; errors name the file, and the line of a byte that is not UTF-8."""
     try:
-        data = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+        data = read_file(path) if is_address(path) else Path(path).read_bytes()
+        data = data.removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     try:
@@ -253,6 +261,8 @@ def _array_record(spec: str, paths: list[str], template: Template, raw: bool) ->
         return text if raw else template.render(_parse_json(text, where), where)
 
     for path in paths:
+        if is_address(path):
+            raise InputError(f"{path}: ArrayRecord is read from disks only; mount the bucket, see the README")
         if not os.path.getsize(path):
             raise InputError(f"{path}: is empty")
     try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
+from mod_star.buckets import working_copy
 from mod_star.config import RunConfig
 from mod_star.data import Tokenizer, load_tokenizer
 from mod_star.errors import InputError
@@ -39,7 +39,7 @@ def load_base(run: RunConfig, tokenizer: Tokenizer | None = None, mesh: Mesh | N
     """
     if run.init_from is None:
         return None
-    path = Path(run.init_from)
+    path = working_copy(run.init_from)
     _require_same_function(run, read_config(path))
     base = load_run(path, option=None, mesh=mesh)
     spec = run.data.tokenizer

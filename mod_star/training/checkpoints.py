@@ -9,6 +9,9 @@
 Orbax writes aside and renames when everything is there, the checksums included: a checkpoint exists wholly or not at
 all. Orbax itself doesn't notice a flipped bit in an array, therefore the checksums. A model that was imported or
 upcycled has parameters only, and those in another form: see `mod_star.training.params_file`.
+
+In a bucket (a directory is an `epath.Path` of gs:// then) nothing can be renamed: a checkpoint exists when Orbax has
+added its last, empty file. There are no checksums of ours, see `mod_star.buckets`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,8 +31,10 @@ from typing import Any
 import grain
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh
 
+from mod_star.buckets import bucket_errors, find_files, is_address, read_file
 from mod_star.data import merge_states
 from mod_star.errors import InputError
 from mod_star.processes import gather
@@ -38,7 +44,8 @@ from mod_star.training.state import TrainState
 
 SUMS_FILE = "SHA256SUMS"
 # Orbax rewrites these two after our checksums are made: its time stamps, and an empty marker.
-ORBAX_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
+COMMIT_FILE = "commit_success.txt"
+ORBAX_FILES = ("_CHECKPOINT_METADATA", COMMIT_FILE)
 
 # After which Orbax gives up a save. It goes by the wall clock, which a laptop that slept in the middle of a save, or a
 # machine that has just been told the time, find to have jumped: more than any jump.
@@ -51,12 +58,12 @@ class CheckpointWriter:
     All processes save together, each the parts of arrays that it holds, into a directory that all of them see.
 
     Args:
-      directory: RUN/checkpoints; made if absent. What an interrupted save left there is removed.
+      directory: RUN/checkpoints, perhaps in a bucket; made if absent. What an interrupted save left there is removed.
       keep: how many checkpoints stay.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
-        self._directory = directory.absolute()
+        self._directory = _absolute(directory)
         self._saving = 0
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -114,6 +121,8 @@ class CheckpointWriter:
     def _write_sums(self) -> None:
         # Orbax calls this when all files are written, just before the rename that makes the checkpoint, and only in the
         # first process.
+        if is_address(self._directory):
+            return
         for written in self._directory.glob(f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}*"):
             _write_sums(written)
 
@@ -134,6 +143,10 @@ def save_params(directory: Path, params: dict[str, Any]) -> None:
 
 def saved_steps(directory: Path) -> list[int]:
     """Steps of the checkpoints in RUN/checkpoints, ascending, damaged ones included."""
+    if is_address(directory):  # nothing is renamed when all is there; what a killed save has left is no checkpoint
+        ends = {COMMIT_FILE, SUMS_FILE}
+        found = {path.parent.name for path in map(epath.Path, find_files(f"{directory}/*/*")) if path.name in ends}
+        return sorted(int(name) for name in found if name.isdecimal())
     if not directory.is_dir():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
@@ -168,11 +181,13 @@ def choose_checkpoint(directory: Path, step: int | None, option: str | None) -> 
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None. Reads all of them."""
+    """What is wrong with a checkpoint's files, or None. Reads all of them, but for those in a bucket."""
     try:
         for name in () if (checkpoint / PARAMS_NAME).is_file() else ORBAX_FILES:
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
+        if is_address(checkpoint):
+            return None
         lines = (checkpoint / SUMS_FILE).read_text().split("\n")
         sums = {name: expected for expected, _, name in (line.partition("  ") for line in lines[:-1])}
         if lines[-1] or not sums:
@@ -202,7 +217,7 @@ def delete_after(directory: Path, step: int) -> None:
     """Deletes the checkpoints of later steps, which a run that goes on from `step` will make again."""
     for later in saved_steps(directory):
         if later > step:
-            shutil.rmtree(directory / str(later))
+            epath.Path(directory / str(later)).rmtree()
 
 
 def restore_state(
@@ -240,19 +255,30 @@ def restore_state(
 
 def restore_params(directory: Path, step: int, like: Any, mesh: Mesh | None = None) -> dict[str, Any]:
     """Loads only the parameters. Args and errors as for `restore_state`, with `like` the parameters' shapes."""
-    if (directory / str(step) / PARAMS_NAME).is_file():
-        params = read_params_file(directory / str(step), like)
+    checkpoint = directory / str(step)
+    if (checkpoint / PARAMS_NAME).is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            if is_address(checkpoint):
+                fetched = Path(folder) / PARAMS_NAME
+                fetched.parent.mkdir()
+                fetched.write_bytes(read_file(str(checkpoint / PARAMS_NAME)))
+                checkpoint = Path(folder)
+            params = read_params_file(checkpoint, like)
         return params if mesh is None else place(params, shardings(mesh, like))
     return _restore(directory, step, params=ocp.args.StandardRestore(_placed(like, mesh)))["params"]
 
 
 def _restore(directory: Path, step: int, **items: Any) -> Any:
-    checkpoint = (directory / str(step)).absolute()
+    checkpoint = _absolute(directory / str(step))
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
             return reader.restore(checkpoint, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax, tensorstore and JSON each have their own
         raise _not_loaded(checkpoint, error) from error
+
+
+def _absolute(directory: Path) -> Path:
+    return directory if is_address(directory) else directory.absolute()
 
 
 def _not_loaded(checkpoint: Path, error: Exception) -> InputError:
@@ -263,6 +289,10 @@ def _not_loaded(checkpoint: Path, error: Exception) -> InputError:
 @contextmanager
 def _disk_errors(checkpoint: Path) -> Iterator[None]:
     """Makes an OSError that names the checkpoint of what Orbax and tensorstore make of a full or failing disk."""
+    if is_address(checkpoint):
+        with bucket_errors(str(checkpoint)):
+            yield
+        return
     try:
         yield
     except Exception as error:

@@ -26,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from mod_star.buckets import bring_back, checkpoints_of, copied_from, working_copy
 from mod_star.config import RunConfig
 from mod_star.data import (
     Batch,
@@ -130,8 +131,9 @@ def train(
 
     Args:
       run: what to train. `model.vocab_size` 0 is filled in from the tokenizer, or from the run that it starts from.
-      directory: where the run is kept; see `mod_star.training.run_dir`. It may hold the same run, interrupted, also on
-        another mesh or by another number of processes. All processes must see it.
+      directory: where the run is kept, see `mod_star.training.run_dir`; or gs://BUCKET/NAME, see `mod_star.buckets`.
+        It may hold the same run, interrupted, also on another mesh or by another number of processes. All processes
+        must see it.
       mesh: how to use several devices; copies of the model on all of them by default.
       resume_from: step of an older checkpoint to go on from; later ones are deleted. None: the newest.
       profile: steps to trace into RUN/profile, for xprof; None: none.
@@ -142,25 +144,26 @@ def train(
 
     Raises:
       InputError: a field, the data, the directory or a checkpoint is no good.
-      TrainingError: `train.max_skipped` steps in a row had a non-finite loss or gradient, or the disk is full.
+      TrainingError: `train.max_skipped` steps in a row had a non-finite loss or gradient; the disk is full, or the
+        bucket can't be written.
       LostProcess: another process is gone.
       Interrupted: SIGTERM or Ctrl-C (in the main thread); call again to go on.
     """
-    path = Path(directory)
+    path = working_copy(directory)
     console = Console(quiet=quiet or not is_first())
     devices = make_mesh(MeshConfig() if mesh is None else mesh)
     placed = None if devices.size == 1 else devices
     with ExitStack() as stack:
         if decide_first(lambda: run_dir.is_run(path)):
             decide_first(lambda: stack.enter_context(run_dir.locked(path)))
-            checkpoints.require_training(path / run_dir.CHECKPOINTS_DIRECTORY)
+            checkpoints.require_training(checkpoints_of(path))
             stored = run_dir.resumed_config(path, run)
             if resume_from is None and decide_first(lambda: (path / SUMMARY_FILE).is_file()):
                 summary = read_summary(path)
-                _say(console, f"{path}: is complete already\n{describe(summary)}")
+                _say(console, f"{copied_from(path) or path}: is complete already\n{describe(summary)}")
                 return summary
             tokenizer = load_saved_tokenizer(path / run_dir.TOKENIZER_DIRECTORY, stored.data.tokenizer)
-            begun = decide_first(lambda: checkpoints.saved_steps(path / run_dir.CHECKPOINTS_DIRECTORY))
+            begun = decide_first(lambda: checkpoints.saved_steps(checkpoints_of(path)))
             base = None if begun else load_base(stored, tokenizer, placed)
             inputs = _load_inputs(stored, tokenizer, placed)
             return _Training(inputs, path, resume_from, console, base, profile).run_to_end()
@@ -215,7 +218,8 @@ class _Training:
         self.inputs, self.run, self.path, self.console = inputs, inputs.run, path, console
         self.base = base  # to start from; None also if that is done
         self.profile = range(0) if profile is None else profile
-        self.checkpoints = path / run_dir.CHECKPOINTS_DIRECTORY
+        self.name = copied_from(path) or str(path)  # the run's address, if it is in a bucket
+        self.checkpoints = checkpoints_of(path)
         self.last_saved = decide_first(
             lambda: checkpoints.choose_checkpoint(self.checkpoints, resume_from, "--resume-from")
         )
@@ -381,7 +385,10 @@ class _Training:
             )
 
     def _last_good(self) -> str:
-        saved = checkpoints.saved_steps(self.checkpoints)
+        try:
+            saved = checkpoints.saved_steps(self.checkpoints)
+        except InputError:  # of the bucket, which is what has failed
+            return f"what was saved is in {self.checkpoints}"
         return f"the last good checkpoint is {self.checkpoints / str(saved[-1])}" if saved else "there is no checkpoint"
 
     def _evaluate(self, state: TrainState, step: int) -> None:
@@ -417,6 +424,8 @@ class _Training:
     def _save(self, state: TrainState) -> None:
         seconds = self._seconds()
         with self._pause("saving"):
+            if is_first():  # first the records, then the checkpoint: going on, it finds all of them
+                bring_back(self.path)
             self.writer.save(state, self.batches, {"seconds": seconds})
         self.last_saved = int(state.step)
 
@@ -432,7 +441,7 @@ class _Training:
         steps = self.inputs.plan.steps
         tokens = steps * self.run.train.batch_size * self.run.model.context
         summary = TrainSummary(
-            directory=str(self.path),
+            directory=self.name,
             steps=steps,
             parameters=parameters,
             flops=self.inputs.plan.flops,
@@ -446,7 +455,8 @@ class _Training:
         if is_first():
             plot_curves({self.path.name: self.path}, self.path / CURVES_FILE)
             write_summary(self.path, summary)
-        _say(self.console, f"{describe(summary)}\ncurves: {self.path / CURVES_FILE}")
+            bring_back(self.path)
+        _say(self.console, f"{describe(summary)}\ncurves: {self.name}/{CURVES_FILE}")
         return summary
 
     def _announce(self, parameters: int) -> None:
@@ -454,7 +464,7 @@ class _Training:
         if self.base is not None:
             begun += f" from {self.run.init_from} (step {self.base.step})"
         steps, flops = self.inputs.plan.steps, short_number(self.inputs.plan.flops)
-        self.progress.say(f"{self.path} {begun}: {short_number(parameters)} parameters, {steps} steps, {flops} FLOP")
+        self.progress.say(f"{self.name} {begun}: {short_number(parameters)} parameters, {steps} steps, {flops} FLOP")
 
     def _progress(self) -> TrainingProgress:
         tokens = self.run.train.batch_size * self.run.model.context

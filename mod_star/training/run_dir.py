@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,15 @@ import jax
 from jax.sharding import Mesh
 
 import mod_star
+from mod_star.buckets import (
+    CHECKPOINTS_DIRECTORY,
+    COPY_FILE,
+    FETCHING_FILE,
+    bring_back,
+    checkpoints_of,
+    is_address,
+    working_copy,
+)
 from mod_star.config import RunConfig, to_dict
 from mod_star.data import Tokenizer, load_saved_tokenizer, load_tokenizer, save_tokenizer
 from mod_star.errors import InputError, require
@@ -63,8 +71,8 @@ __all__ = [
 
 PARTS_FILE = "parts.py"
 TOKENIZER_DIRECTORY = "tokenizer"
-CHECKPOINTS_DIRECTORY = "checkpoints"
-MADE_BEFORE_CONFIG = {LOCK_FILE, TOKENIZER_DIRECTORY, PARTS_FILE, CONFIG_FILE + ".new"}
+OF_A_WORKING_COPY = {COPY_FILE, FETCHING_FILE}
+MADE_BEFORE_CONFIG = {LOCK_FILE, TOKENIZER_DIRECTORY, PARTS_FILE, CONFIG_FILE + ".new"} | OF_A_WORKING_COPY
 """What a directory can hold that a new run was about to be made in when its process was killed."""
 
 
@@ -87,7 +95,7 @@ class LoadedRun:
 def load_run(
     directory: str | Path, step: int | None = None, option: str | None = "--step", mesh: Mesh | None = None
 ) -> LoadedRun:
-    """Loads a run's model from its newest checkpoint, or from that of `step`.
+    """Loads a run's model from its newest checkpoint, or from that of `step`; the run may be in a bucket (gs://).
 
     `option` is what the command calls `step`, for the error message; None: it has no such option. With a mesh, its
     parameters lie there as they do in training.
@@ -95,11 +103,11 @@ def load_run(
     Raises:
       InputError: the directory isn't a run, has no checkpoint, or the checkpoint is damaged (an older one is named).
     """
-    path = Path(directory)
+    path = working_copy(directory)
     run = read_config(path)
     if mesh is not None:
         require_model_fits(run.model, mesh)
-    checkpoints = path / CHECKPOINTS_DIRECTORY
+    checkpoints = checkpoints_of(path)
     with ThreadPoolExecutor(1) as pool:  # a large tokenizer takes as long as the checksums of 135M parameters
         loading = pool.submit(load_saved_tokenizer, path / TOKENIZER_DIRECTORY, run.data.tokenizer)
         chosen = choose_checkpoint(checkpoints, step, option)
@@ -179,8 +187,8 @@ def require_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> None:
 
 def require_creatable(path: Path) -> None:
     """Raises InputError unless a new run can be made at `path`: absent or empty, and writable."""
-    if re.match(r"[a-z][a-z0-9]+:/", str(path)):
-        raise InputError(f"{path}: must be a directory, and is an address; a bucket can be mounted, see the README")
+    if is_address(path):
+        raise InputError(f"{path}: must be a directory; only mod-star train makes runs in buckets")
     if path.exists():
         if not path.is_dir():
             raise InputError(f"{path}: must be a directory, and is a file")
@@ -188,8 +196,8 @@ def require_creatable(path: Path) -> None:
             names = {entry.name for entry in path.iterdir()}
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        left_by_a_killed_start = LOCK_FILE in names and names <= MADE_BEFORE_CONFIG
-        if names and not left_by_a_killed_start:
+        left_by_a_killed_start = names <= MADE_BEFORE_CONFIG and LOCK_FILE in names
+        if names - OF_A_WORKING_COPY and not left_by_a_killed_start:
             raise InputError(f"{path}: is neither empty nor a run (it has no {CONFIG_FILE}); choose another directory")
     existing = path.absolute()
     while not existing.exists():
@@ -225,6 +233,7 @@ def created(path: Path, run: RunConfig, tokenizer: Tokenizer, base: RunConfig | 
         require_creatable(path)
         try:
             _write(path, run, tokenizer, base)
+            bring_back(path)
         except BaseException as error:
             shutil.rmtree(path / TOKENIZER_DIRECTORY, ignore_errors=True)
             for name in (PARTS_FILE, CONFIG_FILE + ".new", CONFIG_FILE, LOCK_FILE):
@@ -232,7 +241,7 @@ def created(path: Path, run: RunConfig, tokenizer: Tokenizer, base: RunConfig | 
             if new:
                 path.rmdir()
             if isinstance(error, OSError):
-                raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+                raise InputError(f"{error.filename or path}: cannot be written: {error.strerror}") from error
             raise
         yield read_config(path)
 

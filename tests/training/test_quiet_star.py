@@ -97,7 +97,8 @@ def test_what_a_run_leaves_behind(uninterrupted: Path) -> None:
         assert record["gain"] == pytest.approx(record["base_nll"] - record["talk_nll"], abs=1e-5)
         assert len(record["gain_by_decile"]) == 10 and record["thinking_positions"] <= 2 * 8
         assert record["talk_nll_ahead"] > 0 and 0 < record["thought_entropy"] < np.log(320)
-        assert 0 <= record["reward_positive"] <= 0.5 and 0 <= record["reward_mean"] <= record["reward_std"]
+        # Of two equal thoughts both may be the better one, by the last bit: not at most a half.
+        assert 0 <= record["reward_positive"] <= 1 and 0 <= record["reward_mean"] <= record["reward_std"]
         for name in ("thought_routed_fraction", "thought_overflow", "routed_fraction"):
             assert len(record[name]) == 1 and 0 <= record[name][0] <= 1
     assert abs(steps[0]["gain"]) < 1e-5 and steps[0]["mixing_weight"] == 0, "it begins at the base prediction"

@@ -1,0 +1,236 @@
+"""Runs and files in buckets of Google Cloud Storage, named by gs:// addresses.
+
+A run in a bucket has the same files as one in a directory. Checkpoints go there and come from there directly, each
+process writing its part. The small files are kept in a working copy on this machine, in the user's cache directory, for
+appending and renaming is what buckets can't do: fetched when a command starts, brought back (what has changed) before
+every checkpoint and when a command ends. So a machine may be lost at any time: another one goes on from the bucket.
+
+What a directory has and a bucket hasn't: a lock against a second training from another machine, and checksums of our
+own, for which everything would have to be read back (Google keeps its own, of every object).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mod_star.errors import InputError
+from mod_star.locks import LOCK_FILE, is_locked
+from mod_star.training.stored_config import CONFIG_FILE, is_run
+
+CHECKPOINTS_DIRECTORY = "checkpoints"
+"""Of a run; see `mod_star.training.checkpoints`."""
+COPY_FILE = "working_copy.json"
+"""In a working copy: the run's address, and size and time of each file when it was last the same there."""
+FETCHING_FILE = ".fetching"
+LEFT_THERE = (CHECKPOINTS_DIRECTORY, "tensorboard", "profile")
+"""Directories of a run that are not fetched: the first by nature, the others since nothing here reads them."""
+NOT_BROUGHT = (COPY_FILE, FETCHING_FILE, LOCK_FILE, CHECKPOINTS_DIRECTORY)
+
+_opened: set[Path] = set()  # working copies that this process has made or renewed
+
+
+def is_address(path: str | Path) -> bool:
+    """Whether a path is meant to be an address: it begins with a scheme, such as gs://."""
+    return re.match(r"[a-z][a-z0-9]+:/", str(path)) is not None
+
+
+def address_of(path: str | Path) -> str:
+    """A gs:// address as it should be written; `Path` makes one slash of two.
+
+    Raises:
+      InputError: it is another kind of address, or has no bucket or no name in it.
+    """
+    found = re.fullmatch(r"gs:/+([^/]+(?:/+[^/]+)+)/*", str(path))
+    if found is None:
+        shown = re.sub(":/+", "://", str(path), count=1)
+        raise InputError(f"{shown}: must be a directory, or gs://BUCKET/NAME")
+    return "gs://" + re.sub("/+", "/", found[1])
+
+
+def file_system(address: str) -> Any:
+    """fsspec's file system for an address.
+
+    Raises:
+      InputError: the package gcsfs is missing.
+    """
+    import fsspec
+
+    try:
+        return fsspec.filesystem("gs")
+    except ImportError:
+        raise InputError(f"{address}: needs the package gcsfs: pip install 'mod_star[gcs]'") from None
+
+
+@contextmanager
+def bucket_errors(address: str) -> Iterator[None]:
+    """Makes an OSError that names the address of what gcsfs, Google's libraries, Orbax and tensorstore raise."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        number = error.errno if isinstance(error, OSError) and error.errno else 5
+        raise OSError(number, f"{type(error).__name__}: {reason}", address) from error
+
+
+@contextmanager
+def bucket_input(address: str) -> Iterator[None]:
+    """Makes an InputError of the same, for commands that have begun nothing yet."""
+    try:
+        with bucket_errors(address):
+            yield
+    except OSError as error:
+        raise InputError(f"{error.filename}: {error.strerror}") from error
+
+
+def holds_run(path: str | Path) -> bool:
+    """Whether there is a run in a directory or at an address. False for what is no address of a bucket.
+
+    Raises:
+      InputError: the bucket can't be read, or as for `file_system`.
+    """
+    if not is_address(path):
+        return is_run(Path(path))
+    try:
+        address = address_of(path)
+    except InputError:
+        return False
+    with bucket_input(address):
+        return bool(file_system(address).isfile(f"{address}/{CONFIG_FILE}"))
+
+
+def find_files(pattern: str) -> list[str]:
+    """The addresses of the files that an address names, or a glob of addresses; sorted.
+
+    Raises:
+      InputError: as for `holds_run`.
+    """
+    address = address_of(pattern)
+    with bucket_input(address):
+        files = file_system(address)
+        files.invalidate_cache()  # others write there, too
+        found = [address] if files.isfile(address) else [f"gs://{name}" for name in files.glob(address)]
+        return sorted(name for name in found if not name.endswith("/"))
+
+
+def read_file(address: str) -> bytes:
+    """A whole file. Raises OSError if that can't be."""
+    with bucket_errors(address):
+        return bytes(file_system(address).cat_file(address))
+
+
+def working_copy(path: str | Path) -> Path:
+    """A directory with the small files of the run at an address, as they are there now; a directory stays what it is.
+
+    A copy that a training on this machine is writing to is newer than the bucket, and is left as it is.
+
+    Raises:
+      InputError: as for `address_of` and `file_system`; the bucket can't be read, or the copy can't be written.
+    """
+    if not is_address(path):
+        return Path(path)
+    address = address_of(path)
+    files = file_system(address)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    local = cache / "mod_star" / "runs" / hashlib.sha256(address.encode()).hexdigest()[:12] / address.rpartition("/")[2]
+    with bucket_input(address):
+        local.mkdir(parents=True, exist_ok=True)
+        with (local / FETCHING_FILE).open("a") as file:  # several processes of a training may do this at once
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not is_locked(local):
+                _fetch(files, address, local)
+    _opened.add(local)
+    return local
+
+
+def checkpoints_of(run: Path) -> Any:
+    """Where the checkpoints of a run are: in its directory; of a working copy an `epath.Path` of the bucket."""
+    address = copied_from(run)
+    if address is None:
+        return run / CHECKPOINTS_DIRECTORY
+    from etils import epath
+
+    return epath.Path(address) / CHECKPOINTS_DIRECTORY
+
+
+def copied_from(run: Path) -> str | None:
+    """The address that a working copy belongs to; None: it is a directory of its own."""
+    try:
+        return str(json.loads((run / COPY_FILE).read_text(encoding="utf-8"))["address"])
+    except FileNotFoundError:
+        return None
+
+
+def bring_back(local: Path) -> None:
+    """Writes what has changed in a working copy to its bucket, and removes there what was removed. Else does nothing.
+
+    Raises:
+      OSError: the bucket can't be written.
+    """
+    address = copied_from(local)
+    if address is None:
+        return
+    known = json.loads((local / COPY_FILE).read_text(encoding="utf-8"))["files"]
+    now = _stamps(local)
+    files = file_system(address)
+    with bucket_errors(address):
+        changed = [name for name in now if now[name] != known.get(name)]
+        for name in sorted(changed, key=lambda name: (name == CONFIG_FILE, name)):  # last: it makes them a run
+            files.pipe_file(f"{address}/{name}", (local / name).read_bytes())
+        for name in sorted(known.keys() - now.keys()):
+            if files.exists(f"{address}/{name}"):
+                files.rm_file(f"{address}/{name}")
+    _write_copy_file(local, address, now)
+
+
+def bring_back_all() -> None:
+    """Does so for all working copies that this process has used. Errors as `bring_back`."""
+    for local in sorted(_opened):
+        bring_back(local)
+
+
+def _fetch(files: Any, address: str, local: Path) -> None:
+    """Makes the copy what the bucket holds, but for what is left there and for old event files."""
+    root = address.removeprefix("gs://")
+    files.invalidate_cache()
+    there = {name.removeprefix(root + "/"): name for name in files.find(root)}
+    if there and CONFIG_FILE not in there and not all(short.startswith("tokenizer/") for short in there):
+        raise InputError(f"{address}: is neither empty nor a run (it has no {CONFIG_FILE}); choose another address")
+    wanted = {short: name for short, name in there.items() if short.split("/")[0] not in LEFT_THERE}
+    for path in local.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (FETCHING_FILE, LOCK_FILE):
+            path.unlink()
+    for short, name in wanted.items():
+        target = local / short
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(files.cat_file(name))
+    _write_copy_file(local, address, _stamps(local))
+
+
+def _stamps(local: Path) -> dict[str, list[int]]:
+    """Size and time of change of every file that is brought back, by its name in the run."""
+    found = {}
+    for path in sorted(local.rglob("*")):
+        name = path.relative_to(local)
+        if path.is_file() and name.parts[0] not in NOT_BROUGHT:
+            stat = path.stat()
+            found[name.as_posix()] = [stat.st_size, stat.st_mtime_ns]
+    return found
+
+
+def _write_copy_file(local: Path, address: str, stamps: dict[str, list[int]]) -> None:
+    beside = local / (COPY_FILE + ".new")
+    beside.write_text(json.dumps({"address": address, "files": stamps}), encoding="utf-8")
+    os.replace(beside, local / COPY_FILE)

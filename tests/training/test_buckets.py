@@ -1,0 +1,215 @@
+"""Runs and data in a bucket: the same as in a directory, on whatever machine they go on."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import chex
+import numpy as np
+import pytest
+from bucket_server import Bucket, bucket_server
+from etils import epath
+
+from mod_star import buckets
+from mod_star.buckets import address_of, bring_back, is_address, working_copy
+from mod_star.cli import main
+from mod_star.errors import InputError
+from mod_star.training import checkpoints
+from mod_star.training.run_dir import load_run
+
+RUN = "gs://bucket/runs/mine"
+OPTIONS = (
+    "--preset", "tiny", "--train.steps", "6", "--train.checkpoint-every", "2", "--train.log-every", "1",
+    "--train.eval-every", "3", "--train.eval-batches", "1",
+)  # fmt: skip
+
+
+def command(*argv: str, machine: Path, environment: dict[str, str]) -> str:
+    """What `mod-star` prints on a machine, which is what its cache directory stands for."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mod_star", *argv], capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | environment | {"XDG_CACHE_HOME": str(machine)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[Bucket, dict[str, str]]]:
+    with bucket_server() as (bucket, environment):
+        yield bucket, environment
+
+
+@pytest.fixture
+def here(served: tuple[Bucket, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """The bucket, within reach of this process, whose working copies are in `tmp_path`."""
+    bucket, environment = served
+    for name, value in (environment | {"XDG_CACHE_HOME": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(buckets, "_opened", set())
+    return bucket
+
+
+def files_of(bucket: Bucket, prefix: str) -> dict[str, bytes]:
+    return {name.removeprefix(prefix): bucket.objects[name][1] for name in bucket.names() if name.startswith(prefix)}
+
+
+def without_speed(metrics: bytes) -> str:
+    return re.sub(r', "tokens_per_second": [^,}]+', "", metrics.decode())
+
+
+def test_a_run_in_a_bucket_is_the_run_of_a_directory_on_any_machine(
+    served: tuple[Bucket, dict[str, str]], here: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bucket, environment = served
+    texts = {f"{name}.txt": f"It was the {name} of times.\n" * 300 for name in ("best", "worst", "age")}
+    (tmp_path / "data").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "data" / name).write_text(text)
+        bucket.write(f"data/{name}", text.encode())
+    local = tmp_path / "run"
+    command("train", str(local), *OPTIONS, "--data.source", f"{tmp_path}/data/*.txt", machine=tmp_path, environment={})
+    train = ("train", RUN, *OPTIONS, "--data.source", "gs://bucket/data/*.txt")
+
+    out = command(*train, machine=tmp_path / "a", environment=environment)
+    assert f"{RUN} starts" in out and f"curves: {RUN}/curves.png" in out
+    found = files_of(bucket, "runs/mine/")
+    assert {"config.json", "metrics.jsonl", "summary.json", "curves.png"} <= found.keys()
+    assert any(name.startswith("tensorboard/") for name in found)
+    assert found["metrics.jsonl"].decode().count('"eval_loss":') == 2
+    assert without_speed(found["metrics.jsonl"]) == without_speed((local / "metrics.jsonl").read_bytes())
+    expected, arrived = load_run(local), load_run(RUN)
+    assert arrived.step == 6
+    chex.assert_trees_all_equal(arrived.params, expected.params)
+
+    # Another machine goes back a few steps, and comes to the same end.
+    out = command(*train, "--resume-from", "2", machine=tmp_path / "b", environment=environment)
+    assert f"{RUN} goes on from step 2" in out
+    again = files_of(bucket, "runs/mine/")
+    assert without_speed(again["metrics.jsonl"]) == without_speed(found["metrics.jsonl"])
+    chex.assert_trees_all_equal(load_run(RUN).params, expected.params)
+
+    # A save that was killed is no checkpoint.
+    for name in ("runs/mine/checkpoints/6/commit_success.txt", "runs/mine/summary.json"):
+        del bucket.objects[name]
+    assert load_run(RUN).step == 4
+    out = command(*train, machine=tmp_path / "c", environment=environment)
+    assert f"{RUN} goes on from step 4" in out
+    chex.assert_trees_all_equal(load_run(RUN).params, expected.params)
+
+    # What lies in the bucket is a run of a directory, too.
+    copy = tmp_path / "copy"
+    for name, data in files_of(bucket, "runs/mine/").items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(data)
+    chex.assert_trees_all_equal(checkpoints.restore_params(copy / "checkpoints", 6, expected.params), expected.params)
+
+    # What a command writes beside a run is brought back.
+    with pytest.raises(SystemExit, match="0"):
+        main(["routes", RUN, "--text", "It was"])
+    assert files_of(bucket, "runs/mine/")["routes.png"].startswith(b"\x89PNG")
+
+    # A bucket that can't be reached any more: one line.
+    bucket.broken = True
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["sample", RUN, "--prompt", "It"])
+    bucket.broken = False
+    assert re.fullmatch(rf"error: {RUN}: [^\n]*no access[^\n]*\n", err := capsys.readouterr().err), err
+
+
+def test_a_working_copy_is_what_the_bucket_holds(here: Bucket) -> None:
+    bucket = here
+    bucket.write("runs/x/config.json", b"{}")
+    bucket.write("runs/x/tokenizer/a.json", b"1")
+    bucket.write("runs/x/checkpoints/2/large", b"2")
+    copy = working_copy("gs://bucket/runs/x")
+    assert copy.name == "x" and buckets.copied_from(copy) == "gs://bucket/runs/x"
+    assert sorted(path.name for path in copy.rglob("*.json")) == ["a.json", "config.json", "working_copy.json"]
+    assert not (copy / "checkpoints").exists()
+    # Changes go back, and no others.
+    before = dict(bucket.objects)
+    bring_back(copy)
+    assert bucket.objects == before
+    (copy / "metrics.jsonl").write_text("3\n")
+    (copy / "tokenizer" / "a.json").unlink()
+    bring_back(copy)
+    assert bucket.objects["runs/x/metrics.jsonl"][1] == b"3\n" and "runs/x/tokenizer/a.json" not in bucket.objects
+    assert bucket.objects["runs/x/config.json"] == before["runs/x/config.json"]
+    # Renewed, it loses what isn't there; while a training holds it, it is left alone.
+    del bucket.objects["runs/x/metrics.jsonl"]
+    with (copy / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert (working_copy("gs://bucket/runs/x") / "metrics.jsonl").exists()
+    assert not (working_copy("gs://bucket/runs/x") / "metrics.jsonl").exists()
+    # Nothing there: nothing here.
+    bucket.objects = {name: value for name, value in bucket.objects.items() if not name.startswith("runs/x/")}
+    assert not (working_copy("gs://bucket/runs/x") / "config.json").exists()
+
+
+def test_config_arrives_last(here: Bucket) -> None:
+    copy = working_copy("gs://bucket/runs/new")
+    (copy / "tokenizer").mkdir()
+    for name in ("config.json", "tokenizer/t.json", "a.txt", "z.txt"):
+        (copy / name).write_text("{}")
+    bring_back(copy)
+    written = {name: generation for name, (generation, _) in here.objects.items() if name.startswith("runs/new/")}
+    assert len(written) == 4 and max(written, key=lambda name: written[name]) == "runs/new/config.json"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "gs://bucket/texts"], "gs://bucket/texts: is neither empty nor a run"),
+        (["train", "gs://bucket"], "gs://bucket: must be a directory, or gs://BUCKET/NAME"),
+        (["train", "s3://bucket/runs"], "s3://bucket/runs: must be a directory, or gs://BUCKET/NAME"),
+        (["train", "RUN", "--data.source", "gs://bucket/texts/*.md"], "no such file, and no file matches"),
+        (["train", "RUN", "--data.source", "gs://bucket/texts/a.arrayrecord"], "is read from disks only"),
+        (["sample", "gs://bucket/runs/none"], "is not a run"),
+        (["import", "MODEL", "gs://bucket/runs/other"], "must be a directory; only mod-star train makes runs"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_said_in_one_line(
+    argv: list[str], message: str, here: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here.write("texts/a.arrayrecord", b"a")
+    (tmp_path / "model.gguf").write_bytes(b"")
+    places = {"RUN": str(tmp_path / "run"), "MODEL": str(tmp_path / "model.gguf")}
+    before = dict(here.objects)
+    with pytest.raises(SystemExit) as left:
+        main([places.get(word, word) for word in argv])
+    err = capsys.readouterr().err
+    assert left.value.code == 2 and re.fullmatch(r"error: [^\n]+\n", err) and message in err, err
+    assert here.objects == before and not (tmp_path / "run").exists()
+
+
+def test_addresses() -> None:
+    assert is_address("gs://b/x") and is_address(Path("gs://b/x")) and not is_address("runs/x") and not is_address("C:")
+    assert address_of(Path("gs://b/x//y/")) == "gs://b/x/y"
+
+
+def test_without_gcsfs_it_is_said_what_to_install(here: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    sys.modules["fsspec.registry"]._registry.pop("gs", None)
+    with pytest.raises(InputError, match=r"gs://bucket/runs/x: needs the package gcsfs: pip install"):
+        working_copy("gs://bucket/runs/x")
+
+
+def test_an_imported_model_is_read_from_a_bucket(here: Bucket, tmp_path: Path) -> None:
+    params = {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    (tmp_path / "checkpoints").mkdir()
+    checkpoints.save_params(tmp_path / "checkpoints", params)
+    for path in (tmp_path / "checkpoints").rglob("*"):
+        if path.is_file():
+            here.write(f"runs/imported/{path.relative_to(tmp_path)}", path.read_bytes())
+    shutil.rmtree(tmp_path / "checkpoints")
+    place = epath.Path("gs://bucket/runs/imported/checkpoints")
+    found = checkpoints.restore_params(place, checkpoints.saved_steps(place)[0], params)  # type: ignore[arg-type]
+    chex.assert_trees_all_equal(found, params)
