@@ -100,7 +100,7 @@ def test_refuses_what_is_no_place_for_a_run(tmp_path: Path) -> None:
 
 def test_refuses_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"gs:/bucket/run: must be a directory, and is an address"):
+    with pytest.raises(InputError, match="gs:/bucket/run: must be a directory; only mod-star train"):
         create(Path("gs://bucket/run"), make_run())
     assert not list(tmp_path.iterdir())
 
