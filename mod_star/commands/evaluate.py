@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from mod_star.commands import keep_compiled_programs, parse_options, require_writable
+from mod_star.devices_config import MeshConfig
 from mod_star.errors import InputError, require
 
 if TYPE_CHECKING:
@@ -106,11 +107,13 @@ class EvaluateOptions:
     think_temperature: float = 0.0
     """Temperature of the thoughts; 0: always their most probable token."""
     batch_size: int = 8
-    """Questions at a time. Changes speed and memory, not what is asked."""
+    """Questions at a time, a multiple of mesh.data x mesh.fsdp. Changes speed and memory, not what is asked."""
     step: int | None = None
     """Step of the checkpoint to load. The newest if not given."""
     headroom: float | None = None
     """Slots of a routed block, as a multiple of its capacity, if not as in training (routing.headroom)."""
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
+    """Devices to use, for a model that is too large for one or for many questions; a single one if not given."""
 
 
 OF_CUSTOM = ("question", "answer", "kind")
@@ -118,7 +121,7 @@ OF_GENERATE = (
     "decoding", "branches", "new_tokens", "temperature", "top_k", "top_p", "stop", "continuation", "skip_first",
 )  # fmt: skip
 OF_DRAWING = ("temperature", "top_k", "top_p")
-WITHOUT_INFLUENCE = ("out", "batch_size")
+WITHOUT_INFLUENCE = ("out", "batch_size", "mesh")
 """Options that records don't depend on."""
 
 
@@ -134,7 +137,9 @@ def run(argv: Sequence[str]) -> None:
     from mod_star.evaluation.prompts import Prompts, few_shot, subset
     from mod_star.evaluation.protocols import Subject
     from mod_star.evaluation.records import open_records, require_evaluation
+    from mod_star.evaluation.scoring import require_shareable
     from mod_star.evaluation.tasks import load_task
+    from mod_star.sharding import make_small_mesh
     from mod_star.training.run_dir import load_run
 
     how = _task(options)
@@ -145,7 +150,9 @@ def run(argv: Sequence[str]) -> None:
     )
     protocol = _protocol(options)
     out = options.out or options.run / "evaluations" / f"{task.name}-{options.decoding or options.protocol}"
-    loaded = load_run(options.run, options.step)
+    mesh = make_small_mesh(options.mesh)
+    require_shareable("--batch-size", options.batch_size, mesh)
+    loaded = load_run(options.run, options.step, mesh=mesh)
     config = _config(options, loaded.step) | {"data_sha256": task.sha256, "few_shot_sha256": examples_digest}
     require_evaluation(out, config)
     require_writable("--out", out / "records.jsonl")
@@ -156,8 +163,9 @@ def run(argv: Sequence[str]) -> None:
     if options.headroom is not None:
         decoder = decoder.clone(routing=dataclasses.replace(decoder.routing, headroom=options.headroom))
     subject = Subject(
-        decoder, loaded.params, loaded.tokenizer, prompts, loaded.config.thinking, chosen_think(loaded, options)
-    )
+        decoder, loaded.params, loaded.tokenizer, prompts, loaded.config.thinking, chosen_think(loaded, options),
+        mesh=mesh,
+    )  # fmt: skip
     protocol.check(subject, asked)
     keep_compiled_programs()
     console = Console(highlight=False)

@@ -25,8 +25,10 @@ from mod_star.calibration import read_calibration
 from mod_star.data.tokenizers import begin
 from mod_star.decoding import Generator, Sampling, Think
 from mod_star.decoding.text import complete_many
+from mod_star.devices_config import MeshConfig
 from mod_star.errors import InputError, require
-from mod_star.evaluation.scoring import score_rolling, score_stream
+from mod_star.evaluation.scoring import require_shareable, score_rolling, score_stream, shares_of
+from mod_star.sharding import make_small_mesh
 from mod_star.training.run_dir import load_run
 
 Request = tuple[tuple[str, str], list[int], list[int]]
@@ -67,12 +69,15 @@ class HarnessModel:
       max_gen_toks: most new tokens where a task doesn't say.
       overlap: tokens before it that each token of a long text sees at least, see `rolling_windows`.
       seed: of draws.
-      batch_size: texts at a time; auto: 8.
+      mesh_data: copies of the model, each with its own texts; 0: as many as there are devices left for.
+      mesh_fsdp: devices that the parameters of a copy are cut up among; they have their own texts too.
+      mesh_tensor: devices that every matrix product is cut up among.
+      batch_size: texts at a time, a multiple of mesh_data x mesh_fsdp; auto: 8, or the next such multiple.
       max_batch_size: has no use here.
       device: has no use either, JAX chooses it; see `JAX_PLATFORMS`.
 
     Raises:
-      InputError: an argument is no good; the run can't be loaded, or can't think.
+      InputError: an argument is no good; the run can't be loaded, or can't think; the mesh doesn't fit.
     """
 
     cache_hook: Any
@@ -88,19 +93,24 @@ class HarnessModel:
         max_gen_toks: int = 256,
         overlap: int = 1,
         seed: int = 0,
+        mesh_data: int = 1,
+        mesh_fsdp: int = 1,
+        mesh_tensor: int = 1,
         batch_size: int | str = 8,
         max_batch_size: int | None = None,
         device: str | None = None,
     ) -> None:
         super().__init__()
         del max_batch_size, device
-        size = 8 if str(batch_size).startswith("auto") else batch_size
-        require(
-            str(size).isdecimal() and int(size) >= 1, "batch_size", batch_size, "must be a positive integer or auto"
-        )
+        mesh = make_small_mesh(MeshConfig(mesh_data, mesh_fsdp, mesh_tensor))
+        is_auto, shares = str(batch_size).startswith("auto"), shares_of(mesh)
+        size = -(-8 // shares) * shares if is_auto else batch_size
+        allowed = "must be a positive integer or auto"
+        require(str(size).isdecimal() and int(size) >= 1, "batch_size", batch_size, allowed)
+        require_shareable("batch_size", int(size), mesh)
         require(isinstance(seed, int) and 0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
         self._batch_size, self._seed, self._overlap, self._max_gen_toks = int(size), seed, overlap, max_gen_toks
-        self._run = load_run(run, step, option="step")
+        self._run = load_run(run, step, option="step", mesh=mesh)
         self.tokenizer = self._run.tokenizer
         self._think = self._when_to_think(run, think, think_temperature)
         context = self._run.decoder.config.context
@@ -236,12 +246,17 @@ class HarnessModel:
     def _options(self) -> dict[str, Any]:
         """What all scoring has in common."""
         thinking = self._run.config.thinking if "thinking" in self._run.params else None
-        return {"think": self._think, "thinking": thinking, "batch_size": self._batch_size, "seed": self._seed}
+        return {
+            "think": self._think, "thinking": thinking, "batch_size": self._batch_size, "seed": self._seed,
+            "mesh": self._run.mesh,
+        }  # fmt: skip
 
     def _get_generator(self) -> Generator:
         if self._generator is None:
             run = self._run
-            self._generator = Generator(run.decoder, run.params, run.tokenizer.end_ids, thinking=run.config.thinking)
+            self._generator = Generator(
+                run.decoder, run.params, run.tokenizer.end_ids, thinking=run.config.thinking, mesh=run.mesh
+            )
         return self._generator
 
     def _tell_of_cuts(self, lengths: Any) -> None:

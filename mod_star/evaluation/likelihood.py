@@ -183,7 +183,7 @@ def _scores(
 ) -> Iterator[tuple[int, Scored]]:
     return score_stream(
         subject.decoder, subject.params, pairs, allowed_ids=allowed, thinking=subject.thinking, think=subject.think,
-        batch_size=batch_size, seed=seed, routing_key=subject.routing_key,
+        batch_size=batch_size, seed=seed, routing_key=subject.routing_key, mesh=subject.mesh,
     )  # fmt: skip
 
 

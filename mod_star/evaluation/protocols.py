@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
+from jax.sharding import Mesh
 
 from mod_star.config import ThinkingConfig
 from mod_star.data.tokenizers import Tokenizer
@@ -40,10 +41,13 @@ class Subject:
     thinking: ThinkingConfig | None = None
     think: Think = NEVER
     routing_key: jax.Array | None = None
+    mesh: Mesh | None = None
+    """Where `params` lie, if on several devices."""
 
     def generator(self) -> Generator:
         """To generate with."""
-        return Generator(self.decoder, self.params, self.tokenizer.end_ids, self.routing_key, self.thinking)
+        end_ids = self.tokenizer.end_ids
+        return Generator(self.decoder, self.params, end_ids, self.routing_key, self.thinking, self.mesh)
 
 
 Numbered = tuple[int, Item]

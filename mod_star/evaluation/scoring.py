@@ -1,15 +1,12 @@
 """Log-likelihoods of given texts: of continuations after contexts, and of long texts in windows; thinking or not.
 
 Texts are run whole, a batch at a time in a few padded lengths. Texts that begin with one another share a pass: the
-answers to a multiple-choice question cost one pass of their question where each is a single token. The LM head is
-applied only where something is to be scored, `HEAD_ROWS` positions at a time, so that the logits of a text never exist
-at once. A thinking model thinks before every scored token (or where it is unsure) exactly as while generating: by
-`decoding.think.think_step`, on the keys/values of the text before that token.
+answers to a multiple-choice question cost one pass of their question where each is a single token. Here it is decided
+what is run and what is read from it; what a batch computes is `score_batch`.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,24 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax.sharding import Mesh
 
 from mod_star.config import ThinkingConfig
 from mod_star.decoding.generate import NEVER
 from mod_star.decoding.step import unstack
-from mod_star.decoding.think import Think, think_step
+from mod_star.decoding.think import Think
 from mod_star.errors import InputError, require
+from mod_star.evaluation.score_batch import HEAD_ROWS, THOUGHT_ROWS, score_batch
 from mod_star.model import Decoder
-from mod_star.model.routing import causal_slots
-from mod_star.model.transformer import block_names, group_count, logits_of
+from mod_star.sharding import batch_sharding, use_mesh
 
 Pair = tuple[Sequence[int], Sequence[int]]
-
-HEAD_ROWS = 64
-"""Positions whose logits exist at one time."""
-THOUGHT_ROWS = 32
-"""Thoughts that are computed side by side at the most: enough for the weights to be read seldom."""
-THOUGHT_BYTES = 2**28
-"""Bytes of text keys/values that such thoughts may have copied for them; fewer think at once where texts are long."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +57,7 @@ def score(
     truncate: bool = False,
     seed: int = 0,
     routing_key: jax.Array | None = None,
+    mesh: Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Scored]:
     """Log-probabilities of the tokens of each continuation after its context, routed causally in a MoD model.
@@ -77,22 +69,23 @@ def score(
       allowed_ids: ids to renormalise the probabilities over, besides (the evaluation of Quiet-STaR).
       thinking: length and kind of thoughts, for a model that can think; `params` then has the entry "thinking".
       think: when to think before a scored token, and how. Never while reading the context.
-      batch_size: texts at a time; changes speed and memory, not the result.
+      batch_size: texts at a time, a multiple of the mesh's shares; changes speed and memory, not the result.
       truncate: drop the beginning of contexts that are too long, instead of refusing them.
       seed: of thoughts' draws; greedy ones don't depend on it.
       routing_key: for models with stochastic routing.
+      mesh: where `params` lie, if on several devices. Texts are shared out over data and fsdp.
       progress: called with the number of pairs that are done, and of all, after every batch.
 
     Returns:
       One result per pair, in their order.
 
     Raises:
-      InputError: a context is empty, a pair doesn't fit into the model's context, an id is none of the model's, or the
-        model is asked to think and can't.
+      InputError: a context is empty, a pair doesn't fit into the model's context, an id is none of the model's, the
+        model is asked to think and can't, or the mesh can't share out batches of that size.
     """
     found = score_stream(
         decoder, params, pairs, allowed_ids=allowed_ids, thinking=thinking, think=think, batch_size=batch_size,
-        truncate=truncate, seed=seed, routing_key=routing_key, progress=progress,
+        truncate=truncate, seed=seed, routing_key=routing_key, mesh=mesh, progress=progress,
     )  # fmt: skip
     results = dict(found)
     return [results[index] for index in range(len(pairs))]
@@ -110,10 +103,12 @@ def score_stream(
     truncate: bool = False,
     seed: int = 0,
     routing_key: jax.Array | None = None,
+    mesh: Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, Scored]]:
     """`score`, batch by batch: yields (index of the pair, result) as they come, long texts first."""
     require(batch_size >= 1, "batch_size", batch_size, "must be at least 1")
+    require_shareable("batch_size", batch_size, mesh)
     can_think = thinking is not None and "thinking" in params
     thinks = think.when != "never"
     require(can_think or not thinks, "think.when", think.when, "must be never, the model has not learned to think")
@@ -121,8 +116,26 @@ def score_stream(
     texts = _texts(decoder, pairs, truncate)
     return _stream(
         decoder, params, texts, len(pairs), batch_size, allowed, thinking if thinks else None, think, seed,
-        _routing_key(decoder, routing_key), progress,
+        _routing_key(decoder, routing_key), mesh, progress,
     )  # fmt: skip
+
+
+def shares_of(mesh: Mesh | None) -> int:
+    """How many shares a mesh cuts a batch into; 1 without a mesh."""
+    return 1 if mesh is None else int(mesh.shape["data"] * mesh.shape["fsdp"])
+
+
+def require_shareable(option: str, batch_size: int, mesh: Mesh | None) -> None:
+    """Raises InputError, with the numbers, unless every share of the mesh gets as many rows of a batch as the others.
+
+    Args:
+      option: what the user calls the batch size.
+      batch_size: rows.
+      mesh: None: a single device, which takes any number.
+    """
+    if mesh is not None and batch_size % shares_of(mesh):
+        sizes = f"{mesh.shape['data']} x {mesh.shape['fsdp']} = {shares_of(mesh)}"
+        require(False, option, batch_size, f"must be a multiple of mesh.data x mesh.fsdp = {sizes}")
 
 
 def rolling_windows(tokens: Sequence[int], first: int, window: int, overlap: int = 1) -> list[Pair]:
@@ -260,17 +273,19 @@ def _stream(
     think: Think,
     seed: int,
     routing_key: jax.Array | None,
+    mesh: Mesh | None,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[int, Scored]]:
     # A thought runs token by token: there, slicing stacked weights at every step would copy them.
     groups = unstack(decoder, params)["groups"] if thinking is not None else None
     threshold = jnp.float32(think.threshold or 0.0)
     fixed = replace(think, threshold=0.0) if think.when == "auto" else think  # a new threshold is no new program
-    batch_size = min(batch_size, len(texts))
-    starts = range(0, len(texts), max(1, batch_size))
+    shares = shares_of(mesh)
+    batch_size = min(batch_size, -(-max(1, len(texts)) // shares) * shares)
+    starts = range(0, len(texts), batch_size)
     plans = [_plan(texts[start : start + batch_size]) for start in starts]
     most = max((len(plan) for plan in plans), default=0)
-    rows = HEAD_ROWS if thinking is None else min(-(-most // 8) * 8, THOUGHT_ROWS)
+    rows = HEAD_ROWS if thinking is None else min(-(-most // (8 * shares)) * 8, THOUGHT_ROWS)
     # Thinking takes long to compile, the text is the smaller part of its work: fewer programs, more padding.
     steps = 8 if thinking is None else 1
     done = 0
@@ -288,10 +303,12 @@ def _stream(
         for slot, ((row, position), wanted) in enumerate(plan.items()):
             slots[row, position] = slot
             where[slot], targets[slot, : len(wanted)] = (row, position), list(wanted)
-        found = _score_batch(
-            decoder, thinking, fixed, rows, params, groups, tokens, lengths, where, targets, np.int32(len(plan)),
-            allowed, threshold, seed, np.int32(start), routing_key,
-        )  # fmt: skip
+        inputs = (tokens, lengths) if mesh is None else jax.device_put((tokens, lengths), batch_sharding(mesh))
+        with use_mesh(mesh):
+            found = score_batch(
+                decoder, thinking, fixed, rows, params, groups, *inputs, where, targets, np.int32(len(plan)),
+                allowed, threshold, seed, np.int32(start), routing_key,
+            )  # fmt: skip
         log_probs, greedy, restricted, restricted_greedy, thinks = jax.device_get(found)
         for row, text in enumerate(batch):
             for index, position, after in text.pairs:
@@ -321,108 +338,3 @@ def _plan(batch: list[_Text]) -> dict[tuple[int, int], dict[int, int]]:
                 columns = plan.setdefault((row, position + offset), {})
                 columns.setdefault(token, len(columns))
     return plan
-
-
-@functools.partial(jax.jit, static_argnames=("decoder", "thinking", "think", "rows"))
-def _score_batch(
-    decoder: Decoder,
-    thinking: ThinkingConfig | None,
-    think: Think,
-    rows: int,
-    params: dict[str, Any],
-    groups: Any,
-    tokens_BxS: jax.Array,
-    lengths_B: jax.Array,
-    where_Nx2: jax.Array,
-    targets_NxT: jax.Array,
-    count: jax.Array,
-    allowed_A: jax.Array | None,
-    threshold: jax.Array,
-    seed: jax.Array,
-    first_row: jax.Array,
-    routing_key: jax.Array | None,
-) -> tuple[jax.Array, ...]:
-    """Runs a batch and scores `count` places of it; what lies behind them in the results means nothing.
-
-    Args:
-      decoder: the model.
-      thinking: None: don't think.
-      think: when and how; its threshold is in `threshold`.
-      rows: places that are computed at a time, or fewer.
-      params: stacked.
-      groups: the same parameters of the blocks, unrolled; None without thinking.
-      tokens_BxS: int32 texts, padded.
-      lengths_B: int32 lengths.
-      where_Nx2: int32 (row, position) whose next token is scored.
-      targets_NxT: int32 tokens to score there.
-      count: int32 places; the rest of N is padding.
-      allowed_A: int32 ids to renormalise over, or None.
-      threshold: float32 scalar, of `think`.
-      seed: int32, of thoughts' draws.
-      first_row: int32 number of the first text.
-      routing_key: of stochastic routing, or None.
-
-    Returns:
-      Float32 log-probabilities NxT, bool NxT whether greedy, the same two renormalised, bool N whether it thought.
-    """
-    (S, N, T), context = (tokens_BxS.shape[1], *targets_NxT.shape), decoder.config.context
-    segment_ids_BxS = (jnp.arange(S) < lengths_B[:, None]).astype(jnp.int32)
-    slots = causal_slots(decoder.routing, context)  # as in generation, however the texts are padded
-
-    def run(tokens_S: jax.Array, segment_ids_S: jax.Array) -> Any:
-        return decoder.apply(
-            {"params": params}, tokens_S, None, segment_ids_S, mode="causal", slots=slots, key=routing_key,
-            keep_keys_values=thinking is not None,
-        )  # fmt: skip
-
-    output = jax.vmap(run)(tokens_BxS, segment_ids_BxS)
-    R = rows if thinking is None else max(1, min(rows, THOUGHT_BYTES // _bytes_of_one(output.keys_values)))
-    pad = lambda a: jnp.pad(a, [(0, -N % R), *[(0, 0)] * (a.ndim - 1)])  # noqa: E731
-    where_Nx2, targets_NxT = pad(where_Nx2), pad(targets_NxT)
-
-    def portion(i: jax.Array, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, i * R, R)  # noqa: E731
-        (row_R, position_R), targets_RxT = cut(where_Nx2).T, cut(targets_NxT)
-        active_R = i * R + jnp.arange(R) < count
-        hidden_RxD = output.hidden[row_R, position_R]
-        if thinking is None:
-            logits_RxV, thinks_R = logits_of(params, hidden_RxD), jnp.zeros(R, bool)
-        else:
-            text = _texts_of_rows(decoder, output.keys_values, row_R)
-            fold = lambda row, at: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), at)  # noqa: E731
-            logits_RxV, record = think_step(
-                decoder, {**params, "groups": groups}, thinking, think, threshold, hidden_RxD, text, position_R,
-                jax.vmap(fold)(first_row + row_R, position_R), active_R,
-            )  # fmt: skip
-            thinks_R = record.thinks_BxT
-        log_p_RxV = jax.nn.log_softmax(logits_RxV)
-        log_probs_RxT = jnp.take_along_axis(log_p_RxV, targets_RxT, 1)
-        greedy_RxT = jnp.argmax(logits_RxV, -1)[:, None] == targets_RxT
-        restricted_RxT, best_RxT = log_probs_RxT, greedy_RxT
-        if allowed_A is not None:
-            log_p_RxA = log_p_RxV[:, allowed_A]
-            is_allowed = jnp.any(targets_RxT[..., None] == allowed_A, -1)
-            total_Rx1 = jax.nn.logsumexp(log_p_RxA, -1, keepdims=True)
-            restricted_RxT = jnp.where(is_allowed, log_probs_RxT - total_Rx1, -jnp.inf)
-            best_RxT = allowed_A[jnp.argmax(log_p_RxA, -1)][:, None] == targets_RxT
-        new = (log_probs_RxT, greedy_RxT, restricted_RxT, best_RxT, thinks_R)
-        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, i * R, 0)  # noqa: E731
-        return jax.tree.map(put, results, new)
-
-    M = where_Nx2.shape[0]
-    numbers, flags = jnp.zeros((M, T)), jnp.zeros((M, T), bool)
-    empty = (numbers, flags, numbers, flags, jnp.zeros(M, bool))
-    return jax.lax.fori_loop(0, (count + R - 1) // R, portion, empty)
-
-
-def _bytes_of_one(keys_values: Any) -> int:
-    """Bytes of the keys/values of one text of a batch."""
-    return sum(leaf.size * leaf.dtype.itemsize // leaf.shape[0] for leaf in jax.tree.leaves(keys_values))
-
-
-def _texts_of_rows(decoder: Decoder, keys_values: Any, row_R: jax.Array) -> tuple[Any, Any]:
-    """The texts' keys/values for R thoughts, as `decoding.caches.text_of` gives them: nothing generated, all prompt."""
-    names, groups = block_names(decoder.routing), range(group_count(decoder.config, decoder.routing))
-    pick = lambda segment, group: jax.tree.map(lambda leaf: leaf[row_R, group], segment)  # noqa: E731
-    own = tuple(dict.fromkeys(names, ()) for _ in groups)
-    return own, tuple({name: (pick(keys_values[name], group),) for name in names} for group in groups)

@@ -17,6 +17,7 @@ from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfi
 from mod_star.decoding import Generator, Sampling, Think
 from mod_star.errors import InputError
 from mod_star.evaluation import scoring
+from mod_star.evaluation.score_batch import HEAD_ROWS, score_batch
 from mod_star.evaluation.scoring import Pair, padded_length, rolling_windows, score, score_rolling
 from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
@@ -279,8 +280,8 @@ def test_logits_of_all_tokens_never_exist() -> None:
     decoder = Decoder(config, RoutingConfig(every=0))
     params = jax.eval_shape(lambda: random_params(config, decoder.routing))
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)  # noqa: E731
-    compiled = scoring._score_batch.lower(
-        decoder, None, Think(), scoring.HEAD_ROWS, params, None, ints(B, S), ints(B), ints(B * S, 2), ints(B * S, 1),
+    compiled = score_batch.lower(
+        decoder, None, Think(), HEAD_ROWS, params, None, ints(B, S), ints(B), ints(B * S, 2), ints(B * S, 1),
         ints(), None, jax.ShapeDtypeStruct((), np.float32), ints(), ints(), None,
     ).compile(AS_SHIPPED)  # fmt: skip
     memory: Any = compiled.memory_analysis()

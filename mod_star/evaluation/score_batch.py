@@ -1,0 +1,145 @@
+"""The compiled program behind `scoring`: runs a batch of texts whole and scores some of their places, thinking or not.
+
+The LM head is applied only where something is to be scored, `HEAD_ROWS` positions at a time, so that the logits of a
+text never exist at once. A thinking model thinks before every scored token (or where it is unsure) exactly as while
+generating: by `decoding.think.think_step`, on the keys/values of the text before that token. On a mesh the texts are
+shared out over data and fsdp, and so are the places, wherever their texts lie.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mod_star.config import ThinkingConfig
+from mod_star.decoding.think import Think, think_step
+from mod_star.model import Decoder
+from mod_star.model.routing import causal_slots
+from mod_star.model.transformer import block_names, group_count, head_matrix, logits_of
+from mod_star.sharding import BATCH_AXES, axis_size, batch_vmap, constrain
+
+HEAD_ROWS = 64
+"""Positions whose logits exist at one time, for each share of a batch."""
+THOUGHT_ROWS = 32
+"""Thoughts that are computed side by side at the most: enough for the weights to be read seldom. For each share."""
+THOUGHT_BYTES = 2**28
+"""Bytes of text keys/values that such thoughts may have copied for them; fewer think at once where texts are long."""
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "thinking", "think", "rows"))
+def score_batch(
+    decoder: Decoder,
+    thinking: ThinkingConfig | None,
+    think: Think,
+    rows: int,
+    params: dict[str, Any],
+    groups: Any,
+    tokens_BxS: jax.Array,
+    lengths_B: jax.Array,
+    where_Nx2: jax.Array,
+    targets_NxT: jax.Array,
+    count: jax.Array,
+    allowed_A: jax.Array | None,
+    threshold: jax.Array,
+    seed: jax.Array,
+    first_row: jax.Array,
+    routing_key: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+    """Runs a batch and scores `count` places of it; what lies behind them in the results means nothing.
+
+    Args:
+      decoder: the model.
+      thinking: None: don't think.
+      think: when and how; its threshold is in `threshold`.
+      rows: places that are computed at a time, or fewer; for each share, where a mesh shares the batch out.
+      params: stacked.
+      groups: the same parameters of the blocks, unrolled; None without thinking.
+      tokens_BxS: int32 texts, padded.
+      lengths_B: int32 lengths.
+      where_Nx2: int32 (row, position) whose next token is scored.
+      targets_NxT: int32 tokens to score there.
+      count: int32 places; the rest of N is padding.
+      allowed_A: int32 ids to renormalise over, or None.
+      threshold: float32 scalar, of `think`.
+      seed: int32, of thoughts' draws.
+      first_row: int32 number of the first text.
+      routing_key: of stochastic routing, or None.
+
+    Returns:
+      Float32 log-probabilities NxT, bool NxT whether greedy, the same two renormalised, bool N whether it thought.
+    """
+    (S, N, T), context = (tokens_BxS.shape[1], *targets_NxT.shape), decoder.config.context
+    segment_ids_BxS = (jnp.arange(S) < lengths_B[:, None]).astype(jnp.int32)
+    slots = causal_slots(decoder.routing, context)  # as in generation, however the texts are padded
+
+    def run(tokens_S: jax.Array, segment_ids_S: jax.Array) -> Any:
+        return decoder.apply(
+            {"params": params}, tokens_S, None, segment_ids_S, mode="causal", slots=slots, key=routing_key,
+            keep_keys_values=thinking is not None,
+        )  # fmt: skip
+
+    output = batch_vmap(run)(tokens_BxS, segment_ids_BxS)
+    if thinking is not None:
+        rows = max(1, min(rows, THOUGHT_BYTES // _bytes_of_one(output.keys_values)))
+    R = rows * axis_size("data") * axis_size("fsdp")
+    # Put together over fsdp before the loop, not in it.
+    head = {"head": constrain(head_matrix(params).astype(output.hidden.dtype), "tensor", None)}
+    pad = lambda a: jnp.pad(a, [(0, -N % R), *[(0, 0)] * (a.ndim - 1)])  # noqa: E731
+    where_Nx2, targets_NxT = pad(where_Nx2), pad(targets_NxT)
+
+    def portion(i: jax.Array, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, i * R, R)  # noqa: E731
+        (row_R, position_R), targets_RxT = cut(where_Nx2).T, cut(targets_NxT)
+        active_R = i * R + jnp.arange(R) < count
+        hidden_RxD = constrain(output.hidden[row_R, position_R], BATCH_AXES, None)
+        if thinking is None:
+            logits_RxV, thinks_R = logits_of(head, hidden_RxD), jnp.zeros(R, bool)
+        else:
+            text = _texts_of_rows(decoder, output.keys_values, row_R)
+            fold = lambda row, at: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), at)  # noqa: E731
+            logits_RxV, record = think_step(
+                decoder, {**params, **head, "groups": groups}, thinking, think, threshold, hidden_RxD, text, position_R,
+                jax.vmap(fold)(first_row + row_R, position_R), active_R,
+            )  # fmt: skip
+            thinks_R = record.thinks_BxT
+        log_p_RxV = jax.nn.log_softmax(logits_RxV)
+        log_probs_RxT = jnp.take_along_axis(log_p_RxV, targets_RxT, 1)
+        greedy_RxT = jnp.argmax(logits_RxV, -1)[:, None] == targets_RxT
+        restricted_RxT, best_RxT = log_probs_RxT, greedy_RxT
+        if allowed_A is not None:
+            log_p_RxA = log_p_RxV[:, allowed_A]
+            is_allowed = jnp.any(targets_RxT[..., None] == allowed_A, -1)
+            total_Rx1 = jax.nn.logsumexp(log_p_RxA, -1, keepdims=True)
+            restricted_RxT = jnp.where(is_allowed, log_probs_RxT - total_Rx1, -jnp.inf)
+            best_RxT = allowed_A[jnp.argmax(log_p_RxA, -1)][:, None] == targets_RxT
+        new = (log_probs_RxT, greedy_RxT, restricted_RxT, best_RxT, thinks_R)
+        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, i * R, 0)  # noqa: E731
+        return jax.tree.map(put, results, new)
+
+    M = where_Nx2.shape[0]
+    numbers, flags = jnp.zeros((M, T)), jnp.zeros((M, T), bool)
+    empty = (numbers, flags, numbers, flags, jnp.zeros(M, bool))
+    return jax.lax.fori_loop(0, (count + R - 1) // R, portion, empty)
+
+
+def _bytes_of_one(keys_values: Any) -> int:
+    """Bytes of the keys/values of one text of a batch."""
+    return sum(leaf.size * leaf.dtype.itemsize // leaf.shape[0] for leaf in jax.tree.leaves(keys_values))
+
+
+def _texts_of_rows(decoder: Decoder, keys_values: Any, row_R: jax.Array) -> tuple[Any, Any]:
+    """The texts' keys/values for R thoughts, as `decoding.caches.text_of` gives them: nothing generated, all prompt."""
+    names, groups = block_names(decoder.routing), range(group_count(decoder.config, decoder.routing))
+
+    def pick(segment: Any, group: int) -> Any:
+        def one(leaf: jax.Array) -> jax.Array:
+            heads = ("tensor",) if leaf.ndim == 5 else ()  # keys and values: text, group, head, token, width
+            return constrain(leaf[row_R, group], BATCH_AXES, *heads)
+
+        return jax.tree.map(one, segment)
+
+    own = tuple(dict.fromkeys(names, ()) for _ in groups)
+    return own, tuple({name: (pick(keys_values[name], group),) for name in names} for group in groups)

@@ -1,0 +1,101 @@
+"""`mod-star evaluate` and the harness's adapter say on eight devices what they say on one; each does its share."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+CASES = ("choice-8x1x1", "choice-1x8x1", "choice-1x1x2", "choice-2x2x2", "expected-thinking-2x2x2", "cot-2x2x2",
+         "beam-2x2x2")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def eight(thinking_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Directory with what `evaluate_on_eight.py` found, and what it said on stdout and stderr."""
+    out = tmp_path_factory.mktemp("eight")
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    command = [sys.executable, str(TESTS / "sharding" / "evaluate_on_eight.py"), str(thinking_run), str(out)]
+    environment = os.environ | {"PYTHONPATH": path, "JAX_NUM_CPU_DEVICES": "8"}
+    done = subprocess.run(
+        command, env=environment, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == 0, done.stdout
+    return out, done.stdout
+
+
+def records_of(path: Path) -> dict[str, Any]:
+    """By id; without the time that they took."""
+    lines = [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
+    return {line["id"]: {name: value for name, value in line.items() if name != "seconds"} for line in lines}
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """The same but for rounding of numbers."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        found, expected = list(found.values()), [expected[name] for name in found]
+    if isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    else:
+        # Records are rounded to six digits behind the point.
+        assert found == (pytest.approx(expected, rel=1e-5, abs=1e-5) if isinstance(expected, float) else expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_records_equal_one_device(eight: tuple[Path, str], case: str) -> None:
+    way = case.rpartition("-")[0]
+    one, many = (records_of(eight[0] / name) for name in (f"{way}-1x1x1", case))
+    assert len(one) == 10
+    assert_same(many, one)
+    told = [json.dumps([record.get(name) for name in ("log_likelihoods", "log_probs", "branches")])
+            for record in one.values()]  # fmt: skip
+    assert len(set(told)) == 10, "another question's row would be noticed"
+
+
+def test_results_do_not_depend_on_the_mesh(eight: tuple[Path, str]) -> None:
+    one, many = (json.loads((eight[0] / f"choice-{mesh}" / "results.json").read_text()) for mesh in ("1x1x1", "2x2x2"))
+    assert many["config"] == one["config"] and "--mesh" not in one["config"]
+    assert many["measures"] == one["measures"]
+    assert "10 of 10 questions are done already" in eight[1], "an evaluation goes on with another mesh"
+
+
+def test_a_mesh_that_does_not_fit_is_refused(eight: tuple[Path, str]) -> None:
+    errors = [line for line in eight[1].splitlines() if line.startswith("error: ")]
+    assert errors == [
+        "error: --batch-size = 8: must be a multiple of mesh.data x mesh.fsdp = 3 x 1 = 3",
+        "error: --mesh = data 1 x fsdp 16 x tensor 1: must multiply to the number of devices, 8",
+        "error: mesh.tensor = 4: must divide model.heads = 2",
+        "error: batch_size = 6: must be a multiple of mesh.data x mesh.fsdp = 2 x 2 = 4",
+    ]
+    assert not list(eight[0].glob("bad-*")), "nothing was written"
+
+
+def test_the_adapter_says_the_same(eight: tuple[Path, str]) -> None:
+    one, many = (json.loads((eight[0] / f"harness-{name}.json").read_text()) for name in ("one", "mixed"))
+    assert_same(many, one)
+    assert all(value < -1 for value, _ in one["loglikelihood"]) and any(one["texts"])
+
+
+def test_every_device_does_its_share(eight: tuple[Path, str]) -> None:
+    programs = json.loads((eight[0] / "programs.json").read_text())
+    share = {
+        (way, mesh): {name: found[mesh][name] / found["one"][name] for name in found["one"]}
+        for way, found in programs.items()
+        for mesh in found
+    }
+    for mesh in ("data", "fsdp", "mixed"):  # an eighth, and what can't be shared
+        assert share["plain", mesh]["flops"] < 0.16 and share["plain", mesh]["temp_bytes"] < 0.25
+    assert share["plain", "tensor"]["flops"] < 0.25 and share["plain", "tensor"]["temp_bytes"] < 0.25
+    assert share["thinking", "mixed"]["flops"] < 0.2 and share["thinking", "mixed"]["temp_bytes"] < 0.35
+    for way in ("plain", "thinking"):  # parameters
+        assert share[way, "mixed"]["argument_bytes"] < 0.35
+    assert share["plain", "fsdp"]["argument_bytes"] < 0.25
