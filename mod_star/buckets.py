@@ -206,7 +206,8 @@ def _fetch(files: Any, address: str, local: Path) -> None:
     there = {name.removeprefix(root + "/"): name for name in files.find(root)}
     if there and CONFIG_FILE not in there and not all(short.startswith("tokenizer/") for short in there):
         raise InputError(f"{address}: is neither empty nor a run (it has no {CONFIG_FILE}); choose another address")
-    wanted = {short: name for short, name in there.items() if short.split("/")[0] not in LEFT_THERE}
+    outside = {short for short in there if ".." in short.split("/")}  # a bucket takes any name, even one that climbs
+    wanted = {short: there[short] for short in there.keys() - outside if short.split("/")[0] not in LEFT_THERE}
     for path in local.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -125,15 +125,16 @@ def test_a_run_in_a_bucket_is_the_run_of_a_directory_on_any_machine(
     assert re.fullmatch(rf"error: {RUN}: [^\n]*no access[^\n]*\n", err := capsys.readouterr().err), err
 
 
-def test_a_working_copy_is_what_the_bucket_holds(here: Bucket) -> None:
+def test_a_working_copy_is_what_the_bucket_holds(here: Bucket, tmp_path: Path) -> None:
     bucket = here
     bucket.write("runs/x/config.json", b"{}")
     bucket.write("runs/x/tokenizer/a.json", b"1")
     bucket.write("runs/x/checkpoints/2/large", b"2")
+    bucket.write("runs/x/../../../evil.json", b"4")
     copy = working_copy("gs://bucket/runs/x")
     assert copy.name == "x" and buckets.copied_from(copy) == "gs://bucket/runs/x"
     assert sorted(path.name for path in copy.rglob("*.json")) == ["a.json", "config.json", "working_copy.json"]
-    assert not (copy / "checkpoints").exists()
+    assert not (copy / "checkpoints").exists() and not list(tmp_path.rglob("evil.json"))
     # Changes go back, and no others.
     before = dict(bucket.objects)
     bring_back(copy)
