@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from mod_star.commands import keep_compiled_programs, parse_options, require_writable
+from mod_star.buckets import copied_from
+from mod_star.commands import keep_compiled_programs, parse_options, require_writable, with_working_copy
 from mod_star.devices_config import MeshConfig
 from mod_star.errors import InputError, require
 
@@ -127,7 +128,7 @@ WITHOUT_INFLUENCE = ("out", "batch_size", "mesh")
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
-    options = parse_options(EvaluateOptions, argv, "mod-star evaluate")
+    options = with_working_copy(parse_options(EvaluateOptions, argv, "mod-star evaluate"))
     _check(options)
 
     # Only now, when the command line is known to be good: JAX takes seconds to import.
@@ -246,6 +247,7 @@ def _config(options: EvaluateOptions, step: int) -> dict[str, Any]:
     values |= {"step": step, "decoding": options.decoding or ("greedy" if options.protocol == "generate" else None)}
     for name in ("run", "data", "few_shot_data"):  # the same file, wherever the command was given
         values[name] = None if values[name] is None else str(Path(values[name]).absolute())
+    values["run"] = copied_from(options.run) or values["run"]
     return {_flag(name): value for name, value in values.items()}
 
 

@@ -25,6 +25,7 @@ from mod_star.decoding.text import Completion, completion_of, encode_prompts
 from mod_star.decoding.think import Think
 from mod_star.errors import require
 from mod_star.model.transformer import logits_of
+from mod_star.sharding import use_mesh
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ class BeamSearch:
         scores = jnp.full((Q, W), -jnp.inf, jnp.float32)
         log_probs, gaps = (jnp.zeros((Q, W, new_tokens), jnp.float32) for _ in range(2))
         search = _Search(state, live_QxW, tokens, log_probs, gaps, scores)
-        search = self._run(self._generator.params, search=search)
+        with use_mesh(self._generator._mesh):
+            search = self._run(self._generator.params, search=search)
         return self._hypotheses(search, new_tokens)
 
     def _run_fn(self, params: dict[str, Any], search: _Search) -> _Search:
