@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish to stop after the current step."""
+"""Why a training ends before its last step: SIGTERM and Ctrl-C, as a wish to stop after the current step; errors."""
 
 from __future__ import annotations
 
@@ -52,3 +52,17 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
 
 def _name(number: int) -> str:
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, through no fault of the input's form; the message is one line."""
+
+
+class LostProcess(TrainingError):
+    """Another process has died or can't be reached. This one can't do anything with JAX either; it should end."""
+
+    def __init__(self, error: Exception, last_good: str) -> None:
+        reason = str(error).partition("\n")[0][:200]
+        super().__init__(
+            f"another process is gone ({reason}); {last_good}. Started in all of them, the same command goes on"
+        )

@@ -10,8 +10,6 @@ what the files mean, writes all others, and prints.
 
 from __future__ import annotations
 
-import itertools
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,36 +18,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import grain
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 
 from mod_star.buckets import bring_back, checkpoints_of, copied_from, working_copy
 from mod_star.config import RunConfig
 from mod_star.data import (
     Batch,
-    Tokenizer,
-    held_out_batches,
     load_saved_tokenizer,
     load_tokenizer,
     prefetch_to_device,
-    train_batches,
 )
 from mod_star.devices_config import MeshConfig
 from mod_star.errors import InputError
 from mod_star.flops import parameter_count
 from mod_star.model import Decoder
-from mod_star.parts import load_parts
 from mod_star.plots import plot_curves
 from mod_star.processes import SharedStop, decide_first, is_first
 from mod_star.sharding import (
     batch_sharding,
     make_mesh,
     place,
-    require_fits,
-    rows_of_process,
     shardings,
     use_mesh,
 )
@@ -57,11 +47,12 @@ from mod_star.terminal import short_number
 from mod_star.training import checkpoints, run_dir
 from mod_star.training.base_run import load_base
 from mod_star.training.compiled import lower_eval_step, lower_train_step, state_shapes
-from mod_star.training.interrupt import Interrupted, stop_signals
+from mod_star.training.inputs import Inputs, load_inputs
+from mod_star.training.interrupt import Interrupted, LostProcess, TrainingError, stop_signals
 from mod_star.training.metrics import MetricsWriter, read_metrics
 from mod_star.training.progress import TrainingProgress
 from mod_star.training.run_dir import LoadedRun
-from mod_star.training.stages import Stage, StagePlan, plan_stages
+from mod_star.training.stages import Stage
 from mod_star.training.state import TrainState, init_state, initial_params
 from mod_star.training.step import objective_of
 from mod_star.training.summary import SUMMARY_FILE, TrainSummary, describe, read_summary, write_summary
@@ -77,20 +68,6 @@ StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 EvalFn = Callable[[dict[str, Any], Any, jax.Array], Metrics]
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on, through no fault of the input's form; the message is one line."""
-
-
-class LostProcess(TrainingError):
-    """Another process has died or can't be reached. This one can't do anything with JAX either; it should end."""
-
-    def __init__(self, error: Exception, last_good: str) -> None:
-        reason = str(error).partition("\n")[0][:200]
-        super().__init__(
-            f"another process is gone ({reason}); {last_good}. Started in all of them, the same command goes on"
-        )
-
-
 @dataclass(frozen=True)
 class _Unread:
     """What a step has to say, to be read when it has been computed."""
@@ -99,20 +76,6 @@ class _Unread:
     metrics: Metrics
     asked: jax.Array | None
     """From `SharedStop.ask`."""
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What a run is made from, checked and ready."""
-
-    run: RunConfig
-    tokenizer: Tokenizer
-    decoder: Decoder
-    batches: grain.IterDataset
-    held_out: list[Batch]
-    plan: StagePlan
-    mesh: Mesh | None
-    """None: one device."""
 
 
 def train(
@@ -165,17 +128,17 @@ def train(
             tokenizer = load_saved_tokenizer(path / run_dir.TOKENIZER_DIRECTORY, stored.data.tokenizer)
             begun = decide_first(lambda: checkpoints.saved_steps(checkpoints_of(path)))
             base = None if begun else load_base(stored, tokenizer, placed)
-            inputs = _load_inputs(stored, tokenizer, placed)
+            inputs = load_inputs(stored, tokenizer, placed)
             return _Training(inputs, path, resume_from, console, base, profile).run_to_end()
         if resume_from is not None:
             raise InputError(f"--resume-from = {resume_from}: {path} is not a run yet")
         decide_first(lambda: run_dir.require_creatable(path))
         base = load_base(run, mesh=placed)
         if base is None:
-            inputs = _load_inputs(run, load_tokenizer(run.data.tokenizer), placed)
+            inputs = load_inputs(run, load_tokenizer(run.data.tokenizer), placed)
         else:
             run = replace(run, model=replace(run.model, vocab_size=base.config.model.vocab_size))
-            inputs = _load_inputs(run, base.tokenizer, placed)
+            inputs = load_inputs(run, base.tokenizer, placed)
         config = None if base is None else base.config
 
         def create() -> None:
@@ -185,30 +148,12 @@ def train(
         return _Training(inputs, path, None, console, base, profile).run_to_end()
 
 
-def _load_inputs(run: RunConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> _Inputs:
-    """Reads and checks everything that a run is made from."""
-    parts = load_parts(run.parts)
-    if run.model.vocab_size == 0:
-        run = replace(run, model=replace(run.model, vocab_size=64 * math.ceil(tokenizer.vocab_size / 64)))
-    run_dir.require_vocabulary(run, tokenizer)
-    plan = plan_stages(run)
-    rows = None
-    if mesh is not None:
-        require_fits(run, mesh)
-        rows = rows_of_process(mesh, run.train.batch_size)
-    source = (run.data, tokenizer, run.model.context, run.train.batch_size)
-    batches = train_batches(*source, rows)
-    next(iter(batches))  # a document that cannot be read or tokenised comes to light now, not after compilation
-    held_out = list(itertools.islice(held_out_batches(*source), run.train.eval_batches))
-    return _Inputs(run, tokenizer, Decoder(run.model, run.routing, parts), batches, held_out, plan, mesh)
-
-
 class _Training:
     """One sitting of a run in its directory."""
 
     def __init__(
         self,
-        inputs: _Inputs,
+        inputs: Inputs,
         path: Path,
         resume_from: int | None,
         console: Console,

@@ -77,7 +77,7 @@ def test_a_run_from_start_to_end(
     assert list((path / "tensorboard").iterdir())
 
     # Complete: it is said, nothing is done again.
-    monkeypatch.setattr(loop, "_load_inputs", lambda *_: pytest.fail("trains again"))
+    monkeypatch.setattr(loop, "load_inputs", lambda *_: pytest.fail("trains again"))
     assert train(run, path) == summary
     said = capsys.readouterr().out
     assert "is complete already" in said and f"{summary.evaluation['eval_loss']:.4f}" in said

@@ -1,0 +1,62 @@
+"""What a run is made from: read and checked before anything is compiled or written."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import grain
+from jax.sharding import Mesh
+
+from mod_star.config import RunConfig
+from mod_star.data import Batch, Tokenizer, held_out_batches, train_batches
+from mod_star.model import Decoder
+from mod_star.parts import load_parts
+from mod_star.sharding import require_fits, rows_of_process
+from mod_star.training.run_dir import require_vocabulary
+from mod_star.training.stages import StagePlan, plan_stages
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made from, checked and ready."""
+
+    run: RunConfig
+    """With `model.vocab_size` filled in."""
+    tokenizer: Tokenizer
+    decoder: Decoder
+    batches: grain.IterDataset
+    """Of this process's rows of every batch."""
+    held_out: list[Batch]
+    """Whole batches, the same in every process."""
+    plan: StagePlan
+    mesh: Mesh | None
+    """None: one device."""
+
+
+def load_inputs(run: RunConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> Inputs:
+    """Reads and checks everything that a run is made from.
+
+    Args:
+      run: its configuration; `model.vocab_size` 0 becomes the tokenizer's, rounded up to a multiple of 64.
+      tokenizer: the run's.
+      mesh: its devices; None: one.
+
+    Raises:
+      InputError: a field, the data or the parts are no good, or the mesh doesn't fit.
+    """
+    parts = load_parts(run.parts)
+    if run.model.vocab_size == 0:
+        run = replace(run, model=replace(run.model, vocab_size=64 * math.ceil(tokenizer.vocab_size / 64)))
+    require_vocabulary(run, tokenizer)
+    plan = plan_stages(run)
+    rows = None
+    if mesh is not None:
+        require_fits(run, mesh)
+        rows = rows_of_process(mesh, run.train.batch_size)
+    source = (run.data, tokenizer, run.model.context, run.train.batch_size)
+    batches = train_batches(*source, rows)
+    next(iter(batches))  # a document that cannot be read or tokenised comes to light now, not after compilation
+    held_out = list(itertools.islice(held_out_batches(*source), run.train.eval_batches))
+    return Inputs(run, tokenizer, Decoder(run.model, run.routing, parts), batches, held_out, plan, mesh)
