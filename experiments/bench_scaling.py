@@ -3,15 +3,20 @@
     python -m experiments.bench_scaling           # a table
     python -m experiments.bench_scaling --json    # one flat JSON object
 
-Everything is measured warm and compared with a baseline of the same run. The plans need jax[tpu] (no TPU); without it
-their figures are null. Nothing else should run beside it.
+Everything is measured warm and compared with a baseline of the same process, in turns with it so that a machine that
+gets slower or faster does so for both. The plans need jax[tpu] (no TPU); without it their figures are null. Nothing
+else should run beside it. `--parts plans` measures one part alone.
 
-The keys, and what is aimed at:
+The keys, and what is aimed at; `_iqr` is the distance between the quartiles of what the median is of:
 
-    loop_overhead         seconds per step of a whole run (data, metrics, checkpoints every 200 steps), over the bare
+    loop_overhead         seconds per step of `train` itself (data, metrics, checkpoints every 200 steps), over the bare
                           compiled step, less 1: at most 0.03
+    loop_overhead_between_saves  the same of the stretches without a checkpoint
     checkpoint_delay      seconds that a checkpoint takes from the steps around it, over the time that its bytes take at
-                          the disk's bandwidth: at most 0.2
+                          the disk's bandwidth (a plain file, written and synced): at most 0.2
+    checkpoint_block_s    how long the loop stands still for it, which is all that it costs where the steps are computed
+                          elsewhere than on the cores that write
+    checkpoint_slowdown_s   the rest: by how much steps are slower while it is written
     pipeline_over_training  tokens/s of the data pipeline alone over those of the demo's training: at least 20
     resume_s              seconds from starting `mod-star train` again to its first step, less compilation, with a warm
                           compilation cache: at most 10
@@ -34,9 +39,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
@@ -47,13 +54,15 @@ from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConf
 from mod_star.data import ByteTokenizer, train_batches
 from mod_star.model import Decoder
 from mod_star.terminal import result_table
+from mod_star.training import loop
 from mod_star.training.checkpoints import CheckpointWriter
 from mod_star.training.compiled import lower_train_step, state_shapes
-from mod_star.training.loop import train
 from mod_star.training.state import TrainState, init_state, initial_params
 
 PLANS = ("v5p:2x2x4", "v5p:4x8x8")
 """16 chips and 256."""
+
+Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def demo_run(steps: int, checkpoint_every: int = 200) -> RunConfig:
@@ -72,80 +81,154 @@ def first_state(run: RunConfig) -> TrainState:
 
 
 class Bare:
-    """The compiled step alone, on one batch again and again."""
+    """A compiled step alone, on one batch again and again."""
 
-    def __init__(self, run: RunConfig) -> None:
-        decoder = Decoder(run.model, run.routing)
-        shapes = state_shapes(decoder, run, ByteTokenizer(), 100)
-        self.step = lower_train_step(decoder, run, 100, shapes).compile()
-        self.state = first_state(run)
-        source = train_batches(run.data, ByteTokenizer(), run.model.context, run.train.batch_size)
-        self.batch = jax.device_put(next(iter(source)))
+    def __init__(self, step: Step, state: TrainState, batch: Any) -> None:
+        self.step, self.state, self.batch = step, state, batch
 
     def run(self, steps: int) -> float:
         """Seconds of this many steps."""
         began = time.perf_counter()
         for _ in range(steps):
             self.state, metrics = self.step(self.state, self.batch)
-        jax.block_until_ready(metrics)
+        jax.block_until_ready((self.state, metrics))
         return time.perf_counter() - began
 
 
-def loop_overhead(steps: int, rounds: int) -> dict[str, float]:
-    """A run of 2n steps less a run of n steps is n steps with all that belongs to them, set-up and end left out."""
-    bare = Bare(demo_run(steps))
-    bare.run(20)
+class Turns:
+    """Stands in for the compiled step of the training loop, and now and then runs it alone.
 
-    def whole(steps: int) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            began = time.perf_counter()
-            train(demo_run(steps), Path(folder) / "run", quiet=True)
-            return time.perf_counter() - began
+    Whenever it has passed on `stretch` steps, it waits for them, and then runs as many of its own: the same program on
+    a copy of the state and one batch again and again. All else goes on as it does; the thread that makes batches has
+    made as many at the end of a stretch as were taken in it. Stretches begin so that a checkpoint's step is in the
+    middle of one, which is time enough to write it.
 
-    whole(20)  # compiles
-    ratios, seconds = [], []
-    for _ in range(rounds):
-        alone = bare.run(steps) / steps
-        ratios.append((whole(2 * steps) - whole(steps)) / steps / alone)
-        seconds.append(alone)
-    step = statistics.median(seconds)
-    tokens = demo_run(1).train.batch_size * demo_run(1).model.context
+    Args:
+      step: the compiled step.
+      stretch: steps of a stretch.
+      lead: steps before the first one.
+    """
+
+    def __init__(self, step: Step, stretch: int, lead: int) -> None:
+        self.step, self.stretch, self.lead = step, stretch, lead
+        self.calls = 0
+        self.bare: Bare | None = None
+        self.began = 0.0
+        self.loop_seconds: list[float] = []
+        self.bare_seconds: list[float] = []
+        """Of the stretches before and after each of the loop's: one more."""
+
+    def __call__(self, state: TrainState, batch: Any) -> Any:
+        """One step of the loop."""
+        if self.calls >= self.lead and (self.calls - self.lead) % self.stretch == 0:
+            self._turn(state, batch)
+        self.calls += 1
+        return self.step(state, batch)
+
+    def _turn(self, state: TrainState, batch: Any) -> None:
+        jax.block_until_ready(state)
+        now = time.perf_counter()
+        if self.bare is None:
+            self.bare = Bare(self.step, jax.tree.map(jnp.copy, state), batch)
+            self.bare.run(self.stretch)
+        else:
+            self.loop_seconds.append(now - self.began)
+        self.bare_seconds.append(self.bare.run(self.stretch))
+        self.began = time.perf_counter()
+
+
+def loop_overhead(rounds: int, every: int = 200, stretch: int = 50) -> dict[str, float]:
+    """`train` itself, its compiled step replaced by `Turns`; a round is `every` steps and one checkpoint."""
+    lead = stretch + stretch // 2  # where the middle of a later stretch is a checkpoint's step
+    found: list[Turns] = []
+
+    class Lowered:
+        def __init__(self, *args: Any) -> None:
+            self.lowered = lower_train_step(*args)
+
+        def compile(self) -> Turns:
+            found.append(Turns(self.lowered.compile(), stretch, lead))
+            return found[-1]
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(loop, "lower_train_step", Lowered):
+        run = demo_run(lead + rounds * every + 1, checkpoint_every=every)
+        loop.train(run, Path(folder) / "run", quiet=True)
+    (turns,) = found
+    alone = [(before + after) / 2 for before, after in itertools.pairwise(turns.bare_seconds)]
+    count = every // stretch
+    parts = [slice(start, start + count) for start in range(0, rounds * count, count)]
+    ratios = [sum(turns.loop_seconds[part]) / sum(alone[part]) - 1 for part in parts]
+    saves = range((every - lead) // stretch, rounds * count, count)
+    plain = [turns.loop_seconds[i] / alone[i] - 1 for i in range(rounds * count) if i not in saves]
+    step = statistics.median(turns.bare_seconds) / stretch
     return {
-        "loop_overhead": statistics.median(ratios) - 1,
+        "loop_overhead": statistics.median(ratios),
+        "loop_overhead_iqr": spread(ratios),
+        "loop_overhead_between_saves": statistics.median(plain),
         "bare_step_ms": 1e3 * step,
-        "training_tokens_per_s": tokens / step,
+        "training_tokens_per_s": run.train.batch_size * run.model.context / step,
     }
+
+
+def spread(values: list[float]) -> float:
+    """The distance between the quartiles."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
 
 
 def checkpoint_delay(rounds: int) -> dict[str, float]:
-    """What saving takes from the steps, against writing as many bytes and waiting until the disk has them."""
+    """What saving takes from the steps, against writing as many bytes and waiting until the disk has them.
+
+    In turns: steps alone, a save with as many steps after it, steps alone, a plain file of that size. There are so many
+    steps that the save ends among them.
+    """
     # Large enough (about 200 MB of state) that fixed costs don't decide.
     model = ModelConfig(vocab_size=8192, width=512, layers=4, heads=8, context=256, mlp_width=1408)
     run = replace(demo_run(1), model=model, routing=RoutingConfig())
-    bare = Bare(run)
-    bare.run(3)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves((bare.state.params, bare.state.opt_state)))
     batches = iter(train_batches(run.data, ByteTokenizer(), model.context, run.train.batch_size))
-    next(batches)
-    delays, writing, steps = [], [], 12
+    decoder = Decoder(run.model, run.routing)
+    step = lower_train_step(decoder, run, 100, state_shapes(decoder, run, ByteTokenizer(), 100)).compile()
+    bare = Bare(step, first_state(run), jax.device_put(next(batches)))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves((bare.state.params, bare.state.opt_state)))
+    bare.run(3)
+    one = bare.run(5) / 5
+    delays, blocked, writing = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         writer = CheckpointWriter(Path(folder) / "checkpoints", keep=1)
+        longest = max(_save_and_wait(writer, bare, batches) for _ in range(2))
+        steps = max(5, round(2 * longest / one))
+        alone = bare.run(steps)
         for _ in range(rounds):
-            alone = bare.run(steps)
-            began = time.perf_counter()
+            before, began = alone, time.perf_counter()
             writer.save(bare.state, batches, {})
+            blocked.append(time.perf_counter() - began)
             bare.run(steps)
-            delays.append(time.perf_counter() - began - alone)
+            seconds = time.perf_counter() - began
             writer.wait()
+            alone = bare.run(steps)
+            delays.append(seconds - (before + alone) / 2)
             writing.append(_write(Path(folder) / "plain", size))
         writer.close()
-    disk = statistics.median(writing)
+    disk, delay = statistics.median(writing), statistics.median(delays)
     return {
-        "checkpoint_delay": statistics.median(delays) / disk,
-        "checkpoint_delay_s": statistics.median(delays),
+        "checkpoint_delay": delay / disk,
+        "checkpoint_delay_s": delay,
+        "checkpoint_delay_iqr_s": spread(delays),
+        "checkpoint_block_s": statistics.median(blocked),
+        "checkpoint_slowdown_s": delay - statistics.median(blocked),
         "checkpoint_mb": size / 1e6,
         "disk_mb_per_s": size / 1e6 / disk,
+        "disk_iqr_s": spread(writing),
     }
+
+
+def _save_and_wait(writer: CheckpointWriter, bare: Bare, batches: Any) -> float:
+    """Seconds until a checkpoint of one more step is on disk, while nothing else is done."""
+    bare.run(1)
+    began = time.perf_counter()
+    writer.save(bare.state, batches, {})
+    writer.wait()
+    return time.perf_counter() - began
 
 
 def _write(path: Path, size: int) -> float:
@@ -250,36 +333,40 @@ def plans() -> dict[str, float | None]:
     }
 
 
+Part = Literal["loop", "checkpoint", "data", "resuming", "depth", "plans"]
+
+
 @dataclass(frozen=True)
 class Options:
     """Measures what surrounds the compiled step."""
 
     json: bool = False
     """Print one JSON object instead of a table."""
-    steps: int = 200
-    """Steps of a measurement of the loop."""
-    rounds: int = 3
-    """Repetitions, of which the median counts."""
+    parts: tuple[Part, ...] = get_args(Part)
+    """What to measure."""
+    rounds: int = 9
+    """Repetitions, at least 2, of which the median counts; a third as many of resuming."""
 
 
 def main() -> None:
-    """Measures everything in turn."""
+    """Measures the parts in turn."""
     options = tyro.cli(Options, config=(tyro.conf.FlagCreatePairsOff,))
     console = Console(stderr=True)
     keep_compiled_programs()
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "loop": lambda: loop_overhead(options.steps, options.rounds),
-        "checkpoint": lambda: checkpoint_delay(options.rounds + 2),
+    parts: dict[Part, Callable[[], dict[str, Any]]] = {
+        "loop": lambda: loop_overhead(options.rounds),
+        "checkpoint": lambda: checkpoint_delay(options.rounds),
         "data": pipeline,
-        "resuming": lambda: resume(options.rounds),
+        "resuming": lambda: resume(max(1, options.rounds // 3)),
         "depth": depth,
         "plans": plans,
     }
     found: dict[str, Any] = {}
-    for name, measure in parts.items():
+    for name in options.parts:
         with console.status(f"measuring {name}"):
-            found |= measure()
-    found["pipeline_over_training"] = found["pipeline_tokens_per_s"] / found["training_tokens_per_s"]
+            found |= parts[name]()
+    if {"loop", "data"} <= set(options.parts):
+        found["pipeline_over_training"] = found["pipeline_tokens_per_s"] / found["training_tokens_per_s"]
     if options.json:
         print(json.dumps({name: None if value is None else round(value, 4) for name, value in found.items()}))
         return
