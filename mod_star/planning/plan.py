@@ -132,7 +132,7 @@ def plan_training(run: RunConfig, topology: Topology, mesh: MeshConfig, watch: W
         )
     found = _Found(topology, devices, run, state, timer.seconds)
     if topology.kind == "gpu":
-        return found.lowered_only(lowered)
+        return found.lowered_only()  # that it could be lowered shows that every operation has a form for CUDA
     with watch(f"compiling for {topology.name}"), timer:
         try:
             compiled = lowered.compile()
@@ -197,9 +197,8 @@ class _Found:
         memory = replace(memory, temporaries=rest)
         return self._plan(memory, False, None, None, None, (f"the compiler stopped: {message.splitlines()[0]}",))
 
-    def lowered_only(self, lowered: jax.stages.Lowered) -> Plan:
+    def lowered_only(self) -> Plan:
         """The plan of a program that only a GPU's own compiler could compile."""
-        del lowered  # that there is one shows that every operation has a form for CUDA
         memory = self._arguments()
         notes = [
             "the step was lowered for CUDA, not compiled: activations, temporaries, collectives and memory traffic "

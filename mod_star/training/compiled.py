@@ -50,19 +50,13 @@ def lower_train_step(
       mesh: None: one device.
       platforms: what to lower for, such as ("cuda",); None: the platform of the devices.
     """
-    step = make_train_step(decoder, run, total_steps)
-    if mesh is None:
-        traced = jax.jit(step, donate_argnums=0).trace(state, batch_shapes(run))
-        return traced.lower(lowering_platforms=platforms)
-    places = (shardings(mesh, state), replicated(mesh))
+    places = None if mesh is None else (shardings(mesh, state), replicated(mesh))
+    step = jax.jit(make_train_step(decoder, run, total_steps), donate_argnums=0, out_shardings=places)
     with use_mesh(mesh):
-        traced = jax.jit(step, donate_argnums=0, out_shardings=places).trace(state, batch_shapes(run, mesh))
-        return traced.lower(lowering_platforms=platforms)
+        return step.trace(state, batch_shapes(run, mesh)).lower(lowering_platforms=platforms)
 
 
-def lower_eval_step(
-    decoder: Decoder, run: RunConfig, params: Any, mesh: Mesh | None = None
-) -> jax.stages.Lowered:  # fmt: skip
+def lower_eval_step(decoder: Decoder, run: RunConfig, params: Any, mesh: Mesh | None = None) -> jax.stages.Lowered:
     """The evaluation step `(params, batch, key) -> sums`. Args as for `lower_train_step`; `params` are shapes."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     if mesh is not None:
