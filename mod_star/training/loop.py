@@ -311,12 +311,15 @@ class _Training:
         """Reads a step's numbers (waiting for it, if need be), shows and writes them; stops a run that diverges."""
         if unread is None:
             return
-        step, values = unread.step, jax.device_get(unread.metrics)
-        self.stop.read(unread.asked)
-        self.streak, _ = int(values.pop("streak")), values.pop("finite")
-        self.progress.update(step, float(values["loss"]))
+        step = unread.step
         # The last of a stage too: between two records, all steps cost the same.
-        if step % self.run.train.log_every == 0 or step == self.inputs.plan.at(step).last:
+        due = step % self.run.train.log_every == 0 or step == self.inputs.plan.at(step).last
+        left_out = {"finite"} if due else unread.metrics.keys() - {"loss", "streak"}
+        values = jax.device_get({name: value for name, value in unread.metrics.items() if name not in left_out})
+        self.stop.read(unread.asked)
+        self.streak = int(values.pop("streak"))
+        self.progress.update(step, float(values["loss"]))
+        if due:
             if (rate := self.progress.tokens_per_second) is not None:
                 values["tokens_per_second"] = rate
             values["train_flops"] = self.inputs.plan.flops_until(step)

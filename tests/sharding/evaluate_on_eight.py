@@ -28,7 +28,7 @@ from mod_star.sharding import batch_sharding, make_mesh, place, shardings, use_m
 
 MIXED = (2, 2, 2)
 WAYS: dict[str, tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]] = {
-    "choice": (("--protocol", "choice"), ((8, 1, 1), (1, 8, 1), (1, 1, 2), MIXED)),
+    "choice": (("--protocol", "choice"), ((1, 8, 1), MIXED)),
     "expected-thinking": (("--protocol", "expected", "--think", "always"), (MIXED,)),
     "cot": (("--decoding", "cot", "--branches", "3", "--new-tokens", "12"), (MIXED,)),
     "beam": (("--decoding", "beam", "--branches", "2", "--new-tokens", "6"), (MIXED,)),
@@ -42,24 +42,13 @@ def evaluate(run: Path, out: Path) -> None:
     """Everything in `WAYS`, through the command."""
     data = out / "words.jsonl"
     data.write_text("\n".join(json.dumps({"q": f"{n}{'!' * n}?", "a": ("no", "yes")[n % 2]}) for n in range(COUNT)))
-    words: list[str | Path] = [
-        "--data",
-        data,
-        "--question",
-        "{q}",
-        "--answer",
-        "{a}",
-        "--kind",
-        "choice",
-        "--choices",
-        "yes",
-        "no",
-    ]
+    words: list[str | Path] = ["--data", data, "--question", "{q}", "--answer", "{a}", "--kind", "choice"]
+    words += ["--choices", "yes", "no"]
     for way, (options, meshes) in WAYS.items():
         for mesh in ((1, 1, 1), *meshes):
             sizes = [f"--mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
             command(run, *words, *options, *sizes, "--out", out / f"{way}-{'x'.join(map(str, mesh))}")
-    command(run, *words, *WAYS["choice"][0], "--out", out / "choice-8x1x1")  # done already, whatever the mesh
+    command(run, *words, *WAYS["choice"][0], "--out", out / "choice-1x8x1")  # done already, whatever the mesh
     for number, sizes in enumerate((["--mesh.data", "3"], ["--mesh.fsdp", "16"], ["--mesh.tensor", "4"])):
         command(run, *words, *sizes, "--out", out / f"bad-{number}", expected=2)
 

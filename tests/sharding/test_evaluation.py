@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).parents[1]
-CASES = ("choice-8x1x1", "choice-1x8x1", "choice-1x1x2", "choice-2x2x2", "expected-thinking-2x2x2", "cot-2x2x2",
-         "beam-2x2x2")  # fmt: skip
+CASES = ("choice-1x8x1", "choice-2x2x2", "expected-thinking-2x2x2", "cot-2x2x2", "beam-2x2x2")
 
 
 @pytest.fixture(scope="module")
