@@ -14,10 +14,11 @@ turns, so that an early --report is balanced.
 
 What there is up to now (440 of 1,000, --dtype float32; the tables are in the README) goes on with
 
-    cp -r experiments/records/cot_decoding_smollm2 runs/ && xz -d runs/cot_decoding_smollm2/records.jsonl.xz
+    mkdir -p runs && cp -r experiments/records/cot_decoding_smollm2 runs/
+    xz -d runs/cot_decoding_smollm2/records.jsonl.xz
 
-and then the same command with --dtype float32, about 16 s per question on a core of an Intel Xeon (AVX-512), 12 on one of
-an AMD EPYC. In these records questions and texts are left out: reports don't need them.
+and then the same command with --dtype float32, about 16 s per question on a core of an Intel Xeon (AVX-512), 12 on one
+of an AMD EPYC. In these records questions and texts are left out: reports don't need them.
 """
 
 from __future__ import annotations
