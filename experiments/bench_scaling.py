@@ -24,11 +24,11 @@ The keys, and what is aimed at; `_iqr` is the distance between the quartiles of 
     plan_scaling_error    per-chip memory and FLOPs of a plan for 256 chips against a sixteenth of those for 16 chips,
                           the larger deviation: at most 0.1
 
-Two idle cores of an Intel Xeon (AVX-512), JAX 0.10.2, --rounds 6: loop_overhead 0.023 (iqr 0.018; 0.004 between saves),
-pipeline_over_training 452, resume_s 3.8, depth ratios 0.95 and 1.004, plan_scaling_error 0.050 (memory 1.050: parameters
-and optimizer state are copied along `data`; FLOPs 1.000). checkpoint_delay is 2.6, not 0.2: of 0.40 s for 205 MB the loop
-stands still for 0.05 s, in which the state is copied; the rest is what writing and hashing take from the two cores that
-are the devices here, while the disk takes 1.4 GB/s.
+Two idle cores of an Intel Xeon (AVX-512), JAX 0.10.2, --rounds 6: loop_overhead 0.023 (iqr 0.018; 0.004 between
+saves), pipeline_over_training 452, resume_s 3.8, depth ratios 0.95 and 1.004, plan_scaling_error 0.050 (memory 1.050:
+parameters and optimizer state are copied along `data`; FLOPs 1.000). checkpoint_delay is 2.6, not 0.2: of 0.40 s for
+205 MB the loop stands still for 0.05 s, in which the state is copied; the rest is what writing and hashing take from
+the two cores that are the devices here, while the disk takes 1.4 GB/s.
 """
 
 from __future__ import annotations
