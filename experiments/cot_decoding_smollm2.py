@@ -12,7 +12,7 @@ and 64 for coin flips (the paper: 400), so that it takes hours on one core and n
 dropped, as in the paper, and their share is reported. Interrupted, the same command goes on; tasks and prompts take
 turns, so that an early --report is balanced.
 
-What there is up to now (440 of 1,000, --dtype float32; the tables are in the README) goes on with
+What there is up to now (488 of 1,000, --dtype float32; the README's tables are of the first 440) goes on with
 
     mkdir -p runs && cp -r experiments/records/cot_decoding_smollm2 runs/
     xz -d runs/cot_decoding_smollm2/records.jsonl.xz
