@@ -165,10 +165,8 @@ def checkpoints_of(run: Path) -> Any:
 
 def copied_from(run: Path) -> str | None:
     """The address that a working copy belongs to; None: it is a directory of its own."""
-    try:
-        return str(json.loads((run / COPY_FILE).read_text(encoding="utf-8"))["address"])
-    except FileNotFoundError:
-        return None
+    found = _read_copy_file(run)
+    return None if found is None else str(found["address"])
 
 
 def bring_back(local: Path) -> None:
@@ -177,10 +175,10 @@ def bring_back(local: Path) -> None:
     Raises:
       OSError: the bucket can't be written.
     """
-    address = copied_from(local)
-    if address is None:
+    copy = _read_copy_file(local)
+    if copy is None:
         return
-    known = json.loads((local / COPY_FILE).read_text(encoding="utf-8"))["files"]
+    address, known = copy["address"], copy["files"]
     now = _stamps(local)
     files = file_system(address)
     with bucket_errors(address):
@@ -200,7 +198,7 @@ def bring_back_all() -> None:
 
 
 def _fetch(files: Any, address: str, local: Path) -> None:
-    """Makes the copy what the bucket holds, but for what is left there and for old event files."""
+    """Makes the copy what the bucket holds, but for what is left there."""
     root = address.removeprefix("gs://")
     files.invalidate_cache()
     there = {name.removeprefix(root + "/"): name for name in files.find(root)}
@@ -228,6 +226,15 @@ def _stamps(local: Path) -> dict[str, list[int]]:
         if path.is_file() and name.parts[0] not in NOT_BROUGHT:
             stat = path.stat()
             found[name.as_posix()] = [stat.st_size, stat.st_mtime_ns]
+    return found
+
+
+def _read_copy_file(local: Path) -> dict[str, Any] | None:
+    """Address and stamps; None: no working copy."""
+    try:
+        found: dict[str, Any] = json.loads((local / COPY_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     return found
 
 
