@@ -22,9 +22,7 @@ import logging
 import os
 import re
 import shutil
-import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -125,8 +123,6 @@ class CheckpointWriter:
         # first process.
         if is_address(self._directory):
             return
-        if sys.platform == "linux" and threading.current_thread() is not threading.main_thread():
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # this thread's: the steps come first
         for written in self._directory.glob(f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}*"):
             _write_sums(written)
 

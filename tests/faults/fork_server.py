@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import functools
 import json
 import os
@@ -228,17 +229,20 @@ def _become(request: dict[str, Any]) -> None:
         file = os.open(os.path.join(request["output"], name), flags | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    faulthandler.register(signal.SIGUSR1)  # writes where all threads are
     exec(request["before"], {})
 
 
 def _end_of(pid: int) -> tuple[int | None, float]:
-    """Exit code (None: it hung and was killed) and CPU seconds of a process."""
+    """Exit code (None: it hung, said where on standard error, and was killed) and CPU seconds of a process."""
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         ended, status, usage = os.wait4(pid, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
         time.sleep(0.002)
+    os.kill(pid, signal.SIGUSR1)
+    time.sleep(1.0)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return None, 0.0
