@@ -24,7 +24,7 @@ from typing import Any
 
 from mod_star.errors import InputError
 from mod_star.locks import LOCK_FILE, is_locked
-from mod_star.training.stored_config import CONFIG_FILE, is_run
+from mod_star.training.stored_config import CONFIG_FILE, PARTS_FILE, TOKENIZER_DIRECTORY, is_run
 
 CHECKPOINTS_DIRECTORY = "checkpoints"
 """Of a run; see `mod_star.training.checkpoints`."""
@@ -202,7 +202,8 @@ def _fetch(files: Any, address: str, local: Path) -> None:
     root = address.removeprefix("gs://")
     files.invalidate_cache()
     there = {name.removeprefix(root + "/"): name for name in files.find(root)}
-    if there and CONFIG_FILE not in there and not all(short.startswith("tokenizer/") for short in there):
+    left_by_a_killed_start = {short.split("/")[0] for short in there} <= {TOKENIZER_DIRECTORY, PARTS_FILE}
+    if CONFIG_FILE not in there and not left_by_a_killed_start:
         raise InputError(f"{address}: is neither empty nor a run (it has no {CONFIG_FILE}); choose another address")
     outside = {short for short in there if ".." in short.split("/")}  # a bucket takes any name, even one that climbs
     wanted = {short: there[short] for short in there.keys() - outside if short.split("/")[0] not in LEFT_THERE}

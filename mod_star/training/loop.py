@@ -131,7 +131,7 @@ def train(
             inputs = load_inputs(stored, tokenizer, placed)
             return _Training(inputs, path, resume_from, console, base, profile).run_to_end()
         if resume_from is not None:
-            raise InputError(f"--resume-from = {resume_from}: {path} is not a run yet")
+            raise InputError(f"--resume-from = {resume_from}: {copied_from(path) or path} is not a run yet")
         decide_first(lambda: run_dir.require_creatable(path))
         base = load_base(run, mesh=placed)
         if base is None:

@@ -47,7 +47,15 @@ from mod_star.sharding import require_model_fits
 from mod_star.training.checkpoints import choose_checkpoint, restore_params
 from mod_star.training.stages import config_at
 from mod_star.training.state import initial_params
-from mod_star.training.stored_config import BASE, CONFIG_FILE, is_run, read_base_config, read_config
+from mod_star.training.stored_config import (
+    BASE,
+    CONFIG_FILE,
+    PARTS_FILE,
+    TOKENIZER_DIRECTORY,
+    is_run,
+    read_base_config,
+    read_config,
+)
 
 __all__ = [
     "CHECKPOINTS_DIRECTORY",
@@ -69,8 +77,6 @@ __all__ = [
     "same_parts",
 ]
 
-PARTS_FILE = "parts.py"
-TOKENIZER_DIRECTORY = "tokenizer"
 OF_A_WORKING_COPY = {COPY_FILE, FETCHING_FILE}
 MADE_BEFORE_CONFIG = {LOCK_FILE, TOKENIZER_DIRECTORY, PARTS_FILE, CONFIG_FILE + ".new"} | OF_A_WORKING_COPY
 """What a directory can hold that a new run was about to be made in when its process was killed."""
@@ -196,8 +202,8 @@ def require_creatable(path: Path) -> None:
             names = {entry.name for entry in path.iterdir()}
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        left_by_a_killed_start = names <= MADE_BEFORE_CONFIG and LOCK_FILE in names
-        if names - OF_A_WORKING_COPY and not left_by_a_killed_start:
+        left_by_a_killed_start = names <= MADE_BEFORE_CONFIG and not names.isdisjoint((LOCK_FILE, COPY_FILE))
+        if names and not left_by_a_killed_start:
             raise InputError(f"{path}: is neither empty nor a run (it has no {CONFIG_FILE}); choose another directory")
     existing = path.absolute()
     while not existing.exists():
@@ -247,7 +253,8 @@ def created(path: Path, run: RunConfig, tokenizer: Tokenizer, base: RunConfig | 
 
 
 def _write(path: Path, run: RunConfig, tokenizer: Tokenizer, base: RunConfig | None) -> None:
-    shutil.rmtree(path / TOKENIZER_DIRECTORY, ignore_errors=True)  # a killed start may have left another
+    shutil.rmtree(path / TOKENIZER_DIRECTORY, ignore_errors=True)  # a killed start may have left others
+    (path / PARTS_FILE).unlink(missing_ok=True)
     save_tokenizer(tokenizer, path / TOKENIZER_DIRECTORY)
     if run.parts is not None:
         original, _, name = run.parts.rpartition(":")

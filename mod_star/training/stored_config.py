@@ -1,4 +1,4 @@
-"""A run's config.json, read without JAX, which takes seconds to import."""
+"""A run's config.json, read without JAX, which takes seconds to import; names of a run's files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from mod_star.errors import InputError
 CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
 """The result of a run; there once it is complete, see `mod_star.training.summary`."""
+PARTS_FILE = "parts.py"
+TOKENIZER_DIRECTORY = "tokenizer"
 BASE = "base"
 """Entry of config.json beside "config": the configuration, at the time, of the run that this one started from."""
 

@@ -154,6 +154,19 @@ def test_a_working_copy_is_what_the_bucket_holds(here: Bucket, tmp_path: Path) -
     assert not (working_copy("gs://bucket/runs/x") / "config.json").exists()
 
 
+def test_a_start_that_was_killed_on_its_way_there_is_made_again(here: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("from mod_star.parts import Parts\nparts = Parts()\n")
+    here.write("runs/started/parts.py", b"of another start")
+    here.write("runs/started/tokenizer/of_another_start.json", b"")
+    with pytest.raises(SystemExit, match="0"):
+        main(
+            ["train", "gs://bucket/runs/started", *OPTIONS, "--train.steps", "1", "--parts", f"{tmp_path}/own.py:parts"]
+        )
+    found = files_of(here, "runs/started/")
+    assert found["parts.py"] == (tmp_path / "own.py").read_bytes()
+    assert "summary.json" in found and "tokenizer/of_another_start.json" not in found
+
+
 def test_config_arrives_last(here: Bucket) -> None:
     copy = working_copy("gs://bucket/runs/new")
     (copy / "tokenizer").mkdir()
@@ -173,6 +186,7 @@ def test_config_arrives_last(here: Bucket) -> None:
         (["train", "RUN", "--data.source", "gs://bucket/texts/*.md"], "no such file, and no file matches"),
         (["train", "RUN", "--data.source", "gs://bucket/texts/a.arrayrecord"], "is read from disks only"),
         (["sample", "gs://bucket/runs/none"], "is not a run"),
+        (["train", "gs://bucket/runs/none", "--resume-from", "2"], "= 2: gs://bucket/runs/none is not a run yet"),
         (["import", "MODEL", "gs://bucket/runs/other"], "must be a directory; only mod-star train makes runs"),
     ],
 )  # fmt: skip
