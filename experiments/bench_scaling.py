@@ -64,6 +64,7 @@ from mod_star.training import loop
 from mod_star.training.checkpoints import CheckpointWriter
 from mod_star.training.compiled import lower_train_step, state_shapes
 from mod_star.training.state import TrainState, init_state, initial_params
+from mod_star.training.train import train
 
 PLANS = ("v5p:2x2x4", "v5p:4x8x8")
 """16 chips and 256."""
@@ -158,7 +159,7 @@ def loop_overhead(rounds: int, every: int = 200, stretch: int = 50) -> dict[str,
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(loop, "lower_train_step", Lowered):
         run = demo_run(lead + rounds * every + 1, checkpoint_every=every)
-        loop.train(run, Path(folder) / "run", quiet=True)
+        train(run, Path(folder) / "run", quiet=True)
     (turns,) = found
     alone = [(before + after) / 2 for before, after in itertools.pairwise(turns.bare_seconds)]
     count = every // stretch

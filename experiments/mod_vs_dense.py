@@ -107,7 +107,7 @@ def train_one(options: Options, arm: str, seed: int, core: int) -> None:
     log = os.open(options.out / f"{arm}-{seed}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    from mod_star.training.loop import train
+    from mod_star.training.train import train
 
     train(config(options, arm, seed), options.out / f"{arm}-{seed}")
 

@@ -18,9 +18,9 @@ from mod_star.flops import training_step_flops
 from mod_star.model.routing import capacity_of
 from mod_star.plots import COLOURS, DOTTED, DPI, GREY, INK, PALE, SOLID
 from mod_star.terminal import result_table, short_number
-from mod_star.training.loop import SUMMARY_FILE
 from mod_star.training.metrics import METRICS_FILE, read_metrics
 from mod_star.training.run_dir import is_run, read_config
+from mod_star.training.train import SUMMARY_FILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

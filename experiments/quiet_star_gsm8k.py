@@ -34,8 +34,8 @@ from experiments.reporting import markdown, spread
 from mod_star.config import OptimizerConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.errors import InputError
 from mod_star.terminal import result_table
-from mod_star.training.loop import SUMMARY_FILE, train
 from mod_star.training.stored_config import is_run, read_config
+from mod_star.training.train import SUMMARY_FILE, train
 
 QUIET_STAR = ThinkingConfig(baseline="leave_one_out", drop_negative=False, embedding_rate=10.0)
 ARMS: dict[str, ThinkingConfig | None] = {

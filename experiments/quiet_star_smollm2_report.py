@@ -15,8 +15,8 @@ from mod_star.evaluation.intervals import Estimate, paired_difference
 from mod_star.evaluation.protocols import measures
 from mod_star.plots import COLOURS
 from mod_star.terminal import result_table
-from mod_star.training.loop import SUMMARY_FILE
 from mod_star.training.metrics import read_metrics
+from mod_star.training.train import SUMMARY_FILE
 
 TITLES = {"gsm8k": "GSM8K", "csqa": "CommonsenseQA"}
 MEASURES = ("expected probability", "argmax", "greedy")

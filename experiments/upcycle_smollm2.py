@@ -44,11 +44,11 @@ from mod_star.flops import training_step_flops
 from mod_star.model import Decoder
 from mod_star.pretrained.upcycle import upcycle
 from mod_star.training.checkpoints import saved_steps
-from mod_star.training.loop import SUMMARY_FILE, train
 from mod_star.training.next_token import make_eval_step, summarise_eval
 from mod_star.training.run_dir import LoadedRun, load_run
 from mod_star.training.stages import plan_stages
 from mod_star.training.stored_config import is_run, read_config
+from mod_star.training.train import SUMMARY_FILE, train
 
 TEMPLATE = "Q: {question}\nA: {answer}"
 POINTS = 6

@@ -40,10 +40,10 @@ from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.presets import tiny
 from mod_star.thinking.objective import Places, Talk
 from mod_star.thinking.sample import Thought
-from mod_star.training.loop import train
 from mod_star.training.optimizer import make_optimizer
 from mod_star.training.run_dir import read_config
 from mod_star.training.state import TrainState, init_params
+from mod_star.training.train import train
 
 # Tracing makes millions of small objects, hardly any of them in cycles: the collector, which JAX makes slower still,
 # would take a fifth of the time.

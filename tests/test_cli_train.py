@@ -77,7 +77,7 @@ def test_options_are_refused_in_one_line(capsys: pytest.CaptureFixture[str], tmp
 
 def test_underscores_hyphens_and_presets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []
-    monkeypatch.setattr("mod_star.training.loop.train", lambda run, directory, **_: seen.append((run, directory)))
+    monkeypatch.setattr("mod_star.training.train.train", lambda run, directory, **_: seen.append((run, directory)))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     argv = "train runs/x --preset=tiny --model.kv_heads 1 --model.head-dim 8 --data.pack False --data.source a b"
     with pytest.raises(SystemExit) as left:
@@ -95,7 +95,7 @@ def test_a_run_to_start_from_gives_the_defaults(
     trained_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[RunConfig] = []
-    monkeypatch.setattr("mod_star.training.loop.train", lambda run, *_, **__: seen.append(run))
+    monkeypatch.setattr("mod_star.training.train.train", lambda run, *_, **__: seen.append(run))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     for words in (f"new --init-from {trained_run}", f"--init_from={trained_run} new"):
         with pytest.raises(SystemExit) as left:

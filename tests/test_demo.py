@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from experiments.demo import main, verdict
-from mod_star.training.loop import TrainSummary
 from mod_star.training.run_dir import load_run
+from mod_star.training.train import TrainSummary
 
 
 def summary(steps: int, **evaluation: float) -> TrainSummary:

@@ -65,7 +65,7 @@ def run(argv: Sequence[str]) -> None:
     # Only now, when the command line is known to be good: JAX takes seconds to import.
     from mod_star.processes import join_processes, leave
     from mod_star.training.interrupt import Interrupted
-    from mod_star.training.loop import TrainingError, train
+    from mod_star.training.train import TrainingError, train
 
     keep_compiled_programs()
     sys.unraisablehook = functools.partial(_show_unraisable, sys.unraisablehook)

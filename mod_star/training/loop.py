@@ -1,4 +1,4 @@
-"""The training loop: builds what a run needs, resumes it where it stopped, and stops it where it must.
+"""The training loop: one sitting of a run, from its start or where it stopped to its end or where it must stop.
 
 The loop never waits for a step it has just started: the numbers of step n−1 are read after step n is on its way.
 What belongs to step n (its record, its evaluation) is written before the checkpoint of step n, so that a run that was
@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,32 +22,18 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from mod_star.buckets import bring_back, checkpoints_of, copied_from, working_copy
-from mod_star.config import RunConfig
-from mod_star.data import (
-    Batch,
-    load_saved_tokenizer,
-    load_tokenizer,
-    prefetch_to_device,
-)
-from mod_star.devices_config import MeshConfig
+from mod_star.buckets import bring_back, checkpoints_of, copied_from
+from mod_star.data import Batch, prefetch_to_device
 from mod_star.errors import InputError
 from mod_star.flops import parameter_count
 from mod_star.model import Decoder
 from mod_star.plots import plot_curves
 from mod_star.processes import SharedStop, decide_first, is_first
-from mod_star.sharding import (
-    batch_sharding,
-    make_mesh,
-    place,
-    shardings,
-    use_mesh,
-)
+from mod_star.sharding import batch_sharding, place, shardings, use_mesh
 from mod_star.terminal import short_number
-from mod_star.training import checkpoints, run_dir
-from mod_star.training.base_run import load_base
+from mod_star.training import checkpoints
 from mod_star.training.compiled import lower_eval_step, lower_train_step, state_shapes
-from mod_star.training.inputs import Inputs, load_inputs
+from mod_star.training.inputs import Inputs
 from mod_star.training.interrupt import Interrupted, LostProcess, TrainingError, stop_signals
 from mod_star.training.metrics import MetricsWriter, read_metrics
 from mod_star.training.progress import TrainingProgress
@@ -55,10 +41,8 @@ from mod_star.training.run_dir import LoadedRun
 from mod_star.training.stages import Stage
 from mod_star.training.state import TrainState, init_state, initial_params
 from mod_star.training.step import objective_of
-from mod_star.training.summary import SUMMARY_FILE, TrainSummary, describe, read_summary, write_summary
+from mod_star.training.summary import SUMMARY_FILE, TrainSummary, describe, write_summary
 from mod_star.training.thoughts_log import ThoughtsLog
-
-__all__ = ["SUMMARY_FILE", "LostProcess", "TrainSummary", "TrainingError", "describe", "train"]
 
 CURVES_FILE = "curves.png"
 PROFILE_DIRECTORY = "profile"
@@ -78,77 +62,7 @@ class _Unread:
     """From `SharedStop.ask`."""
 
 
-def train(
-    run: RunConfig,
-    directory: str | Path,
-    *,
-    mesh: MeshConfig | None = None,
-    resume_from: int | None = None,
-    profile: range | None = None,
-    quiet: bool = False,
-) -> TrainSummary:
-    """Trains a run to its end, from the start or from where it was interrupted.
-
-    All input is checked before anything is compiled or written. A complete run is left as it is. A run that starts
-    from another one (`init_from`) needs it no longer once its own checkpoint 0 is there, which comes first of all.
-
-    Args:
-      run: what to train. `model.vocab_size` 0 is filled in from the tokenizer, or from the run that it starts from.
-      directory: where the run is kept, see `mod_star.training.run_dir`; or gs://BUCKET/NAME, see `mod_star.buckets`.
-        It may hold the same run, interrupted, also on another mesh or by another number of processes. All processes
-        must see it.
-      mesh: how to use several devices; copies of the model on all of them by default.
-      resume_from: step of an older checkpoint to go on from; later ones are deleted. None: the newest.
-      profile: steps to trace into RUN/profile, for xprof; None: none.
-      quiet: print nothing.
-
-    Returns:
-      The result.
-
-    Raises:
-      InputError: a field, the data, the directory or a checkpoint is no good.
-      TrainingError: `train.max_skipped` steps in a row had a non-finite loss or gradient; the disk is full, or the
-        bucket can't be written.
-      LostProcess: another process is gone.
-      Interrupted: SIGTERM or Ctrl-C (in the main thread); call again to go on.
-    """
-    path = working_copy(directory)
-    console = Console(quiet=quiet or not is_first())
-    devices = make_mesh(MeshConfig() if mesh is None else mesh)
-    placed = None if devices.size == 1 else devices
-    with ExitStack() as stack:
-        if decide_first(lambda: run_dir.is_run(path)):
-            decide_first(lambda: stack.enter_context(run_dir.locked(path)))
-            checkpoints.require_training(checkpoints_of(path))
-            stored = run_dir.resumed_config(path, run)
-            if resume_from is None and decide_first(lambda: (path / SUMMARY_FILE).is_file()):
-                summary = read_summary(path)
-                _say(console, f"{copied_from(path) or path}: is complete already\n{describe(summary)}")
-                return summary
-            tokenizer = load_saved_tokenizer(path / run_dir.TOKENIZER_DIRECTORY, stored.data.tokenizer)
-            begun = decide_first(lambda: checkpoints.saved_steps(checkpoints_of(path)))
-            base = None if begun else load_base(stored, tokenizer, placed)
-            inputs = load_inputs(stored, tokenizer, placed)
-            return _Training(inputs, path, resume_from, console, base, profile).run_to_end()
-        if resume_from is not None:
-            raise InputError(f"--resume-from = {resume_from}: {copied_from(path) or path} is not a run yet")
-        decide_first(lambda: run_dir.require_creatable(path))
-        base = load_base(run, mesh=placed)
-        if base is None:
-            inputs = load_inputs(run, load_tokenizer(run.data.tokenizer), placed)
-        else:
-            run = replace(run, model=replace(run.model, vocab_size=base.config.model.vocab_size))
-            inputs = load_inputs(run, base.tokenizer, placed)
-        config = None if base is None else base.config
-
-        def create() -> None:
-            stack.enter_context(run_dir.created(path, inputs.run, inputs.tokenizer, config))
-
-        decide_first(create)
-        return _Training(inputs, path, None, console, base, profile).run_to_end()
-
-
-class _Training:
+class Sitting:
     """One sitting of a run in its directory."""
 
     def __init__(
@@ -404,7 +318,7 @@ class _Training:
             plot_curves({self.path.name: self.path}, self.path / CURVES_FILE)
             write_summary(self.path, summary)
             bring_back(self.path)
-        _say(self.console, f"{describe(summary)}\ncurves: {self.name}/{CURVES_FILE}")
+        self.progress.say(f"{describe(summary)}\ncurves: {self.name}/{CURVES_FILE}")
         return summary
 
     def _announce(self, parameters: int) -> None:
@@ -454,7 +368,3 @@ class _Training:
         with self.progress.pause(what):
             yield
         self.paused += time.perf_counter() - began
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

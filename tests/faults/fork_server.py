@@ -188,7 +188,7 @@ def _serve() -> None:
 
     import mod_star.cli
     import mod_star.commands.train
-    import mod_star.training.loop
+    import mod_star.training.train
 
     warnings.filterwarnings("ignore", message=".*fork")  # JAX's threads aren't there yet
     libc = ctypes.CDLL(None, use_errno=True)

@@ -24,8 +24,8 @@ from mod_star.pretrained.byte_tokenizer import byte_tokenizer_json
 from mod_star.pretrained.export import export_model
 from mod_star.pretrained.importing import import_model, open_source
 from mod_star.training.checkpoints import find_damage
-from mod_star.training.loop import train
 from mod_star.training.run_dir import LoadedRun, load_run
+from mod_star.training.train import train
 
 
 def imported(case: str, directory: Path, **options: Any) -> LoadedRun:

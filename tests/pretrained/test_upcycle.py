@@ -28,10 +28,10 @@ from mod_star.model.transformer import head_matrix
 from mod_star.pretrained.params_run import write_params_run
 from mod_star.pretrained.upcycle import default_stages, upcycle, upcycled_config, upcycled_params
 from mod_star.thinking.objective import predicted
-from mod_star.training.loop import train
 from mod_star.training.metrics import read_metrics
 from mod_star.training.next_token import make_loss
 from mod_star.training.run_dir import load_run, read_config
+from mod_star.training.train import train
 
 DENSE = RunConfig(
     model=ModelConfig(vocab_size=29, width=16, layers=4, heads=4, kv_heads=2, mlp_width=24, context=24),

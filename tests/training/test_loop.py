@@ -18,12 +18,12 @@ from mod_star.config import RunConfig
 from mod_star.data import train_batches
 from mod_star.errors import InputError
 from mod_star.flops import training_step_flops
-from mod_star.training import loop, run_dir
+from mod_star.training import run_dir
 from mod_star.training.checkpoints import restore_state, saved_steps
 from mod_star.training.interrupt import Interrupted, stop_signals
-from mod_star.training.loop import TrainingError, TrainSummary, train
 from mod_star.training.metrics import MetricsWriter, read_metrics
 from mod_star.training.state import init_state
+from mod_star.training.train import TrainingError, TrainSummary, train
 
 STEPS = 8
 
@@ -77,7 +77,7 @@ def test_a_run_from_start_to_end(
     assert list((path / "tensorboard").iterdir())
 
     # Complete: it is said, nothing is done again.
-    monkeypatch.setattr(loop, "load_inputs", lambda *_: pytest.fail("trains again"))
+    monkeypatch.setattr("mod_star.training.train.load_inputs", lambda *_: pytest.fail("trains again"))
     assert train(run, path) == summary
     said = capsys.readouterr().out
     assert "is complete already" in said and f"{summary.evaluation['eval_loss']:.4f}" in said

@@ -24,7 +24,6 @@ from mod_star.model.transformer import head_matrix
 from mod_star.thinking.objective import Places, sample_thoughts, talk_loss
 from mod_star.training.checkpoints import saved_steps
 from mod_star.training.interrupt import Interrupted
-from mod_star.training.loop import train
 from mod_star.training.metrics import MetricsWriter, read_metrics
 from mod_star.training.next_token import forward
 from mod_star.training.optimizer import make_optimizer
@@ -37,6 +36,7 @@ from mod_star.training.quiet_star import (
     quiet_star_metrics,
     summarise_thinking,
 )
+from mod_star.training.train import train
 
 STEPS = 4
 

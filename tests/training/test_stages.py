@@ -26,11 +26,11 @@ from mod_star.training import compiled, run_dir
 from mod_star.training.base_run import load_base
 from mod_star.training.checkpoints import restore_state, saved_steps
 from mod_star.training.interrupt import Interrupted
-from mod_star.training.loop import TrainSummary, train
 from mod_star.training.metrics import MetricsWriter, read_metrics
 from mod_star.training.stages import config_at, plan_stages
 from mod_star.training.state import init_state
 from mod_star.training.step import make_train_step
+from mod_star.training.train import TrainSummary, train
 
 STEPS, CONTEXT = 8, 16
 # The stages of `make_run`: two steps of capacity 1, two of 1/2, four of 1/4.
