@@ -257,15 +257,23 @@ def restore_params(directory: Path, step: int, like: Any, mesh: Mesh | None = No
     """Loads only the parameters. Args and errors as for `restore_state`, with `like` the parameters' shapes."""
     checkpoint = directory / str(step)
     if (checkpoint / PARAMS_NAME).is_file():
-        with tempfile.TemporaryDirectory() as folder:
-            if is_address(checkpoint):
-                fetched = Path(folder) / PARAMS_NAME
-                fetched.parent.mkdir()
-                fetched.write_bytes(read_file(str(checkpoint / PARAMS_NAME)))
-                checkpoint = Path(folder)
-            params = read_params_file(checkpoint, like)
+        with _here(checkpoint) as local:
+            params = read_params_file(local, like)
         return params if mesh is None else place(params, shardings(mesh, like))
     return _restore(directory, step, params=ocp.args.StandardRestore(_placed(like, mesh)))["params"]
+
+
+@contextmanager
+def _here(checkpoint: Path) -> Iterator[Path]:
+    """A checkpoint of parameters alone as a directory; one in a bucket is fetched for the time being."""
+    if not is_address(checkpoint):
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        fetched = Path(folder) / PARAMS_NAME
+        fetched.parent.mkdir()
+        fetched.write_bytes(read_file(str(checkpoint / PARAMS_NAME)))
+        yield Path(folder)
 
 
 def _restore(directory: Path, step: int, **items: Any) -> Any:

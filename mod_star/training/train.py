@@ -60,6 +60,7 @@ def train(
       Interrupted: SIGTERM or Ctrl-C (in the main thread); call again to go on.
     """
     path = working_copy(directory)
+    name = copied_from(path) or str(path)
     console = Console(quiet=quiet or not is_first())
     devices = make_mesh(MeshConfig() if mesh is None else mesh)
     placed = None if devices.size == 1 else devices
@@ -69,8 +70,8 @@ def train(
             checkpoints.require_training(checkpoints_of(path))
             stored = run_dir.resumed_config(path, run)
             if resume_from is None and decide_first(lambda: (path / SUMMARY_FILE).is_file()):
-                summary = read_summary(path)
-                said = f"{copied_from(path) or path}: is complete already\n{describe(summary)}"
+                summary = replace(read_summary(path), directory=name)
+                said = f"{name}: is complete already\n{describe(summary)}"
                 console.print(said, markup=False, highlight=False, soft_wrap=True)
                 return summary
             tokenizer = load_saved_tokenizer(path / run_dir.TOKENIZER_DIRECTORY, stored.data.tokenizer)
@@ -79,7 +80,7 @@ def train(
             inputs = load_inputs(stored, tokenizer, placed)
             return Sitting(inputs, path, resume_from, console, base, profile).run_to_end()
         if resume_from is not None:
-            raise InputError(f"--resume-from = {resume_from}: {copied_from(path) or path} is not a run yet")
+            raise InputError(f"--resume-from = {resume_from}: {name} is not a run yet")
         decide_first(lambda: run_dir.require_creatable(path))
         base = load_base(run, mesh=placed)
         if base is None:

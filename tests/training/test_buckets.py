@@ -154,17 +154,22 @@ def test_a_working_copy_is_what_the_bucket_holds(here: Bucket, tmp_path: Path) -
     assert not (working_copy("gs://bucket/runs/x") / "config.json").exists()
 
 
-def test_a_start_that_was_killed_on_its_way_there_is_made_again(here: Bucket, tmp_path: Path) -> None:
+def test_a_start_that_was_killed_on_its_way_there_is_made_again(
+    here: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "own.py").write_text("from mod_star.parts import Parts\nparts = Parts()\n")
+    options = [*OPTIONS, "--train.steps", "1", "--parts", f"{tmp_path}/own.py:parts"]
     here.write("runs/started/parts.py", b"of another start")
     here.write("runs/started/tokenizer/of_another_start.json", b"")
     with pytest.raises(SystemExit, match="0"):
-        main(
-            ["train", "gs://bucket/runs/started", *OPTIONS, "--train.steps", "1", "--parts", f"{tmp_path}/own.py:parts"]
-        )
+        main(["train", "gs://bucket/runs/started", *options])
     found = files_of(here, "runs/started/")
     assert found["parts.py"] == (tmp_path / "own.py").read_bytes()
     assert "summary.json" in found and "tokenizer/of_another_start.json" not in found
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "gs://bucket/runs/started", *options])
+    assert "gs://bucket/runs/started: is complete already" in capsys.readouterr().out
 
 
 def test_config_arrives_last(here: Bucket) -> None:
