@@ -43,7 +43,8 @@ def accuracy(correct: Sequence[bool]) -> Estimate:
     share = sum(correct) / n
     centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
-    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half), n)
+    # At shares of 0 and 1 a bound equals the share, but for rounding.
+    return Estimate(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)), n)
 
 
 def mean(values: Sequence[float]) -> Estimate:

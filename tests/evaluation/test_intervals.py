@@ -33,6 +33,13 @@ def test_the_ends_are_the_shares_that_the_result_is_just_compatible_with(right: 
     assert found.high == pytest.approx(solve(share, 1.0) if right < n else 1.0, abs=1e-9)
 
 
+def test_the_value_lies_in_its_interval_in_spite_of_rounding() -> None:
+    for n in range(1, 300):
+        for right in (0, n):
+            found = accuracy([True] * right + [False] * (n - right))
+            assert found.low <= found.value <= found.high, (right, n, found)
+
+
 def test_the_bootstrap_agrees_with_the_normal_interval_where_that_holds() -> None:
     values = np.random.default_rng(3).beta(2, 5, 400)
     found = mean(values.tolist())
