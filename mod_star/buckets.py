@@ -4,6 +4,8 @@ A run in a bucket has the same files as one in a directory. Checkpoints go there
 process writing its part. The small files are kept in a working copy on this machine, in the user's cache directory, for
 appending and renaming is what buckets can't do: fetched when a command starts, brought back (what has changed) before
 every checkpoint and when a command ends. So a machine may be lost at any time: another one goes on from the bucket.
+Of every file the copy knows which version of it was the same there. If the bucket has another by now, that one counts; if
+not, what has changed in the copy is work that a killed command couldn't bring back, and is kept.
 
 What a directory has and a bucket hasn't: a lock against a second training from another machine, and checksums of our
 own, for which everything would have to be read back (Google keeps its own, of every object).
@@ -29,13 +31,16 @@ from mod_star.training.stored_config import CONFIG_FILE, PARTS_FILE, TOKENIZER_D
 CHECKPOINTS_DIRECTORY = "checkpoints"
 """Of a run; see `mod_star.training.checkpoints`."""
 COPY_FILE = "working_copy.json"
-"""In a working copy: the run's address, and size and time of each file when it was last the same there."""
+"""In a working copy: the run's address; of each file size and time when it was last the same there, and its version."""
 FETCHING_FILE = ".fetching"
 LEFT_THERE = (CHECKPOINTS_DIRECTORY, "tensorboard", "profile")
 """Directories of a run that are not fetched: the first by nature, the others since nothing here reads them."""
 NOT_BROUGHT = (COPY_FILE, FETCHING_FILE, LOCK_FILE, CHECKPOINTS_DIRECTORY)
+UNFINISHED = ".new"
+"""Ends the names of files that are being written, here and all over the package."""
 
-_opened: set[Path] = set()  # working copies that this process has made or renewed
+_copies: dict[Path, str] = {}  # the addresses of working copies that this process has made or renewed
+_written_to: set[Path] = set()  # see `bring_back_at_end`
 
 
 def is_address(path: str | Path) -> bool:
@@ -119,8 +124,9 @@ def find_files(pattern: str) -> list[str]:
     with bucket_input(address):
         files = file_system(address)
         files.invalidate_cache()  # others write there, too
-        found = [address] if files.isfile(address) else [f"gs://{name}" for name in files.glob(address)]
-        return sorted(name for name in found if not name.endswith("/"))
+        found = {address: {"type": "file"}} if files.isfile(address) else files.glob(address, detail=True)
+        names = [name for name, about in found.items() if about["type"] == "file" and not name.endswith("/")]
+        return sorted(f"gs://{name.removeprefix('gs://')}" for name in names)
 
 
 def read_file(address: str) -> bytes:
@@ -132,7 +138,8 @@ def read_file(address: str) -> bytes:
 def working_copy(path: str | Path) -> Path:
     """A directory with the small files of the run at an address, as they are there now; a directory stays what it is.
 
-    A copy that a training on this machine is writing to is newer than the bucket, and is left as it is.
+    What an earlier command has written to the copy and couldn't bring back, since it was killed, say, is still in it. A
+    copy that a training on this machine is writing to is left as it is.
 
     Raises:
       InputError: as for `address_of` and `file_system`; the bucket can't be read, or the copy can't be written.
@@ -145,11 +152,10 @@ def working_copy(path: str | Path) -> Path:
     local = cache / "mod_star" / "runs" / hashlib.sha256(address.encode()).hexdigest()[:12] / address.rpartition("/")[2]
     with bucket_input(address):
         local.mkdir(parents=True, exist_ok=True)
-        with (local / FETCHING_FILE).open("a") as file:  # several processes of a training may do this at once
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with _alone(local):
             if not is_locked(local):
                 _fetch(files, address, local)
-    _opened.add(local)
+    _copies[local] = address
     return local
 
 
@@ -169,54 +175,103 @@ def copied_from(run: Path) -> str | None:
     return None if found is None else str(found["address"])
 
 
+def with_addresses(message: str) -> str:
+    """A message that names runs in buckets by their addresses, not by their working copies."""
+    for local, address in _copies.items():
+        message = message.replace(str(local), address)
+    return message
+
+
 def bring_back(local: Path) -> None:
     """Writes what has changed in a working copy to its bucket, and removes there what was removed. Else does nothing.
 
     Raises:
       OSError: the bucket can't be written.
     """
-    copy = _read_copy_file(local)
-    if copy is None:
+    if copied_from(local) is None:
         return
-    address, known = copy["address"], copy["files"]
-    now = _stamps(local)
-    files = file_system(address)
-    with bucket_errors(address):
-        changed = [name for name in now if now[name] != known.get(name)]
-        for name in sorted(changed, key=lambda name: (name == CONFIG_FILE, name)):  # last: it makes them a run
-            files.pipe_file(f"{address}/{name}", (local / name).read_bytes())
-        for name in sorted(known.keys() - now.keys()):
-            if files.exists(f"{address}/{name}"):
-                files.rm_file(f"{address}/{name}")
-    _write_copy_file(local, address, now)
+    with _alone(local):
+        copy = _read_copy_file(local)
+        assert copy is not None, local
+        address, known, now = copy["address"], copy["files"], _stamps(local)
+        changed = [name for name in now if now[name] != known.get(name, [])[:2]]
+        gone = sorted(known.keys() - now.keys())
+        if not changed and not gone:
+            return
+        files = file_system(address)
+        try:
+            with bucket_errors(address):
+                for name in sorted(changed, key=lambda name: (name == CONFIG_FILE, name)):  # last: it makes them a run
+                    files.pipe_file(f"{address}/{name}", (local / name).read_bytes())
+                    files.invalidate_cache()
+                    known[name] = [*now[name], _version(files.info(f"{address}/{name}"))]
+                for name in gone:
+                    if files.exists(f"{address}/{name}"):
+                        files.rm_file(f"{address}/{name}")
+                    del known[name]
+        finally:
+            _write_copy_file(local, address, known)
+
+
+def bring_back_at_end(local: Path) -> None:
+    """Lets `bring_back_all` do so for a working copy."""
+    _written_to.add(local)
 
 
 def bring_back_all() -> None:
-    """Does so for all working copies that this process has used. Errors as `bring_back`."""
-    for local in sorted(_opened):
+    """Brings all of them back. Errors as `bring_back`."""
+    for local in sorted(_written_to):
         bring_back(local)
 
 
 def _fetch(files: Any, address: str, local: Path) -> None:
-    """Makes the copy what the bucket holds, but for what is left there."""
-    root = address.removeprefix("gs://")
+    """Makes the copy what the bucket holds, but for what is left there, and what only the copy has up to now.
+
+    Files are replaced one by one and only if the bucket's are others: processes that read the copy aren't disturbed.
+    """
+    root = address.removeprefix("gs://") + "/"
     files.invalidate_cache()
-    there = {name.removeprefix(root + "/"): name for name in files.find(root)}
+    found = {name.removeprefix(root): _version(about) for name, about in files.find(root[:-1], detail=True).items()}
+    there = {short: version for short, version in found.items() if short and not short.endswith("/")}  # no "folders"
     left_by_a_killed_start = {short.split("/")[0] for short in there} <= {TOKENIZER_DIRECTORY, PARTS_FILE}
     if CONFIG_FILE not in there and not left_by_a_killed_start:
         raise InputError(f"{address}: is neither empty nor a run (it has no {CONFIG_FILE}); choose another address")
     outside = {short for short in there if ".." in short.split("/")}  # a bucket takes any name, even one that climbs
-    wanted = {short: there[short] for short in there.keys() - outside if short.split("/")[0] not in LEFT_THERE}
-    for path in local.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in (FETCHING_FILE, LOCK_FILE):
-            path.unlink()
-    for short, name in wanted.items():
+    wanted = {short for short in there.keys() - outside if short.split("/")[0] not in LEFT_THERE}
+    known = (_read_copy_file(local) or {"files": {}})["files"]
+    if CONFIG_FILE not in there or known.get(CONFIG_FILE, [])[2:] != [there[CONFIG_FILE]]:  # another run, or none yet
+        known = {}
+        for path in local.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in (FETCHING_FILE, LOCK_FILE):
+                path.unlink()
+    for short in wanted:
         target = local / short
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(files.cat_file(name))
-    _write_copy_file(local, address, _stamps(local))
+        if known.get(short, [])[2:] != [there[short]] or not target.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            beside = target.with_name(target.name + UNFINISHED)
+            beside.write_bytes(files.cat_file(f"{root}{short}"))
+            os.replace(beside, target)
+            known[short] = [*_stamp(target), there[short]]
+    for short in _stamps(local).keys() - wanted:
+        if short in known and short.split("/")[0] not in LEFT_THERE:  # removed there
+            (local / short).unlink()
+    here = _stamps(local)
+    _write_copy_file(local, address, {short: value for short, value in known.items() if short in here})
+
+
+def _version(about: dict[str, Any]) -> str:
+    """The number of an object's state, which every write changes."""
+    return str(about["generation"])
+
+
+@contextmanager
+def _alone(local: Path) -> Iterator[None]:
+    """Keeps other processes from fetching or bringing back this working copy meanwhile."""
+    with (local / FETCHING_FILE).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _stamps(local: Path) -> dict[str, list[int]]:
@@ -224,14 +279,18 @@ def _stamps(local: Path) -> dict[str, list[int]]:
     found = {}
     for path in sorted(local.rglob("*")):
         name = path.relative_to(local)
-        if path.is_file() and name.parts[0] not in NOT_BROUGHT:
-            stat = path.stat()
-            found[name.as_posix()] = [stat.st_size, stat.st_mtime_ns]
+        if path.is_file() and name.parts[0] not in NOT_BROUGHT and path.suffix != UNFINISHED and path.name != LOCK_FILE:
+            found[name.as_posix()] = _stamp(path)
     return found
 
 
+def _stamp(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
 def _read_copy_file(local: Path) -> dict[str, Any] | None:
-    """Address and stamps; None: no working copy."""
+    """Address, and size, time and version of every file; None: no working copy."""
     try:
         found: dict[str, Any] = json.loads((local / COPY_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -239,7 +298,7 @@ def _read_copy_file(local: Path) -> dict[str, Any] | None:
     return found
 
 
-def _write_copy_file(local: Path, address: str, stamps: dict[str, list[int]]) -> None:
-    beside = local / (COPY_FILE + ".new")
-    beside.write_text(json.dumps({"address": address, "files": stamps}), encoding="utf-8")
+def _write_copy_file(local: Path, address: str, known: dict[str, list[Any]]) -> None:
+    beside = local / (COPY_FILE + UNFINISHED)
+    beside.write_text(json.dumps({"address": address, "files": known}), encoding="utf-8")
     os.replace(beside, local / COPY_FILE)

@@ -1,6 +1,6 @@
 """The command `mod-star`: finds the subcommand, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 training failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done, 1 training failed or what it needs can't be had now, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import mod_star
-from mod_star.errors import InputError
+from mod_star.errors import InputError, UnavailableError
 
 # A subcommand is a module of `mod_star.commands`, by the same name, and a line here.
 COMMANDS = {
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         _run(argv)
     except InputError as error:
-        _leave(2, f"error: {error}")
+        _leave(1 if isinstance(error, UnavailableError) else 2, f"error: {_with_addresses(str(error))}")
     except KeyboardInterrupt:
         _leave(130, "aborted; what was saved before is kept")
     except BrokenPipeError:  # as in `mod-star train --help | head`
@@ -81,6 +81,11 @@ def _run(argv: Sequence[str]) -> None:
                 buckets.bring_back_all()
         except OSError as error:
             _leave(1, f"error: {error.filename}: {error.strerror}")
+
+
+def _with_addresses(message: str) -> str:
+    buckets = sys.modules.get("mod_star.buckets")
+    return buckets.with_addresses(message) if buckets else message
 
 
 def _leave(code: int, message: str) -> NoReturn:

@@ -63,9 +63,11 @@ def with_working_copy(options: Options) -> Options:
 
     What the command writes there is brought back when it ends. Errors as for `mod_star.buckets.working_copy`.
     """
-    from mod_star.buckets import working_copy
+    from mod_star.buckets import bring_back_at_end, working_copy
 
-    return dataclasses.replace(options, run=working_copy(options.run))  # type: ignore
+    run = working_copy(options.run)  # type: ignore[attr-defined]
+    bring_back_at_end(run)
+    return dataclasses.replace(options, run=run)  # type: ignore[type-var]
 
 
 def require_writable(option: str, path: Path) -> None:

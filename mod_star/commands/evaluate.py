@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from mod_star.buckets import copied_from
+from mod_star.buckets import bring_back_all, copied_from
 from mod_star.commands import keep_compiled_programs, parse_options, require_writable, with_working_copy
 from mod_star.devices_config import MeshConfig
 from mod_star.errors import InputError, require
@@ -124,6 +126,8 @@ OF_GENERATE = (
 OF_DRAWING = ("temperature", "top_k", "top_p")
 WITHOUT_INFLUENCE = ("out", "batch_size", "mesh")
 """Options that records don't depend on."""
+SECONDS_BETWEEN_COPIES = 60.0
+"""Of the records of a run in a bucket, from its working copy to there."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -266,10 +270,15 @@ def _ask(subject: Subject, protocol: ProtocolOf, todo: Sequence[Numbered], total
         disable=not errors.is_terminal,
     )  # fmt: skip
     scores = [float(record["scores"][protocol.headline]) for record in records.by_id.values()]
+    brought = time.monotonic()
     with bar:
         line = bar.add_task(protocol.headline, total=total, completed=total - len(todo))
         for record in protocol.records(subject, todo):
             records.add(record)
+            if time.monotonic() - brought > SECONDS_BETWEEN_COPIES:
+                with suppress(OSError):  # if it stays so, it is said at the end
+                    bring_back_all()
+                brought = time.monotonic()
             scores.append(float(record["scores"][protocol.headline]))
             so_far = f"{protocol.headline}: {100 * sum(scores) / len(scores):.1f} %"
             bar.update(line, advance=1, description=so_far)

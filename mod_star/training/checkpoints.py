@@ -11,7 +11,8 @@ all. Orbax itself doesn't notice a flipped bit in an array, therefore the checks
 upcycled has parameters only, and those in another form: see `mod_star.training.params_file`.
 
 In a bucket (a directory is an `epath.Path` of gs:// then) nothing can be renamed: a checkpoint exists when Orbax has
-added its last, empty file. There are no checksums of ours, see `mod_star.buckets`.
+added its last, empty file. There are no checksums of ours, see `mod_star.buckets`; nor are there in a directory that it
+was copied to, where a checkpoint without any counts as whole.
 """
 
 from __future__ import annotations
@@ -183,10 +184,11 @@ def choose_checkpoint(directory: Path, step: int | None, option: str | None) -> 
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None. Reads all of them, but for those in a bucket."""
     try:
-        for name in () if (checkpoint / PARAMS_NAME).is_file() else ORBAX_FILES:
+        by_orbax = not (checkpoint / PARAMS_NAME).is_file()
+        for name in ORBAX_FILES if by_orbax else ():
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
-        if is_address(checkpoint):
+        if is_address(checkpoint) or (by_orbax and not (checkpoint / SUMS_FILE).exists()):
             return None
         lines = (checkpoint / SUMS_FILE).read_text().split("\n")
         sums = {name: expected for expected, _, name in (line.partition("  ") for line in lines[:-1])}

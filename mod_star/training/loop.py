@@ -113,6 +113,7 @@ class Sitting:
             stack.callback(self.writer.close)
             self.metrics: MetricsWriter | None = None
             if is_first():
+                stack.callback(bring_back, self.path)  # when all records are written
                 self.metrics = stack.enter_context(MetricsWriter(self.path, self.last_saved))
             self.thoughts = self._thoughts_log(stack)
             self.progress = stack.enter_context(self._progress())
@@ -152,6 +153,7 @@ class Sitting:
         if is_first():
             # In this order: a run without a summary goes on, one with a summary needs its last checkpoint.
             (self.path / SUMMARY_FILE).unlink(missing_ok=True)
+            bring_back(self.path)
             checkpoints.delete_after(self.checkpoints, self.last_saved)
         self.earlier_seconds = saved["seconds"]
         return state
@@ -204,7 +206,7 @@ class Sitting:
                 asked = self.stop.ask()
                 self._record(unread)
             unread = _Unread(step, metrics, asked)
-            if step == min(self.profile.stop - 1, total) and self.profile.start > self.start:
+            if step == min(self.profile.stop - 1, total) and self.start < self.profile.start <= step:
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
                 self.progress.say(f"profile of steps {self.profile.start} to {step}: {self.path / PROFILE_DIRECTORY}")

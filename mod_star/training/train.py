@@ -12,7 +12,7 @@ from mod_star.buckets import checkpoints_of, copied_from, working_copy
 from mod_star.config import RunConfig
 from mod_star.data import load_saved_tokenizer, load_tokenizer
 from mod_star.devices_config import MeshConfig
-from mod_star.errors import InputError
+from mod_star.errors import InputError, require
 from mod_star.processes import decide_first, is_first
 from mod_star.sharding import make_mesh
 from mod_star.training import checkpoints, run_dir
@@ -78,6 +78,7 @@ def train(
             begun = decide_first(lambda: checkpoints.saved_steps(checkpoints_of(path)))
             base = None if begun else load_base(stored, tokenizer, placed)
             inputs = load_inputs(stored, tokenizer, placed)
+            _require_profile(profile, inputs.plan.steps)
             return Sitting(inputs, path, resume_from, console, base, profile).run_to_end()
         if resume_from is not None:
             raise InputError(f"--resume-from = {resume_from}: {name} is not a run yet")
@@ -88,6 +89,7 @@ def train(
         else:
             run = replace(run, model=replace(run.model, vocab_size=base.config.model.vocab_size))
             inputs = load_inputs(run, base.tokenizer, placed)
+        _require_profile(profile, inputs.plan.steps)
         config = None if base is None else base.config
 
         def create() -> None:
@@ -95,3 +97,10 @@ def train(
 
         decide_first(create)
         return Sitting(inputs, path, None, console, base, profile).run_to_end()
+
+
+def _require_profile(profile: range | None, steps: int) -> None:
+    """Raises InputError if no step of the run is to be traced."""
+    if profile is not None:
+        shown = f"{profile.start}:{profile.stop - 1}"
+        require(profile.start <= steps, "--profile", shown, f"must begin with one of the run's {steps} steps")

@@ -53,7 +53,8 @@ def here(served: tuple[Bucket, dict[str, str]], tmp_path: Path, monkeypatch: pyt
     bucket, environment = served
     for name, value in (environment | {"XDG_CACHE_HOME": str(tmp_path)}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(buckets, "_opened", set())
+    monkeypatch.setattr(buckets, "_copies", {})
+    monkeypatch.setattr(buckets, "_written_to", set())
     return bucket
 
 
@@ -66,8 +67,9 @@ def without_speed(metrics: bytes) -> str:
 
 
 def test_a_run_in_a_bucket_is_the_run_of_a_directory_on_any_machine(
-    served: tuple[Bucket, dict[str, str]], here: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    served: tuple[Bucket, dict[str, str]], here: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     bucket, environment = served
     texts = {f"{name}.txt": f"It was the {name} of times.\n" * 300 for name in ("best", "worst", "age")}
     (tmp_path / "data").mkdir()
@@ -97,6 +99,15 @@ def test_a_run_in_a_bucket_is_the_run_of_a_directory_on_any_machine(
     assert without_speed(again["metrics.jsonl"]) == without_speed(found["metrics.jsonl"])
     chex.assert_trees_all_equal(load_run(RUN).params, expected.params)
 
+    # Killed when it had only begun to go back, it isn't complete any more.
+    ended = dict(bucket.objects)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "delete_after", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit, match="130"):
+            main([*train_there, "--resume-from", "2"])
+    assert "runs/mine/summary.json" in ended and "runs/mine/summary.json" not in bucket.objects
+    bucket.objects = ended
+
     # A save that was killed is no checkpoint.
     ended = dict(bucket.objects)
     del bucket.objects["runs/mine/checkpoints/6/commit_success.txt"]
@@ -108,7 +119,7 @@ def test_a_run_in_a_bucket_is_the_run_of_a_directory_on_any_machine(
     for name, data in files_of(bucket, "runs/mine/").items():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes(data)
-    chex.assert_trees_all_equal(checkpoints.restore_params(copy / "checkpoints", 6, expected.params), expected.params)
+    chex.assert_trees_all_equal(load_run(copy).params, expected.params)
 
     # What a command writes beside a run is brought back.
     with pytest.raises(SystemExit, match="0"):
@@ -154,6 +165,90 @@ def test_a_working_copy_is_what_the_bucket_holds(here: Bucket, tmp_path: Path) -
     assert not (working_copy("gs://bucket/runs/x") / "config.json").exists()
 
 
+def test_what_was_not_brought_back_yet_is_kept(here: Bucket) -> None:
+    bucket, address = here, "gs://bucket/runs/kept"
+    bucket.write("runs/kept/config.json", b"{}")
+    bucket.write("runs/kept/metrics.jsonl", b"1\n")
+    copy = working_copy(address)
+    # A command that writes, and was killed, or still runs.
+    (copy / "evaluations").mkdir()
+    (copy / "evaluations" / "records.jsonl").write_text("a\n")
+    (copy / "evaluations" / "results.json.new").write_text("half")
+    (copy / "metrics.jsonl").write_text("1\n2\n")
+    config = (copy / "config.json").stat()
+    assert working_copy(address) == copy
+    assert (copy / "evaluations" / "records.jsonl").read_text() == "a\n"
+    assert (copy / "metrics.jsonl").read_text() == "1\n2\n"
+    assert (copy / "config.json").stat() == config, "what is the same there isn't written again"
+    bring_back(copy)
+    assert bucket.objects["runs/kept/evaluations/records.jsonl"][1] == b"a\n"
+    assert bucket.objects["runs/kept/metrics.jsonl"][1] == b"1\n2\n"
+    assert not any(name.endswith(".new") for name in bucket.names())
+    # What has changed there since counts more than what has changed here.
+    (copy / "metrics.jsonl").write_text("1\n2\n3\n")
+    bucket.write("runs/kept/metrics.jsonl", b"1\n")
+    working_copy(address)
+    assert (copy / "metrics.jsonl").read_text() == "1\n"
+    # If writing there fails halfway, the rest is still to be written.
+    for name in ("a", "b"):
+        (copy / f"{name}.txt").write_text(name)
+    bucket.broken = True
+    with pytest.raises(OSError, match="no access"):
+        bring_back(copy)
+    bucket.broken = False
+    working_copy(address)
+    bring_back(copy)
+    assert [bucket.objects[f"runs/kept/{name}.txt"][1] for name in ("a", "b")] == [b"a", b"b"]
+    # Another run at the same address: nothing of the first one is kept.
+    bucket.objects = {name: value for name, value in bucket.objects.items() if not name.startswith("runs/kept/")}
+    bucket.write("runs/kept/config.json", b"{ }")
+    (copy / "c.txt").write_text("c")
+    working_copy(address)
+    assert sorted(path.name for path in copy.rglob("*") if path.is_file()) == [
+        ".fetching", "config.json", "working_copy.json"
+    ]  # fmt: skip
+
+
+READS_AND_WRITES = """
+import sys, time
+from pathlib import Path
+from mod_star.buckets import bring_back, working_copy
+for number in range(8):
+    copy = working_copy("gs://bucket/runs/shared")
+    assert (copy / "config.json").read_text() == "{}"
+    (copy / f"{sys.argv[1]}.txt").write_text(str(number))
+    bring_back(copy)
+"""
+
+
+def test_processes_of_one_machine_do_not_disturb_one_another(
+    served: tuple[Bucket, dict[str, str]], here: Bucket, tmp_path: Path
+) -> None:
+    here.write("runs/shared/config.json", b"{}")
+    environment = os.environ | served[1] | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", READS_AND_WRITES]
+    processes = [
+        subprocess.Popen([*command, str(number)], env=environment, stderr=subprocess.PIPE, text=True)
+        for number in range(4)
+    ]
+    for process in processes:
+        err = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, err
+    assert [here.objects[f"runs/shared/{number}.txt"][1] for number in range(4)] == [b"7"] * 4
+
+
+def test_folders_of_a_console_are_no_files(here: Bucket) -> None:
+    for name in ("runs/empty/", "runs/full/", "runs/full/tokenizer/", "texts/", "texts/sub/"):
+        here.write(name, b"")
+    here.write("runs/full/config.json", b"{}")
+    here.write("texts/a.txt", b"a")
+    here.write("texts/sub/b.txt", b"b")
+    assert not (working_copy("gs://bucket/runs/empty") / "config.json").exists()
+    assert (working_copy("gs://bucket/runs/full") / "config.json").read_text() == "{}"
+    assert buckets.find_files("gs://bucket/texts/*") == ["gs://bucket/texts/a.txt"]
+    assert buckets.find_files("gs://bucket/texts/sub/b.txt") == ["gs://bucket/texts/sub/b.txt"]
+
+
 def test_a_start_that_was_killed_on_its_way_there_is_made_again(
     here: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,7 +285,7 @@ def test_config_arrives_last(here: Bucket) -> None:
         (["train", "s3://bucket/runs"], "s3://bucket/runs: must be a directory, or gs://BUCKET/NAME"),
         (["train", "RUN", "--data.source", "gs://bucket/texts/*.md"], "no such file, and no file matches"),
         (["train", "RUN", "--data.source", "gs://bucket/texts/a.arrayrecord"], "is read from disks only"),
-        (["sample", "gs://bucket/runs/none"], "is not a run"),
+        (["sample", "gs://bucket/runs/none"], "gs://bucket/runs/none: is not a run"),
         (["train", "gs://bucket/runs/none", "--resume-from", "2"], "= 2: gs://bucket/runs/none is not a run yet"),
         (["import", "MODEL", "gs://bucket/runs/other"], "must be a directory; only mod-star train makes runs"),
     ],
