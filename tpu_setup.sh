@@ -171,17 +171,19 @@ put() { # put FILE: makes FILE what comes on standard input; if it wasn't yet, s
 }
 
 start_training() {
-    local changed=false
+    local changed=false mounts=""
+    [[ $runs != /* ]] || mounts=$'\n'"RequiresMountsFor=\"${runs//%/%%}\""
     put "$root/etc/$service.sh" <<END
 cd$(quoted "$PWD") && export PATH="\$PWD/.venv/bin:\$PATH" || exit
 $train
 END
     # Exit code 2 is a mistake in the command. After all others it goes on from its last checkpoint, but not for ever.
+    # Also after 143: another host of the slice got a SIGTERM, which is rebooted, say, and comes back.
     put "$root/etc/systemd/system/$service.service" <<END
 [Unit]
 Description=mod_star training
 Wants=network-online.target
-After=network-online.target remote-fs.target
+After=network-online.target remote-fs.target$mounts
 StartLimitIntervalSec=1h
 StartLimitBurst=10
 
@@ -191,7 +193,6 @@ ExecStart=/bin/bash /etc/$service.sh
 Restart=on-failure
 RestartSec=30
 RestartPreventExitStatus=2
-SuccessExitStatus=143
 
 [Install]
 WantedBy=multi-user.target
@@ -246,6 +247,7 @@ spot_state() { # what the queued resource is: ABSENT, WAITING_FOR_RESOURCES, ACT
 
 keep_spot() {
     local state=ABSENT before="" failures=0 watching=false
+    local see="$all_workers still runs: see journalctl --unit $service there"
     while true; do
         $dry_run || state=$(spot_state)
         [[ $state == "$before" ]] || echo "$(date +%T) $all_workers: $state"
@@ -272,9 +274,13 @@ keep_spot() {
                 ;;
             ACTIVE:true)
                 case $(gcloud compute tpus tpu-vm ssh "$all_workers" "${where[@]}" --worker=0 \
-                    --command="systemctl is-active $service" 2>/dev/null </dev/null | tail -n 1) in
-                    inactive) return 0 ;;
-                    failed) fail "training failed; $all_workers still runs: see journalctl --unit $service there" ;;
+                    --command="systemctl show --property=ActiveState,ExecMainCode,ExecMainStatus $service | sort" \
+                    2>/dev/null </dev/null | tail -n 3) in
+                    $'ActiveState=inactive\nExecMainCode=1\nExecMainStatus=0') return 0 ;; # it has exited with 0
+                    ActiveState=inactive*) # stopped, or not started; for a moment also in a reboot or a preemption
+                        ((++failures < 3)) || fail "training was stopped or never started; $see"
+                        ;;
+                    ActiveState=failed*) fail "training failed; $see" ;;
                 esac
                 ;;
         esac

@@ -150,8 +150,8 @@ def loop_overhead(rounds: int, every: int = 200, stretch: int = 50) -> dict[str,
     found: list[Turns] = []
 
     class Lowered:
-        def __init__(self, *args: Any) -> None:
-            self.lowered = lower_train_step(*args)
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.lowered = lower_train_step(*args, **options)
 
         def compile(self) -> Turns:
             found.append(Turns(self.lowered.compile(), stretch, lead))

@@ -4,8 +4,8 @@ A run in a bucket has the same files as one in a directory. Checkpoints go there
 process writing its part. The small files are kept in a working copy on this machine, in the user's cache directory, for
 appending and renaming is what buckets can't do: fetched when a command starts, brought back (what has changed) before
 every checkpoint and when a command ends. So a machine may be lost at any time: another one goes on from the bucket.
-Of every file the copy knows which version of it was the same there. If the bucket has another by now, that one counts; if
-not, what has changed in the copy is work that a killed command couldn't bring back, and is kept.
+Of every file the copy knows which version of it was the same there. If the bucket has another by now, that one counts;
+if not, what has changed in the copy is work that a killed command couldn't bring back, and is kept.
 
 What a directory has and a bucket hasn't: a lock against a second training from another machine, and checksums of our
 own, for which everything would have to be read back (Google keeps its own, of every object).
@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mod_star.errors import InputError
+from mod_star.errors import InputError, UnavailableError
 from mod_star.locks import LOCK_FILE, is_locked
 from mod_star.training.stored_config import CONFIG_FILE, PARTS_FILE, TOKENIZER_DIRECTORY, is_run
 
@@ -90,12 +90,12 @@ def bucket_errors(address: str) -> Iterator[None]:
 
 @contextmanager
 def bucket_input(address: str) -> Iterator[None]:
-    """Makes an InputError of the same, for commands that have begun nothing yet."""
+    """Makes an UnavailableError of the same, for commands that have begun nothing yet."""
     try:
         with bucket_errors(address):
             yield
     except OSError as error:
-        raise InputError(f"{error.filename}: {error.strerror}") from error
+        raise UnavailableError(f"{error.filename}: {error.strerror}") from error
 
 
 def holds_run(path: str | Path) -> bool:

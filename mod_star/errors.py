@@ -1,4 +1,4 @@
-"""Errors a user can cause: one clear line each, exit code 2 at the command line."""
+"""Errors a user can cause: one clear line each, exit code 2 at the command line (1: worth another try)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ class InputError(ValueError):
 
     The message is one line that names the field (or file), the value and what is allowed. The command line prints it
     without a traceback and exits with code 2; library callers can catch it as a `ValueError`.
+    """
+
+
+class UnavailableError(InputError):
+    """What is asked for may be right but can't be had now: a bucket can't be read, the other processes don't come.
+
+    The command line exits with code 1, after which the same command is worth another try.
     """
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -16,18 +18,25 @@ import jax
 import numpy as np
 
 from mod_star.devices_config import ProcessesConfig
-from mod_star.errors import InputError
+from mod_star.errors import InputError, UnavailableError
 
 HEARTBEAT_SECONDS = 30
 """How long a process may be silent until the others take it for dead and stop."""
+JOIN_SECONDS = 300
+"""How long a process waits for the first one to listen; then JAX waits as long for all of them."""
 
 
 def join_processes(config: ProcessesConfig) -> None:
     """Connects this process with the others, if there are any. Before anything else is asked of JAX.
 
+    If one of them is still missing after 300 s, JAX aborts the others (SIGABRT, with a stack dump), and so it would if
+    the first one can't be reached. That is why a process that is told where the first one is looks for it before.
+
     Raises:
-      InputError: the others can't be reached.
+      UnavailableError: the first process can't be reached, or JAX can't find out what cluster there is.
     """
+    if config.coordinator is not None and config.index:
+        _wait_for(config.coordinator)
     try:
         jax.distributed.initialize(
             config.coordinator, config.count, config.index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
@@ -35,11 +44,29 @@ def join_processes(config: ProcessesConfig) -> None:
     except ValueError:  # no cluster that JAX knows of: one process
         if config.coordinator is not None:
             raise
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         if config.coordinator is None and "must be called before" in str(error):
             return  # JAX has begun, alone: the command was called as a function
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"processes: cannot be joined ({config.coordinator or 'found by JAX'}): {reason}") from error
+        raise _not_joined(config.coordinator or "found by JAX", error) from error
+
+
+def _wait_for(coordinator: str) -> None:
+    """Waits until something listens at HOST:PORT. Raises UnavailableError if nothing does for `JOIN_SECONDS`."""
+    host, _, port = coordinator.rpartition(":")
+    limit = time.monotonic() + JOIN_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), port), timeout=10).close()
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > limit or isinstance(error, UnicodeError):  # no host can be called that
+                raise _not_joined(coordinator, error) from error
+        time.sleep(0.5)
+
+
+def _not_joined(where: str, error: Exception) -> UnavailableError:
+    reason = " ".join(str(error).split())[:200]
+    return UnavailableError(f"processes: cannot be joined ({where}): {reason}")
 
 
 def is_first() -> bool:
@@ -54,7 +81,7 @@ def decide_first(function: Callable[[], Any]) -> Any:
       function: gives a JSON value. It runs in the first process only.
 
     Raises:
-      InputError: the function raised one; in all processes.
+      InputError: the function raised one; in all processes, `UnavailableError` as such.
     """
     if jax.process_count() == 1:
         return function()
@@ -63,13 +90,13 @@ def decide_first(function: Callable[[], Any]) -> Any:
         try:
             answer = {"value": function()}
         except InputError as error:
-            answer = {"error": str(error)}
+            answer = {"error": str(error), "unavailable": isinstance(error, UnavailableError)}
         except BaseException as error:
-            broadcast({"error": f"process 0 failed: {type(error).__name__}: {error}"})
+            broadcast({"error": f"process 0 failed: {type(error).__name__}: {error}", "unavailable": True})
             raise
     answer = broadcast(answer)
     if "error" in answer:
-        raise InputError(answer["error"])
+        raise (UnavailableError if answer["unavailable"] else InputError)(answer["error"])
     return answer["value"]
 
 
@@ -108,32 +135,38 @@ def leave(code: int) -> NoReturn:
 class SharedStop:
     """Lets all processes stop after the same step, whichever of them was asked to.
 
-    Every step adds a tiny program to the queue: the largest of the signal numbers of all processes. Its result is read
-    with the step's other numbers, one step later, so that nothing waits for it.
+    Every step takes the signal numbers of all processes, and gives their largest back as its metric "stop", which is
+    read with the others, one step later: nothing waits for it. It is part of the step's program, for a program of its
+    own could overtake the step in one process and not in another, and their messages would be taken for one another.
+
+    Args:
+      asked: the number of the signal that asked this process to stop; None: none did.
+      mesh: all devices of all processes; None: one device.
     """
 
-    def __init__(self, asked: Callable[[], int | None]) -> None:
+    def __init__(self, asked: Callable[[], int | None], mesh: jax.sharding.Mesh | None) -> None:
         self._asked = asked
         self._agreed: int | None = None
+        self.shapes: tuple[jax.ShapeDtypeStruct, ...] = ()
+        """Of what the step takes behind its batch: nothing with a single process."""
         if jax.process_count() > 1:
-            mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(jax.sharding.AxisType.Auto,))
-            spec = jax.sharding.PartitionSpec
-            self._flags = jax.sharding.NamedSharding(mesh, spec("all"))
-            self._largest = jax.jit(lambda a: a.max(), out_shardings=jax.sharding.NamedSharding(mesh, spec()))
+            assert mesh is not None
+            places = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+            self.shapes = (jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=places),)
 
-    def ask(self) -> jax.Array | None:
-        """Puts the question into the queue, after a step; None with a single process."""
-        if jax.process_count() == 1:
-            return None
+    def ask(self) -> tuple[jax.Array, ...]:
+        """What the next step takes behind its batch."""
         own = np.full(1, self._asked() or 0, np.int32)
-        pieces = [jax.device_put(own, device) for device in jax.local_devices()]
-        shape = (jax.device_count(),)
-        return self._largest(jax.make_array_from_single_device_arrays(shape, self._flags, pieces))
+        return tuple(
+            jax.make_array_from_single_device_arrays(
+                like.shape, like.sharding, [jax.device_put(own, device) for device in jax.local_devices()]
+            )
+            for like in self.shapes
+        )
 
-    def read(self, answer: jax.Array | None) -> None:
-        """Reads an answer, waiting for the step if need be."""
-        if answer is not None:
-            self._agreed = int(jax.device_get(answer)) or None
+    def read(self, answer: int | None) -> None:
+        """Takes note of a step's metric "stop"; None: it has none."""
+        self._agreed = int(answer or 0) or None
 
     def __call__(self) -> int | None:
         """The signal that asked to stop, if all processes know by now."""

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).parent.parent / "tpu_setup.sh"
-SYSTEM = "bash cat cp date dirname env git gzip id mkdir mktemp rm sed sh tail tar tee timeout touch"
+SYSTEM = "bash cat cp date dirname env git gzip id mkdir mktemp rm sed sh sort tail tar tee timeout touch"
 
 FAKES = {
     # python3 is too old if the file "old" says so; it has no venv if "no-venv" is there.
@@ -46,11 +46,12 @@ exit "$(cat "$FAKE/train-exit")" """,
     "sudo": """exec "$@" """,
     "systemctl": """
 case $1 in
-    is-active)
-        [[ $* == *--quiet* ]] || cat "$FAKE/service"
-        [[ $(cat "$FAKE/service") == active ]]
+    is-active) [[ $(cat "$FAKE/service") == "active "* ]] ;;
+    show)
+        read -r state code status <"$FAKE/service"
+        printf '%s\n' "ExecMainCode=$code" "ExecMainStatus=$status" "ActiveState=$state"
         ;;
-    start | restart) echo active >"$FAKE/service" ;;
+    start | restart) echo active 0 0 >"$FAKE/service" ;;
 esac""",
     "sleep": "",
     "gcloud": r"""
@@ -75,18 +76,17 @@ case "$3 $4" in
         exit "${status-0}"
         ;;
     "queued-resources describe")
-        read -r state <"$FAKE/states"
+        read -r state service <"$FAKE/states" # and what has become of the service, if anything has
         sed -i 1d "$FAKE/states"
+        [[ -z $service ]] || echo "$service" >"$FAKE/service"
         case $state in
             ABSENT) echo "ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: no $name" >&2; exit 1 ;;
             GLITCH) echo "ERROR: no route to host" >&2; exit 1 ;;
-            ENDED) echo inactive >"$FAKE/service"; echo ACTIVE ;;
-            BROKEN) echo failed >"$FAKE/service"; echo ACTIVE ;;
             *) echo "$state" ;;
         esac
         ;;
     "queued-resources create") [[ ! -e $FAKE/no-quota ]] ;;
-    "queued-resources delete") echo inactive >"$FAKE/service"; rm -rf "$FAKE"/worker-*/* ;;
+    "queued-resources delete") echo inactive 0 0 >"$FAKE/service"; rm -rf "$FAKE"/worker-*/* ;;
 esac""",
 }
 
@@ -119,7 +119,7 @@ class Machine:
         self.set("chips", "JAX 0.10.2: host 0 of 1 has 8 of 8 chips, TPU v5 lite\n8 1 WORKER 77\n")
         self.set_result()
         self.set("train-exit", "0")
-        self.set("service", "inactive")
+        self.set("service", "inactive 0 0")  # its ActiveState, ExecMainCode and ExecMainStatus
         self.set("sys/kernel/mm/transparent_hugepage/enabled", "always [madvise] never")
 
     def set(self, name: str, text: str) -> None:

@@ -84,6 +84,8 @@ def test_training_becomes_a_service_that_is_left_alone_the_second_time(machine: 
     ]  # fmt: skip
     unit = (machine.path / "etc/systemd/system/mod-star-train.service").read_text()
     assert "ExecStart=/bin/bash /etc/mod-star-train.sh\nRestart=on-failure\n" in unit
+    assert "\nSuccessExitStatus=" not in unit, "after 143, the SIGTERM of another host of the slice, it goes on"
+    assert "\nRequiresMountsFor=" not in unit
     assert (machine.path / "etc/mod-star-train.sh").read_text().partition("\n")[2] == ODD + "\n"
     assert "journalctl --unit mod-star-train" in done.stdout
 
@@ -102,6 +104,17 @@ def test_the_service_runs_its_command_in_the_clone_with_the_environment_first(ma
     command = ["bash", str(machine.path / "etc/mod-star-train.sh")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [str(machine.clone), str(machine.clone / ".venv/bin")]
+
+
+@pytest.mark.parametrize(
+    ("runs", "line"),
+    [("/mnt/a %b'c", 'RequiresMountsFor="/mnt/a %%b\'c"'), ("here/runs", None), ("gs://bucket/runs", None)],
+)
+def test_the_service_waits_for_the_mount_that_runs_are_on(machine: Machine, runs: str, line: str | None) -> None:
+    machine.set("service", "active 0 0")  # no minute of training
+    assert machine.run("--train", "x", "--runs", runs).returncode == 0
+    unit = (machine.path / "etc/systemd/system/mod-star-train.service").read_text().partition("\n\n")[0]
+    assert [found for found in unit.splitlines() if "Mounts" in found] == ([line] if line else [])
 
 
 WORKERS = ("--all-workers", "my-tpu", "--zone=z")
@@ -276,9 +289,10 @@ def queued_resources(machine: Machine) -> list[str]:
 
 def test_a_spot_tpu_is_made_again_after_a_preemption_until_training_has_ended(machine: Machine) -> None:
     machine.set_workers(2)
-    first = "ABSENT WAITING_FOR_RESOURCES PROVISIONING ACTIVE ACTIVE GLITCH ACTIVE SUSPENDING SUSPENDED"
-    second = "ABSENT CREATING ACTIVE ACTIVE ENDED"
-    machine.set("states", "\n".join(f"{first} {second}".split()) + "\n")
+    first = ["ABSENT", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE", "ACTIVE", "GLITCH", "ACTIVE"]
+    first += ["ACTIVE inactive 2 15", "SUSPENDING", "SUSPENDED"]  # the machine stops its services before it goes
+    second = ["ABSENT", "CREATING", "ACTIVE", "ACTIVE", "ACTIVE inactive 1 0"]
+    machine.set("states", "\n".join(first + second) + "\n")
     done = machine.run(*SPOT, "--", "--network=n", "--labels=a=b c")
     assert done.returncode == 0, done.stderr
     assert queued_resources(machine) == ["create", "delete", "create"]
@@ -296,10 +310,21 @@ def test_a_spot_tpu_is_made_again_after_a_preemption_until_training_has_ended(ma
 
 def test_a_spot_tpu_whose_training_fails_ends_the_watch(machine: Machine) -> None:
     machine.set_workers(1)
-    machine.set("states", "ACTIVE\nACTIVE\nBROKEN\n")
+    machine.set("states", "ACTIVE\nACTIVE\nACTIVE failed 1 2\n")
     done = machine.run(*SPOT)
     assert done.returncode == 1
     assert "training failed; my-tpu still runs" in done.stderr
+    assert queued_resources(machine) == []
+
+
+@pytest.mark.parametrize("service", ["inactive 2 15", "inactive 1 143", "inactive 0 0"])
+def test_a_spot_tpu_whose_training_was_stopped_has_not_ended_it(machine: Machine, service: str) -> None:
+    machine.set_workers(1)
+    machine.set("states", f"ACTIVE\nACTIVE\nACTIVE {service}\nACTIVE\nACTIVE\n")
+    done = machine.run(*SPOT)
+    assert done.returncode == 1
+    assert "training was stopped or never started; my-tpu still runs" in done.stderr
+    assert (machine.path / "states").read_text() == "", "it has looked three times"
     assert queued_resources(machine) == []
 
 

@@ -39,8 +39,9 @@ def lower_train_step(
     state: TrainState,
     mesh: Mesh | None = None,
     platforms: tuple[str, ...] | None = None,
+    asked: tuple[jax.ShapeDtypeStruct, ...] = (),
 ) -> jax.stages.Lowered:
-    """The training step `(state, batch) -> (state, metrics)`, which consumes its state.
+    """The training step `(state, batch, *asked) -> (state, metrics)`, which consumes its state.
 
     Args:
       decoder: the model.
@@ -49,11 +50,20 @@ def lower_train_step(
       state: from `state_shapes`.
       mesh: None: one device.
       platforms: what to lower for, such as ("cuda",); None: the platform of the devices.
+      asked: `shapes` of `mod_star.processes.SharedStop`.
     """
     places = None if mesh is None else (shardings(mesh, state), replicated(mesh))
-    step = jax.jit(make_train_step(decoder, run, total_steps), donate_argnums=0, out_shardings=places)
+    compute = make_train_step(decoder, run, total_steps)
+
+    def step(state: TrainState, batch: Any, *asked: jax.Array) -> Any:
+        state, metrics = compute(state, batch)
+        if asked:
+            metrics = metrics | {"stop": asked[0].max()}
+        return state, metrics
+
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=places)
     with use_mesh(mesh):
-        return step.trace(state, batch_shapes(run, mesh)).lower(lowering_platforms=platforms)
+        return jitted.trace(state, batch_shapes(run, mesh), *asked).lower(lowering_platforms=platforms)
 
 
 def lower_eval_step(decoder: Decoder, run: RunConfig, params: Any, mesh: Mesh | None = None) -> jax.stages.Lowered:

@@ -48,7 +48,7 @@ CURVES_FILE = "curves.png"
 PROFILE_DIRECTORY = "profile"
 
 Metrics = dict[str, jax.Array]
-StepFn = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+StepFn = Callable[..., tuple[TrainState, Metrics]]
 EvalFn = Callable[[dict[str, Any], Any, jax.Array], Metrics]
 
 
@@ -58,8 +58,6 @@ class _Unread:
 
     step: int
     metrics: Metrics
-    asked: jax.Array | None
-    """From `SharedStop.ask`."""
 
 
 class Sitting:
@@ -103,8 +101,8 @@ class Sitting:
 
     def _run_to_end(self) -> TrainSummary:
         with ExitStack() as stack:
-            self.stop = SharedStop(stack.enter_context(stop_signals()))
             mesh = self.inputs.mesh
+            self.stop = SharedStop(stack.enter_context(stop_signals()), mesh)
             where = None if mesh is None else batch_sharding(mesh)
             self.batches = iter(prefetch_to_device(self.inputs.batches, where))
             stack.callback(self.batches.close)
@@ -169,7 +167,9 @@ class Sitting:
             began = time.perf_counter()
             decoder, mesh = Decoder(stage.run.model, stage.run.routing, self.inputs.decoder.parts), self.inputs.mesh
             # From shapes alone: with arrays, a restored state would make another program of it than a new one.
-            self.step_fn = lower_train_step(decoder, stage.run, self.inputs.plan.steps, self.shapes, mesh).compile()
+            steps = self.inputs.plan.steps
+            lowered = lower_train_step(decoder, stage.run, steps, self.shapes, mesh, asked=self.stop.shapes)
+            self.step_fn = lowered.compile()
             self.eval_fn = lower_eval_step(decoder, stage.run, self.shapes.params, mesh).compile()
             if self.thoughts is not None:
                 self.thoughts.compute_with(decoder, stage.run)
@@ -202,10 +202,9 @@ class Sitting:
                 jax.profiler.start_trace(self.path / PROFILE_DIRECTORY)
             # Only batches go in (by the thread that makes them), only metrics come out: both are asked for by name.
             with jax.transfer_guard("disallow"):
-                state, metrics = self.step_fn(state, next(self.batches))
-                asked = self.stop.ask()
+                state, metrics = self.step_fn(state, next(self.batches), *self.stop.ask())
                 self._record(unread)
-            unread = _Unread(step, metrics, asked)
+            unread = _Unread(step, metrics)
             if step == min(self.profile.stop - 1, total) and self.start < self.profile.start <= step:
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
@@ -230,9 +229,9 @@ class Sitting:
         step = unread.step
         # The last of a stage too: between two records, all steps cost the same.
         due = step % self.run.train.log_every == 0 or step == self.inputs.plan.at(step).last
-        left_out = {"finite"} if due else unread.metrics.keys() - {"loss", "streak"}
+        left_out = {"finite"} if due else unread.metrics.keys() - {"loss", "streak", "stop"}
         values = jax.device_get({name: value for name, value in unread.metrics.items() if name not in left_out})
-        self.stop.read(unread.asked)
+        self.stop.read(values.pop("stop", None))
         self.streak = int(values.pop("streak"))
         self.progress.update(step, float(values["loss"]))
         if due:

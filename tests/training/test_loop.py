@@ -167,6 +167,21 @@ def test_profile_of_some_steps(uninterrupted: tuple[Path, TrainSummary], tmp_pat
     assert trace.stat().st_size > 1000
 
 
+def test_profile_beyond_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run"
+    message = rf"--profile = '9:12': must begin with one of the run's {STEPS} steps"
+    with pytest.raises(InputError, match=message):
+        train(make_run(), path, profile=range(9, 13), quiet=True)
+    assert not path.exists()
+    with monkeypatch.context() as unchecked:  # the loop itself does without
+        unchecked.setattr("mod_star.training.train._require_profile", lambda *_: None)
+        train(make_run(), path, profile=range(9, 13), quiet=True)
+    with pytest.raises(InputError, match=message):
+        train(make_run(), path, resume_from=4, profile=range(9, 13), quiet=True)
+    train(make_run(), path, resume_from=4, profile=range(3, 5), quiet=True)  # these steps are done
+    assert not (path / "profile").exists()
+
+
 def test_budget_in_flops(tmp_path: Path) -> None:
     run = make_run(log_every=100)
     run = presets.dense(replace(run, model=replace(run.model, vocab_size=258)))
