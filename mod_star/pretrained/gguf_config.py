@@ -52,9 +52,7 @@ class _Fields:
         self._left = {key.removeprefix(self._prefix): value for key, value in named if key.startswith(self._prefix)}
 
     def fail(self, name: str, value: object, allowed: str) -> InputError:
-        shown = " ".join(repr(value).split())
-        shown = shown if len(shown) <= 60 else shown[:59] + "…"
-        return InputError(f"{self._path}: {self._prefix}{name} = {shown}: {allowed}")
+        return InputError(f"{self._path}: {self._prefix}{name} = {_short(value)}: {allowed}")
 
     def take(self, name: str, default: Any = _REQUIRED) -> Any:
         if name not in self._left and default is _REQUIRED:
@@ -104,13 +102,13 @@ def read_gguf_config(file: GgufFile) -> tuple[str, ModelConfig]:
     """
     for key, allowed in (("general.type", "model"), ("split.count", 1)):
         value = file.metadata.get(key, allowed)
-        if value not in (allowed, 0):
+        if not isinstance(value, str | int) or value not in (allowed, 0):
             hint = "; put its parts together with llama-gguf-split --merge" if key == "split.count" else ""
-            raise InputError(f"{file.path}: {key} = {value!r}: must be {allowed!r}{hint}")
+            raise InputError(f"{file.path}: {key} = {_short(value)}: must be {allowed!r}{hint}")
     architecture = file.metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise InputError(f"{file.path}: general.architecture = {architecture!r}: is not supported; there are {known}")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        shown, known = _short(architecture), ", ".join(ARCHITECTURES)
+        raise InputError(f"{file.path}: general.architecture = {shown}: is not supported; there are {known}")
     fields = _Fields(file, architecture)
     fields.only(_ONLY)
     width, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
@@ -173,7 +171,7 @@ def _layers(file: GgufFile, fields: _Fields) -> int:
 def _rope_scaling(file: GgufFile, fields: _Fields, config: ModelConfig) -> ModelConfig:
     """`config` with the file's scaling of rotary frequencies."""
     kind = fields.take("rope.scaling.type", "none")
-    if kind not in ("none", "linear"):
+    if not isinstance(kind, str) or kind not in ("none", "linear"):
         raise fields.fail("rope.scaling.type", kind, "is not supported; must be 'none' or 'linear'")
     older = fields.number("rope.scale_linear", 1.0)
     factor = fields.number("rope.scaling.factor", older)
@@ -235,3 +233,9 @@ def llama3_scaling(divisors: np.ndarray, config: ModelConfig, original: int) -> 
         if np.allclose(rotary_frequencies(config) / divisors, rotary_frequencies(found), rtol=1e-5, atol=0):
             return found
     return None
+
+
+def _short(value: object) -> str:
+    """For messages: on one line, and not the whole of an array."""
+    shown = " ".join(repr(value).split())
+    return shown if len(shown) <= 60 else shown[:59] + "…"

@@ -77,7 +77,7 @@ def read_gguf_tokenizer(file: GgufFile, rows: int) -> HuggingFaceTokenizer:
     """
     fields = _Fields(file)
     model = fields.take("model")
-    if model not in ("gpt2", "llama"):
+    if not isinstance(model, str) or model not in ("gpt2", "llama"):
         raise fields.fail(
             "model", model, "is not supported; must be 'gpt2' (byte-level BPE) or 'llama' (SentencePiece)"
         )
@@ -90,7 +90,8 @@ def read_gguf_tokenizer(file: GgufFile, rows: int) -> HuggingFaceTokenizer:
         raise fields.fail("tokens", twice, "is there twice")
     fields.check_others()
     if model == "gpt2":
-        split = _SPLITS.get(name := fields.take("pre", None))
+        name = fields.take("pre", None)
+        split = _SPLITS.get(name) if isinstance(name, str) else None
         if split is None:
             known = ", ".join(_SPLITS)
             raise fields.fail("pre", name, f"how this model splits text is not known here; there are {known}")

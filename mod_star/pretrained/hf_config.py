@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,8 @@ class _Fields:
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:
         value = self.take(name, default)
-        real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not default and (not real or value <= 0):
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not default and not (real and 0 < value <= sys.float_info.max):
             raise self.fail(name, value, "must be a positive number")
         return value if value is default else float(value)
 
@@ -186,7 +186,7 @@ def _sliding_window(fields: _Fields, family: str, layers: int) -> int | None:
                 raise fields.fail("max_window_layers", first, f"must be 0 or {layers}: all layers alike")
             window = given if first <= 0 else None
         elif used:
-            window = given if kinds and kinds[0] == "sliding_attention" else None
+            window = given if isinstance(kinds, list) and kinds[:1] == ["sliding_attention"] else None
     expected = "full_attention" if window is None else "sliding_attention"
     if kinds is not None and kinds != [expected] * layers:
         raise fields.fail("layer_types", kinds, f'must be "{expected}" for all {layers} layers')

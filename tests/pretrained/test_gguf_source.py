@@ -22,6 +22,7 @@ from mod_star.data import HuggingFaceTokenizer
 from mod_star.errors import InputError
 from mod_star.pretrained import gguf_source
 from mod_star.pretrained.build import build_params
+from mod_star.pretrained.gguf_config import read_gguf_config
 from mod_star.pretrained.gguf_header import read_gguf
 from mod_star.pretrained.gguf_source import dequantised, open_gguf
 from mod_star.pretrained.importing import import_model, open_source
@@ -230,6 +231,8 @@ def test_frequency_factors_of_llama_3(tmp_path: Path, factor: float, low: float,
         ("general.architecture", None, "general.architecture = None: is not supported; there are llama, qwen2, qwen3"),
         ("general.type", "adapter", "general.type = 'adapter': must be 'model'"),
         ("split.count", 3, "split.count = 3: must be 1; put its parts together"),
+        ("general.type", [1, 2], "general.type = array([1, 2], dtype=int32): must be 'model'"),
+        ("split.count", [1, 2], "split.count = array([1, 2], dtype=int32): must be 1"),
         ("llama.block_count", None, "has no llama.block_count"),
         ("llama.block_count", 2**31, "llama.block_count = 2147483648: the file has tensors of 2 blocks"),
         ("llama.block_count", "2", "llama.block_count = '2': must be a whole number"),
@@ -241,6 +244,7 @@ def test_frequency_factors_of_llama_3(tmp_path: Path, factor: float, low: float,
         ("llama.rope.dimension_count", 4, "llama.rope.dimension_count = 4: must be the width of a query's head, 8"),
         ("llama.attention.layer_norm_rms_epsilon", math.nan, "layer_norm_rms_epsilon = nan: must be a positive"),
         ("llama.rope.scaling.type", "yarn", "llama.rope.scaling.type = 'yarn': is not supported"),
+        ("llama.rope.scaling.type", [1, 2], "llama.rope.scaling.type = array([1, 2], dtype=int32): is not supported"),
         ("llama.rope.scaling.factor", 2.0, "llama.rope.scaling.factor = 2.0: must be 1 with"),
         ("llama.expert_count", 8, "llama.expert_count = 8: is not supported; must be 0"),
         ("llama.logit_scale", 0.5, "llama.logit_scale = 0.5: is not supported"),
@@ -261,6 +265,17 @@ def test_fields_are_used_or_refused(tmp_path: Path, key: str, value: Any, messag
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", [np.zeros(2), np.full(99, 1.2345678901234567e100), ["llama"], 3])
+def test_an_architecture_that_is_no_name(tmp_path: Path, architecture: Any) -> None:
+    file = read_gguf(write_model(tmp_path / "model.gguf"))
+    file = dataclasses.replace(file, metadata={**file.metadata, "general.architecture": architecture})
+    with pytest.raises(InputError) as error:
+        read_gguf_config(file)
+    message = str(error.value)
+    assert message.startswith(f"{file.path}: general.architecture = ") and "; there are llama, qwen2" in message
+    assert "\n" not in message and len(message) < len(str(file.path)) + 200
 
 
 def test_tensors_that_do_not_fit(tmp_path: Path) -> None:

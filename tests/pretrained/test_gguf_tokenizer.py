@@ -78,6 +78,9 @@ TOKENS = BYTE_LEVEL["tokenizer.ggml.tokens"]
     [
         (BYTE_LEVEL, "model", None, "has no tokenizer.ggml.model"),
         (BYTE_LEVEL, "model", "t5", "tokenizer.ggml.model = 't5': is not supported; must be 'gpt2'"),
+        (BYTE_LEVEL, "model", [1, 2], "tokenizer.ggml.model = array([1, 2], dtype=int32): is not supported; must be"),
+        (BYTE_LEVEL, "pre", [1, 2], "tokenizer.ggml.pre = array([1, 2], dtype=int32): how this model splits text is"),
+        (BYTE_LEVEL, "pre", ["gpt-2"], "tokenizer.ggml.pre = ['gpt-2']: how this model splits text is not known"),
         (BYTE_LEVEL, "pre", None, "tokenizer.ggml.pre = None: how this model splits text is not known here"),
         (BYTE_LEVEL, "pre", "falcon", "tokenizer.ggml.pre = 'falcon': how this model splits text is not known here"),
         (BYTE_LEVEL, "merges", ["a zz"], "tokenizer.ggml.merges = 'a zz': must be two tokens"),

@@ -63,6 +63,7 @@ def test_what_is_written_reads_as_the_same(case: str) -> None:
         ("llama", {"hidden_size": -16}, "hidden_size = -16: must be a positive whole number"),
         ("llama", {"hidden_size": "16"}, 'hidden_size = "16": must be a positive whole number'),
         ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps = NaN: must be a positive number"),
+        ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps = 1000.*: must be a positive number"),
         ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings = 1: must be true or false"),
         ("llama", {"vocab_size": None}, "has no vocab_size"),
         ("mistral", {"num_key_value_heads": None}, "has no num_key_value_heads"),
@@ -75,6 +76,8 @@ def test_what_is_written_reads_as_the_same(case: str) -> None:
         ("llama", {"architectures": ["MistralForCausalLM"]}, 'model_type = "llama": does not go with'),
         ("llama", {"architectures": None, "model_type": "gpt2"}, 'model_type = "gpt2": is not supported'),
         ("qwen2", {"use_sliding_window": True}, "max_window_layers = 1: must be 0 or 2: all layers alike"),
+        ("qwen2", {"use_sliding_window": True, "layer_types": {"a": 1}}, 'layer_types = {"a": 1}: must be "full_'),
+        ("qwen2", {"use_sliding_window": True, "layer_types": 3}, 'layer_types = 3: must be "full_attention"'),
         ("qwen3", {"attention_bias": True}, "attention_bias = true"),
     ],
 )
