@@ -59,7 +59,7 @@ class EvaluateOptions:
     question: str | None = None
     """Template of a question over the fields of a record, such as '{question}'."""
     answer: str | None = None
-    """Template of the gold answer: a text whose last number counts, or one of the choices, or any text."""
+    """Template of the gold answer: a text whose last number counts, one of the choices, or at most a sentence."""
     kind: Literal["number", "choice", "text"] | None = None
     """Of the answers."""
     choices: tuple[str, ...] = ()
@@ -159,6 +159,9 @@ def run(argv: Sequence[str]) -> None:
     require_shareable("--batch-size", options.batch_size, mesh)
     loaded = load_run(options.run, options.step, mesh=mesh)
     config = _config(options, loaded.step) | {"data_sha256": task.sha256, "few_shot_sha256": examples_digest}
+    think = chosen_think(loaded, options)
+    if think.threshold is not None:
+        config["think_threshold"] = think.threshold  # another calibration is another evaluation
     require_evaluation(out, config)
     require_writable("--out", out / "records.jsonl")
     prompts = Prompts(
@@ -168,8 +171,7 @@ def run(argv: Sequence[str]) -> None:
     if options.headroom is not None:
         decoder = decoder.clone(routing=dataclasses.replace(decoder.routing, headroom=options.headroom))
     subject = Subject(
-        decoder, loaded.params, loaded.tokenizer, prompts, loaded.config.thinking, chosen_think(loaded, options),
-        mesh=mesh,
+        decoder, loaded.params, loaded.tokenizer, prompts, loaded.config.thinking, think, mesh=mesh
     )  # fmt: skip
     protocol.check(subject, asked)
     keep_compiled_programs()
@@ -188,6 +190,8 @@ def _check(options: EvaluateOptions) -> None:
     require(options.batch_size >= 1, "--batch-size", options.batch_size, "must be at least 1")
     require(all(options.stop), "--stop", "", "must not be empty")
     require(options.branches is None or options.branches >= 1, "--branches", options.branches, "must be at least 1")
+    fine = options.continuation is None or bool(options.continuation.strip())
+    require(fine, "--continuation", options.continuation, "must not be empty")
     given = [name for name in OF_CUSTOM if getattr(options, name) is not None]
     if options.task is not None and (given or options.choices or options.item_id is not None):
         name = _flag([*given, *(["choices"] if options.choices else []), "item_id"][0])
@@ -203,6 +207,8 @@ def _check(options: EvaluateOptions) -> None:
                 )
     require(not options.choice_texts or options.protocol == "choice", "--choice-texts", True, "needs --protocol choice")
     decoding = options.decoding or "greedy"
+    fine = decoding != "self-consistency" or options.temperature is None or options.temperature > 0
+    require(fine, "--temperature", options.temperature, "must be above 0: samples must differ")
     for names, decodings in (
         (OF_DRAWING, ("temperature", "self-consistency")),
         (("branches",), ("self-consistency", "beam", "cot")),

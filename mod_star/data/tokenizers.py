@@ -244,7 +244,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []  # Ids not yet settled, after one settled piece as context for the decoder.
-        self._shown = 0  # Characters of their text that were returned.
+        self._shown = ""  # What was returned of their text.
 
     def push(self, token: int) -> str:
         """The text that id `token` completes, possibly empty."""
@@ -252,18 +252,24 @@ class StreamDecoder:
         text = self._tokenizer.decode(self._ids)
         # A trailing U+FFFD may be the start of a character: at most three bytes, so at most three of them.
         pending = min(len(text) - len(text.rstrip("\ufffd")), 3)
-        new = text[self._shown : len(text) - pending]
-        self._shown += len(new)
+        if pending and not text.startswith(self._shown):
+            return ""  # Byte fallback spells all bytes in a row as U+FFFD until the last character is complete.
+        new = text[len(self._shown) : len(text) - pending]
+        if new:
+            self._shown = text[: len(text) - pending]
         if new and not pending:
-            # Keep one token: decoders that drop a text's first space need to see that this is not the first.
-            self._ids = [token]
-            self._shown = len(self._tokenizer.decode(self._ids))
+            # Keep the last character: decoders that drop a text's first space need to see that this is not the first.
+            for count in range(1, 5):
+                last = self._tokenizer.decode(self._ids[-count:])
+                if "\ufffd" not in last:
+                    self._ids, self._shown = self._ids[-count:], last
+                    break
         return new
 
     def flush(self) -> str:
         """What is still held back, and a fresh start."""
-        rest = self._tokenizer.decode(self._ids)[self._shown :]
-        self._ids, self._shown = [], 0
+        rest = self._tokenizer.decode(self._ids)[len(self._shown) :]
+        self._ids, self._shown = [], ""
         return rest
 
 

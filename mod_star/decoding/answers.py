@@ -188,7 +188,9 @@ class LastOption(Finder):
 
     def spell(self, found: str) -> str:
         """The option that it is."""
-        return next(name for name in self.options if name.casefold() == found.casefold())
+        same = [name for name in self.options if name.casefold() == found.casefold()]
+        # The pattern takes ı and i for one letter too, as İ and I.
+        return (same or [name for name in self.options if re.fullmatch(re.escape(name), found, re.IGNORECASE)])[0]
 
 
 YES_NO = LastOption(("yes", "no"))
@@ -196,17 +198,25 @@ EVEN_ODD = LastOption(("even", "odd"))
 LETTERS = LastOption(tuple("ABCDE"))
 
 
+# Up to the end of a sentence, of a line or of the text; a title's full stop ("St. Louis", "Dr. No") or an initial's
+# ("J. R. R. Tolkien", "U.S. Steel") ends no sentence.
+_TITLES = ("St|Mt|Ft|Mr|Ms|Dr|Lt", "Mrs|Gen|Col|Rev|Gov|Sen|Sgt", "Prof|Capt", "[A-Z]")  # by length
+_STOP = "".join(rf"(?<!\b(?:{titles})(?=\.))" for titles in _TITLES) + r"[.!?](?:\s|$)"
+_SENTENCE = re.compile(rf"[^\n]*?(?={_STOP}|\n|$)")
+
+
 @dataclass(frozen=True)
 class Phrase(Finder):
     """Any words: what stands up to the end of the first sentence or line, for a text continued as "So the answer is".
 
-    The canonical form is in lower case with single blanks, without quotes, brackets and punctuation around it.
+    The full stop of an initial or of a title such as "St." or "Dr." ends no sentence. The canonical form is in lower
+    case with single blanks, without quotes, brackets and punctuation around it.
     """
 
     def spans(self, text: str) -> list[Span]:
         """The first sentence, without what surrounds it; at most one."""
         begin = len(text) - len(text.lstrip())
-        sentence = re.compile(r"[^\n]*?(?=[.!?](?:\s|$)|\n|$)").match(text, begin)
+        sentence = _SENTENCE.match(text, begin)
         assert sentence is not None
         start, end = sentence.span()
         while start < end and not (text[start].isalnum() or text[start] in "-−$€£"):
@@ -222,8 +232,9 @@ class Phrase(Finder):
     def align(self, text: str, answer: str) -> Span | None:
         """The last place where these words stand, in upper or lower case and with any white space between them."""
         words = r"\s+".join(re.escape(word) for word in answer.split())
-        matches = list(re.finditer(rf"(?<!\w)(?:{words})(?!\w)", text, re.IGNORECASE))
-        return matches[-1].span() if matches else None
+        places = [place for place, character in enumerate(text) for _ in character.casefold()]  # ß becomes ss
+        matches = list(re.finditer(rf"(?<!\w)(?:{words})(?!\w)", text.casefold(), re.IGNORECASE))
+        return (places[matches[-1].start()], places[matches[-1].end() - 1] + 1) if matches else None
 
 
 KINDS: dict[str, Finder] = {

@@ -223,15 +223,16 @@ def continue_texts(
       generator: the model.
       tokenizer: the model's.
       prompts: token ids of the prompt of each text.
-      completions: the texts. One that a stop string has cut is encoded anew, without what was cut off.
+      completions: the texts. What is left of a token that a stop string has cut is encoded anew.
       continuation: the words to put behind them.
       think: when to think.
       rows: as for `cot_decode`.
     """
     texts = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        cut = completion.finished == "stop"
-        tokens = tokenizer.encode(completion.text) if cut else completion.tokens
+        tokens = completion.tokens
+        if completion.finished == "stop":
+            tokens = _without_stop(tokenizer, prompt, completion)
         texts.append([*prompt, *tokens, *_joined(tokenizer, tokens, continuation)])
     if rows is None:
         results = generator.generate(texts, ANSWER_TOKENS, GREEDY, think=think)
@@ -244,11 +245,24 @@ def continue_texts(
     ]
 
 
+def _without_stop(tokenizer: Tokenizer, prompt: Sequence[int], completion: Completion) -> list[int]:
+    """Ids of a text that a stop string has cut: its tokens up to the one that is cut, and the rest of that one anew."""
+    start = max(start for start in completion.starts if start <= len(completion.text))
+    whole = completion.tokens[: completion.starts.index(start)]
+    return [*whole, *_following(tokenizer, [*prompt, *whole], completion.text[start:])]
+
+
 def _joined(tokenizer: Tokenizer, tokens: Sequence[int], continuation: str) -> list[int]:
     """Ids that go on from `tokens` with the continuation, one blank before it unless white space is there."""
     text = tokenizer.decode(tokens)
     blank = "" if not text or text[-1].isspace() else " "
-    ids = tokenizer.encode(blank + continuation)
-    if blank and tokenizer.decode([*tokens, *ids]) != text + blank + continuation:
-        return tokenizer.encode(continuation)  # a tokenizer that puts a blank before every text by itself
+    return _following(tokenizer, tokens, blank + continuation)
+
+
+def _following(tokenizer: Tokenizer, before: Sequence[int], text: str) -> list[int]:
+    """Ids that add nothing but `text` to the text of `before`."""
+    ids = tokenizer.encode(text)
+    if tokenizer.decode([*before, *ids]) != tokenizer.decode(before) + text:
+        # A tokenizer that puts a blank before every text by itself: it then stands before the line's end.
+        return tokenizer.encode("\n" + text)[len(tokenizer.encode("\n")) :]
     return ids

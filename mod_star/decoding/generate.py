@@ -42,7 +42,7 @@ class Generator:
       decoder: the model.
       params: its parameters as trained (stacked).
       end_ids: tokens that end a row.
-      routing_key: for models with stochastic routing.
+      routing_key: for models with stochastic routing; `jax.random.key(0)` if not given, as in scoring.
       thinking: length and kind of thoughts, for a model that can think; `params` then has the entry "thinking".
       mesh: where `params` lie, if on several devices. Prompts and their rows are shared out over data and fsdp where
         their number allows.
@@ -63,7 +63,9 @@ class Generator:
         self._stacked = narrowed(decoder, params)
         self.params = unstack(decoder, self._stacked)
         self._end_ids = tuple(end_ids)
-        self._routing_key = routing_key if decoder.routing.selection == "stochastic" else None
+        self._routing_key = None
+        if decoder.routing.selection == "stochastic":
+            self._routing_key = jax.random.key(0) if routing_key is None else routing_key
         self._prefill = jax.jit(self._prefill_fn, static_argnames=("room", "slots", "branches"))
         self._advance = jax.jit(
             self._advance_fn,

@@ -166,6 +166,15 @@ class HarnessModel:
         """Token ids; with bos first where the model's texts begin with it, unless `add_special_tokens` is False."""
         return self.tokenizer.encode(string) if add_special_tokens is False else begin(self.tokenizer, string)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a context and of its continuation. White space alone is no context: it goes with the continuation."""
+        if context.strip():
+            ids: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)  # type: ignore[misc]
+            return ids
+        # The harness takes as many tokens off the whole text as the empty context has: bos, which isn't there.
+        after = self.tok_encode(context + continuation, add_special_tokens=False)
+        return [self.prefix_token_id], after[1:] if after[:1] == [self.prefix_token_id] else after
+
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The source of the template, for the harness's report."""
         if chat_template is False or chat_template is None:

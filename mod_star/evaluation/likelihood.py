@@ -138,7 +138,8 @@ class ExpectedProbability:
         """Context and answer with its newline. A blank that is a token of its own belongs to the context."""
         prompt = subject.prompts.text(item)
         pairs = continuations(subject, item, [_after(prompt, answer) + "\n" for answer in answers])
-        blanks = [subject.tokenizer.decode(after[:1]) == " " for _, after in pairs]
+        decode = subject.tokenizer.decode  # in context: a decoder may drop a text's first blank
+        blanks = [decode([*before, after[0]]) == decode(before) + " " for before, after in pairs]
         return [
             ([*before, after[0]], after[1:]) if blank else (before, after)
             for (before, after), blank in zip(pairs, blanks, strict=True)
@@ -164,7 +165,7 @@ def continuations(subject: Subject, item: Item, texts: Sequence[str]) -> list[Pa
     wholes = [[*context[:start], *subject.tokenizer.encode(prompt + text)] for text in texts]
     shared = min(_shared(context, whole) for whole in wholes)
     if shared < 1:
-        raise InputError(f"item {item.id!r}: its prompt is empty, there is nothing to predict an answer from")
+        raise InputError(f"item {item.id!r}: its prompt and answer are one token, there is nothing to predict it from")
     return [(whole[:shared], whole[shared:]) for whole in wholes]
 
 

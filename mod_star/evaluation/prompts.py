@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mod_star.data.sources import read_text
 from mod_star.data.templates import Template
-from mod_star.data.tokenizers import Tokenizer
+from mod_star.data.tokenizers import Tokenizer, begin
 from mod_star.errors import InputError, require
 from mod_star.evaluation.tasks import CustomTask, Item, Task, load_task
 
@@ -57,9 +57,8 @@ class Prompts:
         return self.preamble + "".join(shown) + self._ask(item.question)
 
     def encode(self, item: Item) -> list[int]:
-        """The prompt's token ids; bos comes first where the tokenizer's texts begin with it and the chat has none."""
-        ids = self.tokenizer.encode(self.text(item))
-        return ids if self.chat or not self.tokenizer.starts_with_bos else [self.tokenizer.bos_id, *ids]
+        """The prompt's token ids, as `begin` makes them: bos comes first where it is wanted and not spelled out."""
+        return begin(self.tokenizer, self.text(item))
 
     def _ask(self, question: str) -> str:
         template = Template(

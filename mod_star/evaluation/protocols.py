@@ -51,7 +51,8 @@ class Subject:
 
 
 Numbered = tuple[int, Item]
-"""An item with its number among all that are evaluated: what is drawn for it depends on that, not on its batch."""
+"""An item with its number among all that are evaluated. What is drawn for it depends on that, in scoring on its text,
+not on its batch."""
 
 
 class ProtocolOf(Protocol):

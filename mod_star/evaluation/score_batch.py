@@ -45,7 +45,7 @@ def score_batch(
     allowed_A: jax.Array | None,
     threshold: jax.Array,
     seed: jax.Array,
-    first_row: jax.Array,
+    draws_N: jax.Array,
     routing_key: jax.Array | None,
 ) -> tuple[jax.Array, ...]:
     """Runs a batch and scores `count` places of it; what lies behind them in the results means nothing.
@@ -65,7 +65,7 @@ def score_batch(
       allowed_A: int32 ids to renormalise over, or None.
       threshold: float32 scalar, of `think`.
       seed: int32, of thoughts' draws.
-      first_row: int32 number of the first text.
+      draws_N: uint32, what the draws of each place's thought depend on besides: the text before it, hashed.
       routing_key: of stochastic routing, or None.
 
     Returns:
@@ -88,7 +88,7 @@ def score_batch(
     # Put together over fsdp before the loop, not in it.
     head = {"head": constrain(head_matrix(params).astype(output.hidden.dtype), "tensor", None)}
     pad = lambda a: jnp.pad(a, [(0, -N % R), *[(0, 0)] * (a.ndim - 1)])  # noqa: E731
-    where_Nx2, targets_NxT = pad(where_Nx2), pad(targets_NxT)
+    where_Nx2, targets_NxT, draws_N = pad(where_Nx2), pad(targets_NxT), pad(draws_N)
 
     def portion(i: jax.Array, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         cut = lambda a: jax.lax.dynamic_slice_in_dim(a, i * R, R)  # noqa: E731
@@ -99,10 +99,10 @@ def score_batch(
             logits_RxV, thinks_R = logits_of(head, hidden_RxD), jnp.zeros(R, bool)
         else:
             text = _texts_of_rows(decoder, output.keys_values, row_R)
-            fold = lambda row, at: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), at)  # noqa: E731
+            keys_R = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(cut(draws_N))
             logits_RxV, record = think_step(
                 decoder, {**params, **head, "groups": groups}, thinking, think, threshold, hidden_RxD, text, position_R,
-                jax.vmap(fold)(first_row + row_R, position_R), active_R,
+                keys_R, active_R,
             )  # fmt: skip
             thinks_R = record.thinks_BxT
         log_p_RxV = jax.nn.log_softmax(logits_RxV)

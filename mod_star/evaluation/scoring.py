@@ -7,6 +7,7 @@ what is run and what is read from it; what a batch computes is `score_batch`.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -71,7 +72,7 @@ def score(
       think: when to think before a scored token, and how. Never while reading the context.
       batch_size: texts at a time, a multiple of the mesh's shares; changes speed and memory, not the result.
       truncate: drop the beginning of contexts that are too long, instead of refusing them.
-      seed: of thoughts' draws; greedy ones don't depend on it.
+      seed: of thoughts' draws, which else depend on the text before them alone; greedy ones don't depend on it.
       routing_key: for models with stochastic routing.
       mesh: where `params` lie, if on several devices. Texts are shared out over data and fsdp.
       progress: called with the number of pairs that are done, and of all, after every batch.
@@ -299,15 +300,17 @@ def _stream(
         width = 1 << (width - 1).bit_length()
         N = batch_size * S
         where, targets = np.zeros((N, 2), np.int32), np.zeros((N, width), np.int32)
+        draws = np.zeros(N, np.uint32)
         slots: dict[tuple[int, int], int] = {}
         for slot, ((row, position), wanted) in enumerate(plan.items()):
             slots[row, position] = slot
             where[slot], targets[slot, : len(wanted)] = (row, position), list(wanted)
+            draws[slot] = zlib.crc32(tokens[row, : position + 1].tobytes())
         inputs = (tokens, lengths) if mesh is None else jax.device_put((tokens, lengths), batch_sharding(mesh))
         with use_mesh(mesh):
             found = score_batch(
                 decoder, thinking, fixed, rows, params, groups, *inputs, where, targets, np.int32(len(plan)),
-                allowed, threshold, seed, np.int32(start), routing_key,
+                allowed, threshold, seed, draws, routing_key,
             )  # fmt: skip
         log_probs, greedy, restricted, restricted_greedy, thinks = jax.device_get(found)
         for row, text in enumerate(batch):

@@ -244,11 +244,17 @@ def _gold(given: str, kind: Kind, choices: tuple[str, ...], where: str, what: st
         if gold is None:
             raise InputError(f"{where}: {what} = {_short(given.strip())}: must be one of {', '.join(choices)}")
         return gold
-    gold = (_NUMBERS if kind == "number" else _PHRASES).canonical(given)
-    if gold is None:
+    finder: Finder = _NUMBERS if kind == "number" else _PHRASES
+    span = finder.find(given)
+    if span is None:
         missing = "no number" if kind == "number" else "no answer"
         raise InputError(f"{where}: {what} = {_short(given.strip())}: holds {missing}")
-    return gold
+    found = given[span[0] : span[1]]
+    if kind == "text" and re.search(r"\w", given[span[1] :]):
+        raise InputError(
+            f"{where}: {what} = {_short(given.strip())}: must be no more than a sentence, only {found!r} would count"
+        )
+    return finder.spell(found)
 
 
 def _number_of(where: str) -> str:

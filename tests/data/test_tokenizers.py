@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from sentence_piece import sentence_piece
 
 from mod_star.data.special_tokens import SpecialTokens
 from mod_star.data.tokenizers import (
@@ -33,8 +34,10 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTokenizer:
     return train_bpe(["the cat sat on the mat, the end"] * 5 + ["日本 日本"], 280, path)
 
 
-@pytest.fixture(params=["bytes", "bpe"])
+@pytest.fixture(params=["bytes", "bpe", "byte_fallback"])
 def tokenizer(request: pytest.FixtureRequest, bpe: HuggingFaceTokenizer) -> Tokenizer:
+    if request.param == "byte_fallback":
+        return sentence_piece()
     return ByteTokenizer() if request.param == "bytes" else bpe
 
 
@@ -69,6 +72,39 @@ def test_stream_equals_decode(tokenizer: Tokenizer) -> None:
         assert len(tokenizer.decode(ids[:count]).rstrip("\ufffd")) <= len(shown)
 
 
+@pytest.mark.parametrize("text", ["x 😀\nQ: 5", "€€", "😀😀 a", "\n\n€\n", "日本 日本"])
+def test_stream_of_characters_in_a_row(tokenizer: Tokenizer, text: str) -> None:
+    stream = StreamDecoder(tokenizer)
+    pieces = [stream.push(token) for token in tokenizer.encode(text)]
+    assert "".join(pieces) == text, "nothing is held back at the end"
+    assert stream.flush() == ""
+
+
+def test_stream_of_any_characters_equals_decode(tokenizer: Tokenizer) -> None:
+    random = np.random.default_rng(0)
+    stream = StreamDecoder(tokenizer)
+    for _ in range(60):
+        text = "".join(random.choice(list("ab the\n\té€😀日本~."), 40))
+        assert "".join([stream.push(token) for token in tokenizer.encode(text)]) + stream.flush() == text
+
+
+def test_stream_of_broken_bytes_keeps_what_was_shown() -> None:
+    tokenizer = sentence_piece()
+    (first,) = tokenizer.encode("x")[1:]
+    broken = [first, *(3 + byte for byte in "€".encode()), 3 + 0xFF, 3 + 0xFF, first]
+    assert tokenizer.decode(broken) == "x" + "\ufffd" * 5 + "x", "byte fallback spoils the € as well"
+    stream = StreamDecoder(tokenizer)
+    assert "".join(map(stream.push, broken)) + stream.flush() == "x€" + "\ufffd" * 4 + "x"
+
+
+def test_stream_settles_what_it_has_shown(tokenizer: Tokenizer) -> None:
+    stream = StreamDecoder(tokenizer)
+    for token in tokenizer.encode("日本語😀" * 20):
+        stream.push(token)
+    assert len(stream._ids) <= 4, "or long texts would take quadratic time"
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"], indirect=True)
 def test_stream_of_anything_equals_decode(tokenizer: Tokenizer) -> None:
     random = np.random.default_rng(0)
     stream = StreamDecoder(tokenizer)
@@ -89,7 +125,7 @@ def test_token_text_is_printable_and_never_empty(tokenizer: Tokenizer) -> None:
         text = tokenizer.token_text(token)
         assert text
         assert text.isprintable()
-    assert tokenizer.token_text(tokenizer.encode("\n")[0]) == "⏎"
+    assert tokenizer.token_text(tokenizer.encode("\n")[-1]) == "⏎"
 
 
 def test_byte_tokenizer_ids() -> None:

@@ -134,6 +134,9 @@ def test_very_long_numbers_are_numbers() -> None:
         (LastOption(("red", "red wine", "white")), "Red Wine.", "red wine"),
         (LastOption(("red", "red wine", "white")), "wine red", "red"),
         (LastOption(("C++", "C")), "not C but c++ it is", "C++"),
+        (LastOption(("evet", "hayır")), "Cevap: HAYIR", "hayır"),
+        (LastOption(("hayır", "hayir")), "hayir", "hayir"),
+        (LastOption(("Straße", "Weg")), "Die STRASSE, die straße", "Straße"),
     ],
 )
 def test_the_last_option(finder: Finder, text: str, answer: str | None) -> None:
@@ -149,6 +152,13 @@ def test_the_last_option(finder: Finder, text: str, answer: str | None) -> None:
         (" -3", "-3", "-3"),
         (" 50%.", "50%", "50%"),
         ("\n\nParis\nLondon", "Paris", "paris"),
+        (" St. Louis. Not St. Paul.", "St. Louis", "st. louis"),
+        (" J. R. R. Tolkien. He", "J. R. R. Tolkien", "j. r. r. tolkien"),
+        (" the U.S. Navy.\n", "the U.S. Navy", "the u.s. navy"),
+        (" Prof. Moriarty!", "Prof. Moriarty", "prof. moriarty"),
+        (" Yes. It is.", "Yes", "yes"),
+        (" in Brest. There", "in Brest", "in brest"),
+        (" by plan B? No", "by plan B", "by plan b"),
         (" ...", None, None),
         ("", None, None),
     ],
@@ -166,6 +176,10 @@ def test_an_answer_is_aligned_to_its_last_place() -> None:
     text = "New\nYork, new york, new yorkers"
     assert Phrase().align(text, "new york") == (10, 18)
     assert Phrase().align(text, "york?") is None
+    text = "Es ist die Lange Straße, STRASSE 5."
+    assert Phrase().align(text, Phrase().spell("Straße")) == (25, 32)
+    assert Phrase().align(text[:24], Phrase().spell("lange  Straße")) == (11, 23)
+    assert Phrase().align("HAYIR, hayır", "hayır") == (7, 12)
     assert NUMBER.find_first("4 or 5") == (0, 1)
     assert NUMBER.find_first("four") is None
 

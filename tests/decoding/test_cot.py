@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from decoding_models import CONTEXT, VOCAB, make_prompts
+from sentence_piece import sentence_piece
 from symbols import END_IDS, SYMBOLS, Subject, SymbolTokenizer
 
-from mod_star.decoding import Generator, Sampling, Think
+from mod_star.data import begin
+from mod_star.decoding import Generated, Generator, Sampling, Think
 from mod_star.decoding.answers import LastNumber, Phrase
 from mod_star.decoding.branches import Branches
-from mod_star.decoding.cot import ANSWER_TOKENS, cot_decode, self_consistency
+from mod_star.decoding.cot import ANSWER_TOKENS, continue_texts, cot_decode, self_consistency
+from mod_star.decoding.text import completion_of
 from mod_star.errors import InputError
 
 NEW, K = 7, 6
@@ -168,6 +171,32 @@ def test_a_continuation_is_what_the_model_says_after_each_whole_branch(
             assert branch.span == (places[-1] if places else None)
             aligned += branch.span is not None
     assert aligned > 0, "no answer is in its branch: the test shows less than it should"
+
+
+class Listener:
+    """Stands for a `Generator`: keeps what it is asked to go on from."""
+
+    def generate(self, texts: list[list[int]], *_: Any, **__: Any) -> list[Generated]:
+        self.texts = texts
+        return [Generated([], [], True, [], 0, []) for _ in texts]
+
+
+@pytest.mark.parametrize("cut", [" the 5", " the€ 5 😀", "", " ", "then 5", " the\n"])
+@pytest.mark.parametrize("stop", [".", "~ and", "\nQ:", "en."])
+def test_what_a_stop_string_leaves_is_continued_as_it_stands(cut: str, stop: str) -> None:
+    tokenizer, prompt = sentence_piece(), "Q: 2 + 3?\nA:"
+    before = begin(tokenizer, prompt)
+    tokens = tokenizer.encode(f"\n{cut}{stop} more")[2:]  # without the line's blank and end
+    completion = completion_of(tokenizer, prompt, Generated(tokens, [], False, [], 0, []), 99, (stop,))
+    assert (completion.text, completion.finished) == (cut, "stop")
+    listener: Any = Listener()
+    continue_texts(listener, tokenizer, [before], [completion], "So")
+    (asked,) = listener.texts
+    # Where there is no text, the tokenizer itself puts a blank before the continuation.
+    blank = "" if cut and cut[-1].isspace() else " "
+    assert tokenizer.decode(asked) == f"{prompt}{cut}{blank}So"
+    if cut.startswith(" the"):
+        assert asked[: len(before) + 1] == [*before, tokens[0]], "tokens before the cut stay as they are"
 
 
 @pytest.mark.parametrize("subject", ["dense"], indirect=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from mod_star.calibration import Calibration, write_calibration
 from mod_star.cli import main
 from mod_star.decoding import Generator
 from mod_star.evaluation.intervals import accuracy
@@ -111,6 +113,26 @@ def test_likelihood_protocols_and_thinking(
     assert all(0 < each["expected probability"] < 1 for each in scores["expected", "never"])
 
 
+def test_another_calibration_is_another_evaluation(
+    thinking_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("keep_compiled_programs", "_ask", "_report"):  # what is asked doesn't matter here
+        monkeypatch.setattr(f"mod_star.commands.evaluate.{name}", lambda *_: None)
+    run, data = tmp_path / "run", tmp_path / "words.jsonl"
+    shutil.copytree(thinking_run, run)
+    data.write_text(json.dumps({"q": "1?", "a": "no"}))
+    words = ("--data", data, "--question", "{q}", "--answer", "{a}", "--kind", "choice", "--choices", "yes", "no")
+    argv = (run, *words, "--protocol", "choice", "--think", "auto", "--out", tmp_path / "out")
+    write_calibration(run, Calibration(1.25, 0.5, 0.48, 3, 1000))
+    for _ in range(2):
+        with pytest.raises(SystemExit) as left:
+            main(["evaluate", *map(str, argv)])
+        assert left.value.code == 0, capsys.readouterr().err
+    write_calibration(run, Calibration(1.5, 0.25, 0.26, 3, 1000))
+    capsys.readouterr()
+    assert "another configuration: think_threshold: 1.25 → 1.5\n" in error_of(capsys, *argv)
+
+
 def error_of(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
     """The one line on stderr of a command that must fail with exit code 2."""
     with pytest.raises(SystemExit) as left:
@@ -140,6 +162,8 @@ def test_bad_input(
         (("--task", "gsm9k"), "--task"),
         ((*good, "--question", "{p}"), "sums.jsonl, line 1: --question names 'p', the record has fields q, a"),
         ((*good, "--temperature", "1"), "--temperature: has no use with --decoding greedy"),
+        ((*good, "--decoding", "self-consistency", "--temperature", "0"), "--temperature = 0.0: must be above 0"),
+        ((*good, "--decoding", "cot", "--continuation", " "), "--continuation = ' ': must not be empty"),
         ((*good, "--decoding", "cot", "--branches", "5000"), "--branches = 5000: must be at most the vocabulary"),
         ((*good, "--protocol", "choice"), "--new-tokens: has no use with --protocol choice"),
         ((*good, "--limit", "0"), "--limit = 0: must be positive"),

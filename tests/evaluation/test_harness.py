@@ -192,6 +192,31 @@ def test_chats(trained_run: Path) -> None:
     assert ours.tokenizer_name == "tokenizer.json-1234"
 
 
+class Encoder:
+    """How lm_eval's `TemplateLM` splits a pair."""
+
+    def tok_encode(self, string: str) -> list[int]:
+        raise NotImplementedError
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        spaces = len(context) - len(context.rstrip())
+        if spaces > 0:
+            continuation, context = context[-spaces:] + continuation, context[:-spaces]
+        before = self.tok_encode(context)
+        return before, self.tok_encode(context + continuation)[len(before) :]
+
+
+@pytest.mark.parametrize("starts_with_bos", [True, False])
+def test_a_context_of_white_space_leaves_the_continuation_whole(trained_run: Path, starts_with_bos: bool) -> None:
+    ours: Any = type("Ours", (HarnessModel, Encoder), {})(str(trained_run))
+    ours.tokenizer = SimpleNamespace(
+        encode=lambda text: list(text.encode()), bos_id=256, starts_with_bos=starts_with_bos
+    )  # fmt: skip
+    assert ours._encode_pair("  ", "ab") == ([256], list(b"  ab"))
+    assert ours._encode_pair("\n", " ab") == ([256], list(b"\n ab"))
+    assert ours._encode_pair("c ", "ab") == ([256] * starts_with_bos + list(b"c"), list(b" ab"))
+
+
 def test_generation_options() -> None:
     greedy = Sampling(temperature=0)
     assert generation_options({}, 256) == ([], 256, greedy)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sentence_piece import sentence_piece
 
 from mod_star.data.chat import Message
 from mod_star.data.tokenizers import ByteTokenizer
+from mod_star.decoding import encode_prompts
 from mod_star.errors import InputError
 from mod_star.evaluation.prompts import Prompts, few_shot, subset
 from mod_star.evaluation.tasks import Item, Task, load_task
@@ -20,7 +23,7 @@ MANY = tuple(Item(str(n), f"question {n}", str(n), "number", solution=f"It is {n
 
 
 class Chatty(ByteTokenizer):
-    """Bytes with a chat template, which begins with a bos of its own."""
+    """Bytes with a chat template, which doesn't spell bos out."""
 
     chat_template = "any"  # type: ignore[assignment]
 
@@ -45,9 +48,29 @@ def test_chat_prompts() -> None:
     assert stepped.text(ITEM) == "<user>Q: How many?\nLet's think step by step.<assistant>"
     shown = Prompts(chatty, chat=True, examples=(EXAMPLE,), preamble="Sums.\n").text(ITEM)
     assert shown == "<user>Sums.\n2 + 2?<assistant>Two and two is 4.<user>How many?<assistant>"
-    assert Prompts(chatty, chat=True).encode(ITEM) == list(b"<user>How many?<assistant>"), (
-        "the template has its own bos"
-    )
+    assert Prompts(chatty, chat=True).encode(ITEM) == [256, *b"<user>How many?<assistant>"]
+
+
+def test_bos_comes_once_where_it_is_wanted() -> None:
+    """<s> is 1 and <0x00> is 3."""
+    ids = [259, *(3 + byte for byte in "é".encode())]
+    for template, wanted, expected in (
+        ("{{ messages[0]['content'] }}", True, [1]),
+        ("{{ bos_token }}{{ messages[0]['content'] }}", True, [1]),
+        ("{{ messages[0]['content'] }}", False, []),
+        ("{{ bos_token }}{{ messages[0]['content'] }}", False, [1]),
+    ):
+        tokenizer = sentence_piece(starts_with_bos=wanted, chat_template=template)
+        item = replace(ITEM, question="é")
+        prompts = Prompts(tokenizer, chat=True)
+        found = prompts.encode(item)
+        assert found == [*expected, *ids]
+        assert found == encode_prompts(tokenizer, [prompts.text(item)])[0], "as mod-star sample asks"
+    tokenizer = sentence_piece()
+    assert Prompts(tokenizer, "<s>{question}").encode(ITEM).count(1) == 1
+    assert Prompts(tokenizer, "{question}").encode(replace(ITEM, question="")) == [1]
+    without = sentence_piece(starts_with_bos=False)
+    assert Prompts(without, "{question}").encode(replace(ITEM, question="")) == [1], "nothing else to go on from"
 
 
 def test_what_prompts_refuse() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import random_params
 from numpy_decoder import decode, float64
+from sentence_piece import sentence_piece
 
 from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.data.tokenizers import ByteTokenizer, train_bpe
@@ -25,6 +26,7 @@ from mod_star.evaluation.generation import GeneratedAnswer
 from mod_star.evaluation.likelihood import ChoiceLikelihood, ExpectedProbability, continuations
 from mod_star.evaluation.prompts import Prompts
 from mod_star.evaluation.protocols import Subject, measures
+from mod_star.evaluation.scoring import score
 from mod_star.evaluation.tasks import Item
 from mod_star.model import Decoder
 
@@ -149,13 +151,29 @@ def test_a_continuation_is_split_where_its_tokens_are(tmp_path: Path, naive: Nai
         assert [*before, *after] == [*bos, *tokenizer.encode(f"Q: ?\nA:{text}")]
         assert after
     assert len({tuple(before) for before, _ in pairs}) == 1
-    empty = dataclasses.replace(naive.subject, prompts=Prompts(_Without(), "{question}"), tokenizer=_Without())
-    with pytest.raises(InputError, match="its prompt is empty"):
-        continuations(empty, Item("a", "", "1", "number"), ["1"])
+    # Without a bos, an empty prompt is bos all the same; one that is joined with the answer leaves nothing.
+    without = sentence_piece(starts_with_bos=False)
+    subject = dataclasses.replace(naive.subject, prompts=Prompts(without, "{question}"), tokenizer=without)
+    assert continuations(subject, Item("a", "", "1", "number"), ["1"]) == [([1], without.encode("1"))]
+    with pytest.raises(InputError, match="item 'a': its prompt and answer are one token"):
+        continuations(subject, Item("a", "t", "he", "text"), ["he"])
 
 
-class _Without(ByteTokenizer):
-    starts_with_bos = False
+def test_a_blank_of_its_own_is_given_in_sentence_piece_too(naive: Naive) -> None:
+    tokenizer = sentence_piece()
+    config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
+    subject = Subject(Decoder(config, ROUTING), random_params(config, ROUTING), tokenizer, Prompts(tokenizer))
+    item = Item("a", "one?", "72", "number")
+    ids = [1, *tokenizer.encode("Q: one?\nA: 72\n")]
+    spelt = [tokenizer.token_text(token) for token in ids[-4:]]
+    assert spelt == ["▁", "7", "2", "⏎"], "what is tested here"
+    digits = [token for digit in "0123456789" for token in (tokenizer.encode(digit)[-1], 3 + ord(digit))]  # and bytes
+    allowed = [*digits, ids[-1]]
+    (scored,) = score(subject.decoder, subject.params, [(ids[:-3], ids[-3:])], allowed_ids=allowed)
+    (record,) = ExpectedProbability().records(subject, [(0, item)])
+    assert record["tokens"] == ["7", "2", "⏎"]
+    expected = math.exp(math.fsum(scored.restricted_log_probs or []))
+    assert 0 < record["scores"]["expected probability"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_every_decoding_answers_as_it_does_alone(naive: Naive, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,6 +199,25 @@ def test_stochastic_routing_is_that_of_generation() -> None:
     np.testing.assert_allclose(scored.log_probs, result.log_probs, atol=1e-5)
     (other,) = score(model.decoder, model.params, [([1, 2, 3], result.tokens)], routing_key=jax.random.key(5))
     assert np.max(np.abs(np.subtract(other.log_probs, result.log_probs))) > 1e-3
+    # Without a key both take the same one.
+    (result,) = Generator(model.decoder, model.params).generate([[1, 2, 3]], 6, GREEDY)
+    (scored,) = score(model.decoder, model.params, [([1, 2, 3], result.tokens)])
+    np.testing.assert_allclose(scored.log_probs, result.log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["dense"], indirect=True)
+def test_drawn_thoughts_depend_on_the_text_and_the_seed_alone(model: Model) -> None:
+    think = Think("always", temperature=1.0)
+    first, second = ([5, 6, 7], [1, 2]), (list(range(20)), [3, 4, 5])
+
+    def log_probs(pairs: list[Pair], **options: Any) -> list[list[float]]:
+        found = score(model.decoder, model.params, pairs, thinking=THINKING, think=think, **options)
+        return [scored.log_probs for scored in found]
+
+    both = log_probs([first, second])
+    for one, together in zip([*log_probs([first]), *log_probs([second])], both, strict=True):
+        np.testing.assert_allclose(one, together, atol=1e-5)
+    assert np.max(np.abs(np.subtract(log_probs([first], seed=1)[0], both[0]))) > 1e-3
 
 
 def test_long_contexts_are_refused_or_cut_from_the_left(model: Model) -> None:
@@ -282,7 +301,7 @@ def test_logits_of_all_tokens_never_exist() -> None:
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)  # noqa: E731
     compiled = score_batch.lower(
         decoder, None, Think(), HEAD_ROWS, params, None, ints(B, S), ints(B), ints(B * S, 2), ints(B * S, 1),
-        ints(), None, jax.ShapeDtypeStruct((), np.float32), ints(), ints(), None,
+        ints(), None, jax.ShapeDtypeStruct((), np.float32), ints(), jax.ShapeDtypeStruct((B * S,), np.uint32), None,
     ).compile(AS_SHIPPED)  # fmt: skip
     memory: Any = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < B * S * V * 4 / 2

@@ -67,6 +67,10 @@ def test_any_file_by_templates(tmp_path: Path) -> None:
     assert (item.choices, item.gold, item.id) == (("red", "blue", "none"), "blue", "1")
     (item,) = load_task(CustomTask("{q}", "{a}", "text"), written(tmp_path / "t.jsonl", *records)).items
     assert item.gold == item.finder.canonical("“Blue”.\n") == "blue"
+    towns = [{"q": "Which?", "a": "St. Louis."}, {"q": "Which?", "a": "St. Paul"}]
+    first, second = load_task(CustomTask("{q}", "{a}", "text"), written(tmp_path / "u.jsonl", *towns)).items
+    assert (first.gold, second.gold) == ("st. louis", "st. paul")
+    assert first.finder.canonical("St. Louis. It lies on the Mississippi") == first.gold
 
 
 @pytest.mark.parametrize(
@@ -105,6 +109,10 @@ def test_wrong_files_of_any_form(tmp_path: Path) -> None:
     for how, message in (
         (lambda: CustomTask("{q}", "{a}", "number"), "line 1: --answer = 'x': holds no number"),
         (lambda: CustomTask("{p}", "{a}", "text"), "line 1: --question names 'p', the record has fields q, a"),
+        (
+            lambda: CustomTask("{q}", "No. {a} it is", "text"),
+            "line 1: --answer = 'No. x it is': must be no more than a sentence, only 'No' would count",
+        ),
         (lambda: CustomTask("{q}", "{a}", "choice", ("yes", "no")), "--answer = 'x': must be one of yes, no"),
         (lambda: CustomTask("{q}", "{a}", "choice", ("x", "{b}")), "--choices names 'b'"),
         (lambda: CustomTask("{q}", "{a}", "choice", ("x", "X")), "line 1: choices options = ('x', 'X'): must differ"),

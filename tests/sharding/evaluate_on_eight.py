@@ -96,7 +96,7 @@ def program(name: str, think: Think) -> dict[str, float]:
     with use_mesh(mesh):
         compiled = score_batch.lower(
             decoder, run.thinking if thinks else None, think, THOUGHT_ROWS // shares, params, groups, *inputs, *places,
-            None, np.float32(0), np.int32(0), np.int32(0), None,
+            None, np.float32(0), np.int32(0), np.zeros(B * S, np.uint32), None,
         ).compile()  # fmt: skip
     memory: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis()
