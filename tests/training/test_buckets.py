@@ -129,7 +129,7 @@ def test_a_run_in_a_bucket_is_the_run_of_a_directory_on_any_machine(
     # A bucket that can't be reached any more: one line.
     bucket.broken = True
     capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         main(["sample", RUN, "--prompt", "It"])
     bucket.broken = False
     assert re.fullmatch(rf"error: {RUN}: [^\n]*no access[^\n]*\n", err := capsys.readouterr().err), err
