@@ -321,11 +321,14 @@ def _error_number(error: BaseException | None) -> int | None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for the tracebacks of a full or failing disk: `wait` raises the same, once and in one line.
+    """False for the tracebacks of a full or failing disk, or of another process that is gone: `wait` raises the same,
+    once and in one line.
 
     Nor is it news that other threads of a failed save can't go on when the process ends.
     """
     error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return False
     return _error_number(error) is None and "cannot schedule new futures after" not in str(error)
 
 
