@@ -22,6 +22,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 KS = (1, 2, 5, 10)
+# Whether a right answer is there to be chosen at all; texts cut by the limit can't be.
+ANY, ANY_AT_ALL = "any of 10 {}", "any of 10 {}, dropped ones too"
 TASKS = {"multiarith": "MultiArith", "gsm8k": "GSM8K", "coin_flip": "coin flip"}
 PROMPTS = ("plain", "step by step")
 Method = Callable[[Branches, Branches], str | None]
@@ -68,9 +70,10 @@ def read(out: Path) -> tuple[Marks, list[dict[str, Any]]]:
         branches, samples = branches_of(record["branches"]), branches_of(record["samples"])
         for name, method in all_methods.items():
             part[name].append(float(method(branches, samples) == record["gold"]))
-        for name, rows in (("any of 10 branches", branches), ("any of 10 samples", samples)):
-            right = any(row.answer == record["gold"] for row in rows.branches)
-            part.setdefault(name, []).append(float(right))
+        for name, rows in (("branches", branches), ("samples", samples)):
+            right = [row for row in rows.branches if row.answer == record["gold"]]
+            part.setdefault(ANY.format(name), []).append(float(any(row.dropped is None for row in right)))
+            part.setdefault(ANY_AT_ALL.format(name), []).append(float(bool(right)))
     return marks, records
 
 
@@ -110,7 +113,7 @@ def report(out: Path, console: Console, picture: Path | None = None) -> None:
 def _tables() -> dict[str, list[str]]:
     delta = [cot(k, "delta", aggregate) for aggregate in (False, True) for k in KS]
     rankings = [cot(10, ranking, aggregate) for aggregate in (False, True) for ranking in RANKING_NAMES]
-    bounds = ["any of 10 branches", "any of 10 samples"]
+    bounds = [name.format(rows) for rows in ("branches", "samples") for name in (ANY, ANY_AT_ALL)]
     return {
         "Methods": ["greedy", "temperature 0.7", "self-consistency, 10", *delta],
         "Rankings": [*rankings, *bounds],

@@ -31,8 +31,8 @@ def test_marks_and_report(tmp_path: Path) -> None:
         "2": (cot(10, "delta", False), cot(2, "delta", True), cot(5, "delta", False)),
         "3": (cot(10, "delta", True), cot(5, "normalised_log_prob", True)),
         "4": (cot(10, "log_prob", False), cot(5, "normalised_log_prob", False)),
-        "5": ("any of 10 branches",),
-        "6": ("temperature 0.7", "any of 10 samples"),
+        "5": ("any of 10 branches, dropped ones too",),
+        "6": ("temperature 0.7", "any of 10 samples, dropped ones too"),
         "7": ("self-consistency, 10",),
     }
     lines = [
@@ -47,6 +47,8 @@ def test_marks_and_report(tmp_path: Path) -> None:
         for name in names:
             assert marks["gsm8k", "plain"][name][index] == 1.0, (gold, name)
     assert sum(marks["gsm8k", "plain"][cot(10, "delta", True)]) == 1.0
+    assert marks["gsm8k", "plain"]["any of 10 branches"] == [1.0] * 4 + [0.0] * 3
+    assert marks["gsm8k", "plain"]["any of 10 samples"] == [0.0] * 6 + [1.0]
 
     console = Console(width=200, record=True)
     report(tmp_path, console)
