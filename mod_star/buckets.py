@@ -293,7 +293,7 @@ def _read_copy_file(local: Path) -> dict[str, Any] | None:
     """Address, and size, time and version of every file; None: no working copy."""
     try:
         found: dict[str, Any] = json.loads((local / COPY_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return found
 

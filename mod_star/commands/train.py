@@ -6,6 +6,7 @@ import functools
 import itertools
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -69,6 +70,8 @@ def run(argv: Sequence[str]) -> None:
 
     keep_compiled_programs()
     sys.unraisablehook = functools.partial(_show_unraisable, sys.unraisablehook)
+    # Orbax's, of the writes that one which failed leaves undone.
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
     join_processes(options.processes)
     try:
         train(
