@@ -112,7 +112,7 @@ class Machine:
             (self.bin / name).symlink_to(str(shutil.which(name)))
         for name, text in FAKES.items():
             at = path if name in ("venv-python", "mod-star") else self.bin
-            note = f"{{ printf '%s\\x1f' {name} \"$@\"; printf '\\x1e'; }} >>\"$FAKE/log\""
+            note = f'printf \'%s\\x1f\' {name} "$@" >"$FAKE/log/$EPOCHREALTIME-$BASHPID"'
             (at / name).write_text(f"#!{bash}\n{note}\n{text}\n")
             (at / name).chmod(0o755)
         shutil.copy(self.bin / "make", path)
@@ -149,7 +149,8 @@ class Machine:
         """Runs the script there."""
         environment = {"PATH": str(self.bin), "FAKE": str(self.path), "HOME": str(self.path), "PYTHON": sys.executable}
         environment |= {"TPU_SETUP_ROOT": str(self.path), "TMPDIR": str(self.path), "LC_ALL": "C.UTF-8"}
-        (self.path / "log").write_text("")
+        shutil.rmtree(self.path / "log", ignore_errors=True)
+        (self.path / "log").mkdir()
         return subprocess.run(
             ["bash", str(self.clone / "tpu_setup.sh"), *words],
             cwd=self.path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
@@ -157,7 +158,7 @@ class Machine:
 
     def calls(self, *start: str) -> list[list[str]]:
         """How programs were called in the last run, those calls that begin like this."""
-        calls = [entry.split("\x1f")[:-1] for entry in (self.path / "log").read_text().split("\x1e")[:-1]]
+        calls = [path.read_text().split("\x1f")[:-1] for path in sorted((self.path / "log").iterdir())]
         return [call for call in calls if call[: len(start)] == list(start)]
 
     def files(self) -> dict[str, bytes]:
@@ -165,5 +166,5 @@ class Machine:
         return {
             str(path.relative_to(self.path)): path.read_bytes()
             for path in self.path.rglob("*")
-            if path.is_file() and not path.is_symlink() and path.name != "log" and ".git" not in path.parts
+            if path.is_file() and not path.is_symlink() and path.parent.name != "log" and ".git" not in path.parts
         }
