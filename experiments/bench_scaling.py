@@ -28,7 +28,9 @@ Two idle cores of an Intel Xeon (AVX-512), JAX 0.10.2, --rounds 6: loop_overhead
 saves), pipeline_over_training 452, resume_s 3.8, depth ratios 0.95 and 1.004, plan_scaling_error 0.050 (memory 1.050:
 parameters and optimizer state are copied along `data`; FLOPs 1.000). checkpoint_delay is 2.6, not 0.2: of 0.40 s for
 205 MB the loop stands still for 0.05 s, in which the state is copied; the rest is what writing and hashing take from
-the two cores that are the devices here, while the disk takes 1.4 GB/s.
+the two cores that are the devices here, while the disk takes 1.4 GB/s. Another such machine had others to serve:
+loop_overhead 0.033 (iqr 0.028, --rounds 5) and 0.038 (iqr 0.010, --rounds 6) at 74 and 94 ms a step instead of 65, and
+0.051 (iqr 0.024, --rounds 3, 97 ms) with the very code that had 0.023 before; checkpoint_delay 2.3 (0.52 s, 0.9 GB/s).
 """
 
 from __future__ import annotations
