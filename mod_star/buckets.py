@@ -254,11 +254,11 @@ def _fetch(files: Any, address: str, local: Path) -> None:
             beside.write_bytes(files.cat_file(f"{root}{short}"))
             os.replace(beside, target)
             known[short] = [*_stamp(target), there[short]]
-    for short in _stamps(local).keys() - wanted:
-        if short in known and short.split("/")[0] not in LEFT_THERE:  # removed there
-            (local / short).unlink()
-    here = _stamps(local)
-    _write_copy_file(local, address, {short: value for short, value in known.items() if short in here})
+    here = _stamps(local).keys()
+    removed = {short for short in (here & known.keys()) - wanted if short.split("/")[0] not in LEFT_THERE}
+    for short in removed:
+        (local / short).unlink()
+    _write_copy_file(local, address, {short: known[short] for short in (here & known.keys()) - removed})
 
 
 def _version(about: dict[str, Any]) -> str:

@@ -210,8 +210,7 @@ def test_what_was_not_brought_back_yet_is_kept(here: Bucket) -> None:
 
 
 READS_AND_WRITES = """
-import sys, time
-from pathlib import Path
+import sys
 from mod_star.buckets import bring_back, working_copy
 for number in range(8):
     copy = working_copy("gs://bucket/runs/shared")
