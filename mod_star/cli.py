@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import mod_star
-from mod_star.errors import InputError, UnavailableError
+from mod_star.errors import InputError
 
 # A subcommand is a module of `mod_star.commands`, by the same name, and a line here.
 COMMANDS = {
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         _run(argv)
     except InputError as error:
-        _leave(1 if isinstance(error, UnavailableError) else 2, f"error: {_with_addresses(str(error))}")
+        _leave(error.exit_code, f"error: {_with_addresses(str(error))}")
     except KeyboardInterrupt:
         _leave(130, "aborted; what was saved before is kept")
     except BrokenPipeError:  # as in `mod-star train --help | head`

@@ -10,12 +10,16 @@ class InputError(ValueError):
     without a traceback and exits with code 2; library callers can catch it as a `ValueError`.
     """
 
+    exit_code = 2
+
 
 class UnavailableError(InputError):
     """What is asked for may be right but can't be had now: a bucket can't be read, the other processes don't come.
 
     The command line exits with code 1, after which the same command is worth another try.
     """
+
+    exit_code = 1
 
 
 def require(condition: bool, field: str, value: object, allowed: str) -> None:

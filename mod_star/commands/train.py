@@ -18,7 +18,7 @@ from mod_star.buckets import holds_run, with_addresses, working_copy
 from mod_star.commands import keep_compiled_programs, parse_options
 from mod_star.config import RunConfig
 from mod_star.devices_config import MeshConfig, ProcessesConfig
-from mod_star.errors import InputError, UnavailableError, require
+from mod_star.errors import InputError, require
 from mod_star.presets import PRESETS
 from mod_star.training.stored_config import read_base_config, read_config, read_starting_config
 
@@ -83,7 +83,7 @@ def run(argv: Sequence[str]) -> None:
         sys.exit(128 + stopped.signal)
     except (TrainingError, InputError) as error:
         print(f"error: {with_addresses(str(error))}", file=sys.stderr)
-        leave(1 if isinstance(error, TrainingError | UnavailableError) else 2)
+        leave(error.exit_code)
 
 
 def _steps(text: str) -> range:

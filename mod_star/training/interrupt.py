@@ -57,6 +57,8 @@ def _name(number: int) -> str:
 class TrainingError(RuntimeError):
     """Training cannot go on, through no fault of the input's form; the message is one line."""
 
+    exit_code = 1
+
 
 class LostProcess(TrainingError):
     """Another process has died or can't be reached. This one can't do anything with JAX either; it should end."""
