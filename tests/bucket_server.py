@@ -55,6 +55,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for its head to be acknowledged
     server: _Server
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002

@@ -2,6 +2,7 @@
 
 import atexit
 import fcntl
+import functools
 import gc
 import importlib.metadata
 import os
@@ -19,13 +20,18 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
 # each fusion as well (newer versions lack that option). The first changes machine code only; the second also writes
 # scatters out as loops, so what is said of a compiled program is said of one with `AS_SHIPPED`. Before JAX starts its
 # backend.
+#
+# Cutting a program up to compile its pieces at the same time doesn't pay for programs as small as these either.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+os.environ["JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS"] = "0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -40,6 +46,7 @@ from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.presets import tiny
 from mod_star.thinking.objective import Places, Talk
 from mod_star.thinking.sample import Thought
+from mod_star.training import loop
 from mod_star.training.optimizer import make_optimizer
 from mod_star.training.run_dir import read_config
 from mod_star.training.state import TrainState, init_params
@@ -55,6 +62,26 @@ AS_SHIPPED: dict[str, str | bool] = (
     {"xla_cpu_use_fusion_emitters": True} if "emitters=false" in os.environ["XLA_FLAGS"] else {}
 )
 """`compiler_options` for the programs that users get."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def each_step_compiled_once() -> Iterator[None]:
+    """A run that goes on in this process, or is compared with another, gets the programs of the first one."""
+    known: dict[str, Any] = {}
+
+    def once(lower: Callable[..., Any]) -> Callable[..., Any]:
+        def lowered(*args: Any, **options: Any) -> Any:
+            key = repr((lower.__name__, args, options))
+            if key not in known:  # with its arguments: as long as they live, nothing else has the ids in the key
+                known[key] = args, SimpleNamespace(compile=functools.cache(lower(*args, **options).compile))
+            return known[key][1]
+
+        return lowered
+
+    with pytest.MonkeyPatch.context() as patched:
+        for lower in (loop.lower_train_step, loop.lower_eval_step):
+            patched.setattr(loop, lower.__name__, once(lower))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -177,7 +204,7 @@ def trained_run(made_once: Callable[..., Path]) -> Path:
     run = tiny()
     run = replace(
         run,
-        model=replace(run.model, width=16, layers=4, heads=2, mlp_width=24),
+        model=replace(run.model, width=16, layers=2, heads=2, mlp_width=24),
         routing=replace(run.routing, causal_rule="router", headroom=1.0),  # its caches soon are full
         train=replace(run.train, steps=12, checkpoint_every=6, eval_every=0, eval_batches=1),
     )

@@ -1,6 +1,7 @@
 """A tiny thinking model with its batch, and what it does with it."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +60,17 @@ class Thinker:
 
 @functools.cache
 def thinks(run: RunConfig) -> Any:
-    """`(params, batch, key) -> places, thoughts` at temperature 1, compiled once for all tests."""
-    return jax.jit(lambda params, batch, key: Thinker(run, params, batch).think(params, key))
+    """`(params, batch, key) -> places, thoughts` at temperature 1, compiled once for all tests; arrays of NumPy."""
+    return _compiled(lambda params, batch, key: Thinker(run, params, batch).think(params, key))
 
 
 @functools.cache
 def scores(run: RunConfig) -> Any:
-    """`(params, batch, places, thoughts) -> loss, talk`, compiled once for all tests."""
-    return jax.jit(lambda params, batch, places, thoughts: Thinker(run, params, batch).score(params, places, thoughts))
+    """`(params, batch, places, thoughts) -> loss, talk`, compiled once for all tests; arrays of NumPy."""
+    return _compiled(lambda params, batch, *thought: Thinker(run, params, batch).score(params, *thought))
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled, with results that tests can pick from as they like: JAX compiles a program for each new shape."""
+    program = jax.jit(function)
+    return lambda *args: jax.device_get(program(*args))

@@ -82,14 +82,14 @@ def test_equals_the_decoder_in_float64_numpy(
         options["threshold"] = float(noise_threshold(routing, S))
     decoder = Decoder(model, routing)
     modes = ("top_k", "causal") if routing.every else ("top_k",)
-    outputs = jax.jit(lambda p, b: [apply(decoder, p, b, mode=mode, key=key) for mode in modes])(params, tiny_batch)
-    valid = np.asarray(tiny_batch["segment_ids"]) > 0
+    run = jax.jit(lambda p, b: [apply(decoder, p, b, mode=mode, key=key) for mode in modes])
+    outputs = jax.device_get(run(params, tiny_batch))
+    batch = jax.device_get(tiny_batch)
+    valid = batch["segment_ids"] > 0
     routed = []
     for mode, output in zip(modes, outputs, strict=True):
         for row in range(len(valid)):
-            tokens, positions, ids = (
-                np.asarray(tiny_batch[name][row]) for name in ("tokens", "positions", "segment_ids")
-            )
+            tokens, positions, ids = (batch[name][row] for name in ("tokens", "positions", "segment_ids"))
             hidden, traces = numpy_decoder.decode(params, tokens, positions, ids, model, routing, mode=mode, **options)
             np.testing.assert_allclose(output.hidden[row][valid[row]], hidden[valid[row]], rtol=2e-4, atol=2e-4)
             for group, trace in enumerate(traces):
@@ -172,15 +172,16 @@ def test_at_full_capacity_with_a_gate_of_one_it_is_the_dense_model(
     dense_decoder = Decoder(model, replace(routing, every=0))
     dense = jax.jit(lambda p, b: apply(dense_decoder, p, b).hidden)(dense_params, tiny_batch)
     valid = np.asarray(tiny_batch["segment_ids"]) > 0
-    np.testing.assert_allclose(ours[valid], dense[valid], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(ours)[valid], np.asarray(dense)[valid], rtol=1e-5, atol=1e-5)
 
 
-def changed_by_later_tokens(decoder: Decoder, params: Any, tokens: jax.Array, **options: Any) -> np.ndarray:
+def changed_by_later_tokens(decoder: Decoder, params: Any, tokens: Any, **options: Any) -> np.ndarray:
     """Bool [j, i]: changing token j changed the hidden state at i."""
     S, V = len(tokens), decoder.config.vocab_size
-    others = jnp.where(jnp.eye(S, dtype=bool), (tokens + 1) % V, tokens)
+    tokens = np.asarray(tokens)
+    others = np.where(np.eye(S, dtype=bool), (tokens + 1) % V, tokens)
     run: Any = jax.jit(jax.vmap(lambda t: decoder.apply({"params": params}, t, **options)))
-    hidden = np.asarray(run(jnp.concatenate([tokens[None], others])).hidden)
+    hidden = np.asarray(run(np.concatenate([tokens[None], others])).hidden)
     return np.any(hidden[1:] != hidden[:1], -1)
 
 
@@ -228,15 +229,16 @@ def test_packed_documents_equal_each_alone_under_the_causal_rule(
 ) -> None:
     """With slots for all. (With fewer, earlier documents can leave none for later ones: documents share the slots.)"""
     decoder, params = Decoder(model, routing), random_params(model, routing)
-    run = jax.jit(lambda p, t, q, s: decoder.apply({"params": p}, t, q, s, mode="causal", slots=24))
-    row = {name: np.asarray(tiny_batch[name][2]) for name in ("tokens", "positions", "segment_ids")}
-    packed: Any = run(params, row["tokens"], row["positions"], row["segment_ids"])
+    program = jax.jit(lambda p, t, q, s: decoder.apply({"params": p}, t, q, s, mode="causal", slots=24))
+    run: Any = lambda *args: jax.device_get(program(*args))  # noqa: E731
+    row = {name: np.asarray(tiny_batch[name])[2] for name in ("tokens", "positions", "segment_ids")}
+    packed = run(params, row["tokens"], row["positions"], row["segment_ids"])
     for document in (1, 2, 3):
         own = np.flatnonzero(row["segment_ids"] == document)
         alone = {name: np.zeros(24, np.int32) for name in row}
         for name in row:
             alone[name][: len(own)] = row[name][own]
-        output: Any = run(params, alone["tokens"], alone["positions"], np.minimum(alone["segment_ids"], 1))
+        output = run(params, alone["tokens"], alone["positions"], np.minimum(alone["segment_ids"], 1))
         np.testing.assert_allclose(packed.hidden[own], output.hidden[: len(own)], rtol=2e-5, atol=2e-5)
         np.testing.assert_array_equal(packed.trace.selected[:, own], output.trace.selected[:, : len(own)])
         assert np.any(output.trace.selected)
@@ -247,14 +249,15 @@ def test_packed_documents_do_not_see_each_other_but_compete_for_capacity_under_t
 ) -> None:
     """With the selection held fixed, changing one document changes nothing in the other; with learned scores who is
     selected among all tokens of the sequence may change, as the paper's top-k over a sequence has it."""
-    tokens, positions, ids = (tiny_batch[name][1] for name in ("tokens", "positions", "segment_ids"))
+    row = [tiny_batch[name][1] for name in ("tokens", "positions", "segment_ids")]
+    tokens, _, ids = map(np.asarray, row)
     fixed = Parts(router=Part(lambda key, config: {}, lambda params, x: jnp.cos(2.0 * jnp.arange(x.shape[0]))))
-    others = jnp.where(ids == 2, (tokens[None] + jnp.arange(1, 9)[:, None]) % 29, tokens)
+    others = np.where(ids == 2, (tokens[None] + np.arange(1, 9)[:, None]) % 29, tokens)
     for parts, competes in [(fixed, False), (Parts(), True)]:
         decoder, params = Decoder(model, routing, parts), random_params(model, routing, parts, seed=2)
-        run = jax.jit(jax.vmap(lambda t, d=decoder, p=params: d.apply({"params": p}, t, positions, ids)))
-        output = run(jnp.concatenate([tokens[None], others]))
-        first, second = np.asarray(output.hidden)[:, ids == 1], np.asarray(output.hidden)[:, ids == 2]
+        run = jax.jit(jax.vmap(lambda t, d=decoder, p=params: d.apply({"params": p}, t, *row[1:])))
+        output = jax.device_get(run(np.concatenate([tokens[None], others])))
+        first, second = output.hidden[:, ids == 1], output.hidden[:, ids == 2]
         assert np.any(output.trace.selected[..., ids == 1]) and np.any(output.trace.selected[..., ids == 2])
         assert np.all(np.any(second[1:] != second[:1], -1))
         assert np.any(first[1:] != first[:1]) == competes
@@ -316,14 +319,15 @@ def test_keys_and_values_are_kept_when_asked_for_and_hold_the_routed_tokens_orig
 ) -> None:
     decoder, params = Decoder(model, routing), random_params(model, routing)
     row = [tiny_batch[name][2] for name in ("tokens", "positions", "segment_ids")]
-    output: Any = jax.jit(lambda p: decoder.apply({"params": p}, *row, keep_keys_values=True))(params)
+    run = jax.jit(lambda p: decoder.apply({"params": p}, *row, keep_keys_values=True))
+    output: Any = jax.device_get(run(params))
     assert output.keys_values["full_0"].keys_KxMxE.shape == (2, 2, 24, 4)
     routed = output.keys_values["routed"]
     assert routed.keys_KxMxE.shape == (2, 2, 6, 4) and np.all(routed.valid_M)
     for group in range(2):
         chosen = np.flatnonzero(output.trace.selected[group])
-        np.testing.assert_array_equal(routed.positions_M[group], row[1][chosen])
-        np.testing.assert_array_equal(routed.segment_ids_M[group], row[2][chosen])
+        np.testing.assert_array_equal(routed.positions_M[group], np.asarray(row[1])[chosen])
+        np.testing.assert_array_equal(routed.segment_ids_M[group], np.asarray(row[2])[chosen])
     without: Any = jax.eval_shape(lambda p: decoder.apply({"params": p}, *row), params)
     assert without.keys_values is None
 

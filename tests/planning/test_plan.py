@@ -176,7 +176,7 @@ def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.Ca
 def test_defaults_are_those_of_the_preset_or_run(trained_run: Path) -> None:
     assert _source(["--topology", "cpu:1", "7b-mod"]) == ("7b-mod", large_mod())
     assert _source(["--json", "base", "--data.tokenizer", "tiny"])[0] in ("base", "tiny")
-    assert _source([str(trained_run), "--topology", "cpu:1"])[1].model.layers == 4
+    assert _source([str(trained_run), "--topology", "cpu:1"])[1].model.layers == 2
     assert _source(["--topology", "cpu:1"]) == (None, RunConfig())
 
 

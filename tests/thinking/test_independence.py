@@ -23,8 +23,9 @@ S, J, M, N, T = 24, 22, 2, 3, 3
 
 def with_token_changed(thinker: Thinker, index: int) -> dict[str, jax.Array]:
     """The batch with another token at `index` of both sequences."""
-    tokens = thinker.batch["tokens"]
-    return {**thinker.batch, "tokens": tokens.at[:, index].set((tokens[:, index] + 5) % 29)}
+    tokens = np.array(thinker.batch["tokens"])
+    tokens[:, index] = (tokens[:, index] + 5) % 29
+    return {**thinker.batch, "tokens": jnp.asarray(tokens)}
 
 
 def sees(thinker: Thinker, reader: Any, index: int) -> Any:
@@ -81,7 +82,8 @@ def test_a_thought_changes_what_comes_after_itself_alone(
 ) -> None:
     (places, thoughts), (_, talk) = thought_of, scored
     for where in ((0, 5, 1, 0), (1, 20, 0, T - 1)):
-        other = thoughts.tokens_T.at[where].set((thoughts.tokens_T[where] + 5) % 29)
+        other = thoughts.tokens_T.copy()
+        other[where] = (other[where] + 5) % 29
         _, after = scores(thinker.run)(thinker.params, thinker.batch, places, replace(thoughts, tokens_T=other))
         own = np.zeros((2, J, M), bool)
         own[where[:3]] = True

@@ -213,7 +213,7 @@ def test_what_is_not_a_run_to_start_from(base: Path, tmp_path: Path) -> None:
     [
         ("model", {"vocab_size": 384}, "model.vocab_size = 384: must be 320"),
         ("model", {"width": 32, "mlp_width": 24}, "model.width = 32: must be 16; model.head_dim = 16: must be 8"),
-        ("model", {"layers": 2}, "model.layers = 2: must be 4"),
+        ("model", {"layers": 4}, "model.layers = 4: must be 2"),
         ("model", {"heads": 4}, "model.heads = 4: must be 2; model.kv_heads = 4: must be 2; model.head_dim = 4"),
         ("model", {"kv_heads": 1}, "model.kv_heads = 1: must be 2"),
         ("model", {"head_dim": 4}, "model.head_dim = 4: must be 8"),
@@ -222,7 +222,7 @@ def test_what_is_not_a_run_to_start_from(base: Path, tmp_path: Path) -> None:
         ("model", {"sliding_window": 5}, "model.sliding_window = 5: must be None"),
         ("model", {"norm_eps": 1e-5}, "model.norm_eps = 1e-05: must be 1e-06"),
         ("model", {"tie_embeddings": False}, "model.tie_embeddings = False: must be True"),
-        ("routing", {"every": 4}, "routing.every = 4: must be 2"),
+        ("routing", {"every": 1}, "routing.every = 1: must be 2"),
         ("routing", {"every": 0}, "routing.every = 0: must be 2"),
         ("routing", {"gate": "tanh"}, "routing.gate = 'tanh': must be 'sigmoid'"),
         ("routing", {"causal_rule": "predictor"}, "routing.causal_rule = 'predictor': must be 'router'"),
