@@ -47,6 +47,7 @@ from mod_star.presets import tiny
 from mod_star.thinking.objective import Places, Talk
 from mod_star.thinking.sample import Thought
 from mod_star.training import loop
+from mod_star.training.compiled import lower_eval_step, lower_train_step
 from mod_star.training.optimizer import make_optimizer
 from mod_star.training.run_dir import read_config
 from mod_star.training.state import TrainState, init_params
@@ -79,7 +80,7 @@ def each_step_compiled_once() -> Iterator[None]:
         return lowered
 
     with pytest.MonkeyPatch.context() as patched:
-        for lower in (loop.lower_train_step, loop.lower_eval_step):
+        for lower in (lower_train_step, lower_eval_step):
             patched.setattr(loop, lower.__name__, once(lower))
         yield
 

@@ -6,8 +6,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fork_server import succeed
 
 from mod_star.calibration import (
     Calibration,
@@ -111,9 +110,8 @@ def test_the_command_writes_the_file_and_shows_quantiles(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(thinking_run, run)
-    words = [sys.executable, "-m", "mod_star", "calibrate", str(run), "--share", "0.1"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = succeed("calibrate", run, "--share", "0.1")
+    assert done.err == ""
     values = np.concatenate(found)
     expected = calibrated(values, 0.1, 3)
     stored = json.loads((run / "thinking.json").read_text())
@@ -121,10 +119,10 @@ def test_the_command_writes_the_file_and_shows_quantiles(
     assert stored["threshold"] == pytest.approx(expected.threshold, rel=1e-5)
     assert (stored["share"], stored["step"], stored["tokens"]) == (0.1, 3, len(values))
     assert stored["achieved_share"] == pytest.approx(expected.achieved_share, abs=2 / len(values))
-    assert f"Entropy of {len(values):,} predictions without a thought" in " ".join(done.stdout.split())
-    assert re.search(rf"50% +{np.median(values):.3f}", done.stdout), done.stdout
-    assert f"threshold {stored['threshold']:.4g} nats, chosen by the first half of the text: 10.0% of" in done.stdout
-    assert done.stdout.endswith(f"written: {run / 'thinking.json'}\n")
+    assert f"Entropy of {len(values):,} predictions without a thought" in " ".join(done.out.split())
+    assert re.search(rf"50% +{np.median(values):.3f}", done.out), done.out
+    assert f"threshold {stored['threshold']:.4g} nats, chosen by the first half of the text: 10.0% of" in done.out
+    assert done.out.endswith(f"written: {run / 'thinking.json'}\n")
 
 
 def test_bad_input_is_one_line(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fork_server import succeed
 
 from mod_star.cli import main
 from mod_star.data import ByteTokenizer, train_bpe
@@ -86,15 +85,12 @@ def test_dense_models_and_long_texts_are_refused(loaded: LoadedRun) -> None:
 def test_the_command_shows_shares_and_draws_a_picture(trained_run: Path, tmp_path: Path) -> None:
     file, png = tmp_path / "text.txt", tmp_path / "deep" / "picture.png"
     file.write_text(TEXT)
-    words = [sys.executable, "-m", "mod_star", "routes", str(trained_run), "--mode", "top_k"]
-    words += ["--text-file", str(file), "--png", str(png)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert "\x1b" not in done.stdout
-    assert "<bos>The \\xc3\\xa9 of↵\ntokens, and a few more words." in done.stdout
-    assert re.search(r"block 2 .*25\.\d%   10 of 40 tokens\n", done.stdout), done.stdout
-    assert done.stdout.endswith(f"picture: {png}\n")
+    done = succeed("routes", trained_run, "--mode", "top_k", "--text-file", file, "--png", png)
+    assert done.err == ""
+    assert "\x1b" not in done.out
+    assert "<bos>The \\xc3\\xa9 of↵\ntokens, and a few more words." in done.out
+    assert re.search(r"block 2 .*25\.\d%   10 of 40 tokens\n", done.out), done.out
+    assert done.out.endswith(f"picture: {png}\n")
     assert png.read_bytes().startswith(b"\x89PNG")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import succeed
 
 from mod_star.cli import main
 from mod_star.decoding import Generator
@@ -21,22 +22,14 @@ PROMPT = "The é"
 OPTIONS = ("--new-tokens", "24", "--seed", "3", "--temperature", "2")
 
 
-def sample(*argv: str | Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "mod_star", "sample", *map(str, argv)]
-    done = subprocess.run(words, capture_output=True, timeout=120, check=False)
-    out, err = done.stdout.decode(), done.stderr.decode()  # text=True would make newlines of a model's "\r"
-    assert done.returncode == 0, err
-    return subprocess.CompletedProcess(words, 0, out, err)
-
-
 @pytest.fixture(scope="module")
 def rows(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What --json gives for a file of two prompts."""
     file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     file.write_text(f'{json.dumps(PROMPT)}\n\n"two\\nlines, longer than the other"\n')
-    done = sample(trained_run, "--prompt-file", file, "--json", *OPTIONS)
-    assert done.stderr == ""
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    done = succeed("sample", trained_run, "--prompt-file", file, "--json", *OPTIONS)
+    assert done.err == ""
+    return [json.loads(line) for line in done.out.splitlines()]
 
 
 def test_json_says_everything_about_each_prompt(rows: list[Any]) -> None:
@@ -51,12 +44,12 @@ def test_json_says_everything_about_each_prompt(rows: list[Any]) -> None:
 
 
 def test_one_prompt_is_streamed_as_plain_text(trained_run: Path, rows: list[Any]) -> None:
-    done = sample(trained_run, "--prompt", PROMPT, *OPTIONS)
-    assert done.stdout == f"{PROMPT}{rows[0]['text']}\n", "the same row as in a batch"
+    done = succeed("sample", trained_run, "--prompt", PROMPT, *OPTIONS)
+    assert done.out == f"{PROMPT}{rows[0]['text']}\n", "the same row as in a batch"
     shares = ", ".join(f"{share:.1%}" for share in rows[0]["routed_fraction"])
-    assert re.match(rf"24 tokens · [\d,]+ tokens/s · routed blocks computed {shares} of the tokens", done.stderr)
-    assert ("cache was full: raise --headroom" in done.stderr) == (rows[0]["overflow"] > 0)
-    assert done.stderr.count("\n") == 1
+    assert re.match(rf"24 tokens · [\d,]+ tokens/s · routed blocks computed {shares} of the tokens", done.err)
+    assert ("cache was full: raise --headroom" in done.err) == (rows[0]["overflow"] > 0)
+    assert done.err.count("\n") == 1
 
 
 def test_a_terminal_gets_a_dim_prompt_and_no_control_characters(trained_run: Path, rows: list[Any]) -> None:
@@ -73,14 +66,14 @@ def test_a_terminal_gets_a_dim_prompt_and_no_control_characters(trained_run: Pat
 def test_several_prompts_stand_one_under_the_other_and_end_at_a_stop_string(trained_run: Path, rows: list[Any]) -> None:
     prompts = [word for row in rows for word in ("--prompt", row["prompt"])]
     stop = rows[1]["text"][len(rows[1]["text"]) // 2 :][:1]
-    done = sample(trained_run, *prompts, *OPTIONS, "--stop", "no such text", "--stop", stop)
+    done = succeed("sample", trained_run, *prompts, *OPTIONS, "--stop", "no such text", "--stop", stop)
     texts = [row["prompt"] + row["text"].partition(stop)[0] for row in rows]
-    assert done.stdout == f"{texts[0]}\n\n{texts[1]}\n"
+    assert done.out == f"{texts[0]}\n\n{texts[1]}\n"
 
 
 def test_an_older_checkpoint_and_more_headroom_without_a_prompt(trained_run: Path) -> None:
-    done = sample(trained_run, "--step", "6", "--headroom", "4", "--json")
-    row = json.loads(done.stdout)
+    done = succeed("sample", trained_run, "--step", "6", "--headroom", "4", "--json")
+    row = json.loads(done.out)
     assert row["prompt"] == ""
     assert len(row["tokens"]) == 63 or row["finished"] == "end", "it fills the context"
     assert row["overflow"] == 0, "headroom 4 is room for all"

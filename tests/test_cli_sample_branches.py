@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import succeed
 
 from mod_star.cli import main
 from mod_star.decoding import Completion, Generator
@@ -112,21 +110,9 @@ def test_any_words_are_found_by_a_continuation(
 
 def test_cot_in_a_process(trained_run: Path) -> None:
     """The real thing; a model of 12 steps says nothing, so all that can be asked of it is to be asked right."""
-    words = [
-        sys.executable,
-        "-m",
-        "mod_star",
-        "sample",
-        str(trained_run),
-        "--prompt",
-        "The",
-        "--prompt",
-        "In a list of",
-    ]
     options = ["--decoding", "cot", "--branches", "3", "--new-tokens", "12", "--stop", "e", "--json"]
-    done = subprocess.run([*words, *options], capture_output=True, text=True, timeout=240, check=False, env=os.environ)
-    assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in done.stdout.splitlines()]
+    done = succeed("sample", trained_run, "--prompt", "The", "--prompt", "In a list of", *options)
+    records = [json.loads(line) for line in done.out.splitlines()]
     assert [record["prompt"] for record in records] == ["The", "In a list of"]
     for record in records:
         firsts = [each["log_probs"][0] for each in record["branches"]]

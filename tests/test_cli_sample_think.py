@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fork_server import succeed
 
 from mod_star.calibration import calibrated, calibration_batches, entropies, read_calibration, write_calibration
 from mod_star.cli import main
@@ -37,11 +37,8 @@ def run(thinking_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sample(*argv: str | Path) -> tuple[str, str]:
     """What goes to stdout and stderr."""
-    words = [sys.executable, "-m", "mod_star", "sample", *map(str, argv), *OPTIONS]
-    done = subprocess.run(words, capture_output=True, timeout=240, check=False)
-    out, err = done.stdout.decode(), done.stderr.decode()  # text=True would make newlines of a model's "\r"
-    assert done.returncode == 0, err
-    return out, err
+    done = succeed("sample", *argv, *OPTIONS)
+    return done.out, done.err
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fork_server import succeed
 from thinking_models import thinking_params
 
 from mod_star.cli import main
@@ -133,14 +132,12 @@ class Page(HTMLParser):
 def test_the_command_shows_a_picture_and_writes_a_page(thinking_run: Path, tmp_path: Path) -> None:
     file, page = tmp_path / "text.txt", tmp_path / "deep" / "page.html"
     file.write_text(TEXT)
-    words = [sys.executable, "-m", "mod_star", "thoughts", str(thinking_run), "--text-file", str(file)]
-    words += ["--html", str(page)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "\x1b" not in done.stdout
-    assert "<bos>The \\xc3\\xa9 of↵\ntokens, and a few more words." in done.stdout
-    assert f"of {TOKENS - 1} tokens helped" in " ".join(done.stdout.split())
-    assert done.stdout.endswith(f"page: {page}\n")
+    done = succeed("thoughts", thinking_run, "--text-file", file, "--html", page)
+    assert done.err == ""
+    assert "\x1b" not in done.out
+    assert "<bos>The \\xc3\\xa9 of↵\ntokens, and a few more words." in done.out
+    assert f"of {TOKENS - 1} tokens helped" in " ".join(done.out.split())
+    assert done.out.endswith(f"page: {page}\n")
     parsed = Page(page.read_text(encoding="utf-8"))
     assert (parsed.tokens, parsed.open) == (TOKENS, [])
     assert "Thoughts of run, step 3" in page.read_text(encoding="utf-8")

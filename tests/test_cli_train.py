@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import chex
 import pytest
+from fork_server import succeed
 
 from mod_star import presets
 from mod_star.cli import main
@@ -128,15 +128,14 @@ def test_starting_from_a_run_that_is_gone_later(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     shutil.copytree(trained_run, "base")
     # RUN need not come first.
     words = ["--init-from", "base", "fine", "--train.steps", "2", "--optimizer.learning-rate", "1e-4"]
 
     def trained(*more: str) -> str:
-        done = subprocess.run([*COMMAND, "train", *words, *more], capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (0, "")
-        return done.stdout
+        done = succeed("train", *words, *more, before=f"os.chdir({str(tmp_path)!r})")
+        assert done.err == ""
+        return done.out
 
     refused = error_of(capsys, *words, "--model.width", "24")
     assert "model.width = 24: must be 16; model.head_dim = 12: must be 8, as in init_from = 'base'" in refused
@@ -180,17 +179,11 @@ def test_bad_input_is_one_line_and_writes_nothing(capsys: pytest.CaptureFixture[
 
 
 def test_sigterm_and_the_same_command_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
-    options = "--preset tiny --model.width 16 --train.batch-size 2 --train.steps 160 --train.log-every 20 "
-    options += "--train.eval-every 60 --train.checkpoint-every 60"
+    options = "--preset tiny --model.width 16 --train.batch-size 2 --train.steps 100 --train.log-every 20 "
+    options += "--train.eval-every 40 --train.eval-batches 2 --train.checkpoint-every 40"
     words = {name: ["train", str(tmp_path / name), *options.split()] for name in ("stopped", "straight")}
 
-    process = subprocess.Popen(
-        [*COMMAND, *words["stopped"]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    process = subprocess.Popen([*COMMAND, *words["stopped"]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if "step" in line and "loss" in line:  # the first step is done
@@ -198,27 +191,26 @@ def test_sigterm_and_the_same_command_again(tmp_path: Path, capsys: pytest.Captu
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 143
-    said = re.fullmatch(r"SIGTERM: stopped after step (\d+) of 160, all of it saved. Go on with: (.+)\n", err)
+    said = re.fullmatch(r"SIGTERM: stopped after step (\d+) of 100, all of it saved. Go on with: (.+)\n", err)
     assert said, err
     assert said[2] == f"mod-star {' '.join(words['stopped'])}"
-    assert load_run(tmp_path / "stopped").step == int(said[1]) < 160
+    assert load_run(tmp_path / "stopped").step == int(said[1]) < 100
 
     # Meanwhile another configuration is refused there, with the difference.
     message = error_of(capsys, *words["stopped"][1:], "--train.seed", "1")
     assert "holds a run of another configuration: train.seed: 0 → 1" in message
 
     for name, argv in words.items():
-        done = subprocess.run([*COMMAND, *argv], capture_output=True, text=True, env=environment, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
-        assert f"goes on from step {said[1]}:" in done.stdout or name == "straight"
+        done = succeed(*argv)
+        assert done.err == ""
+        assert f"goes on from step {said[1]}:" in done.out or name == "straight"
     records = [
         [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_metrics(tmp_path / name)]
         for name in words
     ]
     assert records[0] == records[1]
     stopped, straight = (load_run(tmp_path / name) for name in words)
-    assert stopped.step == straight.step == 160
+    assert stopped.step == straight.step == 100
     chex.assert_trees_all_equal(stopped.params, straight.params)
 
 

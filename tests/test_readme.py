@@ -2,9 +2,9 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from fork_server import succeed
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -12,17 +12,15 @@ README = Path(__file__).parent.parent / "README.md"
 def test_the_readmes_own_parts_train_and_sample_through_the_cli(tmp_path: Path) -> None:
     (source,) = re.findall(r"```python\n(# my_parts\.py.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "my_parts.py").write_text(source)
-    mod_star = [sys.executable, "-m", "mod_star"]
     tiny = ["--preset", "tiny", "--train.steps", "2", "--train.log-every", "1", "--model.context", "32", "--quiet"]
-    train = [*mod_star, "train", "run", *tiny, "--parts", "my_parts.py:parts"]
-    subprocess.run(train, cwd=tmp_path, check=True, timeout=300)
+    there = f"os.chdir({str(tmp_path)!r})"
+    succeed("train", "run", *tiny, "--parts", "my_parts.py:parts", before=there)
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert {record["step"] for record in steps} == {1, 2}
 
     (tmp_path / "my_parts.py").unlink()  # the run has its own copy
-    sample = [*mod_star, "sample", "run", "--prompt", "A", "--new-tokens", "4", "--json"]
-    result = subprocess.run(sample, cwd=tmp_path, check=True, timeout=300, capture_output=True, text=True)
-    assert len(json.loads(result.stdout)["routed_fraction"]) == 1
+    done = succeed("sample", "run", "--prompt", "A", "--new-tokens", "4", "--json", before=there)
+    assert len(json.loads(done.out)["routed_fraction"]) == 1
 
 
 def test_every_command_of_the_readme_exists() -> None:

@@ -7,13 +7,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import shared_server, succeed
 
 from mod_star.calibration import Calibration, write_calibration
 from mod_star.cli import main
@@ -33,12 +31,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(*argv: str | Path) -> subprocess.Popen[str]:
-    # On a busy machine too, whoever waits for its records is to see the first before the last is there.
-    words = ["nice", "-n", "10", sys.executable, "-m", "mod_star", "evaluate", *map(str, argv)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def records_of(out: Path) -> dict[str, Any]:
     """By id; without the time that they took."""
     lines = [json.loads(line) for line in (out / "records.jsonl").read_text().split("\n")[:-1]]
@@ -49,9 +41,8 @@ def records_of(out: Path) -> dict[str, Any]:
 
 def test_an_interrupted_evaluation_goes_on_to_the_same_records(trained_run: Path, data: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    done = start(trained_run, "--data", data, *OPTIONS, "--out", whole)
-    out, err = done.communicate(timeout=240)
-    assert done.returncode == 0, err
+    done = succeed("evaluate", trained_run, "--data", data, *OPTIONS, "--out", whole)
+    out, err = done.out, done.err
     expected = records_of(whole)
     assert len(expected) == 60
     results = json.loads((whole / "results.json").read_text())
@@ -69,26 +60,24 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_records(trained_run: Path
         assert len(record["branches"]) == 2
         assert record["correct"] == (record["answer"] == record["gold"])
 
+    records = parts / "records.jsonl"
     for _ in range(5):  # it may be faster than this process, on a machine with much else to do
         shutil.rmtree(parts, ignore_errors=True)
-        stopped = start(trained_run, "--data", data, *OPTIONS, "--out", parts)
-        while stopped.poll() is None and not (
-            (parts / "records.jsonl").exists() and os.path.getsize(parts / "records.jsonl")
-        ):
-            time.sleep(0.005)
-        stopped.send_signal(signal.SIGINT)
-        _, err = stopped.communicate(timeout=60)
-        if stopped.returncode != 0:
+        process = shared_server().start(
+            "evaluate", trained_run, "--data", data, *OPTIONS, "--out", parts, before="os.nice(10)"
+        )
+        process.wait_for(lambda: records.exists() and os.path.getsize(records) > 0)
+        process.send(signal.SIGINT)
+        stopped = process.wait()
+        if stopped.code != 0:
             break
-    assert stopped.returncode == 130 and "what was saved before is kept" in err, err
+    assert stopped.code == 130 and "what was saved before is kept" in stopped.err, stopped.err
     kept = records_of(parts)
     assert 0 < len(kept) < 60 and not (parts / "results.json").exists()
     with (parts / "records.jsonl").open("a") as file:  # as if it had been killed while it wrote
         file.write('{"id": "80", "corr')
-    resumed = start(trained_run, "--data", data, *OPTIONS, "--out", parts)
-    out, err = resumed.communicate(timeout=240)
-    assert resumed.returncode == 0, err
-    assert f"{len(kept)} of 60 questions are done already" in out
+    resumed = succeed("evaluate", trained_run, "--data", data, *OPTIONS, "--out", parts)
+    assert f"{len(kept)} of 60 questions are done already" in resumed.out
     assert records_of(parts) == expected
     strip = lambda path: {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}  # noqa: E731
     assert strip(parts / "results.json") == strip(whole / "results.json")

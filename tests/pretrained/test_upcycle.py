@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fork_server import succeed
 from thinking_models import Thinker, scores
 
 from mod_star import presets
@@ -162,15 +160,13 @@ def dense_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_and_training_after_it(dense_run: Path, tmp_path: Path) -> None:
     path = tmp_path / "upcycled"
-    command = [sys.executable, "-m", "mod_star", "upcycle", str(dense_run), str(path), "--capacity", "0.5"]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "COLUMNS": "100"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "1 of 2 blocks are routed" in done.stdout
-    assert re.findall(r"^ +(\S+%) +(\S+%)", done.stdout, re.MULTILINE) == [
+    done = succeed("upcycle", dense_run, path, "--capacity", "0.5", environment={"COLUMNS": "100"})
+    assert done.err == ""
+    assert "1 of 2 blocks are routed" in done.out
+    assert re.findall(r"^ +(\S+%) +(\S+%)", done.out, re.MULTILINE) == [
         ("100.00%", "50.0%"), ("50.00%", "50.0%")
     ]  # fmt: skip
-    assert f"mod-star train NEW --init-from {path}" in done.stdout
+    assert f"mod-star train NEW --init-from {path}" in done.out
 
     assert sorted(entry.name for entry in tmp_path.iterdir() if entry.name != "cache") == ["upcycled"]
     assert not (path / "checkpoints" / "0" / "training").exists()

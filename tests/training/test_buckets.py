@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from bucket_server import Bucket, bucket_server
 from etils import epath
+from fork_server import succeed
 
 from mod_star import buckets
 from mod_star.buckets import address_of, bring_back, is_address, working_copy
@@ -33,12 +34,7 @@ OPTIONS = (
 
 def command(*argv: str, machine: Path, environment: dict[str, str]) -> str:
     """What `mod-star` prints on a machine, which is what its cache directory stands for."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mod_star", *argv], capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | environment | {"XDG_CACHE_HOME": str(machine)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return succeed(*argv, environment=environment | {"XDG_CACHE_HOME": str(machine)}).out
 
 
 @pytest.fixture(scope="module")

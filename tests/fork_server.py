@@ -49,11 +49,11 @@ class Process:
 
     def out(self) -> str:
         """What it has written to standard output up to now."""
-        return (self._output / "out").read_text(encoding="utf-8")
+        return self._read("out")
 
     def err(self) -> str:
         """What it has written to standard error up to now."""
-        return (self._output / "err").read_text(encoding="utf-8")
+        return self._read("err")
 
     def running(self) -> bool:
         """Whether it still is. False also for one that nobody has waited for yet."""
@@ -94,6 +94,10 @@ class Process:
         shutil.rmtree(self._output)
         return finished
 
+    def _read(self, name: str) -> str:
+        """The file as it is: reading it as text would make newlines of a model's "\\r"."""
+        return (self._output / name).read_bytes().decode(errors="replace")
+
     def _states(self) -> list[str]:
         """Of all threads, as in proc(5)."""
         states = []
@@ -114,23 +118,25 @@ class Server:
         )
         self.can_mount: bool = self.ask(can_mount=True)
 
-    def start(self, *argv: str, before: str = "") -> Process:
+    def start(self, *argv: str | Path, before: str = "", environment: dict[str, str] | None = None) -> Process:
         """Starts `mod-star` with these arguments.
 
         Args:
           argv: what follows `mod-star`.
-          before: Python code that the process runs first, such as what makes a fault.
+          before: Python code that the process runs first, such as what makes a fault; `os` is imported.
+          environment: variables of its own. JAX, which the server has imported, doesn't read them any more.
         """
         self._started += 1
         output = self._outputs / str(self._started)
         output.mkdir()
         for name in ("out", "err"):
             (output / name).touch()
-        return Process(self, self.ask(argv=argv, before=before, output=str(output)), output)
+        request = {"argv": [str(word) for word in argv], "before": before, "environment": environment or {}}
+        return Process(self, self.ask(**request, output=str(output)), output)
 
-    def run(self, *argv: str, before: str = "") -> Finished:
+    def run(self, *argv: str | Path, before: str = "", environment: dict[str, str] | None = None) -> Finished:
         """Runs `mod-star` with these arguments to its end."""
-        return self.start(*argv, before=before).wait()
+        return self.start(*argv, before=before, environment=environment).wait()
 
     def mount(self, path: Path, options: str) -> Path:
         """Mounts a tmpfs on a directory (or again, with other options), for the commands only.
@@ -163,6 +169,13 @@ def shared_server() -> Server:
     return server
 
 
+def succeed(*argv: str | Path, before: str = "", environment: dict[str, str] | None = None) -> Finished:
+    """`Server.run` of a command that must succeed."""
+    finished = shared_server().run(*argv, before=before, environment=environment)
+    assert finished.code == 0, finished.err[-3000:]
+    return finished
+
+
 def straight_run(server: Server, path: Path, options: Sequence[str]) -> Path:
     """Trains a run with these options to its end, without interruption or complaint; returns its directory."""
     finished = server.run("train", str(path), *options)
@@ -181,15 +194,19 @@ def _own_mounts() -> list[str]:
 
 def _serve() -> None:
     """Answers requests until there are no more."""
+    import importlib
+    import pkgutil
     import warnings
 
     import matplotlib.backends.backend_agg
     import matplotlib.pyplot  # noqa: F401
 
     import mod_star.cli
-    import mod_star.commands.train
-    import mod_star.training.train
 
+    for module in pkgutil.walk_packages(mod_star.__path__, "mod_star."):
+        if not module.name.endswith(".__main__"):
+            with contextlib.suppress(ImportError):  # what an extra would bring
+                importlib.import_module(module.name)
     warnings.filterwarnings("ignore", message=".*fork")  # JAX's threads aren't there yet
     libc = ctypes.CDLL(None, use_errno=True)
     living: set[int] = set()
@@ -229,8 +246,9 @@ def _become(request: dict[str, Any]) -> None:
         file = os.open(os.path.join(request["output"], name), flags | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    os.environ.update(request["environment"])
     faulthandler.register(signal.SIGUSR1)  # writes where all threads are
-    exec(request["before"], {})
+    exec(request["before"], {"os": os})
 
 
 def _end_of(pid: int) -> tuple[int | None, float]:
