@@ -36,7 +36,7 @@ lint: .venv
 	         "(PYTHON=/path/to/python3 make .venv)" >&2; exit 1; }
 	@echo "Setting up .venv with $$($(PYTHON) -V): the packages of requirements.lock, a few minutes the first time"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 

@@ -24,7 +24,7 @@ from mod_star.training.metrics import read_metrics
 from mod_star.training.run_dir import load_run
 from mod_star.training.train import train
 
-STEPS = 150
+STEPS = 100
 
 
 def make_run() -> RunConfig:
