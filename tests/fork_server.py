@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import faulthandler
 import functools
+import gc
 import json
 import os
 import shutil
@@ -208,6 +209,9 @@ def _serve() -> None:
             with contextlib.suppress(ImportError):  # what an extra would bring
                 importlib.import_module(module.name)
     warnings.filterwarnings("ignore", message=".*fork")  # JAX's threads aren't there yet
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)  # as in conftest.py
     libc = ctypes.CDLL(None, use_errno=True)
     living: set[int] = set()
     for line in sys.stdin:
