@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import tokenizers
@@ -15,20 +16,20 @@ def fit_tokenizer(tokenizer: HuggingFaceTokenizer, rows: int) -> HuggingFaceToke
     """Takes added tokens out whose ids have no row in the embedding, so that no text gives an id without a row.
 
     Published tokenizers may have a token, such as [PAD], that was added without making the embedding longer. Text that
-    spells it is read as plain text then; a note tells so.
+    spells it is read as plain text then, and no text ends with it; a note tells so.
 
     Args:
       tokenizer: as its files describe it.
       rows: of the embedding.
 
     Returns:
-      `tokenizer` itself if all its ids have rows, or if one that has none can't be taken out: it starts or ends texts,
-      or ordinary text can give it.
+      `tokenizer` itself if all its ids have rows, or if one that has none can't be taken out: it is the bos or the
+      eos, or ordinary text can give it.
     """
     ids = tokenizers.Tokenizer.from_str(tokenizer.content).get_vocab(with_added_tokens=True)
     beyond = {token: index for token, index in ids.items() if index >= rows}
     special = tokenizer.special
-    if not beyond or {special.bos_id, special.eos_id, *special.end_ids} & set(beyond.values()):
+    if not beyond or {special.bos_id, special.eos_id} & set(beyond.values()):
         return tokenizer
     content = json.loads(tokenizer.content)
     added = {each["content"] for each in content["added_tokens"]}
@@ -43,6 +44,7 @@ def fit_tokenizer(tokenizer: HuggingFaceTokenizer, rows: int) -> HuggingFaceToke
     more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
     note = f"the embedding has {rows} rows, none for {shown}{more}; text that spells such a token is plain text"
     notes = (*tokenizer.notes, note)
+    special = replace(special, end_ids=tuple(end for end in special.end_ids if end < rows))
     files = TokenizerFiles(json.dumps(content, ensure_ascii=False), special, tokenizer.chat_template, notes)
     return HuggingFaceTokenizer(files, tokenizer.name)
 

@@ -88,6 +88,8 @@ def _only_file(directory: Path, names: list[str]) -> str:
             f"{SINGLE_NAME} (save_pretrained of transformers does)"
         )
     has = f"it has {', '.join(others[:3])} and no {INDEX_NAME}" if others else "it has no .safetensors file"
+    if not others and (gguf := [name for name in names if name.endswith(".gguf")]):
+        has += f"; name {gguf[0]} itself"
     raise InputError(f"{directory}: has no weights that can be read ({has})")
 
 

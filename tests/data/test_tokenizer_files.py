@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
 
+from mod_star.config import RunConfig
 from mod_star.data import HuggingFaceTokenizer, load_saved_tokenizer, save_tokenizer
 from mod_star.errors import InputError
+from mod_star.training.train import train
 
 START, END = "<|im_start|>", "<|im_end|>"
 
@@ -167,6 +170,14 @@ def test_ids_alone_name_bos_and_eos(tmp_path: Path) -> None:
     named = HuggingFaceTokenizer(hf_directory(tmp_path, config=model, tokenizer_config=NAMED))
     assert (named.bos_id, named.eos_id, named.end_ids) == (256, 257, (257, 7))
     assert any("bos_token_id = 5 is ignored: the tokenizer's bos is <s> (256)" in note for note in named.notes)
+
+
+def test_training_tells_it_too(tmp_path: Path, tiny_run: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = hf_directory(tmp_path / "hf", tokenizer_config=NAMED | {"pad_token": "[PAD]"})
+    data = replace(tiny_run.data, tokenizer=str(directory / "tokenizer.json"))
+    with pytest.raises(InputError, match="the tokenizer has 259 ids"):
+        train(replace(tiny_run, data=data), tmp_path / "run")
+    assert "note: tokenizer_config.json: pad_token [PAD] is new: id 258" in capsys.readouterr().out
 
 
 def test_what_is_not_followed_is_told(tmp_path: Path) -> None:

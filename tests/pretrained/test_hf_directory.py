@@ -244,6 +244,9 @@ def test_a_directory_of_gguf_files(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     with pytest.raises(InputError, match=r"has no config\.json, and a-Q8_0\.gguf, b-Q4_0\.gguf; name one \.gguf file"):
         open_source(str(tmp_path))
+    (write_model(tmp_path, LLAMA) / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"it has no \.safetensors file; name a-Q8_0\.gguf itself"):
+        open_source(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
@@ -300,6 +303,9 @@ def test_tokens_without_a_row_that_nobody_trained_are_left_out(tmp_path: Path) -
         "the embedding has 61 rows, none for [PAD] (61); text that spells such a token is plain text",
     )
     assert max(source.tokenizer.encode("a [PAD] b")) < 61
+    # An end of a text that the model can't give is none.
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 61, 5]}))
+    assert open_hf(directory).tokenizer.end_ids == (2, 5)
     config.write_text(json.dumps(names | {"added_tokens_decoder": {"61": extra}, "eos_token": "[PAD]"}))
     with pytest.raises(InputError, match=r"the tokenizer has 62 ids, and text can give '\[PAD\]' \(61\)"):
         run_config(open_hf(directory), None)
