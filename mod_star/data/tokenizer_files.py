@@ -25,7 +25,9 @@ SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 _DECODER = "added_tokens_decoder"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_LISTS = ("additional_special_tokens", "extra_special_tokens")
+_LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""In the order in which transformers gives new tokens their ids; others come after these."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class TokenizerDirectory:
         return next((value for _, value in self.statements(key)), None)
 
     def statements(self, key: str) -> list[tuple[str, Any]]:
-        """All files that give a field a value, and the values; the one that wins first.
+        """All files that give a field a value, and the values; the one that wins first. An empty text is none.
 
         As in transformers: with `added_tokens_decoder`, tokenizer_config.json is newer than special_tokens_map.json,
         otherwise it is the other way round.
@@ -54,7 +56,7 @@ class TokenizerDirectory:
         pairs = [(TOKENIZER_CONFIG, self.tokenizer_config), (SPECIAL_TOKENS_MAP, self.special_tokens_map)]
         if _DECODER not in self.tokenizer_config:
             pairs.reverse()
-        return [(name, values[key]) for name, values in pairs if values.get(key) is not None]
+        return [(name, values[key]) for name, values in pairs if spelling(values.get(key)) not in (None, "")]
 
 
 def read_tokenizer_directory(path: Path) -> TokenizerDirectory:
@@ -110,8 +112,7 @@ def complete(tokenizer: tokenizers.Tokenizer, files: TokenizerDirectory) -> bool
         InputError: A file gives a token another id than tokenizer.json does, or an id that leaves a gap, or no token.
     """
     changed = False
-    state = json.loads(tokenizer.to_str())
-    _note_prefix_space(state, files)
+    _note_prefix_space(tokenizer, files)
     for name, index, token in _stated_tokens(files):
         where = f"{files.path / name}: {token.content!r}"
         current = tokenizer.token_to_id(token.content)
@@ -214,11 +215,15 @@ def _stated_tokens(files: TokenizerDirectory) -> Iterator[tuple[str, int, AddedT
 
 
 def _special_names(files: TokenizerDirectory) -> Iterator[tuple[str, str, Any]]:
-    """File, field and value of every special token that is named without an id, from the file that wins."""
-    both: Mapping[str, Any] = files.special_tokens_map | files.tokenizer_config
-    keys = [key for key in both if key.endswith("_token")]
-    for key in [*sorted(keys), *_LISTS]:
-        for name, value in files.statements(key)[:1]:
+    """File, field and value of every special token that is named without an id, from the file that wins.
+
+    Where tokenizer_config.json states tokens with their ids, special_tokens_map.json adds none.
+    """
+    older: Mapping[str, Any] = {} if _DECODER in files.tokenizer_config else files.special_tokens_map
+    others = [key for key in [*files.tokenizer_config, *older] if key.endswith("_token") and key not in _NAMES]
+    for key in dict.fromkeys([*_NAMES, *others, *_LISTS]):
+        stated = [(name, value) for name, value in files.statements(key) if name == TOKENIZER_CONFIG or older]
+        for name, value in stated[:1]:
             if key not in _LISTS:
                 if isinstance(value, str | dict):  # others are switches, such as add_bos_token
                     yield name, key, value
@@ -245,11 +250,12 @@ def _flags(token: AddedToken) -> list[bool]:
     return [getattr(token, flag) for flag in _FLAGS]
 
 
-def _note_prefix_space(state: dict[str, Any], files: TokenizerDirectory) -> None:
+def _note_prefix_space(tokenizer: tokenizers.Tokenizer, files: TokenizerDirectory) -> None:
     """`add_prefix_space` is what tokenizer.json does, whatever tokenizer_config.json says; told if it differs."""
     stated = files.tokenizer_config.get("add_prefix_space")
     if not isinstance(stated, bool):
         return
+    state = json.loads(tokenizer.to_str())
     steps = [*_steps(state.get("normalizer")), *_steps(state.get("pre_tokenizer"))]
     does = any(
         step.get("add_prefix_space", False) or step.get("prepend_scheme", "never") != "never" or "prepend" in step

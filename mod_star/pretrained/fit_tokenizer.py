@@ -32,7 +32,7 @@ def fit_tokenizer(tokenizer: HuggingFaceTokenizer, rows: int) -> HuggingFaceToke
     if not beyond or {special.bos_id, special.eos_id} & set(beyond.values()):
         return tokenizer
     content = json.loads(tokenizer.content)
-    added = {each["content"] for each in content["added_tokens"]}
+    added = {each["content"] for each in content.get("added_tokens", [])}
     words = content["model"]["vocab"]
     in_model = beyond.keys() & (words.keys() if isinstance(words, Mapping) else {word for word, _ in words})
     if beyond.keys() - added or (in_model and not _only_as_added(content["model"], in_model)):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from mod_star.data.special_tokens import SpecialTokens, end_ids
 from mod_star.data.tokenizers import HuggingFaceTokenizer, TokenizerFiles
@@ -112,7 +112,13 @@ def read_gguf_tokenizer(file: GgufFile, rows: int) -> HuggingFaceTokenizer:
     made.add_special_tokens(special)
     made.add_tokens(plain)
     name = f"{file.path}: tokenizer"
-    files = TokenizerFiles(made.to_str(), _special(fields, made, bos_by_default, len(tokens)), fields.chat_template())
+    ends = _special(fields, made, bos_by_default, len(tokens))
+    bos = "" if ends.bos_id is None else tokens[ends.bos_id]
+    if ends.starts_with_bos and not set(bos) & set(":$"):  # so that other libraries know it from an export
+        made.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, ends.bos_id)]
+        )
+    files = TokenizerFiles(made.to_str(), ends, fields.chat_template())
     return HuggingFaceTokenizer(files, name)
 
 

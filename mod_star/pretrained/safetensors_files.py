@@ -19,6 +19,7 @@ INDEX_NAME = "model.safetensors.index.json"
 TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ADAPTER_CONFIG = "adapter_config.json"
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+_NARROW = re.compile(r"[A-Z]+[468](_|$)")  # types of at most 8 bits
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -132,7 +133,7 @@ def _tensors(path: Path) -> dict[str, SourceTensor]:
         raise _damaged(path, error) from error
     for name, tensor in found.items():
         if tensor.stored not in TYPES:
-            hint = "" if tensor.stored.startswith("F64") else "; quantised checkpoints are not supported"
+            hint = "; quantised checkpoints are not supported" if _NARROW.match(tensor.stored) else ""
             allowed = f"must be one of {', '.join(TYPES)}{hint}"
             raise InputError(f"{path}: tensor {name} is of type {tensor.stored}: {allowed}")
     return found

@@ -95,6 +95,23 @@ def test_added_tokens_json_and_named_tokens(tmp_path: Path) -> None:
     assert tokenizer.encode("a!!")[1:] == [bang, bang] and tokenizer.decode([bang]) == ""
 
 
+def test_new_tokens_get_the_ids_that_transformers_gives(tmp_path: Path) -> None:
+    """The ids are those of transformers 5.24."""
+    several = ["unk", "pad", "sep", "mask", "cls", "image"]
+    config: dict[str, Any] = (
+        NAMED | {f"{name}_token": f"<{name}>" for name in several} | {"extra_special_tokens": ["<x>", "<y>"]}
+    )
+    tokenizer = HuggingFaceTokenizer(hf_directory(tmp_path, tokenizer_config=config))
+    expected = {"<unk>": 258, "<sep>": 259, "<pad>": 260, "<cls>": 261, "<mask>": 262, "<image>": 263}
+    expected |= {"<x>": 264, "<y>": 265}
+    assert {name: tokenizer.encode(name)[0] for name in expected} == expected
+    # With added_tokens_decoder the older map adds nothing; a word that is stated with its id becomes a token.
+    config = NAMED | {"added_tokens_decoder": {"258": entry("<A>"), "0": entry("!", special=False)}}
+    older = {"pad_token": "<p>", "additional_special_tokens": ["<x>"]}
+    tokenizer = HuggingFaceTokenizer(hf_directory(tmp_path, tokenizer_config=config, special_tokens_map=older))
+    assert (tokenizer.vocab_size, tokenizer.encode("!<A>"), tokenizer.notes) == (259, [0, 258], ())
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -202,6 +219,12 @@ def test_what_is_not_followed_is_told(tmp_path: Path) -> None:
     tokenizer = HuggingFaceTokenizer(directory)
     assert tokenizer.chat_template == "new"
     assert any("chat_template.jinja is followed" in note for note in tokenizer.notes)
-    harmless = {"legacy": True, "model_max_length": 1e30, "clean_up_tokenization_spaces": True, "unk_token": None}
+    harmless = {
+        "legacy": True,
+        "model_max_length": 1e30,
+        "clean_up_tokenization_spaces": True,
+        "unk_token": None,
+        "pad_token": "",
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(NAMED | harmless | {"add_prefix_space": False}))
     assert HuggingFaceTokenizer(directory).notes == ()

@@ -83,7 +83,11 @@ def test_special_tokens_and_template(tmp_path: Path) -> None:
     saved = load_saved_tokenizer(tmp_path / "run", "model.gguf")
     assert (saved.fingerprint, saved.end_ids) == (tokenizer.fingerprint, tokenizer.end_ids)
     assert saved.chat_template == tokenizer.chat_template
-    assert tokenizer_of(tmp_path, byte_level_metadata("llama-bpe")).starts_with_bos
+    starting = tokenizer_of(tmp_path, byte_level_metadata("llama-bpe"))
+    assert starting.starts_with_bos
+    # A tokenizer.json says so itself: transformers 5 reads nothing else.
+    assert tokenizers.Tokenizer.from_str(starting.content).encode("a").ids == begin(starting, "a")
+    assert tokenizers.Tokenizer.from_str(tokenizer.content).encode("a").ids == tokenizer.encode("a")
     stated = byte_level_metadata() | {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.eot_token_id": 5}
     assert tokenizer_of(tmp_path, stated).starts_with_bos
     assert tokenizer_of(tmp_path, stated).end_ids == (2, 5, 0)
