@@ -71,7 +71,7 @@ def read_tokenizer_directory(path: Path) -> TokenizerDirectory:
         tokenizer_config=_object_if_there(path / TOKENIZER_CONFIG),
         special_tokens_map=_object_if_there(path / SPECIAL_TOKENS_MAP),
         added_tokens=_object_if_there(path / ADDED_TOKENS),
-        model_config=_object_if_there(path / "config.json"),
+        model_config=_model_config(path / "config.json"),
         generation_config=_object_if_there(path / "generation_config.json"),
     )
     config, file = found.tokenizer_config, path / TOKENIZER_CONFIG
@@ -187,6 +187,15 @@ def spelling(named: Any) -> Any:
 
 def _object_if_there(file: Path) -> dict[str, Any]:
     return read_json_object(file) if file.is_file() else {}
+
+
+def _model_config(file: Path) -> dict[str, Any]:
+    """A model's config.json. Other programs' files may have that name: they say nothing here."""
+    try:
+        found = _object_if_there(file)
+    except InputError:  # whoever reads the model refuses it
+        return {}
+    return found if found.keys() & {"model_type", "architectures", "eos_token_id", "bos_token_id"} else {}
 
 
 def _stated_tokens(files: TokenizerDirectory) -> Iterator[tuple[str, int, AddedToken]]:

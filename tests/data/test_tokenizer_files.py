@@ -184,6 +184,10 @@ def test_ids_alone_name_bos_and_eos(tmp_path: Path) -> None:
     tokenizer = HuggingFaceTokenizer(hf_directory(tmp_path, config=model))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_ids) == (5, 7, (7, 257))
     assert not tokenizer.starts_with_bos  # tokenizer.json does not put one
+    others: tuple[Any, ...] = ([], {"data": {"tokenizer": "bytes"}})
+    for other in others:  # another program's config.json
+        plain = HuggingFaceTokenizer(hf_directory(tmp_path, config=other))
+        assert (plain.bos_id, plain.eos_id, plain.starts_with_bos) == (256, 257, True)
     named = HuggingFaceTokenizer(hf_directory(tmp_path, config=model, tokenizer_config=NAMED))
     assert (named.bos_id, named.eos_id, named.end_ids) == (256, 257, (257, 7))
     assert any("bos_token_id = 5 is ignored: the tokenizer's bos is <s> (256)" in note for note in named.notes)
