@@ -68,6 +68,8 @@ def run(argv: Sequence[str]) -> None:
                 bar.update(task, description="writing the checkpoint")
 
         made = import_model(source, options.run, options.context, options.dtype, advance)
+    for note in source.notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     console = Console(highlight=False)
     console.print(import_table(source, made))
     console.print(f"written: {options.run}", markup=False, soft_wrap=True)
@@ -87,7 +89,7 @@ def import_table(source: Source, made: RunConfig) -> Table:
     extras += [f"{model.rope_scaling} RoPE scaling by {model.rope_factor:g}"] if model.rope_scaling != "none" else []
     extras += ["tied embeddings"] if model.tie_embeddings else []
     heads = f"{model.heads} query and {model.key_heads} key/value heads of {model.head_size}"
-    ends = ", ".join(tokenizer.token_text(token) for token in tokenizer.end_ids)
+    ends = ", ".join(f"{tokenizer.token_text(token)} ({token})" for token in tokenizer.end_ids)
     rows = [
         ("family", FAMILIES[source.family].title),
         ("network", f"{model.layers} layers of width {model.width:,}, {heads}, feed-forward {model.hidden_width:,}"),
@@ -95,7 +97,8 @@ def import_table(source: Source, made: RunConfig) -> Table:
         ("parameters", f"{short_number(count)} ({count:,}), in float32"),
         ("stored as", ", ".join(f"{number} tensors {kind}" for kind, number in kinds.most_common())),
         ("context", f"{model.context:,} of {source.config.context:,} tokens"),
-        ("tokenizer", f"{tokenizer.vocab_size:,} ids of {model.vocab_size:,}; a text ends with {ends}"),
+        ("tokenizer", f"{tokenizer.vocab_size:,} ids of {model.vocab_size:,}"),
+        ("a text ends with", ends),
         ("chat template", "none" if tokenizer.chat_template is None else "yes"),
     ]  # fmt: skip
     table = result_table(f"Imported {source.path.name}", ("", ""), rows)

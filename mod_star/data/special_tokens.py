@@ -10,12 +10,11 @@ from typing import Any
 
 import tokenizers
 
+from mod_star.data.tokenizer_files import TokenizerDirectory, read_json_object, spelling
 from mod_star.errors import InputError, require
 
 SPECIAL_TOKENS_NAME = "special_tokens.json"
 """Name of stored `SpecialTokens` inside a run's tokenizer directory."""
-CHAT_TEMPLATE_NAME = "chat_template.jinja"
-"""Name of a chat template, in a run's tokenizer directory as in Hugging Face's."""
 END_OF_TEXT = "<|endoftext|>"
 # Most specific first; a bare tokenizer.json does not say which special token starts or ends a text.
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", END_OF_TEXT, "[CLS]")
@@ -59,35 +58,62 @@ class SpecialTokens:
         return cls(bos, eos, tuple(ends), starts)  # type: ignore[arg-type]
 
 
-def special_tokens(tokenizer: tokenizers.Tokenizer, directory: Path | None, where: str) -> SpecialTokens:
+def special_tokens(tokenizer: tokenizers.Tokenizer, files: TokenizerDirectory | None, where: str) -> SpecialTokens:
     """The special tokens of a tokenizer.
 
+    `tokenizer_config.json` and `special_tokens_map.json` name bos and eos; where they don't, the ids in `config.json`
+    and `generation_config.json` do, and without those well-known spellings. A text ends with every id that any of
+    these files calls eos.
+
     Args:
-        tokenizer: As its tokenizer.json describes it.
-        directory: Where that lies: what else is there is read, in this order: our own `special_tokens.json`; Hugging
-            Face's `tokenizer_config.json` and `special_tokens_map.json`, with further end ids from
-            `generation_config.json`. None, or none of these: well-known spellings decide, and texts begin with bos.
+        tokenizer: As its files describe it.
+        files: What lies beside its tokenizer.json; gets notes. None, or nothing there: well-known spellings decide, and
+            texts begin with bos.
         where: Start of error messages, "<field> = <value>" or a path.
 
     Raises:
         InputError: One of these files is no good, or there is no token to start or end a text with.
     """
     vocab_size = vocabulary_size(tokenizer)
-    if directory is not None and (directory / SPECIAL_TOKENS_NAME).is_file():
-        return SpecialTokens.from_json(directory / SPECIAL_TOKENS_NAME, vocab_size)
-    config = {} if directory is None else _hugging_face_config(directory)
-    named = {key: _named_token(tokenizer, config.get(key), f"{where}: {key}") for key in ("bos_token", "eos_token")}
-    bos, eos = named["bos_token"], named["eos_token"]
-    starts_with_bos = bos is not None and _adds_bos(tokenizer, bos, config.get("add_bos_token"))
+    if files is None:
+        return _by_spelling(tokenizer, where)
+    bos = _named_token(tokenizer, files.named("bos_token"), f"{where}: bos_token")
+    eos = _named_token(tokenizer, files.named("eos_token"), f"{where}: eos_token")
+    further = [*_model_end_ids(files, vocab_size), *_generation_end_ids(files, vocab_size)]
+    for name, named in files.statements("eos_token")[1:]:
+        other = _named_token(tokenizer, named, f"{files.path / name}: eos_token")
+        if other not in (None, eos):
+            files.notes.append(f"{name}: eos_token {spelling(named)} is not the eos, but ends a text, too")
+            further.append(other)
+    config_bos = files.model_config.get("bos_token_id")
     if bos is None and eos is None:
+        if not further:
+            guess = _by_spelling(tokenizer, where)
+            if not files.model_config:
+                return guess
+            starts = guess.bos_id is not None and _adds_bos(tokenizer, guess.bos_id)
+            return SpecialTokens(guess.bos_id, guess.eos_id, guess.end_ids, starts)
         bos, eos = _first(tokenizer, _BOS_NAMES), _first(tokenizer, _EOS_NAMES)
-        starts_with_bos = True
-        if bos is None and eos is None:
-            names = ", ".join(dict.fromkeys(_BOS_NAMES + _EOS_NAMES))
-            raise InputError(f"{where}: has no special token to start or end a text (one of {names})")
-        bos, eos = (eos if bos is None else bos), (bos if eos is None else eos)
-    further = [] if directory is None else _generation_end_ids(directory / "generation_config.json", vocab_size)
+        bos = config_bos if _is_id(config_bos, vocab_size) else bos
+        eos = eos if eos in further else further[0]
+        if not files.model_config:
+            return SpecialTokens(bos, eos, end_ids(tokenizer, eos, further), bos is not None)
+    elif bos is not None and config_bos not in (None, bos):
+        first = tokenizer.id_to_token(bos)
+        files.notes.append(
+            f"config.json: bos_token_id = {config_bos} is ignored: the tokenizer's bos is {first} ({bos})"
+        )
+    starts_with_bos = bos is not None and _starts_with_bos(tokenizer, bos, files)
     return SpecialTokens(bos, eos, end_ids(tokenizer, eos if eos is not None else bos, further), starts_with_bos)
+
+
+def _by_spelling(tokenizer: tokenizers.Tokenizer, where: str) -> SpecialTokens:
+    bos, eos = _first(tokenizer, _BOS_NAMES), _first(tokenizer, _EOS_NAMES)
+    if bos is None and eos is None:
+        names = ", ".join(dict.fromkeys(_BOS_NAMES + _EOS_NAMES))
+        raise InputError(f"{where}: has no special token to start or end a text (one of {names})")
+    bos, eos = (eos if bos is None else bos), (bos if eos is None else eos)
+    return SpecialTokens(bos, eos, end_ids(tokenizer, eos), True)
 
 
 def end_ids(tokenizer: tokenizers.Tokenizer, eos_id: int | None, further: Iterable[int | None] = ()) -> tuple[int, ...]:
@@ -103,71 +129,58 @@ def vocabulary_size(tokenizer: tokenizers.Tokenizer) -> int:
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError if it is none."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: cannot be read as JSON ({' '.join(str(error).split())})") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{file}: must hold a JSON object, holds {type(found).__name__}")
-    return found
-
-
-def chat_template_of(directory: Path) -> str | None:
-    """The chat template beside a tokenizer.json: `chat_template.jinja`, else the one in `tokenizer_config.json`.
-
-    Raises:
-        InputError: A file can't be read, or holds something else in that place.
-    """
-    file = directory / CHAT_TEMPLATE_NAME
-    if file.is_file():
-        try:
-            return file.read_bytes().decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{file}: cannot be read ({error})") from None
-    file = directory / "tokenizer_config.json"
-    template = read_json_object(file).get("chat_template") if file.is_file() else None
-    if isinstance(template, list):  # several, each with a name
-        named = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    allowed = "must be a string, or a list of templates with names"
-    require(template is None or isinstance(template, str), f"{file}: chat_template", template, allowed)
-    return template
-
-
-def _hugging_face_config(directory: Path) -> dict[str, Any]:
-    files = [directory / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
-    merged: dict[str, Any] = {}
-    for file in files:
-        found = read_json_object(file) if file.is_file() else {}
-        merged |= {key: value for key, value in found.items() if value is not None}
-    return merged
-
-
 def _named_token(tokenizer: tokenizers.Tokenizer, named: Any, where: str) -> int | None:
     """The id of a token that a Hugging Face file names: as a string, or an object with `content`."""
-    spelling = named.get("content") if isinstance(named, dict) else named
-    if spelling is None:
+    spelled = spelling(named)
+    if spelled is None:
         return None
-    found = tokenizer.token_to_id(spelling) if isinstance(spelling, str) else None
-    require(found is not None, where, spelling, "is not a token of this tokenizer")
+    found = tokenizer.token_to_id(spelled) if isinstance(spelled, str) else None
+    require(found is not None, where, spelled, "is not a token of this tokenizer")
     return found
 
 
-def _adds_bos(tokenizer: tokenizers.Tokenizer, bos_id: int, stated: Any) -> bool:
-    """Whether texts begin with bos: as stated, else as the tokenizer.json's own template for a text has it."""
-    if isinstance(stated, bool):
-        return stated
+def _adds_bos(tokenizer: tokenizers.Tokenizer, bos_id: int) -> bool:
+    """Whether the tokenizer.json's own template for a text begins with bos."""
     return tokenizer.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
 
 
-def _generation_end_ids(file: Path, vocab_size: int) -> list[int]:
-    stated = read_json_object(file).get("eos_token_id") if file.is_file() else None
-    listed = stated if isinstance(stated, list) else [] if stated is None else [stated]
-    allowed = f"must be an id below {vocab_size} or a list of such"
-    require(all(_is_id(token, vocab_size) for token in listed), f"{file}: eos_token_id", stated, allowed)
-    return listed
+def _starts_with_bos(tokenizer: tokenizers.Tokenizer, bos_id: int, files: TokenizerDirectory) -> bool:
+    """Whether texts begin with bos: as stated, else as tokenizer.json has it."""
+    stated, own = files.tokenizer_config.get("add_bos_token"), _adds_bos(tokenizer, bos_id)
+    if not isinstance(stated, bool):
+        return own
+    if stated != own and tokenizer.post_processor is not None:
+        files.notes.append(
+            f"tokenizer_config.json: add_bos_token = {json.dumps(stated)} is followed; tokenizer.json would "
+            f"{'' if own else 'not '}begin a text with {tokenizer.id_to_token(bos_id)}"
+        )
+    return stated
+
+
+def _listed(stated: Any) -> list[Any]:
+    return stated if isinstance(stated, list) else [] if stated is None else [stated]
+
+
+def _model_end_ids(files: TokenizerDirectory, vocab_size: int) -> list[int]:
+    """The eos of config.json: an id or a list of ids."""
+    stated = files.model_config.get("eos_token_id")
+    allowed = f"must be an id below {vocab_size}, the tokenizer's number of ids, or a list of such"
+    fits = all(_is_id(token, vocab_size) for token in _listed(stated))
+    require(fits, f"{files.path / 'config.json'}: eos_token_id", stated, allowed)
+    return _listed(stated)
+
+
+def _generation_end_ids(files: TokenizerDirectory, vocab_size: int) -> list[int]:
+    """The eos of generation_config.json. Ids that are out of range are published there now and then: ignored, told."""
+    name = "generation_config.json"
+    stated = files.generation_config.get("eos_token_id")
+    numbers = all(type(token) is int for token in _listed(stated))
+    require(numbers, f"{files.path / name}: eos_token_id", stated, "must be an id or a list of ids")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for token in _listed(files.generation_config.get(key)):
+            if not _is_id(token, vocab_size):
+                files.notes.append(f"{name}: {key} = {token!r} is ignored: the tokenizer has {vocab_size} ids")
+    return [token for token in _listed(stated) if _is_id(token, vocab_size)]
 
 
 def _is_id(value: Any, vocab_size: int) -> bool:

@@ -13,15 +13,20 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mod_star.data.chat import Message, render_chat
 from mod_star.data.special_tokens import (
-    CHAT_TEMPLATE_NAME,
     END_OF_TEXT,
     SPECIAL_TOKENS_NAME,
     SpecialTokens,
-    chat_template_of,
     special_tokens,
     vocabulary_size,
 )
 from mod_star.data.templates import unicode_text
+from mod_star.data.tokenizer_files import (
+    CHAT_TEMPLATE_NAME,
+    chat_template_in,
+    chat_template_of,
+    complete,
+    read_tokenizer_directory,
+)
 from mod_star.errors import InputError, require
 
 SAVED_NAME = "tokenizer.json"
@@ -139,14 +144,18 @@ class TokenizerFiles:
     """Of a tokenizer.json."""
     special: SpecialTokens
     chat_template: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json`, read by the `tokenizers` package. Its truncation, padding and template are not applied.
 
-    What starts and ends a text, and the chat template, come from the files beside it: a run's own, or those of a
-    Hugging Face model's directory (see `special_tokens` and `chat_template_of` in `mod_star.data.special_tokens`).
+    Tokens that it lacks, what starts and ends a text, and the chat template come from the files beside it: a run's own,
+    or those of a Hugging Face model's directory (see `mod_star.data.tokenizer_files` and `special_tokens`).
     """
+
+    notes: tuple[str, ...]
+    """What a user should know of the files: where they differ, and what of them is ignored."""
 
     def __init__(self, source: str | Path | TokenizerFiles, name: str | None = None) -> None:
         """Args:
@@ -172,15 +181,23 @@ class HuggingFaceTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # The package raises bare Exception.
             raise InputError(f"{name}: not a tokenizer.json ({error})") from None
+        self.name = name
+        if isinstance(source, TokenizerFiles):
+            self.special, self.chat_template, self.notes = source.special, source.chat_template, source.notes
+        elif directory is not None and (directory / SPECIAL_TOKENS_NAME).is_file():  # a run's, which are complete
+            file, template = directory / SPECIAL_TOKENS_NAME, directory / CHAT_TEMPLATE_NAME
+            self.special, self.notes = SpecialTokens.from_json(file, vocabulary_size(self._tokenizer)), ()
+            self.chat_template = chat_template_in(template) if template.is_file() else None
+        else:
+            files = None if directory is None else read_tokenizer_directory(directory)
+            if files is not None and complete(self._tokenizer, files):
+                content = self._tokenizer.to_str()
+            self.special = special_tokens(self._tokenizer, files, name)
+            self.chat_template = None if files is None else chat_template_of(files)
+            self.notes = () if files is None else tuple(files.notes)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._name = name
         self.vocab_size = vocabulary_size(self._tokenizer)
-        if isinstance(source, TokenizerFiles):
-            self.special, self.chat_template = source.special, source.chat_template
-        else:
-            self.special = special_tokens(self._tokenizer, directory, name)
-            self.chat_template = None if directory is None else chat_template_of(directory)
         bos, eos = self.special.bos_id, self.special.eos_id
         self.bos_id: int = eos if bos is None else bos  # type: ignore[assignment]
         self.eos_id: int = bos if eos is None else eos  # type: ignore[assignment]
@@ -215,7 +232,7 @@ class HuggingFaceTokenizer:
     def apply_chat(self, messages: Sequence[Message]) -> str:
         """The prompt for the assistant's next turn, by the chat template; encode it as it is."""
         if self.chat_template is None:
-            raise InputError(f"{self._name}: has no chat template, the model can't be asked as a chat")
+            raise InputError(f"{self.name}: has no chat template, the model can't be asked as a chat")
         named = {"bos_token": self.special.bos_id, "eos_token": self.special.eos_id}
         spelled = {key: self._tokenizer.id_to_token(token) or "" for key, token in named.items() if token is not None}
         return render_chat(self.chat_template, messages, spelled)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from mod_star.data.special_tokens import SpecialTokens, end_ids
 from mod_star.data.tokenizers import HuggingFaceTokenizer, TokenizerFiles
@@ -28,7 +28,8 @@ _KNOWN = {"model", "pre", "tokens", "token_type", "scores", "merges", "add_bos_t
 _KNOWN |= {"token_type_count", "add_eos_token", "add_sep_token"}  # our documents end with eos anyway, no prompt does
 # May be there with these values only.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "remove_extra_whitespaces": (False,), "escape_whitespaces": (True,), "precompiled_charsmap": (None,)
+    "remove_extra_whitespaces": (False,), "escape_whitespaces": (True,), "precompiled_charsmap": (None,),
+    "normalizer.lowercase": (False,), "normalizer.strip_accents": (False,),
 }  # fmt: skip
 
 
@@ -54,15 +55,22 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_GPT2 = _Split(gpt2=True)
+_SMOLLM = _Split(digits=True, gpt2=True)
 _LLAMA3 = _Split(patterns=(_WORDS.format(digits="{1,3}"),), whole_words=True, bos=True)
-_SPLITS = {
-    "gpt-2": _Split(gpt2=True),
-    "smollm": _Split(digits=True, gpt2=True),
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _Split(patterns=(_WORDS.format(digits=""),), nfc=True),
-}
+_DBRX = _Split(patterns=(_WORDS.format(digits="{1,3}"),))
+_QWEN2 = _Split(patterns=(_WORDS.format(digits=""),), nfc=True)
+# As llama.cpp groups the names (src/llama-vocab.cpp): those of one group split text alike there. Names of its other
+# groups, and its own "default", which it warns of, are refused.
+_GROUPS: tuple[tuple[_Split, str], ...] = (
+    (_GPT2, "gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 gigachat mellum a.x-4.0 modern-bert"),
+    (_GPT2, "jina-es jina-de jina-v2-es jina-v2-de"),
+    (_SMOLLM, "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2"),
+    (_LLAMA3, "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano"),
+    (_DBRX, "dbrx smaug-bpe glm4 chatglm-bpe"),
+    (_QWEN2, "qwen2 deepseek-r1-qwen megrez kormo f2llmv2 stablelm2 hunyuan solar-open grok-2"),
+)
+_SPLITS = {name: split for split, names in _GROUPS for name in names.split()}
 
 
 def read_gguf_tokenizer(file: GgufFile, rows: int) -> HuggingFaceTokenizer:
@@ -104,7 +112,13 @@ def read_gguf_tokenizer(file: GgufFile, rows: int) -> HuggingFaceTokenizer:
     made.add_special_tokens(special)
     made.add_tokens(plain)
     name = f"{file.path}: tokenizer"
-    files = TokenizerFiles(made.to_str(), _special(fields, made, bos_by_default, len(tokens)), fields.chat_template())
+    ends = _special(fields, made, bos_by_default, len(tokens))
+    bos = "" if ends.bos_id is None else tokens[ends.bos_id]
+    if ends.starts_with_bos and not set(bos) & set(":$"):  # so that other libraries know it from an export
+        made.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, ends.bos_id)]
+        )
+    files = TokenizerFiles(made.to_str(), ends, fields.chat_template())
     return HuggingFaceTokenizer(files, name)
 
 

@@ -18,10 +18,12 @@ CONFIG_NAME = "config.json"
 _ORIGIN = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "unsloth_version", "unsloth_fixed"}
 _ORIGIN |= {"is_llama_config", "transformers.js_config", "name_or_path", "_commit_hash", "finetuning_task"}
 _TRAINING = {"initializer_range", "attention_dropout", "pretraining_tp", "gradient_checkpointing", "problem_type"}
+_TRAINING |= {"hidden_dropout", "resid_pdrop", "embd_pdrop", "max_sequence_length", "model_max_length"}
 _OUTPUTS = {"use_cache", "return_dict", "output_hidden_states", "output_attentions", "torchscript", "id2label"}
 _OUTPUTS |= {"label2id", "chunk_size_feed_forward", "return_dict_in_generate", "output_scores"}
 _OUTPUTS |= {"_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "_flash_attn_2_enabled"}
 _TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "tokenizer_class", "prefix"}
+_TOKENS |= {"decoder_start_token_id"}
 _GENERATION = {"max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams"}
 _GENERATION |= {"early_stopping", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "bad_words_ids"}
 _GENERATION |= {"num_beam_groups", "diversity_penalty", "num_return_sequences", "encoder_no_repeat_ngram_size"}
@@ -31,10 +33,13 @@ HARMLESS = _ORIGIN | _TRAINING | _OUTPUTS | _TOKENS | _GENERATION
 
 # Fields that may be there with this value only; with another the network would be one that this package does not have.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "rope_interleaved": (False,),
+    "use_mrope": (False,),
+    "use_qk_norm": (False,),
+    "use_bidirectional_attention": (False,),
     "partial_rotary_factor": (1, 1.0),
     "is_encoder_decoder": (False,),
     "is_decoder": (False, True),
@@ -176,6 +181,13 @@ def _sliding_window(fields: _Fields, family: str, layers: int) -> int | None:
     absent = None if "sliding_window" in fields.nulls else 4096
     if family == "mistral":
         window = fields.integer("sliding_window", absent)
+    elif family == "llama":
+        used = fields.take("use_sliding_window", None)
+        if used is False:  # other families' fields, left over and switched off
+            fields.take("sliding_window", None)
+            fields.take("max_window_layers", None)
+        elif used is not None:
+            raise fields.fail("use_sliding_window", used, "is not supported in a Llama; must be false")
     elif family in ("qwen2", "qwen3"):
         used = fields.flag("use_sliding_window", False)
         given, first = fields.integer("sliding_window", absent), fields.take("max_window_layers", 28)
@@ -197,14 +209,30 @@ def _rope(fields: _Fields, where: str) -> dict[str, Any]:
     """Fields of `ModelConfig`, from `rope_theta` and `rope_scaling` (older files) or `rope_parameters` (newer)."""
     theta = fields.number("rope_theta", None)
     scaling, parameters = fields.take("rope_scaling", None), fields.take("rope_parameters", None)
-    if scaling is not None and parameters is not None and scaling != parameters:
+    older = None if scaling is None else _rope_of(_Fields(f"{where}: rope_scaling", scaling))
+    newer = None if parameters is None else _rope_of(_Fields(f"{where}: rope_parameters", parameters))
+    thetas = {"rope_theta": theta}
+    thetas |= {name: each.pop("rope_theta", None) for name, each in _named(older, newer).items()}
+    stated = [(name, value) for name, value in thetas.items() if value is not None]
+    for name, value in stated:
+        if value != stated[0][1]:
+            raise fields.fail(stated[0][0], stated[0][1], f"does not go with {name}, which has {value}")
+    if older is not None and newer is not None and older != newer:
         raise fields.fail("rope_scaling", scaling, f"does not go with rope_parameters = {_short(parameters)}")
-    name = "rope_scaling" if parameters is None else "rope_parameters"
-    inner = _Fields(f"{where}: {name}", (scaling if parameters is None else parameters) or {})
-    inner_theta = inner.number("rope_theta", theta)
-    if theta not in (None, inner_theta):
-        raise fields.fail("rope_theta", theta, f"does not go with {name}, which has {inner_theta}")
-    found: dict[str, Any] = {"rope_theta": 10_000.0 if inner_theta is None else inner_theta}
+    found = older if newer is None else newer
+    return {"rope_theta": stated[0][1] if stated else 10_000.0} | (found or {})
+
+
+def _named(older: dict[str, Any] | None, newer: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    pairs = (("rope_scaling", older), ("rope_parameters", newer))
+    return {name: each for name, each in pairs if each is not None}
+
+
+def _rope_of(inner: _Fields) -> dict[str, Any]:
+    """Fields of `ModelConfig` that one of the two objects gives: `rope_theta` only where it states one."""
+    found: dict[str, Any] = {}
+    if (theta := inner.number("rope_theta", None)) is not None:
+        found["rope_theta"] = theta
     kind, old_kind = inner.take("rope_type", None), inner.take("type", None)
     if None not in (kind, old_kind) and kind != old_kind:
         raise inner.fail("type", old_kind, f"does not go with rope_type = {_short(kind)}")
@@ -213,12 +241,14 @@ def _rope(fields: _Fields, where: str) -> dict[str, Any]:
         raise inner.fail("rope_type", kind, "is not supported; must be default, linear or llama3")
     if kind != "default":
         found |= {"rope_scaling": kind, "rope_factor": inner.number("factor")}
+    else:
+        inner.only({"factor": (1, 1.0)})
     if kind == "llama3":
         found["rope_low_freq_factor"] = inner.number("low_freq_factor")
         found["rope_high_freq_factor"] = inner.number("high_freq_factor")
         found["rope_original_context"] = inner.integer("original_max_position_embeddings")
     inner.only({"partial_rotary_factor": (1, 1.0)})
-    inner.finish(set())
+    inner.finish({"original_max_position_embeddings"})  # means something to llama3 only
     return found
 
 

@@ -7,16 +7,20 @@ from pathlib import Path
 import numpy as np
 
 from mod_star.data import HuggingFaceTokenizer
+from mod_star.data.tokenizer_files import ADDED_TOKENS, CHAT_TEMPLATE_NAME, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 from mod_star.errors import InputError
 from mod_star.pretrained.families import FAMILIES
+from mod_star.pretrained.fit_tokenizer import fit_tokenizer
 from mod_star.pretrained.hf_config import CONFIG_NAME, read_hf_config
-from mod_star.pretrained.safetensors_files import INDEX_NAME, open_safetensors
+from mod_star.pretrained.safetensors_files import ADAPTER_CONFIG, INDEX_NAME, open_safetensors, require_no_adapter
 from mod_star.pretrained.source import Source, SourceTensor
 
 TOKENIZER_NAME = "tokenizer.json"
 # All that is read, so that nothing else is downloaded: no pickles, no second copy of the weights in another format.
 _DOWNLOADED: tuple[str, ...] = (CONFIG_NAME, "generation_config.json", "model*.safetensors", INDEX_NAME)
-_DOWNLOADED += (TOKENIZER_NAME, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_DOWNLOADED += (TOKENIZER_NAME, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS, CHAT_TEMPLATE_NAME)
+_DOWNLOADED += (ADAPTER_CONFIG,)
+_OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt")
 # Rotary frequencies that old checkpoints carry; they follow from the configuration.
 _COMPUTED = ".rotary_emb.inv_freq"
 
@@ -27,19 +31,23 @@ def open_hf(directory: Path) -> Source:
     Raises:
       InputError: something is missing, damaged or not supported; see `read_hf_config` and `open_safetensors`.
     """
+    require_no_adapter(directory)
     family, config = read_hf_config(directory)
-    tensors = open_safetensors(directory)
+    tensors, notes = open_safetensors(directory)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_COMPUTED)}
     if config.tie_embeddings:
         names = FAMILIES[family].names
         _drop_tied_head(directory, tensors, names["head",].template, names["embedding",].template)
     if not (directory / TOKENIZER_NAME).is_file():
+        others = " and ".join(name for name in _OTHER_TOKENIZERS if (directory / name).is_file())
+        has = f"has {others}, which can't be read here, and no" if others else "has no"
         raise InputError(
-            f"{directory}: has no {TOKENIZER_NAME}; AutoTokenizer.from_pretrained(…).save_pretrained(…) of "
+            f"{directory}: {has} {TOKENIZER_NAME}; AutoTokenizer.from_pretrained(…).save_pretrained(…) of "
             "transformers makes one"
         )
     tokenizer = HuggingFaceTokenizer(directory, str(directory / TOKENIZER_NAME))
-    return Source(directory, family, config, tensors, tokenizer)
+    tokenizer = fit_tokenizer(tokenizer, config.vocab_size)
+    return Source(directory, family, config, tensors, tokenizer, (*notes, *tokenizer.notes))
 
 
 def download(name: str) -> Path:
@@ -61,14 +69,17 @@ def download(name: str) -> Path:
 
 
 def _drop_tied_head(directory: Path, tensors: dict[str, SourceTensor], head: str, embedding: str) -> None:
-    """A head that is tied may be stored nevertheless; it must be the embedding then."""
+    """A head that is tied may be stored nevertheless, or alone; it must be the embedding then."""
     if head not in tensors:
         return
-    if embedding in tensors and tensors[head].shape == tensors[embedding].shape:
-        if np.array_equal(tensors[head].load(), tensors[embedding].load()):
-            del tensors[head]
-            return
+    if embedding not in tensors:
+        tensors[embedding] = tensors.pop(head)
+        return
+    if tensors[head].shape != tensors[embedding].shape or not np.array_equal(
+        tensors[head].load(), tensors[embedding].load()
+    ):
         raise InputError(
             f"{directory}: tensor {head} differs from {embedding}, but config.json has tie_word_embeddings = true; set "
             "it to false to use both"
         )
+    del tensors[head]

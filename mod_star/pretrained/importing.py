@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from mod_star.config import DataConfig, RunConfig
+from mod_star.data import HuggingFaceTokenizer
 from mod_star.errors import InputError, require
 from mod_star.pretrained.build import DENSE, build_params, check_source
+from mod_star.pretrained.fit_tokenizer import token_without_row
+from mod_star.pretrained.hf_config import CONFIG_NAME
 from mod_star.pretrained.hf_directory import download, open_hf
 from mod_star.pretrained.params_run import require_free, write_params_run
 from mod_star.pretrained.source import Source
@@ -27,6 +30,9 @@ def open_source(spec: str) -> Source:
     """
     path = Path(spec).expanduser()
     if path.is_dir():
+        if not (path / CONFIG_NAME).is_file() and (files := sorted(path.glob("*.gguf"))):
+            names = ", ".join(file.name for file in files[:3])
+            raise InputError(f"{path}: has no {CONFIG_NAME}, and {names}; name one .gguf file")
         return open_hf(path)
     if path.is_file():
         if path.suffix == ".gguf":
@@ -56,6 +62,12 @@ def run_config(source: Source, context: int | None, dtype: Literal["float32", "b
     model = replace(source.config, context=context or longest, dtype=dtype)
     tokenizer = str(source.path / "tokenizer.json" if source.path.is_dir() else source.path)
     run = RunConfig(model=model, routing=DENSE, data=DataConfig(tokenizer=tokenizer))
+    if isinstance(source.tokenizer, HuggingFaceTokenizer) and source.tokenizer.vocab_size > model.vocab_size:
+        rows, ids = model.vocab_size, source.tokenizer.vocab_size
+        last = token_without_row(source.tokenizer, rows)
+        raise InputError(
+            f"{source.path}: model.vocab_size = {rows}: the tokenizer has {ids} ids, and text can give {last}"
+        )
     require_vocabulary(run, source.tokenizer)
     return run
 

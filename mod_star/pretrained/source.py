@@ -40,3 +40,5 @@ class Source:
     have (a tied head, a rotary table) is left out by whoever opens the source, if it is known to be redundant."""
     tokenizer: Tokenizer
     """Ready to be saved with the run: with the source's special tokens and chat template."""
+    notes: tuple[str, ...] = ()
+    """What the user should know: files that differ, what is ignored. One sentence each."""

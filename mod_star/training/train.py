@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mod_star.buckets import checkpoints_of, copied_from, working_copy
 from mod_star.config import RunConfig
-from mod_star.data import load_saved_tokenizer, load_tokenizer
+from mod_star.data import HuggingFaceTokenizer, load_saved_tokenizer, load_tokenizer
 from mod_star.devices_config import MeshConfig
 from mod_star.errors import InputError, require
 from mod_star.processes import decide_first, is_first
@@ -85,7 +85,10 @@ def train(
         decide_first(lambda: run_dir.require_creatable(path))
         base = load_base(run, mesh=placed)
         if base is None:
-            inputs = load_inputs(run, load_tokenizer(run.data.tokenizer), placed)
+            tokenizer = load_tokenizer(run.data.tokenizer)
+            for note in tokenizer.notes if isinstance(tokenizer, HuggingFaceTokenizer) else ():
+                console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+            inputs = load_inputs(run, tokenizer, placed)
         else:
             run = replace(run, model=replace(run.model, vocab_size=base.config.model.vocab_size))
             inputs = load_inputs(run, base.tokenizer, placed)

@@ -310,7 +310,9 @@ def test_saved_tokenizer_keeps_special_tokens_and_template(tmp_path: Path) -> No
         ("tokenizer_config.json", {"eos_token": "<none>"}, "eos_token = '<none>': is not a token of this tokenizer"),
         ("tokenizer_config.json", {"chat_template": 3}, "chat_template = 3: must be a string"),
         ("tokenizer_config.json", [1], "must hold a JSON object, holds list"),
-        ("generation_config.json", {"eos_token_id": 6}, "eos_token_id = 6: must be an id below 6"),
+        ("generation_config.json", {"eos_token_id": "6"}, "eos_token_id = '6': must be an id or a list of ids"),
+        ("config.json", {"eos_token_id": 6}, "eos_token_id = 6: must be an id below 6"),
+        ("config.json", {"eos_token_id": [4, -1]}, "eos_token_id = [4, -1]: must be an id below 6"),
         ("special_tokens.json", {"bos_id": 3}, "special_tokens.json: eos_id = None: must be an id below 6"),
         (
             "special_tokens.json",

@@ -171,6 +171,8 @@ def test_configuration(tmp_path: Path) -> None:
         "llama.rope.scaling.factor": 4.0,
         "llama.attention.head_count_kv": [KEY_HEADS] * LAYERS,
         "llama.expert_count": 0,
+        "llama.expert_shared_count": 0,
+        "llama.nextn_predict_layers": 0,
         "general.sampling.temp": 0.6,
     }
     source = open_gguf(write_model(tmp_path / "b.gguf", metadata=fields))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from gguf_files import REFERENCES, byte_level_metadata, sentence_piece_metadata, write_gguf
 
 from mod_star.data import HuggingFaceTokenizer, begin, load_saved_tokenizer, save_tokenizer
@@ -26,6 +28,29 @@ def test_byte_level_ids_are_the_originals(tmp_path: Path, pre: str) -> None:
     assert found == REFERENCES["byte_level"]["ids"][pre]
     others = [other for other in REFERENCES["byte_level"]["ids"] if other != pre]
     assert all(found != REFERENCES["byte_level"]["ids"][other] for other in others)  # the texts tell them apart
+
+
+@pytest.mark.parametrize(
+    ("name", "same_as"),
+    [
+        ("deepseek-r1-qwen", "qwen2"), ("megrez", "qwen2"), ("stablelm2", "qwen2"), ("falcon3", "llama-bpe"),
+        ("llama3", "llama-bpe"), ("llama-v3", "llama-bpe"), ("smaug-bpe", "llama-bpe"), ("a.x-4.0", "gpt-2"),
+        ("mellum", "gpt-2"), ("exaone", "smollm"), ("starcoder", "smollm"),
+    ],
+)  # fmt: skip
+def test_names_of_one_group_split_alike(tmp_path: Path, name: str, same_as: str) -> None:
+    tokenizer = tokenizer_of(tmp_path, byte_level_metadata(name))
+    found = [tokenizer.encode(text) for text in REFERENCES["texts"]]
+    if name != "smaug-bpe":
+        assert found == REFERENCES["byte_level"]["ids"][same_as]
+        assert tokenizer.starts_with_bos is (same_as == "llama-bpe")
+        return
+    # Words of the vocabulary to which no merges lead aren't taken whole, and texts don't begin with bos.
+    content = json.loads(tokenizer_of(tmp_path, byte_level_metadata(same_as)).content)
+    assert content["model"].pop("ignore_merges") is True
+    plain = tokenizers.Tokenizer.from_str(json.dumps(content))
+    assert found == [plain.encode(text, add_special_tokens=False).ids for text in REFERENCES["texts"]]
+    assert not tokenizer.starts_with_bos
 
 
 def test_byte_level_gives_the_text_back(tmp_path: Path) -> None:
@@ -58,7 +83,11 @@ def test_special_tokens_and_template(tmp_path: Path) -> None:
     saved = load_saved_tokenizer(tmp_path / "run", "model.gguf")
     assert (saved.fingerprint, saved.end_ids) == (tokenizer.fingerprint, tokenizer.end_ids)
     assert saved.chat_template == tokenizer.chat_template
-    assert tokenizer_of(tmp_path, byte_level_metadata("llama-bpe")).starts_with_bos
+    starting = tokenizer_of(tmp_path, byte_level_metadata("llama-bpe"))
+    assert starting.starts_with_bos
+    # A tokenizer.json says so itself: transformers 5 reads nothing else.
+    assert tokenizers.Tokenizer.from_str(starting.content).encode("a").ids == begin(starting, "a")
+    assert tokenizers.Tokenizer.from_str(tokenizer.content).encode("a").ids == tokenizer.encode("a")
     stated = byte_level_metadata() | {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.eot_token_id": 5}
     assert tokenizer_of(tmp_path, stated).starts_with_bos
     assert tokenizer_of(tmp_path, stated).end_ids == (2, 5, 0)

@@ -61,6 +61,8 @@ def test_a_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path: Path) -> Non
     expected = build_params(open_hf(write_model(tmp_path / "a", tied)))
     with_head = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
     assert same(build_params(open_hf(write_model(tmp_path / "b", tied, with_head))), expected)
+    alone = {name: value for name, value in with_head.items() if name != "model.embed_tokens.weight"}
+    assert same(build_params(open_hf(write_model(tmp_path / "d", tied, alone))), expected)
     with_head["lm_head.weight"][3, 3] += 1
     with pytest.raises(InputError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight, but"):
         open_hf(write_model(tmp_path / "c", tied, with_head))
@@ -166,10 +168,85 @@ def test_shards_and_index_that_differ(tmp_path: Path) -> None:
     fails(places | {"extra": "model-7.safetensors"}, r"model-7\.safetensors: is missing; .*index\.json names it")
     fails(places | {"extra": "../x.safetensors"}, r"names the shard '\.\./x\.safetensors': must be")
     fails(places | {"extra": "model.bin"}, r"names the shard 'model\.bin': must be")
+    elsewhere = {"model-0.safetensors": "model-1.safetensors", "model-1.safetensors": "model-0.safetensors"}
+    fails(places | {QUERY: elsewhere[places[QUERY]]}, rf"has (no|the) tensor {QUERY}, which .* says")
     fails({k: v for k, v in places.items() if k != QUERY}, rf"has the tensor {QUERY}, of which .* knows nothing")
     fails([], "is not an index of shards")
     (directory / "model-0.safetensors").unlink()
     fails(places, r"model-0\.safetensors: is missing")
+
+
+def test_a_whole_file_is_read_before_an_index(tmp_path: Path) -> None:
+    """As transformers does; the shards of another model beside it are not read, and that is told."""
+    directory = shards(tmp_path / "both")
+    new = {name: value + 1 for name, value in tensors_of(LLAMA).items()}
+    save_file(new, directory / "model.safetensors")
+    expected = build_params(open_hf(write_model(tmp_path / "new", LLAMA, new)))
+    source = open_hf(directory)
+    assert same(build_params(source), expected)
+    ignored = "model-0.safetensors, model-1.safetensors, model.safetensors.index.json"
+    assert source.notes == (f"weights are read from model.safetensors; ignored: {ignored}",)
+    (directory / "model-0.safetensors").write_bytes(b"not even a file of tensors")
+    assert same(build_params(open_hf(directory)), expected)
+    (directory / "model-0.safetensors").unlink()  # a stale index
+    (directory / "model.safetensors.index.json").write_text("{")
+    (directory / "pytorch_model.bin").write_bytes(b"")
+    (directory / "training_args.bin").write_bytes(b"")
+    source = open_hf(directory)
+    assert same(build_params(source), expected)
+    assert source.notes[0].endswith("model-1.safetensors, model.safetensors.index.json, pytorch_model.bin")
+    # Without a whole file the index decides; what it doesn't name is told.
+    directory = shards(tmp_path / "left over")
+    save_file(new, directory / "model-7.safetensors")
+    source = open_hf(directory)
+    assert same(build_params(source), build_params(open_hf(write_model(tmp_path / "old", LLAMA))))
+    assert source.notes == ("weights are read from model.safetensors.index.json; ignored: model-7.safetensors",)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            ["model-00001-of-00002.safetensors"],
+            r"it has model-00001-of-00002\.safetensors and no model\.safetensors\.ind",
+        ),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "and no model.safetensors.index"),
+        (["a.safetensors", "b.safetensors"], r"it has a\.safetensors, b\.safetensors and no model"),
+        (["consolidated.safetensors"], r"consolidated\.safetensors: has the names of Mistral's own format"),
+        (["consolidated.safetensors", "pytorch_model.bin"], "Mistral's own format"),
+        (["model.safetensors", "adapter_config.json"], r"adapter_config\.json: is a LoRA adapter, .*merge it into its"),
+        (["adapter_model.safetensors"], r"adapter_model\.safetensors: is a LoRA adapter"),
+        (["adapter_model.bin"], r"adapter_model\.bin: is a LoRA adapter"),
+    ],
+)
+def test_files_that_are_not_a_whole_model_are_refused_by_name(names: list[str], said: str, tmp_path: Path) -> None:
+    file = write_model(tmp_path, LLAMA) / "model.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    for name in names:
+        (tmp_path / name).write_bytes(b"{}" if name.endswith(".json") else content)
+    with pytest.raises(InputError, match=said):
+        open_source(str(tmp_path))
+    if "adapter" in names[-1]:  # alone, too
+        (tmp_path / "config.json").unlink()
+        with pytest.raises(InputError, match=said):
+            open_source(str(tmp_path))
+
+
+def test_eight_bit_weights_are_refused_by_name(tmp_path: Path) -> None:
+    narrow = tensors_of(LLAMA) | {QUERY: tensors_of(LLAMA)[QUERY].astype(ml_dtypes.float8_e4m3fn)}
+    with pytest.raises(InputError, match=rf"tensor {QUERY} is of type F8_E4M3: must be one of F32, .*quantised"):
+        open_hf(write_model(tmp_path, LLAMA, narrow))
+
+
+def test_a_directory_of_gguf_files(tmp_path: Path) -> None:
+    for name in ("b-Q4_0.gguf", "a-Q8_0.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"has no config\.json, and a-Q8_0\.gguf, b-Q4_0\.gguf; name one \.gguf file"):
+        open_source(str(tmp_path))
+    (write_model(tmp_path, LLAMA) / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"it has no \.safetensors file; name a-Q8_0\.gguf itself"):
+        open_source(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
@@ -191,6 +268,10 @@ def test_directories_without_weights_or_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="name its directory"):
         open_source(str(directory / "model.safetensors"))
     (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer.model").touch()
+    with pytest.raises(InputError, match=r"has tokenizer\.model, which can't be read here, and no tokenizer\.json"):
+        open_source(str(directory))
+    (directory / "tokenizer.model").unlink()
     with pytest.raises(InputError, match=r"has no tokenizer\.json"):
         open_source(str(directory))
     (directory / "model.safetensors").unlink()
@@ -208,6 +289,26 @@ def test_a_tokenizer_that_does_not_fit_and_a_context_that_is_too_long(tmp_path: 
     with pytest.raises(InputError, match=r"--context = 65: must lie in \[2, 64\], the model's own"):
         run_config(source, 65)
     assert run_config(source, 32).model.context == 32
+
+
+def test_tokens_without_a_row_that_nobody_trained_are_left_out(tmp_path: Path) -> None:
+    directory = write_model(tmp_path, LLAMA)
+    config = directory / "tokenizer_config.json"
+    names = json.loads(config.read_text())
+    extra = {"content": "[PAD]", "special": True, "normalized": False}
+    config.write_text(json.dumps(names | {"added_tokens_decoder": {"61": extra}, "pad_token": "[PAD]"}))
+    source = open_hf(directory)
+    assert run_config(source, None).model.vocab_size == source.tokenizer.vocab_size == 61
+    assert source.notes == (
+        "the embedding has 61 rows, none for [PAD] (61); text that spells such a token is plain text",
+    )
+    assert max(source.tokenizer.encode("a [PAD] b")) < 61
+    # An end of a text that the model can't give is none.
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 61, 5]}))
+    assert open_hf(directory).tokenizer.end_ids == (2, 5)
+    config.write_text(json.dumps(names | {"added_tokens_decoder": {"61": extra}, "eos_token": "[PAD]"}))
+    with pytest.raises(InputError, match=r"the tokenizer has 62 ids, and text can give '\[PAD\]' \(61\)"):
+        run_config(open_hf(directory), None)
 
 
 def test_a_hub_name_is_fetched_without_pickles_and_fails_in_one_line(

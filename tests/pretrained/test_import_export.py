@@ -208,3 +208,35 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     code, _, error = call("import", source, str(tmp_path / "long"), "--context", "65")
     assert (code, error) == (2, "error: --context = 65: must lie in [2, 64], the model's own\n")
     assert not (tmp_path / "long").exists()
+
+
+def test_what_the_files_say_of_tokens_goes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through the commands: a token and two ends of a text that only other files name than tokenizer.json."""
+    source = write_model(tmp_path / "source", CONFIGS["llama"] | {"eos_token_id": [2, 7]}, vocab_size=59)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    plain = {"special": True, "normalized": False}
+    config["added_tokens_decoder"] = {
+        "59": plain | {"content": "<a>", "rstrip": True},
+        "60": plain | {"content": "<b>"},
+    }
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [60, 61], "bos_token_id": 1}))
+
+    def call(*words: str | Path) -> tuple[str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in words])
+        assert not stop.value.code
+        shown = capsys.readouterr()
+        return " ".join(shown.out.split()), shown.err
+
+    out, err = call("import", source, tmp_path / "run")
+    assert "a text ends with </s> (2), " in out and " (7), <b> (60) " in out and "61 ids of 61" in out
+    assert err == "note: generation_config.json: eos_token_id = 61 is ignored: the tokenizer has 61 ids\n"
+    call("export", tmp_path / "run", tmp_path / "exported")
+    out, err = call("import", tmp_path / "exported", tmp_path / "again")
+    assert " (7), <b> (60) " in out and not err
+    first, second = load_run(tmp_path / "run").tokenizer, load_run(tmp_path / "again").tokenizer
+    assert isinstance(first, HuggingFaceTokenizer) and isinstance(second, HuggingFaceTokenizer)
+    assert first.special == second.special and first.content == second.content
+    assert first.end_ids == (2, 7, 60)
+    assert first.encode("<a>  <b>") == second.encode("<a>  <b>") == [59, 60]
