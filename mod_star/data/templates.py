@@ -38,6 +38,20 @@ class Template:
             "{text}" if template is None else template, option
         )
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """The fields of a record that a template names; empty without one."""
+        return frozenset() if self._template is None else frozenset(path[0] for _, path, _ in self._pieces if path)
+
+    def only_value(self, record: Mapping[str, Any]) -> Any:
+        """What stands in the record where a template names one field and nothing else; None: nothing, or more."""
+        if self._template is None or len(self._pieces) != 1 or self._pieces[0][0] or self._pieces[0][2]:
+            return None
+        value: Any = record
+        for key in self._pieces[0][1]:
+            value, _ = _entry(value, key)
+        return value
+
     def render(self, record: Any, where: str) -> str:
         """The text of one record.
 
@@ -99,6 +113,11 @@ def unicode_text(text: str | bytes, where: str) -> str:
     return text
 
 
+def unescape(text: str) -> str:
+    """`text` with `\\n`, `\\t` and `\\\\` that are written out as what they mean."""
+    return re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], text)
+
+
 def _parse(template: str, option: str) -> list[tuple[str, tuple[str, ...], str]]:
     """Splits a template into (literal, path, number format); raises InputError if it is malformed."""
 
@@ -106,9 +125,8 @@ def _parse(template: str, option: str) -> list[tuple[str, tuple[str, ...], str]]
         hint = "write {question}, or {question[stem]} to reach inside; {{ and }} are braces"
         return InputError(f"{option} = {template!r}: {reason}; {hint}")
 
-    unescaped = re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], template)
     try:
-        parsed = list(string.Formatter().parse(unescaped))
+        parsed = list(string.Formatter().parse(unescape(template)))
     except ValueError as error:
         raise malformed(str(error).lower()) from None
     pieces: list[tuple[str, tuple[str, ...], str]] = []

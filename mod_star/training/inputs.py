@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from mod_star.config import RunConfig
 from mod_star.data import Batch, Tokenizer, held_out_batches, train_batches
+from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.sharding import require_fits, rows_of_process
@@ -33,6 +34,8 @@ class Inputs:
     plan: StagePlan
     mesh: Mesh | None
     """None: one device."""
+    notes: tuple[str, ...]
+    """What is read otherwise than one may think, a line each."""
 
 
 def load_inputs(run: RunConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> Inputs:
@@ -56,7 +59,14 @@ def load_inputs(run: RunConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> Inpu
         require_fits(run, mesh)
         rows = rows_of_process(mesh, run.train.batch_size)
     source = (run.data, tokenizer, run.model.context, run.train.batch_size)
-    batches = train_batches(*source, rows)
+    notes: list[str] = []
+    batches = train_batches(*source, rows, notes.append)
     next(iter(batches))  # a document that cannot be read or tokenised comes to light now, not after compilation
     held_out = list(itertools.islice(held_out_batches(*source), run.train.eval_batches))
-    return Inputs(run, tokenizer, Decoder(run.model, run.routing, parts), batches, held_out, plan, mesh)
+    if not any(batch["weights"].any() for batch in held_out):
+        raise InputError(
+            f"train.eval_batches = {run.train.eval_batches}: these held-out batches have no token to learn "
+            "(more of them, a longer model.context, or more data)"
+        )
+    decoder = Decoder(run.model, run.routing, parts)
+    return Inputs(run, tokenizer, decoder, batches, held_out, plan, mesh, tuple(notes))
