@@ -4,7 +4,8 @@ A conversation becomes the ids that its chat template makes of the messages up t
 have the tokens of the assistant's messages with the token that ends each; all others (other roles, headers, what the
 template writes after an end token) have weight 0. Before a message the assistant sees the very ids that the prompt has
 when the model is asked for it. (Templates whose prompts and answers would share a token are an exception from the
-second answer on: the first is learned as it is given, not as the second prompt would spell it.)
+second answer on: the first is learned as it is given, not as the second prompt would spell it.) A model that learns to
+think does so before tokens of weight 1 only, and is rewarded for them alone.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mod_star.buckets import is_address, read_file
+from mod_star.buckets import address_of, is_address, read_file
 from mod_star.data.parquet import parquet_records
 from mod_star.errors import InputError
 
@@ -164,7 +164,7 @@ def read_records(path: str, fields: Collection[str] = ()) -> Records:
     """
     found = file_type(path).format
     if found == "parquet":
-        return parquet_records(path, _read(path) if is_address(path) else None, fields)
+        return parquet_records(path, read_bytes(path) if is_address(path) else None, fields)
     readers: dict[str, Callable[[str], Records]] = {
         "jsonl": _jsonl_records, "json": _json_records, "csv": _csv_records, "tsv": _csv_records
     }  # fmt: skip
@@ -203,16 +203,16 @@ def _allowed() -> str:
     return f"{', '.join(f'.{ending}' for ending in FORMATS)}; {_COMPRESSED_NAMES}"
 
 
-def _read(path: str) -> bytes:
-    """The bytes of a file as it lies there."""
+def read_bytes(path: str) -> bytes:
+    """A file as it lies there. Raises InputError if it can't be read."""
     try:
-        return read_file(path) if is_address(path) else Path(path).read_bytes()
+        return read_file(address_of(path)) if is_address(path) else Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _read_utf8(path: str) -> str:
-    data, compression = _read(path), file_type(path).compression
+    data, compression = read_bytes(path), file_type(path).compression
     if compression is not None:
         data = _decompress(data, compression, path)
     for magic, what in _MAGIC:

@@ -16,7 +16,8 @@ segment). Every token of a document except the first is a target exactly once. A
 tokenizer wants that (`Tokenizer.starts_with_bos`), or where it has no text.
 
 A conversation is a document of which only the assistant's tokens are to be learned: all others have weight 0. It is
-what its chat template makes of it up to the assistant's last token, see `mod_star.data.conversations`.
+what its chat template makes of it up to the assistant's last token, see `mod_star.data.conversations`. Sequences with
+nothing to learn are left out.
 """
 
 from __future__ import annotations
@@ -170,18 +171,26 @@ def _split_documents(
         order = np.random.default_rng([config.seed, 0, index]).permutation(len(documents))
         count = min(max(round(len(documents) * config.held_out), 1), len(documents) - 1)
         parts.append((_Subset(documents, np.sort(order[count:])), _Subset(documents, np.sort(order[:count]))))
-    _require_tokens([train for train, _ in parts], "training", tokenizer, context)
-    _require_tokens([held_out for _, held_out in parts], "held-out", tokenizer, context)
+    for name, part in (("training", 0), ("held-out", 1)):
+        _require_tokens([both[part] for both in parts], name, config, tokenizer, context)
     return parts
 
 
-def _require_tokens(parts: Sequence[_Subset], name: str, tokenizer: Tokenizer, context: int) -> None:
-    """Raises InputError if the documents have fewer than S + 1 tokens. Reads no more of them than it must."""
-    tokens = 0
+def _require_tokens(
+    parts: Sequence[_Subset], name: str, config: DataConfig, tokenizer: Tokenizer, context: int
+) -> None:
+    """Raises InputError if the documents have fewer than S + 1 tokens, or none to learn. Reads as few as it must."""
+    tokens = learned = 0
     for document in (document for part in parts for document in part):
-        tokens += len(_token_pairs(tokenizer, document)["pairs"]) + 1
-        if tokens > context:
+        pairs = _token_pairs(tokenizer, document)["pairs"]
+        tokens += len(pairs) + 1
+        learned += int(pairs[: None if config.pack else context, 2].sum())
+        if tokens > context and learned:
             return
+    if tokens > context:
+        raise InputError(
+            f"model.context = {context}: the {name} documents have no token to learn within it, and data.pack is False"
+        )
     raise InputError(
         f"model.context = {context}: the {name} documents have {tokens} tokens, at least context + 1 are needed "
         "(a shorter context, more data, or another data.held_out)"
@@ -221,9 +230,9 @@ def _sequences(
     # `prefetch_to_device` has one thread for the whole pipeline.
     stream = pairs.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if not config.pack:
-        return stream.map(functools.partial(_one_document, context))
+        return _WithTargets(stream.map(functools.partial(_one_document, context)))
     packed = ConcatThenSplitIterDataset(stream, length_struct={"pairs": context})
-    return _JsonState(packed).map(_packed_documents)
+    return _WithTargets(_JsonState(packed).map(_packed_documents))
 
 
 def _token_pairs(tokenizer: Tokenizer, document: Document) -> dict[str, np.ndarray]:
@@ -308,6 +317,27 @@ class _JsonStateIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         slices = {feature: tuple(bounds) for feature, bounds in state["remainder_slices"].items()}
         self._parent.set_state(state | {"remainder_slices": slices})
+
+
+class _WithTargets(grain.IterDataset):
+    """Leaves out sequences with nothing to learn, such as the middle of a long question: a step on them costs time."""
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _WithTargetsIterator(iter(self._parent))
+
+
+class _WithTargetsIterator(grain.DatasetIterator):
+    def __next__(self) -> Batch:
+        while True:
+            sequence: Batch = next(self._parent)
+            if sequence["weights"].any():
+                return sequence
+
+    def get_state(self) -> dict[str, Any]:
+        return self._parent.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state)
 
 
 class _ClosedAtExit(grain.IterDataset):

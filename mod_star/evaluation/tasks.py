@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mod_star.data.files import read_records
+from mod_star.data.files import read_bytes, read_records
 from mod_star.data.templates import Template, unicode_text
 from mod_star.decoding.answers import Finder, LastNumber, LastOption, Phrase
 from mod_star.errors import InputError, require
@@ -149,7 +149,7 @@ def load_task(task: str | CustomTask, path: str | Path) -> Task:
         if item.id in items:
             raise InputError(f"{where}: id {item.id!r} is also that of {items[item.id][1].rpartition(', ')[2]}")
         items[item.id] = item, where
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256(read_bytes(str(path))).hexdigest()
     return Task(name, str(path), tuple(item for item, _ in items.values()), digest)
 
 

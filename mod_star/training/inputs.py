@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from mod_star.config import RunConfig
 from mod_star.data import Batch, Tokenizer, held_out_batches, train_batches
-from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.sharding import require_fits, rows_of_process
@@ -63,10 +62,5 @@ def load_inputs(run: RunConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> Inpu
     batches = train_batches(*source, rows, notes.append)
     next(iter(batches))  # a document that cannot be read or tokenised comes to light now, not after compilation
     held_out = list(itertools.islice(held_out_batches(*source), run.train.eval_batches))
-    if not any(batch["weights"].any() for batch in held_out):
-        raise InputError(
-            f"train.eval_batches = {run.train.eval_batches}: these held-out batches have no token to learn "
-            "(more of them, a longer model.context, or more data)"
-        )
     decoder = Decoder(run.model, run.routing, parts)
     return Inputs(run, tokenizer, decoder, batches, held_out, plan, mesh, tuple(notes))

@@ -378,6 +378,32 @@ def test_only_the_assistants_tokens_have_weight(tmp_path: Path, pack: bool) -> N
         np.testing.assert_array_equal(batch["targets"][:, :-1][same], batch["tokens"][:, 1:][same])
 
 
+def test_sequences_with_nothing_to_learn_are_left_out(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path / "model", CHATML)
+    path = tmp_path / "a.jsonl"
+    long, short = ({"role": "user", "content": "hello " * count} for count in (60, 1))
+    lines = [json.dumps({"messages": [question, CHAT[1]]}) for question in (long, short) for _ in range(10)]
+    path.write_text("\n".join(lines))
+    config = DataConfig(source=(str(path),), held_out=0.5)
+    for pack in (True, False):
+        iterator = iter(train_batches(replace(config, pack=pack), tokenizer, 64, 2))
+        batches = [next(iterator) for _ in range(12)]
+        assert all((batch["weights"].sum(1) > 0).all() for batch in batches)
+        state = json.loads(json.dumps(iterator.get_state()))
+        following = [next(iterator) for _ in range(6)]
+        iterator.set_state(state)
+        assert_equal(following, [next(iterator) for _ in range(6)])
+    # Nothing is lost of what is to be learned.
+    held_out = [batch["weights"].sum() for batch in held_out_batches(config, tokenizer, 64, 2)]
+    whole = [batch["weights"].sum() for batch in held_out_batches(replace(config, pack=False), tokenizer, 400, 1)]
+    assert sum(held_out) == sum(whole) > 0
+    path.write_text("\n".join(lines[:10]))
+    with pytest.raises(
+        InputError, match=r"model\.context = 32: the training documents have no token to learn within it"
+    ):
+        train_batches(replace(config, pack=False), tokenizer, 32, 1)
+
+
 def test_conversations_are_checked_before_the_first_batch(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     bad = {"messages": [{"role": "system", "content": "s"}, *CHAT]}
