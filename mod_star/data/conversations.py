@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mod_star.data.chat import Message
+from mod_star.data.templates import unicode_text
 from mod_star.data.tokenizers import Tokenizer, begin
 from mod_star.errors import InputError
 
@@ -27,6 +28,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 """Roles as records of `from` and `value` name them."""
 _NOT_READ = ("tools", "functions", "documents")  # fields of a record that a template would write, too
+_SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # further fields of a message
 _ANCHORS = ("\n", ".", "a")
 
 
@@ -48,6 +50,7 @@ class Conversation:
                 raise InputError(f"{where}: role = {role!r}: must be one of {', '.join(ROLES)}")
             if not isinstance(content, str):
                 raise InputError(f"{where}: content = {_short(content)}: must be a text")
+            unicode_text(content, where)
             if weight not in (0, 1, None):
                 raise InputError(f"{where}: weight = {_short(weight)}: must be 0 or 1")
         if not self.learned:
@@ -164,6 +167,10 @@ def _rendered(tokenizer: Tokenizer, conversation: Conversation) -> tuple[str, li
     prompts tell where it stands, and the token that ends it where it ends.
     """
     messages, learned = conversation.messages, conversation.learned
+    for index, message in enumerate(messages):
+        for field in _SAID:
+            if message.get(field) and field not in (tokenizer.chat_template or ""):
+                raise InputError(f"messages[{index}].{field}: is something that the chat template doesn't write")
     text = tokenizer.apply_chat(messages[: learned[-1] + 1], add_generation_prompt=False)
     borders: list[tuple[int, int | None]] = []  # of each answer
     for index in learned:

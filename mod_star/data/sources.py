@@ -189,8 +189,9 @@ def separate(text: str, separator: str) -> list[str]:
 
 def _record_documents(paths: Sequence[str], template: Template, tell: Tell) -> list[Document]:
     documents: list[Document] = []
+    fields = () if template.is_one_field else template.fields  # of a conversation, others count
     for path in paths:
-        for record, where in read_records(path, template.fields):
+        for record, where in read_records(path, fields):
             if not documents:
                 _tell_of_both(record, template, tell)
             documents.append(_document(template, record, where))
@@ -200,7 +201,7 @@ def _record_documents(paths: Sequence[str], template: Template, tell: Tell) -> l
 def _document(template: Template, record: Any, where: str) -> Document:
     """A record as a document."""
     if isinstance(record, Mapping):
-        values = [template.only_value(record)]
+        values = [template.value(record)] if template.is_one_field else []
         if not template.fields and "text" not in record:
             values = [record.get(name) for name in FIELDS]
         for value in values:

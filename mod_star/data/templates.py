@@ -43,10 +43,13 @@ class Template:
         """The fields of a record that a template names; empty without one."""
         return frozenset() if self._template is None else frozenset(path[0] for _, path, _ in self._pieces if path)
 
-    def only_value(self, record: Mapping[str, Any]) -> Any:
-        """What stands in the record where a template names one field and nothing else; None: nothing, or more."""
-        if self._template is None or len(self._pieces) != 1 or self._pieces[0][0] or self._pieces[0][2]:
-            return None
+    @property
+    def is_one_field(self) -> bool:
+        """Whether a template names one field and holds nothing else."""
+        return self._template is not None and len(self._pieces) == 1 and not self._pieces[0][0] + self._pieces[0][2]
+
+    def value(self, record: Mapping[str, Any]) -> Any:
+        """What stands in the record where a template `is_one_field`; None: nothing."""
         value: Any = record
         for key in self._pieces[0][1]:
             value, _ = _entry(value, key)

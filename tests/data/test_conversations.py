@@ -145,6 +145,7 @@ def test_share_gpt_and_fields_without_a_value() -> None:
         ([USER, {"role": "assistant", "content": [{"type": "text", "text": "x"}]}], "messages[1]: content = [{'type'"),
         ([USER, ANSWER, "x"], "messages[2]: must be an object with role and content, not 'x'"),
         ([USER, ANSWER | {"weight": 0.5}], "messages[1]: weight = 0.5: must be 0 or 1"),
+        ([USER, ANSWER | {"content": "\ud800"}], "messages[1]: character 0 is an unpaired surrogate"),
         ([USER, USER], "has no message of the assistant to learn"),
         ([USER, ANSWER | {"weight": 0}], "has no message of the assistant to learn"),
         ([ANSWER, USER, ANSWER], "begins with the assistant's message, something must be said before it"),
@@ -178,6 +179,18 @@ def test_templates_that_do_not_fit(tmp_path: Path, template: str | None, reason:
     with pytest.raises(InputError) as error:
         tokenise(chat_tokenizer(tmp_path, template), conversation)
     assert str(error.value).startswith(f"here: {reason}") and "\n" not in str(error.value)
+
+
+def test_what_a_message_says_besides_its_content_must_be_written(tmp_path: Path) -> None:
+    conversation = Conversation((USER, ANSWER | {"reasoning_content": "It must.", "id": "7"}), "here")
+    tokenizer = chat_tokenizer(tmp_path / "without", CHATML)
+    with pytest.raises(
+        InputError, match=r"^here: messages\[1\]\.reasoning_content: is something that the chat template"
+    ):
+        tokenise(tokenizer, conversation)
+    template = CHATML.replace("m['content']", "m['reasoning_content'] | default('') + m['content']")
+    tokenizer = chat_tokenizer(tmp_path / "with", template)
+    assert learned_texts(tokenizer, *tokenise(tokenizer, conversation)) == ["It must.It is here.<|im_end|>"]
 
 
 def test_bytes_have_no_chat_template() -> None:

@@ -304,6 +304,8 @@ def test_records_of_messages(tmp_path: Path, suffix: str) -> None:
     documents, (line,) = read(path)
     assert documents == ["t"] and "records have 'text' and 'messages', 'text' is read; data.template" in line
     assert isinstance(read(path, "{messages}")[0][0], Conversation)
+    write([{"messages": turns, "tools": [{"name": "f"}]}])
+    assert fails(path, "{messages}").endswith(" 1: field 'tools' is not read with messages, it must be empty")
     write([{"messages": turns[:1]}])
     assert fails(path).endswith(" 1: has no message of the assistant to learn")
 
