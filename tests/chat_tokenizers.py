@@ -35,6 +35,11 @@ THINKS = (
     "{{ m['content'] if loop.last else m['content'].split('</think>')[-1].lstrip('\n') }}{{ '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# As Phi: without a prompt for an answer, eos ends the whole.
+WHOLE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt else eos_token }}"
+)
 # As a base model's own: words for roles, no token that ends a turn; the answer's first token could join the prompt's.
 PLAIN = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"

@@ -131,17 +131,19 @@ def tokenise(tokenizer: Tokenizer, conversation: Conversation) -> tuple[np.ndarr
     ends = set(tokenizer.end_ids)
     ids: list[int] = []
     learned: list[bool] = []
+    answers = iter(conversation.learned)
     for piece, new in zip(pieces, _encode_pieces(tokenizer, text, pieces), strict=True):
-        stops = [n for n, token in enumerate(new) if token in ends]
-        if piece.kind == "answer" and not stops and piece is pieces[-1]:
-            new, stops = [*new, tokenizer.eos_id], [len(new)]
         count = 0
-        if piece.kind == "answer":
-            count = stops[-1] + 1 if stops else len(new)
-        elif piece.kind == "answer and more":
-            if not stops:
+        if piece.kind != "prompt":
+            # What ends an answer is the first end token that isn't part of what was said.
+            said = conversation.messages[next(answers)]["content"]
+            stops = [n for n, token in enumerate(new) if token in ends]
+            stops = stops[sum(said.count(tokenizer.token_text(end)) for end in ends) :]
+            if not stops and piece.kind == "answer and more":
                 raise InputError(f"{conversation.where}: chat template: writes no token that ends an earlier answer")
-            count = stops[0] + 1
+            if not stops and piece is pieces[-1]:
+                new, stops = [*new, tokenizer.eos_id], [len(new)]
+            count = stops[0] + 1 if stops else len(new)
         ids += new
         learned += [n < count for n in range(len(new))]
     length = len(learned) - learned[::-1].index(True)

@@ -68,6 +68,7 @@ RECORD_NAMES = ".jsonl, .ndjson, .json, .csv, .tsv or .parquet"
 _COMPRESSED_NAMES = "all but .parquet and .arrayrecord also with .gz, .bz2 or .zst"
 
 _SHARD = re.compile(r"[-_.](\d+)-of-(\d+)")
+_SHARD_OF_SET = re.compile(r"[-_.](\d{5})-of-(\d{5})")  # as everybody numbers them; "1-of-3" may mean anything
 _MAGIC = (
     (b"\x1f\x8b", "gzip-compressed data"),
     (b"\x28\xb5\x2f\xfd", "zstd-compressed data"),
@@ -127,9 +128,10 @@ def missing_shards(paths: Sequence[str]) -> list[str]:
     """A line for each set of shards (`-00000-of-00004`) of which `paths` lack some."""
     sets: dict[tuple[str, int], set[int]] = {}
     for path in paths:
-        match = _SHARD.search(path.rpartition("/")[2])
+        directory, slash, base = path.rpartition("/")
+        match = _SHARD_OF_SET.search(base)
         if match:
-            name = path[: len(path) - len(path.rpartition("/")[2]) + match.start()]
+            name = directory + slash + base[: match.start()]
             sets.setdefault((name, int(match[2])), set()).add(int(match[1]))
     said = []
     for (name, total), numbers in sorted(sets.items()):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_tokenizers import CHATML, INST, PLAIN, THINKS, TURNS, chat_tokenizer
+from chat_tokenizers import CHATML, INST, PLAIN, THINKS, TURNS, WHOLE, chat_tokenizer
 
 from mod_star.data import ByteTokenizer, HuggingFaceTokenizer, begin
 from mod_star.data.conversations import Conversation, conversation_of, is_conversation, tokenise
@@ -18,6 +18,7 @@ FORMS = {
     "chatml": (CHATML, "<|im_end|>", None, "<|im_end|>"),
     "inst": (INST, "</s>", "<s>", "</s>"),
     "turns": (TURNS, "<end_of_turn>", "<s>", "<end_of_turn>"),
+    "whole": (WHOLE, "</s>", None, "<|im_end|>"),
     "thinks": (THINKS, "<|im_end|>", None, "<|im_end|>"),
 }
 
@@ -59,7 +60,9 @@ def test_answers_with_their_end_are_learned_and_nothing_else(tmp_path: Path, for
 
 
 @pytest.mark.parametrize("form", [*FORMS, "plain"])
-@pytest.mark.parametrize("content", ["It is here.", "", " spaces ", "\nline", "é 🙂", "yes\n\nno", "[/INST] user: "])
+@pytest.mark.parametrize(
+    "content", ["It is here.", "", " spaces ", "\nline", "é 🙂", "yes\n\nno", "[/INST] user: ", "a<|im_end|>b"]
+)
 def test_a_prompt_has_the_ids_that_it_has_when_the_model_is_asked(tmp_path: Path, form: str, content: str) -> None:
     tokenizer = chat_tokenizer(tmp_path, PLAIN, "</s>") if form == "plain" else tokenizer_of(tmp_path, form)
     messages = (*TWO[:3], {"role": "assistant", "content": content})
@@ -78,6 +81,14 @@ def test_an_answer_without_an_end_token_is_ended_by_eos(tmp_path: Path) -> None:
     assert learned_texts(tokenizer, ids, learned) == ["yes\n", "It is here.\n</s>"]
     # The model sees "assistant: " and says "yes"; as one text, " yes" would be one token.
     assert tokenizer.encode("assistant: yes") != [*tokenizer.encode("assistant: "), *tokenizer.encode("yes")]
+
+
+def test_an_end_token_inside_an_answer_is_part_of_it(tmp_path: Path) -> None:
+    for form in FORMS:
+        tokenizer, end = tokenizer_of(tmp_path / form, form), FORMS[form][3]
+        messages = (TWO[0], {"role": "assistant", "content": f"no{end} yes"}, *TWO[2:])
+        first, _ = learned_texts(tokenizer, *tokenise(tokenizer, Conversation(messages, "here")))
+        assert first.strip() == f"no{end} yes{end}"
 
 
 def test_what_follows_the_last_answer_is_left_out(tmp_path: Path) -> None:

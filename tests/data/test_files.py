@@ -187,6 +187,8 @@ def test_missing_shards_are_told(tmp_path: Path) -> None:
     assert "1 of 3 shards are read, not number 1, 2" in read(tmp_path / "a.jsonl-00000-of-00003")[1][0]
     (tmp_path / "a.jsonl-00001-of-00003").write_bytes(LINES)
     assert read(tmp_path / "a.jsonl*") == (TEXTS * 3, [])
+    (tmp_path / "top-10-of-2023.txt").write_text("Not a shard.")
+    assert read(tmp_path / "top-10-of-2023.txt") == (["Not a shard."], [])
     names = [f"gs://b/{name}-{n:05d}-of-00200.parquet" for name in "cd" for n in range(3)]
     assert [line[:40] for line in missing_shards(names)] == [
         f"gs://b/{n}: 3 of 200 shards are read, not num"[:40] for n in "cd"
