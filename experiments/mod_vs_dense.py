@@ -98,7 +98,8 @@ def make_tokenizer(options: Options) -> None:
     if not path.exists():
         data = config(options, "dense", 0).data
         options.out.mkdir(parents=True, exist_ok=True)
-        train_bpe((text for source in read_sources(data.source, TEMPLATE) for text in source), 2048, path)
+        texts = (text for source in read_sources(data.source, TEMPLATE) for text in source if isinstance(text, str))
+        train_bpe(texts, 2048, path)
 
 
 def train_one(options: Options, arm: str, seed: int, core: int) -> None:

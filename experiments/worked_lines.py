@@ -103,7 +103,7 @@ class SymbolTokenizer:
         """The symbol in printable form."""
         return SYMBOLS[token].replace("\n", "⏎")
 
-    def apply_chat(self, messages: Sequence[Message]) -> str:
+    def apply_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """Symbols have no chat template: InputError."""
         raise InputError("symbols have no chat template")
 

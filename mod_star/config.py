@@ -32,11 +32,15 @@ class DataConfig:
     """Where text comes from and how it becomes sequences."""
 
     source: tuple[str, ...] = ("python-docs",)
-    """What to read: python-docs (embedded), files or globs (.txt .md .jsonl .json .arrayrecord), tfds:NAME[:SPLIT]."""
+    """What to read: python-docs (embedded), files or globs (.txt .md .jsonl .json .csv .parquet .arrayrecord, text and
+    JSON also .gz .bz2 .zst), tfds:NAME[:SPLIT]."""
     weights: tuple[float, ...] = ()
     """Share of each source in the mixture's documents, one number per source. Empty: as many as each has."""
     template: str | None = None
-    """How a JSON record becomes text, such as "Q: {question}\\nA: {answer}". None: its field "text"."""
+    """How a record becomes text, such as "Q: {question}\\nA: {answer}". None: its field "text", or else "messages" (or
+    "conversations"), of which the assistant's are learned; "{turns}" names another field of messages."""
+    separator: str | None = None
+    """What stands between the documents of text files, such as "<|endoftext|>". None: a file is one, or is cut up."""
     tokenizer: str = "bytes"
     """bytes, or the path of a Hugging Face tokenizer.json."""
     held_out: float = 0.05
@@ -56,6 +60,7 @@ class DataConfig:
             f"must give one weight per source ({len(self.source)}) or none",
         )
         require(all(w > 0 for w in self.weights), "data.weights", self.weights, "must be positive")
+        require(self.separator != "", "data.separator", self.separator, "must not be empty")
         require(0 < self.held_out < 1, "data.held_out", self.held_out, "must lie between 0 and 1")
         require(self.seed >= 0, "data.seed", self.seed, "must not be negative")
 

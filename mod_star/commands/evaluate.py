@@ -53,7 +53,7 @@ class EvaluateOptions:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Directory of the run."""
     data: Path
-    """File of questions, .jsonl or .json."""
+    """File of questions: .jsonl, .json, .csv, .tsv or .parquet; but for Parquet also with .gz, .bz2 or .zst."""
     task: Literal["gsm8k", "csqa", "multiarith", "coin_flip"] | None = None
     """What the file holds, in the form in which the task is published; or else --question, --answer and --kind."""
     question: str | None = None

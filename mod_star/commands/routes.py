@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> None:
 
     from rich.console import Console
 
-    from mod_star.data.sources import read_text
+    from mod_star.data.files import read_text
     from mod_star.plots import plot_routes
     from mod_star.routes import routes_of
     from mod_star.terminal import routes_text

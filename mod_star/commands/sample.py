@@ -52,7 +52,8 @@ class SampleOptions:
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()
     """A text to go on from; several times for a batch of several. None: from nothing."""
     prompt_file: Path | None = None
-    """A file of prompts, one a line, in UTF-8; blank lines don't count. FILE.jsonl: a JSON string per line."""
+    """A file of prompts, one a line, in UTF-8; blank lines don't count. FILE.jsonl: a JSON string per line;
+    FILE.json: a list of strings."""
     new_tokens: int | None = None
     """Tokens to generate at the most. If not given 200, or as many as the context has room for."""
     chat: bool = False
@@ -166,21 +167,14 @@ def _check(options: SampleOptions) -> None:
 
 
 def _read_prompts(path: Path) -> tuple[str, ...]:
-    from mod_star.data.sources import read_text
+    from mod_star.data.files import holds_records, read_records, read_text
 
+    if not holds_records(str(path)):
+        return tuple(line for line in read_text(str(path)).split("\n") if line.strip())
     prompts = []
-    for number, line in enumerate(read_text(str(path)).split("\n"), start=1):
-        if not line.strip():
-            continue
-        if path.suffix.lower() != ".jsonl":
-            prompts.append(line)
-            continue
-        try:
-            prompt = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error})") from None
+    for prompt, where in read_records(str(path)):
         if not isinstance(prompt, str):
-            raise InputError(f"{path}, line {number}: must be a JSON string")
+            raise InputError(f"{where}: must be a JSON string")
         prompts.append(prompt)
     return tuple(prompts)
 

@@ -52,7 +52,7 @@ def run(argv: Sequence[str]) -> None:
 
     from rich.console import Console
 
-    from mod_star.data.sources import read_text
+    from mod_star.data.files import read_text
     from mod_star.thoughts import thoughts_of
     from mod_star.thoughts_view import thoughts_html, thoughts_text
     from mod_star.training.run_dir import load_run

@@ -13,12 +13,14 @@ from mod_star.errors import InputError
 if TYPE_CHECKING:
     import jinja2
 
-Message = Mapping[str, str]
-"""One turn of a chat: `role` (system, user, assistant) and `content`."""
+Message = Mapping[str, Any]
+"""One turn of a chat: `role` (system, user, assistant) and `content`, both text; templates may know more."""
 
 
-def render_chat(template: str, messages: Sequence[Message], tokens: Mapping[str, str]) -> str:
-    """The text of a chat up to where the assistant's next turn begins, as the template writes it.
+def render_chat(
+    template: str, messages: Sequence[Message], tokens: Mapping[str, str], add_generation_prompt: bool = True
+) -> str:
+    """The text of a chat as the template writes it: up to where the assistant's next turn begins.
 
     The template runs in Jinja's immutable sandbox, with what templates made for Hugging Face's `transformers` rely on:
     blocks leave no white space behind, `raise_exception`, `strftime_now`, `tojson`, `break` and `continue`.
@@ -27,6 +29,7 @@ def render_chat(template: str, messages: Sequence[Message], tokens: Mapping[str,
         template: Jinja source.
         messages: The turns so far.
         tokens: Spelling of the special tokens that templates name, such as `bos_token`.
+        add_generation_prompt: False: only up to the end of the last message.
 
     Raises:
         InputError: A message has no role or content, or the template doesn't compile or fails; with the reason.
@@ -42,7 +45,11 @@ def render_chat(template: str, messages: Sequence[Message], tokens: Mapping[str,
     try:
         # Templates ask whether tools and documents are none, not only whether they are defined.
         return compiled.render(
-            messages=[dict(each) for each in messages], add_generation_prompt=True, tools=None, documents=None, **tokens
+            messages=[dict(each) for each in messages],
+            add_generation_prompt=add_generation_prompt,
+            tools=None,
+            documents=None,
+            **tokens,
         )
     except Exception as error:  # a template can raise anything
         raise InputError(f"chat template: fails on these messages ({_one_line(error)})") from None

@@ -8,12 +8,16 @@ A batch is a dict of NumPy arrays, all [B, S]:
 | `targets`     | int32   | the next token of the same document                                                        |
 | `positions`   | int32   | position in the segment, from 0                                                            |
 | `segment_ids` | int32   | 1, 2, ... for the documents in the sequence, 0 for padding                                 |
-| `weights`     | float32 | 1 where there is a target, 0 for padding                                                   |
+| `weights`     | float32 | 1 where there is a target to learn, 0 for padding                                          |
 
 Tokens and targets are packed as pairs, so no target is lost: neither at the end of a document (eos is never an input,
 for nothing follows it) nor where a sequence ends in the middle of one (it goes on in the next sequence, as a new
 segment). Every token of a document except the first is a target exactly once. A document begins with bos only where the
 tokenizer wants that (`Tokenizer.starts_with_bos`), or where it has no text.
+
+A conversation is a document of which only the assistant's tokens are to be learned: all others have weight 0. It is
+what its chat template makes of it up to the assistant's last token, see `mod_star.data.conversations`. Sequences with
+nothing to learn are left out.
 """
 
 from __future__ import annotations
@@ -31,7 +35,9 @@ import numpy as np
 from grain.experimental import ConcatThenSplitIterDataset, ThreadPrefetchIterDataset, batch_and_pad
 
 from mod_star.config import DataConfig
-from mod_star.data.sources import read_sources
+from mod_star.data.conversations import Conversation, check_rendering, tokenise
+from mod_star.data.sources import Document, Tell, read_sources
+from mod_star.data.special_tokens import END_OF_TEXT
 from mod_star.data.tokenizers import Tokenizer, begin
 from mod_star.errors import InputError, require
 
@@ -39,7 +45,12 @@ Batch = dict[str, np.ndarray]
 
 
 def train_batches(
-    config: DataConfig, tokenizer: Tokenizer, context: int, batch_size: int, rows: Sequence[int] | None = None
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    context: int,
+    batch_size: int,
+    rows: Sequence[int] | None = None,
+    tell: Tell = lambda line: None,
 ) -> grain.IterDataset:
     """Training batches without end, in an order that only `config.seed` and the batch size decide.
 
@@ -55,15 +66,18 @@ def train_batches(
         context: S, length of a sequence.
         batch_size: B, sequences of the whole batch.
         rows: Which of them to make, in this order; all of them by default.
+        tell: Takes lines about what is read otherwise than one may think.
 
     Returns:
         A dataset of batches (see the module).
 
     Raises:
-        InputError: A source cannot be read or split, or has too little text for S.
+        InputError: A source cannot be read or split, has too little text for S, or has conversations that the
+            tokenizer's chat template doesn't fit.
     """
     rows = range(batch_size) if rows is None else rows
-    parts = _split_documents(config, tokenizer, context)
+    parts = _split_documents(config, tokenizer, context, tell)
+    _check_conversations(parts, tokenizer, tell)
     shuffled = [
         grain.MapDataset.source(train).shuffle(seed=_seed(config.seed, 1, index)).repeat()
         for index, (train, _) in enumerate(parts)
@@ -129,10 +143,10 @@ def prefetch_to_device(
 
 
 @dataclass(frozen=True)
-class _Subset(Sequence[str]):
+class _Subset(Sequence[Document]):
     """Some documents of a source."""
 
-    documents: Sequence[str]
+    documents: Sequence[Document]
     indices: np.ndarray  # int64 [n]
 
     def __len__(self) -> int:
@@ -142,10 +156,12 @@ class _Subset(Sequence[str]):
         return self.documents[int(self.indices[index])]
 
 
-def _split_documents(config: DataConfig, tokenizer: Tokenizer, context: int) -> list[tuple[_Subset, _Subset]]:
+def _split_documents(
+    config: DataConfig, tokenizer: Tokenizer, context: int, tell: Tell = lambda line: None
+) -> list[tuple[_Subset, _Subset]]:
     """(training, held-out) documents of every source; both hold at least one document, and together S + 1 tokens."""
     require(config.seed >= 0, "data.seed", config.seed, "must not be negative")
-    sources = read_sources(config.source, config.template)
+    sources = read_sources(config.source, config.template, config.separator, tell, _marks(tokenizer))
     parts = []
     for index, (spec, documents) in enumerate(zip(config.source, sources, strict=True)):
         if len(documents) < 2:
@@ -155,22 +171,49 @@ def _split_documents(config: DataConfig, tokenizer: Tokenizer, context: int) -> 
         order = np.random.default_rng([config.seed, 0, index]).permutation(len(documents))
         count = min(max(round(len(documents) * config.held_out), 1), len(documents) - 1)
         parts.append((_Subset(documents, np.sort(order[count:])), _Subset(documents, np.sort(order[:count]))))
-    _require_tokens([train for train, _ in parts], "training", tokenizer, context)
-    _require_tokens([held_out for _, held_out in parts], "held-out", tokenizer, context)
+    for name, part in (("training", 0), ("held-out", 1)):
+        _require_tokens([both[part] for both in parts], name, config, tokenizer, context)
     return parts
 
 
-def _require_tokens(parts: Sequence[_Subset], name: str, tokenizer: Tokenizer, context: int) -> None:
-    """Raises InputError if the documents have fewer than S + 1 tokens. Reads no more of them than it must."""
-    tokens = 0
-    for text in (text for part in parts for text in part):
-        tokens += len(begin(tokenizer, text)) + 1
-        if tokens > context:
+def _require_tokens(
+    parts: Sequence[_Subset], name: str, config: DataConfig, tokenizer: Tokenizer, context: int
+) -> None:
+    """Raises InputError if the documents have fewer than S + 1 tokens, or none to learn. Reads as few as it must."""
+    tokens = learned = 0
+    for document in (document for part in parts for document in part):
+        pairs = _token_pairs(tokenizer, document)["pairs"]
+        tokens += len(pairs) + 1
+        learned += int(pairs[: None if config.pack else context, 2].sum())
+        if tokens > context and learned:
             return
+    if tokens > context:
+        raise InputError(
+            f"model.context = {context}: the {name} documents have no token to learn within it, and data.pack is False"
+        )
     raise InputError(
         f"model.context = {context}: the {name} documents have {tokens} tokens, at least context + 1 are needed "
         "(a shorter context, more data, or another data.held_out)"
     )
+
+
+def _marks(tokenizer: Tokenizer) -> list[str]:
+    """Spellings of what ends a text, here or in other people's files."""
+    spelled = [tokenizer.token_text(token) for token in tokenizer.end_ids]
+    spelled = [
+        text for text, token in zip(spelled, tokenizer.end_ids, strict=True) if tokenizer.encode(text) == [token]
+    ]
+    return list(dict.fromkeys([END_OF_TEXT, *spelled]))
+
+
+def _check_conversations(parts: Sequence[tuple[_Subset, _Subset]], tokenizer: Tokenizer, tell: Tell) -> None:
+    """Raises InputError if the chat template doesn't fit a conversation that is in memory: now, not in a later step."""
+    in_memory = [train.documents for train, _ in parts if isinstance(train.documents, list)]
+    conversations = [each for documents in in_memory for each in documents if isinstance(each, Conversation)]
+    for conversation in conversations:
+        check_rendering(tokenizer, conversation)
+    if conversations and "strftime_now" in (tokenizer.chat_template or ""):
+        tell("the tokenizer's chat template asks for the date, which conversations then have in them")
 
 
 def _seed(*words: int) -> int:
@@ -181,43 +224,47 @@ def _seed(*words: int) -> int:
 def _sequences(
     documents: grain.MapDataset, config: DataConfig, tokenizer: Tokenizer, context: int
 ) -> grain.IterDataset:
-    """Documents (str) to sequences: the entries of a batch, [S] each."""
+    """Documents to sequences: the entries of a batch, [S] each."""
     pairs = documents.map(functools.partial(_token_pairs, tokenizer))
     # No reader threads: tokenising holds the interpreter lock, so that they only cost (a fifth of the throughput);
     # `prefetch_to_device` has one thread for the whole pipeline.
     stream = pairs.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if not config.pack:
-        return stream.map(functools.partial(_one_document, context))
+        return _WithTargets(stream.map(functools.partial(_one_document, context)))
     packed = ConcatThenSplitIterDataset(stream, length_struct={"pairs": context})
-    return _JsonState(packed).map(_packed_documents)
+    return _WithTargets(_JsonState(packed).map(_packed_documents))
 
 
-def _token_pairs(tokenizer: Tokenizer, text: str) -> dict[str, np.ndarray]:
-    """Each token of [bos] text [eos] with its successor, int32 [length - 1, 2]."""
-    ids = np.array([*begin(tokenizer, text), tokenizer.eos_id], dtype=np.int32)
-    return {"pairs": np.stack([ids[:-1], ids[1:]], axis=1)}
+def _token_pairs(tokenizer: Tokenizer, document: Document) -> dict[str, np.ndarray]:
+    """Each token of [bos] text [eos] with its successor, and 1 where that is to be learned; int32 [length - 1, 3]."""
+    if isinstance(document, Conversation):
+        ids, learned = tokenise(tokenizer, document)
+    else:
+        ids = np.array([*begin(tokenizer, document), tokenizer.eos_id], dtype=np.int32)
+        learned = np.ones(len(ids), bool)
+    return {"pairs": np.stack([ids[:-1], ids[1:], learned[1:].astype(np.int32)], axis=1)}
 
 
 def _one_document(context: int, document: dict[str, np.ndarray]) -> Batch:
     """A document cut or padded to S tokens."""
-    pairs_Lx2 = document["pairs"][:context]
-    pairs_Sx2 = np.zeros((context, 2), np.int32)
-    pairs_Sx2[: len(pairs_Lx2)] = pairs_Lx2
-    segment_ids_S = (np.arange(context) < len(pairs_Lx2)).astype(np.int32)
-    return _sequence(pairs_Sx2, np.arange(context, dtype=np.int32) * segment_ids_S, segment_ids_S)
+    pairs_Lx3 = document["pairs"][:context]
+    pairs_Sx3 = np.zeros((context, 3), np.int32)
+    pairs_Sx3[: len(pairs_Lx3)] = pairs_Lx3
+    segment_ids_S = (np.arange(context) < len(pairs_Lx3)).astype(np.int32)
+    return _sequence(pairs_Sx3, np.arange(context, dtype=np.int32) * segment_ids_S, segment_ids_S)
 
 
 def _packed_documents(packed: dict[str, np.ndarray]) -> Batch:
     return _sequence(packed["pairs"], packed["pairs_positions"], packed["pairs_segment_ids"])
 
 
-def _sequence(pairs_Sx2: np.ndarray, positions_S: np.ndarray, segment_ids_S: np.ndarray) -> Batch:
+def _sequence(pairs_Sx3: np.ndarray, positions_S: np.ndarray, segment_ids_S: np.ndarray) -> Batch:
     return {
-        "tokens": pairs_Sx2[:, 0],
-        "targets": pairs_Sx2[:, 1],
+        "tokens": pairs_Sx3[:, 0],
+        "targets": pairs_Sx3[:, 1],
         "positions": positions_S,
         "segment_ids": segment_ids_S,
-        "weights": (segment_ids_S > 0).astype(np.float32),
+        "weights": (pairs_Sx3[:, 2] * (segment_ids_S > 0)).astype(np.float32),
     }
 
 
@@ -270,6 +317,27 @@ class _JsonStateIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         slices = {feature: tuple(bounds) for feature, bounds in state["remainder_slices"].items()}
         self._parent.set_state(state | {"remainder_slices": slices})
+
+
+class _WithTargets(grain.IterDataset):
+    """Leaves out sequences with nothing to learn, such as the middle of a long question: a step on them costs time."""
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _WithTargetsIterator(iter(self._parent))
+
+
+class _WithTargetsIterator(grain.DatasetIterator):
+    def __next__(self) -> Batch:
+        while True:
+            sequence: Batch = next(self._parent)
+            if sequence["weights"].any():
+                return sequence
+
+    def get_state(self) -> dict[str, Any]:
+        return self._parent.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state)
 
 
 class _ClosedAtExit(grain.IterDataset):

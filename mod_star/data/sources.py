@@ -1,37 +1,53 @@
-"""Where text comes from: each source is a fixed sequence of documents with random access.
+"""Where documents come from: each source is a fixed sequence of them with random access.
 
-| `data.source`                | a document is                                                                     |
-|------------------------------|-----------------------------------------------------------------------------------|
-| `python-docs`                | a topic of Python's own language reference, which every CPython carries (0.5 MB)  |
-| `*.jsonl`, `*.json`          | a record, as text by `data.template`; .json: a list, or an object with one inside |
-| `*.arrayrecord`              | a record: UTF-8 text, or with `data.template` a JSON object                       |
-| any other file               | the file, or sections of it (see `split_text`)                                    |
-| `tfds:NAME[/CONFIG][:SPLIT]` | an example of TensorFlow Datasets by `data.template`; NAME may be a directory     |
+| `data.source`                | a document is                                                                    |
+|------------------------------|----------------------------------------------------------------------------------|
+| `python-docs`                | a topic of Python's own language reference, which every CPython carries (0.5 MB) |
+| a file with records          | a record, as text by `data.template`, or as a conversation                       |
+| `*.arrayrecord`              | a record: UTF-8 text, or with `data.template` a JSON object                      |
+| any other file               | the file, sections of it (see `split_text`), or what `data.separator` cuts apart |
+| `tfds:NAME[/CONFIG][:SPLIT]` | an example of TensorFlow Datasets by `data.template`; NAME may be a directory    |
 
-Files may be globs (`corpus/**/*.md`), sorted by name. Text and JSON are read and checked at once and stay in memory;
-they may be in a bucket (`gs://BUCKET/corpus/*.jsonl`). ArrayRecord and TensorFlow Datasets are read as needed, which is
-the way for a corpus larger than memory; they must be on a disk or a mount.
+What a file holds is told by its name, see `mod_star.data.files`. A record is a conversation where `data.template` names
+a field of messages and nothing else, or where there is no template and the record has no "text", but "messages" or
+"conversations"; see `mod_star.data.conversations`.
+
+Files may be globs (`corpus/**/*.md`), sorted by name. They are read and checked at once and stay in memory, and may be
+in a bucket (`gs://BUCKET/corpus/*.jsonl`). ArrayRecord and TensorFlow Datasets are read as needed, which is the way for
+a corpus larger than memory; they must be on a disk or a mount.
 """
 
 from __future__ import annotations
 
-import codecs
+import functools
 import glob
-import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
-from pathlib import Path
 from typing import Any
 from urllib import error as url_error
 from urllib import request
 
-from mod_star.buckets import find_files, is_address, read_file
-from mod_star.data.templates import Template, unicode_text
+from mod_star.buckets import find_files, is_address
+from mod_star.data.conversations import FIELDS, Conversation, conversation_of, is_conversation
+from mod_star.data.files import (
+    file_type,
+    looks_like_json,
+    missing_shards,
+    parse_json,
+    read_records,
+    read_text,
+    uncompressed_name,
+)
+from mod_star.data.templates import Template, unescape, unicode_text
 from mod_star.errors import InputError
+
+Document = str | Conversation
+Tell = Callable[[str], None]
+"""Takes a line about something that is read otherwise than its owner may think."""
 
 SECTIONS = 200
 """A long text is cut into about this many sections, so that some can be held out ..."""
@@ -41,59 +57,78 @@ WHOLE_FILE_CHARACTERS = 16_000
 """One of several files stays one document up to this length."""
 
 
-def read_sources(specs: Sequence[str], template: str | None) -> list[Sequence[str]]:
+def read_sources(
+    specs: Sequence[str],
+    template: str | None,
+    separator: str | None = None,
+    tell: Tell = lambda line: None,
+    marks: Sequence[str] = (),
+) -> list[Sequence[Document]]:
     """The documents of every source.
 
     Args:
         specs: `DataConfig.source`.
         template: `DataConfig.template`.
+        separator: `DataConfig.separator`.
+        tell: Is told of text that looks like records, of shards that are missing, and of `marks`.
+        marks: Spellings of tokens that no document should hold, such as that which ends a text.
 
     Returns:
         For each source the sequence of its documents, at least one, always in the same order.
 
     Raises:
-        InputError: A missing, empty, unreadable or broken file, a glob without a match, an unknown dataset, no network,
-            a file that two sources share (its held-out text would be trained on), or a template that nothing uses.
+        InputError: A missing, empty, unreadable or broken file, or one of a format that is not read, a glob without a
+            match, an unknown dataset, no network, a file that two sources share (its held-out text would be trained
+            on), or a template or separator that nothing uses.
     """
     compiled = Template(template)
+    cut = None if separator is None else unescape(separator)
     owners: dict[str, str] = {}
     kinds = set()
-    sources = []
+    sources: list[Sequence[Document]] = []
     for spec in specs:
-        kind, origins, documents = _open(spec, compiled, raw=template is None)
+        say = lambda line, spec=spec: tell(f"data.source = {spec!r}: {line}")  # noqa: E731
+        kind, origins, documents = _open(spec, compiled, cut, say)
         for origin in origins:
             if origin in owners:
                 raise InputError(
                     f"data.source: {origin} is read by {owners[origin]!r} and {spec!r}; a document may come once only"
                 )
             owners[origin] = spec
+        _tell_of_marks(documents, marks, kind == "text", say)
         kinds.add(kind)
         sources.append(documents)
     if template is not None and kinds <= {"text", "python-docs"}:
         raise InputError(f"data.template = {template!r}: no source has records with fields (.jsonl, .json, ...)")
+    if separator is not None and "text" not in kinds:
+        raise InputError(f"data.separator = {separator!r}: no source is a text file (.txt, .md, ...)")
     return sources
 
 
-def _open(spec: str, template: Template, raw: bool) -> tuple[str, list[str], Sequence[str]]:
-    """Kind, identities of what is read (files), and documents of one source; `raw`: ArrayRecord holds plain text."""
+def _open(
+    spec: str, template: Template, separator: str | None, tell: Tell
+) -> tuple[str, list[str], Sequence[Document]]:
+    """Kind, identities of what is read (files), and documents of one source."""
     if spec == "python-docs":
         return "python-docs", [spec], _python_docs()
     if spec.startswith("tfds:"):
         return "tfds", [spec], _tfds(spec, template)
     paths = _paths(spec)
-    kinds = {_kind(path) for path in paths}
+    kinds = {file_type(path).format for path in paths}
     if len(kinds) > 1:
         raise InputError(f"data.source = {spec!r}: matches files of different kinds ({', '.join(sorted(kinds))})")
+    for line in missing_shards(paths):
+        tell(line)
     kind = kinds.pop()
-    documents: Sequence[str]
+    documents: Sequence[Document]
     if kind == "arrayrecord":
-        documents = _array_record(spec, paths, template, raw)
+        documents = _array_record(spec, paths, template, tell)
     elif kind == "text":
-        documents = [text for path in paths for text in _text_documents(path, alone=len(paths) == 1)]
+        documents = _text_documents(spec, paths, separator, tell)
     else:
-        records = _jsonl_records if kind == "jsonl" else _json_records
-        documents = [template.render(record, where) for path in paths for record, where in records(path)]
-    return kind, [path if is_address(path) else os.path.realpath(path) for path in paths], documents
+        documents = _record_documents(paths, template, tell)
+    names = [path if is_address(path) else os.path.realpath(path) for path in paths]
+    return kind, [uncompressed_name(name) for name in names], documents
 
 
 def _paths(spec: str) -> list[str]:
@@ -118,15 +153,7 @@ def _paths(spec: str) -> list[str]:
     return files
 
 
-def _kind(path: str) -> str:
-    suffix = Path(path).suffix.lower()
-    if suffix in (".jsonl", ".json"):
-        return suffix[1:]
-    # TensorFlow Datasets writes shards as NAME.array_record-00000-of-00001.
-    return "arrayrecord" if suffix.startswith((".arrayrecord", ".array_record")) else "text"
-
-
-def _python_docs() -> list[str]:
+def _python_docs() -> list[Document]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -136,28 +163,74 @@ def _python_docs() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def read_text(path: str) -> str:
-    """A file as text with "\\n" line ends; errors name the file, and the line of a byte that is not UTF-8."""
-    try:
-        data = read_file(path) if is_address(path) else Path(path).read_bytes()
-        data = data.removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path}, line {line}: not valid UTF-8 (byte 0x{data[error.start]:02x} at {error.start})"
-        ) from None
-    if not text.strip():
-        raise InputError(f"{path}: is empty")
-    return text.replace("\r\n", "\n")
+def _text_documents(spec: str, paths: Sequence[str], separator: str | None, tell: Tell) -> list[Document]:
+    documents: list[Document] = []
+    told = separated = False
+    for path in paths:
+        text = read_text(path)
+        if not told and looks_like_json(text):
+            told = True
+            tell(f"{path} looks like JSON, and is read as text, braces included; records need a name such as .jsonl")
+        if separator is not None:
+            separated |= separator in text
+            documents += separate(text, separator)
+        else:
+            alone = len(paths) == 1 or len(text) > WHOLE_FILE_CHARACTERS
+            documents += split_text(text) if alone else [text]
+    if separator is not None and not separated:
+        raise InputError(f"data.separator = {separator!r}: does not occur in data.source = {spec!r}")
+    return documents
 
 
-def _text_documents(path: str, alone: bool) -> list[str]:
-    text = read_text(path)
-    return split_text(text) if alone or len(text) > WHOLE_FILE_CHARACTERS else [text]
+def separate(text: str, separator: str) -> list[str]:
+    """The texts between separators, without line breaks around them; those with nothing in them are left out."""
+    return [piece.strip("\n") for piece in text.split(separator) if piece.strip()]
+
+
+def _record_documents(paths: Sequence[str], template: Template, tell: Tell) -> list[Document]:
+    documents: list[Document] = []
+    fields = () if template.is_one_field else template.fields  # of a conversation, others count
+    for path in paths:
+        for record, where in read_records(path, fields):
+            if not documents:
+                _tell_of_both(record, template, tell)
+            documents.append(_document(template, record, where))
+    return documents
+
+
+def _document(template: Template, record: Any, where: str) -> Document:
+    """A record as a document."""
+    if isinstance(record, Mapping):
+        values = [template.value(record)] if template.is_one_field else []
+        if not template.fields and "text" not in record:
+            values = [record.get(name) for name in FIELDS]
+        for value in values:
+            if is_conversation(value):
+                return conversation_of(record, value, where)
+    return template.render(record, where)
+
+
+def _tell_of_both(record: Any, template: Template, tell: Tell) -> None:
+    """Tells that records have text and messages, where no template says what counts."""
+    if not template.fields and isinstance(record, Mapping) and "text" in record:
+        for name in FIELDS:
+            if is_conversation(record.get(name)):
+                tell(f"records have 'text' and {name!r}, 'text' is read; data.template = '{{{name}}}' reads {name}")
+
+
+def _tell_of_marks(documents: Sequence[Document], marks: Sequence[str], is_text: bool, tell: Tell) -> None:
+    """Tells of marks inside documents that are in memory."""
+    if not isinstance(documents, list):
+        return
+    for mark in marks:
+        count = sum(any(mark in text for text in _texts(document)) for document in documents)
+        if count:
+            hint = f"; data.separator = {mark!r} cuts the files there" if is_text else ""
+            tell(f"{count} of {len(documents)} documents have {mark!r} inside, and keep it{hint}")
+
+
+def _texts(document: Document) -> Iterable[str]:
+    return [document] if isinstance(document, str) else [message["content"] for message in document.messages]
 
 
 def split_text(text: str) -> list[str]:
@@ -186,58 +259,13 @@ def split_text(text: str) -> list[str]:
     return sections
 
 
-def read_records(path: str) -> list[tuple[Any, str]]:
-    """The records of a .jsonl or .json file, and where each stands ("FILE, line 7"), as errors are to say it.
-
-    Raises:
-        InputError: The file can't be read, is empty, or is not JSON; a name that ends in neither.
-    """
-    kind = Path(path).suffix.lower()
-    if kind not in (".jsonl", ".json"):
-        raise InputError(f"{path}: must be a .jsonl or .json file")
-    return list((_jsonl_records if kind == ".jsonl" else _json_records)(path))
-
-
-def _parse_json(text: str, where: str, one_line: bool = True) -> Any:
-    """The value that `text` holds; errors say where, and the line too unless `where` has it."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = "" if one_line else f", line {error.lineno}"
-        raise InputError(f"{where}{line}: not valid JSON ({error.msg} at column {error.colno})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON ({error})") from None
-
-
-def _jsonl_records(path: str) -> Iterator[tuple[Any, str]]:
-    """The records of a JSON Lines file, and where each stands. Blank lines are skipped."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield _parse_json(line, where), where
-
-
-def _json_records(path: str) -> Iterator[tuple[Any, str]]:
-    """The records of a JSON file: a list, or the only list in an object."""
-    content = _parse_json(read_text(path), path, one_line=False)
-    lists = [content]
-    if isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list)]
-    if len(lists) != 1 or not isinstance(lists[0], list):
-        raise InputError(f"{path}: must be a list of records, or an object with exactly one list in it")
-    if not lists[0]:
-        raise InputError(f"{path}: holds no records")
-    for number, record in enumerate(lists[0], start=1):
-        yield record, f"{path}, record {number}"
-
-
 @dataclass(frozen=True)
-class _Lazy(Sequence[str]):
+class _Lazy(Sequence[Document]):
     """Documents made from records when they are asked for."""
 
     name: str
     records: Sequence[Any]
-    render: Callable[[Any, str], str]
+    render: Callable[[Any, str], Document]
 
     def __post_init__(self) -> None:
         if not len(self.records):
@@ -253,12 +281,12 @@ class _Lazy(Sequence[str]):
         return self.render(self.records[index], f"{self.name}, record {index + 1}")
 
 
-def _array_record(spec: str, paths: list[str], template: Template, raw: bool) -> Sequence[str]:
+def _array_record(spec: str, paths: list[str], template: Template, tell: Tell) -> Sequence[Document]:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    def render(record: bytes, where: str) -> str:
+    def render(record: bytes, where: str) -> Document:
         text = unicode_text(record, where)
-        return text if raw else template.render(_parse_json(text, where), where)
+        return _document(template, parse_json(text, where), where) if template.fields else text
 
     for path in paths:
         if is_address(path):
@@ -266,12 +294,15 @@ def _array_record(spec: str, paths: list[str], template: Template, raw: bool) ->
         if not os.path.getsize(path):
             raise InputError(f"{path}: is empty")
     try:
-        return _Lazy(spec, ArrayRecordDataSource(paths), render)
+        documents = _Lazy(spec, ArrayRecordDataSource(paths), render)
     except (RuntimeError, OSError) as error:
         raise InputError(f"data.source = {spec!r}: not an ArrayRecord file ({_first_line(error)})") from None
+    if not template.fields and looks_like_json(documents[0]):
+        tell("its records look like JSON, and are read as text, braces included; data.template names a field of them")
+    return documents
 
 
-def _tfds(spec: str, template: Template) -> Sequence[str]:
+def _tfds(spec: str, template: Template) -> Sequence[Document]:
     """A dataset of TensorFlow Datasets: prepared on disk, or downloaded and prepared now. TensorFlow is not needed."""
 
     def failed(reason: object) -> InputError:
@@ -299,7 +330,7 @@ def _tfds(spec: str, template: Template) -> Sequence[str]:
             raise failed(f"is not prepared on disk, and there is no network to fetch it ({error.reason})") from None
         except Exception as error:  # What a dataset's own preparation raises is not ours to list.
             raise failed(_first_line(error)) from error
-    return _Lazy(spec, records, template.render)
+    return _Lazy(spec, records, functools.partial(_document, template))
 
 
 def _tfds_builder(tfds: Any, name: str) -> Any:

@@ -38,6 +38,23 @@ class Template:
             "{text}" if template is None else template, option
         )
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """The fields of a record that a template names; empty without one."""
+        return frozenset() if self._template is None else frozenset(path[0] for _, path, _ in self._pieces if path)
+
+    @property
+    def is_one_field(self) -> bool:
+        """Whether a template names one field and holds nothing else."""
+        return self._template is not None and len(self._pieces) == 1 and not self._pieces[0][0] + self._pieces[0][2]
+
+    def value(self, record: Mapping[str, Any]) -> Any:
+        """What stands in the record where a template `is_one_field`; None: nothing."""
+        value: Any = record
+        for key in self._pieces[0][1]:
+            value, _ = _entry(value, key)
+        return value
+
     def render(self, record: Any, where: str) -> str:
         """The text of one record.
 
@@ -99,6 +116,11 @@ def unicode_text(text: str | bytes, where: str) -> str:
     return text
 
 
+def unescape(text: str) -> str:
+    """`text` with `\\n`, `\\t` and `\\\\` that are written out as what they mean."""
+    return re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], text)
+
+
 def _parse(template: str, option: str) -> list[tuple[str, tuple[str, ...], str]]:
     """Splits a template into (literal, path, number format); raises InputError if it is malformed."""
 
@@ -106,9 +128,8 @@ def _parse(template: str, option: str) -> list[tuple[str, tuple[str, ...], str]]
         hint = "write {question}, or {question[stem]} to reach inside; {{ and }} are braces"
         return InputError(f"{option} = {template!r}: {reason}; {hint}")
 
-    unescaped = re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], template)
     try:
-        parsed = list(string.Formatter().parse(unescaped))
+        parsed = list(string.Formatter().parse(unescape(template)))
     except ValueError as error:
         raise malformed(str(error).lower()) from None
     pieces: list[tuple[str, tuple[str, ...], str]] = []

@@ -84,8 +84,10 @@ class Tokenizer(Protocol):
         """A short printable form of one token, for pictures; never empty."""
         ...
 
-    def apply_chat(self, messages: Sequence[Message]) -> str:
+    def apply_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt that asks a chat model for its next turn, special tokens (bos among them) spelled out.
+
+        Without `add_generation_prompt` it is the text of the messages alone, as it is to be learned.
 
         Raises:
             InputError: There is no chat template, it fails, or a message is no {"role": text, "content": text}.
@@ -131,7 +133,7 @@ class ByteTokenizer:
         names = {self.bos_id: "<bos>", self.eos_id: "<eos>"}
         return f"\\x{token:02x}" if 0 <= token < 256 else names.get(token, f"<{token}>")
 
-    def apply_chat(self, messages: Sequence[Message]) -> str:
+    def apply_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """Bytes have no chat template: InputError."""
         raise InputError("data.tokenizer = 'bytes': has no chat template, the model can't be asked as a chat")
 
@@ -229,13 +231,13 @@ class HuggingFaceTokenizer:
         text = text.translate(_PRINTABLE)
         return text if text.isprintable() else ascii(text)[1:-1]
 
-    def apply_chat(self, messages: Sequence[Message]) -> str:
-        """The prompt for the assistant's next turn, by the chat template; encode it as it is."""
+    def apply_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The prompt for the assistant's next turn, or the messages alone, by the chat template; encode it as it is."""
         if self.chat_template is None:
             raise InputError(f"{self.name}: has no chat template, the model can't be asked as a chat")
         named = {"bos_token": self.special.bos_id, "eos_token": self.special.eos_id}
         spelled = {key: self._tokenizer.id_to_token(token) or "" for key, token in named.items() if token is not None}
-        return render_chat(self.chat_template, messages, spelled)
+        return render_chat(self.chat_template, messages, spelled, add_generation_prompt)
 
 
 def _read(file: Path, name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mod_star.data.sources import read_text
+from mod_star.data.files import holds_records, read_text
 from mod_star.data.templates import Template
 from mod_star.data.tokenizers import Tokenizer, begin
 from mod_star.errors import InputError, require
@@ -87,8 +87,8 @@ def few_shot(
 
     Args:
       count: how many.
-      source: a file of questions in the task's format, or a text that is put before every prompt as it is (any name
-        that doesn't end in .json or .jsonl); None: questions of the task that are not asked.
+      source: a file of questions in the task's format, or a text that is put before every prompt as it is (which one,
+        its name says, see `mod_star.data.files`); None: questions of the task that are not asked.
       task: the task.
       asked: its items that are evaluated.
       how: how the task's files are read.
@@ -101,7 +101,7 @@ def few_shot(
       InputError: too few questions are there, or an option is without use.
     """
     require(count >= 0, "--few-shot", count, "must not be negative")
-    if source is not None and Path(source).suffix.lower() not in (".json", ".jsonl"):
+    if source is not None and not holds_records(str(source)):
         require(count == 0, "--few-shot", count, f"has no use, {source} is a text that is put before prompts as it is")
         text = read_text(str(source))
         return (), text, hashlib.sha256(text.encode()).hexdigest()

@@ -3,12 +3,13 @@
 | task         | file                                                                                               |
 |--------------|----------------------------------------------------------------------------------------------------|
 | `gsm8k`      | `question`, `answer` (a worked solution, the gold number after `####`); Cobbe et al. 2021           |
-| `csqa`       | `question.stem`, `question.choices[].label/text`, `answerKey`, `id`; Talmor et al. 2019             |
+| `csqa`       | `question.stem`, `question.choices[].label/text`, `answerKey`, `id`; Talmor et al. 2019. Or         |
+|              | `question`, `choices.label/text[]`, as the `datasets` library has it                                |
 | `multiarith` | `sQuestion`, `lSolutions` (one number), `iIndex`; Roy and Roth 2015                                 |
 | `coin_flip`  | `question`, `answer` (yes or no); Wei et al. 2022, in the form of Kojima et al. 2022                |
 
 Any other file is a task too if one says how a record becomes a question, an answer and choices: `CustomTask`.
-Files are .jsonl, or .json with a list of records.
+Files are JSON, JSON Lines, CSV or Parquet, as `mod_star.data.files` reads them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mod_star.data.sources import read_records
+from mod_star.data.files import read_bytes, read_records
 from mod_star.data.templates import Template, unicode_text
 from mod_star.decoding.answers import Finder, LastNumber, LastOption, Phrase
 from mod_star.errors import InputError, require
@@ -148,7 +149,7 @@ def load_task(task: str | CustomTask, path: str | Path) -> Task:
         if item.id in items:
             raise InputError(f"{where}: id {item.id!r} is also that of {items[item.id][1].rpartition(', ')[2]}")
         items[item.id] = item, where
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256(read_bytes(str(path))).hexdigest()
     return Task(name, str(path), tuple(item for item, _ in items.values()), digest)
 
 
@@ -172,17 +173,30 @@ def _gsm8k(record: Any, where: str) -> Item:
 
 def _csqa(record: Any, where: str) -> Item:
     question = _field(record, "question", where)
-    stem = _string(question, "stem", where, "question.stem")
-    entries = _field(question, "choices", where, "question.choices")
+    if isinstance(question, str) and "choices" in record:  # as the `datasets` library has it
+        stem, name, holder = _string(record, "question", where), "choices", record
+    else:
+        stem, name, holder = _string(question, "stem", where, "question.stem"), "question.choices", question
+    entries = _field(holder, "choices", where, name)
+    if isinstance(entries, Mapping):
+        entries = _columns(entries, where, name)
     if not isinstance(entries, list) or len(entries) < 2:
-        raise InputError(f"{where}: field 'question.choices' must be a list of at least two choices")
+        raise InputError(f"{where}: field {name!r} must be a list of at least two choices")
     labels, texts = (
-        tuple(_string(entry, key, where, f"question.choices[{n}].{key}") for n, entry in enumerate(entries))
+        tuple(_string(entry, key, where, f"{name}[{n}].{key}") for n, entry in enumerate(entries))
         for key in ("label", "text")
     )
     gold = _gold(_string(record, "answerKey", where), "choice", labels, where, "field 'answerKey'")
     shown = f"{stem}\n{choice_lines(labels, texts)}"
     return Item(_string(record, "id", where), shown, gold, "choice", labels, texts, gold)
+
+
+def _columns(choices: Mapping[str, Any], where: str, name: str) -> list[dict[str, Any]]:
+    """Choices that are given as a list of labels and a list of texts, one by one."""
+    labels, texts = (_field(choices, key, where, f"{name}.{key}") for key in ("label", "text"))
+    if not isinstance(labels, list) or not isinstance(texts, list) or len(labels) != len(texts):
+        raise InputError(f"{where}: field {name!r}: label and text must be lists of the same length")
+    return [{"label": label, "text": text} for label, text in zip(labels, texts, strict=True)]
 
 
 def _multiarith(record: Any, where: str) -> Item:

@@ -33,6 +33,8 @@ class Inputs:
     plan: StagePlan
     mesh: Mesh | None
     """None: one device."""
+    notes: tuple[str, ...]
+    """What is read otherwise than one may think, a line each."""
 
 
 def load_inputs(run: RunConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> Inputs:
@@ -56,7 +58,9 @@ def load_inputs(run: RunConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> Inpu
         require_fits(run, mesh)
         rows = rows_of_process(mesh, run.train.batch_size)
     source = (run.data, tokenizer, run.model.context, run.train.batch_size)
-    batches = train_batches(*source, rows)
+    notes: list[str] = []
+    batches = train_batches(*source, rows, notes.append)
     next(iter(batches))  # a document that cannot be read or tokenised comes to light now, not after compilation
     held_out = list(itertools.islice(held_out_batches(*source), run.train.eval_batches))
-    return Inputs(run, tokenizer, Decoder(run.model, run.routing, parts), batches, held_out, plan, mesh)
+    decoder = Decoder(run.model, run.routing, parts)
+    return Inputs(run, tokenizer, decoder, batches, held_out, plan, mesh, tuple(notes))

@@ -79,6 +79,7 @@ def train(
             base = None if begun else load_base(stored, tokenizer, placed)
             inputs = load_inputs(stored, tokenizer, placed)
             _require_profile(profile, inputs.plan.steps)
+            _show_notes(inputs.notes, console)
             return Sitting(inputs, path, resume_from, console, base, profile).run_to_end()
         if resume_from is not None:
             raise InputError(f"--resume-from = {resume_from}: {name} is not a run yet")
@@ -93,6 +94,7 @@ def train(
             run = replace(run, model=replace(run.model, vocab_size=base.config.model.vocab_size))
             inputs = load_inputs(run, base.tokenizer, placed)
         _require_profile(profile, inputs.plan.steps)
+        _show_notes(inputs.notes, console)
         config = None if base is None else base.config
 
         def create() -> None:
@@ -100,6 +102,13 @@ def train(
 
         decide_first(create)
         return Sitting(inputs, path, None, console, base, profile).run_to_end()
+
+
+def _show_notes(notes: tuple[str, ...], console: Console) -> None:
+    """Says on standard error, where `console` isn't quiet, what is read otherwise than one may think."""
+    errors = Console(stderr=True, quiet=console.quiet)
+    for note in notes:
+        errors.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _require_profile(profile: range | None, steps: int) -> None:

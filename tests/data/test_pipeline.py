@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import grain
 import jax
 import numpy as np
 import pytest
+from chat_tokenizers import CHATML, INST, chat_tokenizer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mod_star.config import DataConfig
@@ -333,3 +335,95 @@ def test_the_embedded_default() -> None:
     (batch,) = take(train_batches(config, TOKENIZER, 256, 2), 1)
     assert batch["weights"].sum() == 2 * 256
     assert sum(batch["weights"].sum() for batch in held_out_batches(config, TOKENIZER, 256, 8)) > 2_000
+
+
+CHAT = (
+    {"role": "user", "content": "Why is it?"}, {"role": "assistant", "content": "It is here."},
+    {"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"},
+)  # fmt: skip
+
+
+def write_chats(path: Path, count: int = 12) -> str:
+    """Conversations of different lengths; the assistant's first answer says which one it is."""
+    lines = []
+    for number in range(count):
+        first = CHAT[1] | {"content": f"number {number}" + "." * (number % 5)}
+        lines.append(json.dumps({"messages": [CHAT[0], first, *CHAT[2 : 2 + 2 * (number % 2)]]}))
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_only_the_assistants_tokens_have_weight(tmp_path: Path, pack: bool) -> None:
+    tokenizer = chat_tokenizer(tmp_path / "model", CHATML)
+    config = DataConfig(source=(write_chats(tmp_path / "a.jsonl"),), held_out=0.5, pack=pack)
+    batches = list(held_out_batches(config, tokenizer, 48, 2))
+    assert all({key: value.dtype.name for key, value in batch.items()} == DTYPES for batch in batches)
+    spell = tokenizer._tokenizer.id_to_token
+    learned, seen = [
+        [str(spell(int(token))) for batch in batches for token in batch["targets"][where(batch)]]
+        for where in (lambda batch: batch["weights"] == 1, lambda batch: batch["segment_ids"] > 0)
+    ]
+    assert all(set(np.unique(batch["weights"])) <= {0.0, 1.0} for batch in batches)
+    answers = [text for text in "".join(learned).replace("Ġ", " ").split("<|im_end|>") if text]
+    documents = len(list(held_out_batches(replace(config, pack=False), tokenizer, 200, 1)))
+    assert documents == 6
+    if pack:
+        assert len([text for text in answers if text.startswith("number ")]) == documents
+        assert set(answers) - {text for text in answers if text.startswith("number ")} <= {"yes"}
+    assert "<|im_start|>" in seen and "<|im_start|>" not in learned
+    # Tokens and their order are as ever: a document's pairs in a row.
+    for batch in batches:
+        same = (batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]) & (batch["segment_ids"][:, 1:] > 0)
+        np.testing.assert_array_equal(batch["targets"][:, :-1][same], batch["tokens"][:, 1:][same])
+
+
+def test_sequences_with_nothing_to_learn_are_left_out(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path / "model", CHATML)
+    path = tmp_path / "a.jsonl"
+    long, short = ({"role": "user", "content": "hello " * count} for count in (60, 1))
+    lines = [json.dumps({"messages": [question, CHAT[1]]}) for question in (long, short) for _ in range(10)]
+    path.write_text("\n".join(lines))
+    config = DataConfig(source=(str(path),), held_out=0.5)
+    for pack in (True, False):
+        iterator = iter(train_batches(replace(config, pack=pack), tokenizer, 64, 2))
+        batches = [next(iterator) for _ in range(12)]
+        assert all((batch["weights"].sum(1) > 0).all() for batch in batches)
+        state = json.loads(json.dumps(iterator.get_state()))
+        following = [next(iterator) for _ in range(6)]
+        iterator.set_state(state)
+        assert_equal(following, [next(iterator) for _ in range(6)])
+    # Nothing is lost of what is to be learned.
+    held_out = [batch["weights"].sum() for batch in held_out_batches(config, tokenizer, 64, 2)]
+    whole = [batch["weights"].sum() for batch in held_out_batches(replace(config, pack=False), tokenizer, 400, 1)]
+    assert sum(held_out) == sum(whole) > 0
+    path.write_text("\n".join(lines[:10]))
+    with pytest.raises(
+        InputError, match=r"model\.context = 32: the training documents have no token to learn within it"
+    ):
+        train_batches(replace(config, pack=False), tokenizer, 32, 1)
+
+
+def test_conversations_are_checked_before_the_first_batch(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    bad = {"messages": [{"role": "system", "content": "s"}, *CHAT]}
+    path.write_text(f"{json.dumps({'messages': CHAT})}\n" * 40 + json.dumps(bad))
+    config = DataConfig(source=(str(path),))
+    with pytest.raises(InputError, match=r"line 41: chat template: fails on these messages \(Only user and"):
+        train_batches(config, chat_tokenizer(tmp_path / "inst", INST, "</s>", "<s>"), 16, 1)
+    with pytest.raises(InputError, match=r"line 1: has messages, for which data\.tokenizer must have a chat template"):
+        train_batches(config, TOKENIZER, 16, 1)
+
+
+def test_what_is_read_otherwise_than_one_may_think_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One.<|endoftext|>Two.<|im_end|> and more words\n\n" * 200)
+    chats = write_chats(tmp_path / "b.jsonl")
+    tokenizer = chat_tokenizer(tmp_path / "model", CHATML + "{{ strftime_now('%Y') if false }}")
+    told: list[str] = []
+    config = DataConfig(source=(str(tmp_path / "a.txt"), chats))
+    train_batches(config, tokenizer, 16, 1, None, told.append)
+    first, second, third = told
+    assert "'<|endoftext|>' inside" in first and "'<|im_end|>' inside" in second and "asks for the date" in third
+    told.clear()
+    train_batches(DataConfig(source=config.source[:1], separator="<|endoftext|>"), TOKENIZER, 16, 1, None, told.append)
+    assert told == []

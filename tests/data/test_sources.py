@@ -20,7 +20,7 @@ from mod_star.errors import InputError
 QA = r"Q: {question}\nA: {answer}"
 
 
-def read(spec: Path | str, template: str | None = None) -> list[str]:
+def read(spec: Path | str, template: str | None = None) -> list[Any]:
     (documents,) = read_sources([str(spec)], template)
     return [documents[index] for index in range(len(documents))]
 

@@ -35,7 +35,7 @@ class SymbolTokenizer:
     def token_text(self, token: int) -> str:
         return SYMBOLS[token].replace(" ", "␣")
 
-    def apply_chat(self, messages: Any) -> str:
+    def apply_chat(self, messages: Any, add_generation_prompt: bool = True) -> str:
         raise NotImplementedError
 
 

@@ -27,7 +27,7 @@ class Chatty(ByteTokenizer):
 
     chat_template = "any"  # type: ignore[assignment]
 
-    def apply_chat(self, messages: Sequence[Message]) -> str:
+    def apply_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
 
 

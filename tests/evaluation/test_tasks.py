@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from mod_star.errors import InputError
 from mod_star.evaluation.tasks import CustomTask, Item, load_task
@@ -42,6 +45,41 @@ def test_the_published_forms(tmp_path: Path) -> None:
     first, second = load_task("coin_flip", path).items
     assert (first.id, first.gold, second.id, second.gold) == ("1", "yes", "2", "no")
     assert first.choices == ("yes", "no")
+
+
+def test_the_forms_of_the_datasets_library(tmp_path: Path) -> None:
+    record = {
+        "id": "x7", "question": "Where?", "question_concept": "place", "answerKey": "B",
+        "choices": {"label": ["A", "B"], "text": ["bank", "mall"]},
+    }  # fmt: skip
+    expected = Item("x7", "Where?\n(A) bank\n(B) mall", "B", "choice", ("A", "B"), ("bank", "mall"), "B")
+    for path in (tmp_path / "validation-00000-of-00001.parquet", tmp_path / "b.json", tmp_path / "c.jsonl.gz"):
+        if path.suffix == ".parquet":
+            parquet.write_table(pyarrow.Table.from_pylist([record]), path)
+        elif path.suffix == ".gz":
+            path.write_bytes(gzip.compress(json.dumps(record).encode()))
+        else:  # JSON Lines by another name
+            path.write_text(f"{json.dumps(record)}\n{json.dumps(record | {'id': 'x8'})}\n")
+        task = load_task("csqa", path)
+        assert task.items[0] == expected and len(task.items) == (2 if path.suffix == ".json" else 1)
+    listed = record | {"choices": [{"label": "A", "text": "bank"}, {"label": "B", "text": "mall"}]}
+    assert load_task("csqa", written(tmp_path / "d.jsonl", listed)).items == (expected,)
+    path = tmp_path / "main-00000-of-00001.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([GSM8K, GSM8K]), path)
+    assert [(item.id, item.gold) for item in load_task("gsm8k", path).items] == [("1", "1450"), ("2", "1450")]
+    for choices, message in (
+        (
+            {"label": ["A"], "text": ["bank", "mall"]},
+            "field 'choices': label and text must be lists of the same length",
+        ),
+        ({"label": ["A", "B"]}, "field 'choices.text' is missing, there are 'label'"),
+        ({"label": ["A"], "text": ["bank"]}, "field 'choices' must be a list of at least two choices"),
+        ({"label": ["A", ""], "text": ["bank", "mall"]}, "field 'choices[1].label' is blank"),
+        (3, "field 'choices' must be a list of at least two choices"),
+    ):
+        with pytest.raises(InputError) as error:
+            load_task("csqa", written(tmp_path / "e.jsonl", record | {"choices": choices}))
+        assert str(error.value).endswith(f"e.jsonl, line 1: {message}")
 
 
 def test_finders_fit_the_kind(tmp_path: Path) -> None:

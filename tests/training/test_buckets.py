@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import gzip
+import hashlib
+import io
+import json
 import os
 import re
 import shutil
@@ -13,15 +17,19 @@ from pathlib import Path
 
 import chex
 import numpy as np
+import pyarrow
 import pytest
 from bucket_server import Bucket, bucket_server
 from etils import epath
 from fork_server import succeed
+from pyarrow import parquet
 
 from mod_star import buckets
 from mod_star.buckets import address_of, bring_back, is_address, working_copy
 from mod_star.cli import main
+from mod_star.data import read_sources
 from mod_star.errors import InputError
+from mod_star.evaluation.tasks import load_task
 from mod_star.training import checkpoints
 from mod_star.training.run_dir import load_run
 
@@ -230,6 +238,25 @@ def test_processes_of_one_machine_do_not_disturb_one_another(
         err = process.communicate(timeout=120)[1]
         assert process.returncode == 0, err
     assert [here.objects[f"runs/shared/{number}.txt"][1] for number in range(4)] == [b"7"] * 4
+
+
+def test_compressed_files_and_parquet_are_read_from_a_bucket(here: Bucket) -> None:
+    lines = "".join(json.dumps({"question": f"{n}?", "answer": f"#### {n}"}) + "\n" for n in range(3)).encode()
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist([json.loads(line) for line in lines.splitlines()]), buffer)
+    packed = gzip.compress(lines)
+    contents = {"jsonl.gz": packed, "json.zst": pyarrow.Codec("zstd").compress(lines, asbytes=True)}
+    contents |= {"parquet": buffer.getvalue()}
+    for ending, content in contents.items():
+        here.write(f"data/a.{ending}", content)
+        (documents,) = read_sources([f"gs://bucket/data/*.{ending}"], "{question} {answer}")
+        assert list(documents) == [f"{n}? #### {n}" for n in range(3)]
+        task = load_task("gsm8k", Path(f"gs://bucket/data/a.{ending}"))
+        assert [item.gold for item in task.items] == ["0", "1", "2"]
+        assert task.sha256 == hashlib.sha256(content).hexdigest()
+    here.write("data/cut.jsonl.gz", packed[:-4])
+    with pytest.raises(InputError, match=r"^gs://bucket/data/cut\.jsonl\.gz: is cut off, or no \.gz file"):
+        read_sources(["gs://bucket/data/cut.jsonl.gz"], "{question}")
 
 
 def test_folders_of_a_console_are_no_files(here: Bucket) -> None:

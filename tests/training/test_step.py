@@ -220,6 +220,20 @@ def test_accumulation_gives_the_same_update(portions: int, trained: Callable[...
         np.testing.assert_allclose(value, whole.metrics[name], rtol=1e-3, atol=1e-6, err_msg=name)
 
 
+def test_targets_without_weight_teach_nothing(tiny_step: Step, tiny_state: TrainState, tiny_batch: Batch) -> None:
+    """As of a conversation, of which only the answers are learned."""
+    learned = jnp.asarray(np.random.default_rng(0).random(tiny_batch["weights"].shape) < 0.4) & (
+        tiny_batch["weights"] > 0
+    )
+    batch = tiny_batch | {"weights": learned.astype(jnp.float32)}
+    other = batch | {"targets": jnp.where(learned, batch["targets"], (batch["targets"] + 1) % 29)}
+    (state, metrics), (same, others) = tiny_step(tiny_state, batch), tiny_step(tiny_state, other)
+    assert_same_bits(state.params, same.params)
+    assert_same_bits(metrics, others)
+    whole, _ = tiny_step(tiny_state, tiny_batch)
+    assert any(np.any(a != b) for a, b in zip(flat(state.params).values(), flat(whole.params).values(), strict=True))
+
+
 def language_model(state: TrainState) -> dict[str, np.ndarray]:
     return {name: leaf for name, leaf in flat(state.params).items() if "predictor" not in name}
 
