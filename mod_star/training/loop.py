@@ -27,6 +27,7 @@ from mod_star.data import Batch, prefetch_to_device
 from mod_star.errors import InputError
 from mod_star.flops import parameter_count
 from mod_star.model import Decoder
+from mod_star.pictures import try_to_draw
 from mod_star.plots import plot_curves
 from mod_star.processes import SharedStop, decide_first, is_first
 from mod_star.sharding import batch_sharding, place, shardings, use_mesh
@@ -50,6 +51,16 @@ PROFILE_DIRECTORY = "profile"
 Metrics = dict[str, jax.Array]
 StepFn = Callable[..., tuple[TrainState, Metrics]]
 EvalFn = Callable[[dict[str, Any], Any, jax.Array], Metrics]
+
+
+def draw_curves(path: Path) -> bool:
+    """Draws a run's curves.png, in its bucket too if it has one; False, and a line of warning, if that can't be."""
+
+    def draw() -> None:
+        plot_curves({path.name: path}, path / CURVES_FILE)
+        bring_back(path)
+
+    return try_to_draw(f"{copied_from(path) or path}/{CURVES_FILE}", draw) is None
 
 
 @dataclass(frozen=True)
@@ -316,10 +327,11 @@ class Sitting:
             evaluation=decide_first(lambda: self._last_evaluation(steps) or {}),
         )
         if is_first():
-            plot_curves({self.path.name: self.path}, self.path / CURVES_FILE)
             write_summary(self.path, summary)
             bring_back(self.path)
-        self.progress.say(f"{describe(summary)}\ncurves: {self.name}/{CURVES_FILE}")
+        self.progress.say(describe(summary))
+        if is_first() and draw_curves(self.path):
+            self.progress.say(f"curves: {self.name}/{CURVES_FILE}")
         return summary
 
     def _announce(self, parameters: int) -> None:

@@ -19,7 +19,7 @@ from mod_star.training import checkpoints, run_dir
 from mod_star.training.base_run import load_base
 from mod_star.training.inputs import load_inputs
 from mod_star.training.interrupt import LostProcess, TrainingError
-from mod_star.training.loop import Sitting
+from mod_star.training.loop import CURVES_FILE, Sitting, draw_curves
 from mod_star.training.summary import SUMMARY_FILE, TrainSummary, describe, read_summary
 
 __all__ = ["SUMMARY_FILE", "LostProcess", "TrainSummary", "TrainingError", "describe", "train"]
@@ -73,6 +73,8 @@ def train(
                 summary = replace(read_summary(path), directory=name)
                 said = f"{name}: is complete already\n{describe(summary)}"
                 console.print(said, markup=False, highlight=False, soft_wrap=True)
+                if is_first() and not (path / CURVES_FILE).is_file():  # its drawing failed, or was interrupted
+                    draw_curves(path)
                 return summary
             tokenizer = load_saved_tokenizer(path / run_dir.TOKENIZER_DIRECTORY, stored.data.tokenizer)
             begun = decide_first(lambda: checkpoints.saved_steps(checkpoints_of(path)))
