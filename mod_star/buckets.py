@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,9 +56,11 @@ def address_of(path: str | Path) -> str:
       InputError: it is another kind of address, or has no bucket or no name in it.
     """
     found = re.fullmatch(r"gs:/+([^/]+(?:/+[^/]+)+)/*", str(path))
+    shown = re.sub(":/+", "://", str(path), count=1)
     if found is None:
-        shown = re.sub(":/+", "://", str(path), count=1)
         raise InputError(f"{shown}: must be a directory, or gs://BUCKET/NAME")
+    if {".", ".."} & set(found[1].split("/")):
+        raise InputError(f"{shown}: '.' and '..' are no names in a bucket")
     return "gs://" + re.sub("/+", "/", found[1])
 
 
@@ -147,6 +150,10 @@ def working_copy(path: str | Path) -> Path:
     if not is_address(path):
         return Path(path)
     address = address_of(path)
+    odd = [character for character in address if character in "*?[]\\#" or unicodedata.category(character)[0] == "C"]
+    if odd:
+        shown = " ".join(repr(character)[1:-1] for character in dict.fromkeys(odd))
+        raise InputError(f"{address!r}: has {shown} in it, which stand for a pattern there; choose another name")
     files = file_system(address)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     local = cache / "mod_star" / "runs" / hashlib.sha256(address.encode()).hexdigest()[:12] / address.rpartition("/")[2]

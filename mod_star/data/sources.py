@@ -20,6 +20,7 @@ import glob
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,8 +105,8 @@ def _paths(spec: str) -> list[str]:
             raise InputError(f"data.source = {spec!r}: no such file, and no file matches it as a pattern")
         return found
     pattern = os.path.expanduser(spec)
-    # A file whose name looks like a glob is meant literally.
-    paths = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    # A file whose name looks like a glob is meant literally, and so is a directory that the glob is in.
+    paths = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(_with_literal_start(pattern), recursive=True))
     if not paths and glob.has_magic(pattern):
         raise InputError(f"data.source = {spec!r}: no file matches this pattern")
     if not paths:
@@ -116,6 +117,15 @@ def _paths(spec: str) -> list[str]:
             f"data.source = {spec!r}: is a directory; name its files, such as {os.path.join(spec, '*.txt')!r}"
         )
     return files
+
+
+def _with_literal_start(pattern: str) -> str:
+    """The pattern with the longest start of it that is a directory by that very name taken literally."""
+    start, rest = os.path.split(pattern)
+    while start and start != os.path.dirname(start) and not os.path.isdir(start):
+        start, name = os.path.split(start)
+        rest = os.path.join(name, rest)
+    return os.path.join(glob.escape(start), rest)
 
 
 def _kind(path: str) -> str:
@@ -261,6 +271,8 @@ def _array_record(spec: str, paths: list[str], template: Template, raw: bool) ->
         return text if raw else template.render(_parse_json(text, where), where)
 
     for path in paths:
+        if re.fullmatch(r".*\[\d+:\d+\]", path, re.DOTALL):  # which the reader takes for a range of records
+            raise InputError(f"{path}: an ArrayRecord file must not have a name that ends with [NUMBER:NUMBER]")
         if is_address(path):
             raise InputError(f"{path}: ArrayRecord is read from disks only; mount the bucket, see the README")
         if not os.path.getsize(path):

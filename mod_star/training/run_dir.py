@@ -13,6 +13,7 @@ config.json is written last: a directory without it is not a run.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -45,6 +46,7 @@ from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.sharding import require_model_fits
 from mod_star.training.checkpoints import choose_checkpoint, restore_params
+from mod_star.training.plain_paths import require_showable
 from mod_star.training.stages import config_at
 from mod_star.training.state import initial_params
 from mod_star.training.stored_config import (
@@ -69,6 +71,7 @@ __all__ = [
     "is_run",
     "load_run",
     "locked",
+    "place_beside",
     "read_base_config",
     "read_config",
     "require_creatable",
@@ -195,6 +198,7 @@ def require_creatable(path: Path) -> None:
     """Raises InputError unless a new run can be made at `path`: absent or empty, and writable."""
     if is_address(path):
         raise InputError(f"{path}: must be a directory; only mod-star train makes runs in buckets")
+    require_showable(path)
     if path.exists():
         if not path.is_dir():
             raise InputError(f"{path}: must be a directory, and is a file")
@@ -212,6 +216,21 @@ def require_creatable(path: Path) -> None:
         raise InputError(f"{path}: cannot be made, {existing} is not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{path}: {'is' if existing == path.absolute() else f'{existing} is'} not writable")
+
+
+def place_beside(path: Path) -> Path:
+    """Where a directory is made that is moved to `path` when it is whole: a hidden neighbour, always the same one.
+
+    Raises:
+      InputError: `path` is the working directory, which would be another one then.
+    """
+    if path.resolve() == Path.cwd():
+        raise InputError(f"{path}: is the working directory, which cannot be replaced; name one inside it")
+    path = path.resolve()
+    name = path.name
+    if len(name.encode(errors="surrogateescape")) > 200:  # a name has at most 255 bytes
+        name = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+    return path.with_name(f".{name}.new")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from mod_star.training.base_run import load_base
 from mod_star.training.inputs import load_inputs
 from mod_star.training.interrupt import LostProcess, TrainingError
 from mod_star.training.loop import CURVES_FILE, Sitting, draw_curves
+from mod_star.training.plain_paths import plain_path
 from mod_star.training.summary import SUMMARY_FILE, TrainSummary, describe, read_summary
 
 __all__ = ["SUMMARY_FILE", "LostProcess", "TrainSummary", "TrainingError", "describe", "train"]
@@ -60,6 +61,8 @@ def train(
       Interrupted: SIGTERM or Ctrl-C (in the main thread); call again to go on.
     """
     path = working_copy(directory)
+    if copied_from(path) is None:
+        plain_path(checkpoints_of(path))  # refused now, if ever
     name = copied_from(path) or str(path)
     console = Console(quiet=quiet or not is_first())
     devices = make_mesh(MeshConfig() if mesh is None else mesh)
