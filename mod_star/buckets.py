@@ -27,7 +27,13 @@ from typing import Any
 
 from mod_star.errors import InputError, UnavailableError
 from mod_star.locks import LOCK_FILE, is_locked
-from mod_star.training.stored_config import CONFIG_FILE, PARTS_FILE, TOKENIZER_DIRECTORY, is_run
+from mod_star.training.stored_config import (
+    CONFIG_FILE,
+    DATA_FILE,
+    PARTS_FILE,
+    TOKENIZER_DIRECTORY,
+    is_run,
+)
 
 CHECKPOINTS_DIRECTORY = "checkpoints"
 """Of a run; see `mod_star.training.checkpoints`."""
@@ -240,7 +246,7 @@ def _fetch(files: Any, address: str, local: Path) -> None:
     files.invalidate_cache()
     found = {name.removeprefix(root): _version(about) for name, about in files.find(root[:-1], detail=True).items()}
     there = {short: version for short, version in found.items() if short and not short.endswith("/")}  # no "folders"
-    left_by_a_killed_start = {short.split("/")[0] for short in there} <= {TOKENIZER_DIRECTORY, PARTS_FILE}
+    left_by_a_killed_start = {short.split("/")[0] for short in there} <= {TOKENIZER_DIRECTORY, PARTS_FILE, DATA_FILE}
     if CONFIG_FILE not in there and not left_by_a_killed_start:
         raise InputError(f"{address}: is neither empty nor a run (it has no {CONFIG_FILE}); choose another address")
     outside = {short for short in there if ".." in short.split("/")}  # a bucket takes any name, even one that climbs

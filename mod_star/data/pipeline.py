@@ -40,7 +40,7 @@ Batch = dict[str, np.ndarray]
 
 def train_batches(
     config: DataConfig, tokenizer: Tokenizer, context: int, batch_size: int, rows: Sequence[int] | None = None
-) -> grain.IterDataset:
+) -> _Rows:
     """Training batches without end, in an order that only `config.seed` and the batch size decide.
 
     Each source is shuffled anew in every epoch; sources are mixed by document in proportion to `config.weights`. Every
@@ -57,7 +57,8 @@ def train_batches(
         rows: Which of them to make, in this order; all of them by default.
 
     Returns:
-        A dataset of batches (see the module).
+        A dataset of batches (see the module); its `documents` are the numbers of documents of the sources, those that
+        are held out included.
 
     Raises:
         InputError: A source cannot be read or split, or has too little text for S.
@@ -75,7 +76,7 @@ def train_batches(
         own = [source[row::batch_size] for source in shuffled]
         mixture = own[0] if len(own) == 1 else grain.MapDataset.mix(own, weights)
         streams.append(_sequences(mixture, config, tokenizer, context))
-    return _Rows(rows, streams)
+    return _Rows(rows, streams, [len(train) + len(held_out) for train, held_out in parts])
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -224,8 +225,9 @@ def _sequence(pairs_Sx2: np.ndarray, positions_S: np.ndarray, segment_ids_S: np.
 class _Rows(grain.IterDataset):
     """Batches from one dataset of sequences per row."""
 
-    def __init__(self, rows: Sequence[int], streams: Sequence[grain.IterDataset]) -> None:
+    def __init__(self, rows: Sequence[int], streams: Sequence[grain.IterDataset], documents: Sequence[int]) -> None:
         super().__init__(streams)
+        self.documents = documents
         self._rows = [str(row) for row in rows]
 
     def __iter__(self) -> grain.DatasetIterator:

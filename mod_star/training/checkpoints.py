@@ -245,9 +245,14 @@ def delete_after(directory: Path, step: int) -> None:
 
 
 def restore_state(
-    directory: Path, step: int, like: TrainState, batches: grain.DatasetIterator, mesh: Mesh | None = None
+    directory: Path,
+    step: int,
+    like: TrainState,
+    batches: grain.DatasetIterator,
+    mesh: Mesh | None = None,
+    data: str | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Loads a checkpoint to train on from; sets `batches` to where it was.
+    """Loads a checkpoint to train on from; sets `batches` to where it was, unless the data is not what it was.
 
     Args:
       directory: RUN/checkpoints.
@@ -255,6 +260,8 @@ def restore_state(
       like: the state's shapes and types, as from `jax.eval_shape`.
       batches: an iterator over the same data, whatever rows of the batch it makes.
       mesh: where the state is to lie, wherever it was when it was saved; None: one device.
+      data: what the batches are made from, a `fingerprint` as in `progress`; None: the same as then. Other data is read
+        from its beginning: a place in it means nothing.
 
     Returns:
       The state, and what `progress` was.
@@ -271,7 +278,8 @@ def restore_state(
         data=ocp.args.JsonRestore(),
         progress=ocp.args.JsonRestore(),
     )
-    batches.set_state(found["data"])
+    if data is None or found["progress"].get("data", data) == data:
+        batches.set_state(found["data"])
     training = dict(found["training"])
     key = jax.random.wrap_key_data(training.pop("key"))
     return TrainState(params=found["params"], key=key, **training), found["progress"]

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from mod_star.buckets import bring_back, checkpoints_of, copied_from
 from mod_star.data import Batch, prefetch_to_device
+from mod_star.data.identity import fingerprint
 from mod_star.errors import InputError
 from mod_star.flops import parameter_count
 from mod_star.model import Decoder
@@ -84,6 +85,7 @@ class Sitting:
         profile: range | None,
     ) -> None:
         self.inputs, self.run, self.path, self.console = inputs, inputs.run, path, console
+        self.data = fingerprint(inputs.data)
         self.base = base  # to start from; None also if that is done
         self.profile = range(0) if profile is None else profile
         self.name = copied_from(path) or str(path)  # the run's address, if it is in a bucket
@@ -158,7 +160,9 @@ class Sitting:
             with use_mesh(mesh):
                 make = jax.jit(first, donate_argnums=0, out_shardings=places)
                 return make(None if self.base is None else self.base.params)
-        state, saved = checkpoints.restore_state(self.checkpoints, self.last_saved, self.shapes, self.batches, mesh)
+        state, saved = checkpoints.restore_state(
+            self.checkpoints, self.last_saved, self.shapes, self.batches, mesh, self.data
+        )
         if is_first():
             # In this order: a run without a summary goes on, one with a summary needs its last checkpoint.
             (self.path / SUMMARY_FILE).unlink(missing_ok=True)
@@ -291,7 +295,7 @@ class Sitting:
     def _save_start(self, state: TrainState) -> None:
         """Saves what the run starts with: from here on it needs nothing but its own directory."""
         with self.progress.pause("saving"):
-            self.writer.save(state, self.batches, {"seconds": 0.0})
+            self.writer.save(state, self.batches, {"seconds": 0.0, "data": self.data})
             self.writer.wait()
         self.last_saved, self.base = 0, None
 
@@ -300,7 +304,7 @@ class Sitting:
         with self._pause("saving"):
             if is_first():  # first the records, then the checkpoint: going on, it finds all of them
                 bring_back(self.path)
-            self.writer.save(state, self.batches, {"seconds": seconds})
+            self.writer.save(state, self.batches, {"seconds": seconds, "data": self.data})
         self.last_saved = int(state.step)
 
     def _leave(self, state: TrainState) -> NoReturn:
