@@ -203,6 +203,15 @@ def choose_checkpoint(directory: Path, step: int | None, option: str | None) -> 
     return step
 
 
+def params_digest(directory: Path, step: int) -> str | None:
+    """What identifies a checkpoint's parameters wherever the run stands, from their checksums; None: it has none."""
+    sums = directory / str(step) / SUMS_FILE
+    if is_address(directory) or not sums.is_file():
+        return None
+    lines = [line for line in sums.read_text().splitlines() if line.partition("  ")[2].startswith("params")]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None. Reads all of them, but for those in a bucket."""
     try:
