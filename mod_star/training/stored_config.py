@@ -93,7 +93,10 @@ def change_config(path: Path, run: RunConfig, step: int) -> None:
       step: after which.
     """
     stored = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    now = {"train": {"steps": run.train.steps, "flops": run.train.flops}, "data": {"source": list(run.data.source)}}
+    now: dict[str, dict[str, Any]] = {
+        "train": {"steps": run.train.steps, "flops": run.train.flops},
+        "data": {"source": list(run.data.source)},
+    }
     before: dict[str, Any] = {}
     for group, values in now.items():
         for name, value in values.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import chex
 import numpy as np
 import pytest
 
+from mod_star.cli import main
 from mod_star.config import DataConfig, OptimizerConfig, RunConfig
 from mod_star.data import identity
 from mod_star.data.identity import changes, fingerprint, identify
@@ -85,6 +87,34 @@ def test_changed_data_is_told_and_refused_unless_accepted(texts_run: Path, tmp_p
     config.write_text(config.read_text().replace(str(texts_run), str(here)))
     assert train(moved, tmp_path / "older", quiet=True).steps == 4
     assert read_data(tmp_path / "older") == stored["sources"]
+
+
+def test_the_command_refuses_and_goes_on_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_texts(tmp_path / "texts.jsonl", 20)
+    few = "--preset tiny --model.width 16 --model.layers 1 --model.heads 2 --model.mlp-width 24 --model.context 32"
+    few += (
+        " --routing.every 0 --train.batch-size 2 --train.eval-batches 1 --train.eval-every 0 --optimizer.warmup-steps 1"
+    )
+    words = ["train", f"{tmp_path}/run", *few.split(), "--data.source", f"{tmp_path}/*.jsonl", "--train.steps"]
+
+    def trained(*more: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            main([*words, *more])
+        return int(str(left.value.code or 0)), *capsys.readouterr()
+
+    assert trained("4")[0] == 0
+    write_texts(tmp_path / "more.jsonl", 3)
+    assert "is complete already" in trained("4")[1]
+    code, out, err = trained("8")
+    assert (code, out) == (2, "") and re.fullmatch(r"error: train.steps = 8: [^\n]* 'cosine' needs their [^\n]*\n", err)
+    code, out, err = trained("8", "--redraw-schedule")
+    assert (code, out) == (2, "") and re.fullmatch(r"error: data.source: [^\n]+\n", err), err
+    assert "(more.jsonl is new; 20 → 23 documents)" in err and "--data-changed accept" in err
+    assert (tmp_path / "run" / "summary.json").is_file()
+    code, out, err = trained("8", "--redraw-schedule", "--data-changed", "accept")
+    assert (code, err) == (0, "") and "goes on with other data from step 4 on (more.jsonl is new; 20 → 23 docu" in out
+    assert "is complete already" in trained("8")[1]
+    assert read_config(tmp_path / "run").train.steps == 8
 
 
 def test_a_run_and_its_data_may_be_moved(texts_run: Path, tmp_path: Path) -> None:
