@@ -360,7 +360,7 @@ def _smallest(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))
 
 
 def _not_loaded(checkpoint: Path, error: Exception) -> InputError:

@@ -54,6 +54,6 @@ def require_extendable(old: RunConfig, new: RunConfig, done: int, redraw: bool) 
     )
 
 
-def _capacities(plan: StagePlan, done: int) -> list[tuple[int, float]]:
+def _capacities(plan: StagePlan, done: int) -> list[tuple[int, float | None]]:
     """(last step, capacity) of the stages that the steps that are done were in."""
     return [(min(stage.last, done), stage.capacity) for stage in plan.stages if stage.first <= done]

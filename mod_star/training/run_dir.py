@@ -309,6 +309,7 @@ def created(
     with locked(path):
         require_creatable(path)
         try:
+            (path / DATA_FILE).unlink(missing_ok=True)  # a killed start may have left another
             if data is not None:
                 write_data(path, data)
             _write(path, run, tokenizer, base)

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import chex
 import numpy as np
@@ -25,10 +26,16 @@ from mod_star.training.stored_config import read_data
 from mod_star.training.train import train
 
 
-def short(source: Path | None = None, **changed: object) -> RunConfig:
+def short(source: Path | None = None, **changed: int) -> RunConfig:
     """A dense run of 4 steps with a constant rate, quick to compile."""
     run = tiny()
-    values = {"steps": 4, "batch_size": 2, "eval_batches": 1, "eval_every": 0, "checkpoint_every": 2} | changed
+    values: dict[str, Any] = {
+        "steps": 4,
+        "batch_size": 2,
+        "eval_batches": 1,
+        "eval_every": 0,
+        "checkpoint_every": 2,
+    } | changed
     return replace(
         run,
         model=replace(run.model, width=16, layers=1, heads=2, mlp_width=24, context=32),
