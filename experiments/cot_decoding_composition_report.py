@@ -8,15 +8,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from rich.console import Console
 
 from experiments.reporting import markdown, spread
+from mod_star.pictures import as_shipped, save_figure, try_to_draw
 from mod_star.terminal import result_table
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 SHOWN_K = (1, 2, 3, 5, 10)
 ONCE = ("greedy", "sampling 0.7", "sampling 1")
@@ -51,7 +48,7 @@ def report(out: Path, picture: Path, console: Console) -> None:
     """Prints what there is, writes results.md beside it, and the picture."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("results-*.json"))]
     if not results:
-        console.print(f"{out}: nothing to report yet")
+        console.print(f"{out}: nothing to report yet", markup=False)
         return
     seeds, count = len(results), results[0]["questions"]
     tables = [
@@ -64,8 +61,8 @@ def report(out: Path, picture: Path, console: Console) -> None:
         console.print(result_table("", head, body))
         text += f"{title}:\n\n{markdown(head, body)}\n"
     (out / "results.md").write_text(text, encoding="utf-8")
-    plot(results, picture)
-    console.print(f"tables: {out / 'results.md'}, picture: {picture}", soft_wrap=True)
+    drawn = "" if try_to_draw(picture, lambda: plot(results, picture)) else f", picture: {picture}"
+    console.print(f"tables: {out / 'results.md'}{drawn}", markup=False, soft_wrap=True)
 
 
 def by_k(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -96,9 +93,13 @@ def by_opening(results: Results) -> tuple[list[str], list[list[str]]]:
     return ["first token", *(title for _, title, _ in COLUMNS)], rows
 
 
+@as_shipped
 def plot(results: Results, path: Path) -> None:
     """Accuracy by k: means over seeds, and bands from lowest to highest."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     panels = {
         "max path: what branches are ranked by": {
             "delta max": ("C0", "Δ (CoT-decoding)"),
@@ -126,5 +127,4 @@ def plot(results: Results, path: Path) -> None:
         axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3)
     axes[0].set_ylabel("answers right, %\n(dotted: chance; k = 1 of the branches: greedy)")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save_figure(figure, path, dpi=130)

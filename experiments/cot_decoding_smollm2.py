@@ -123,8 +123,10 @@ def ask(options: Options, console: Console) -> None:
     """Generates and keeps what is missing."""
     import dataclasses
 
+    from mod_star.buckets import checkpoints_of
     from mod_star.commands import keep_compiled_programs
     from mod_star.decoding import Generator
+    from mod_star.training.checkpoints import params_digest
     from mod_star.training.run_dir import load_run
 
     todo = list(chunks(options))
@@ -140,6 +142,7 @@ def ask(options: Options, console: Console) -> None:
         "stop": STOP,
         "rows": [BRANCHES, SAMPLES],
         "temperature": TEMPERATURE,
+        "checkpoint_sha256": params_digest(checkpoints_of(options.run), loaded.step),
     }  # fmt: skip
     total = sum(len(asked) for *_, asked in todo)
     bar = Progress(

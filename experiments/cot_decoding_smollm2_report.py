@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from rich.console import Console
 
 from experiments.reporting import markdown
@@ -15,11 +15,9 @@ from mod_star.decoding.branches import Branches, Ranking
 from mod_star.evaluation.branch_records import RANKING_NAMES, branches_of
 from mod_star.evaluation.intervals import Estimate, accuracy, paired_difference
 from mod_star.evaluation.records import RECORDS_FILE, write_json
+from mod_star.pictures import as_shipped, save_figure, try_to_draw
 from mod_star.plots import COLOURS, GREY
 from mod_star.terminal import result_table
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 KS = (1, 2, 5, 10)
 # Whether a right answer is there to be chosen at all; texts cut by the limit can't be.
@@ -81,7 +79,7 @@ def report(out: Path, console: Console, picture: Path | None = None) -> None:
     """Prints what there is, and writes tables, results and a picture into `out`; the picture elsewhere, too."""
     marks, records = read(out)
     if not records:
-        console.print(f"{out}: nothing to report yet")
+        console.print(f"{out}: nothing to report yet", markup=False)
         return
     text = ""
     for prompt in PROMPTS:
@@ -105,9 +103,11 @@ def report(out: Path, console: Console, picture: Path | None = None) -> None:
         for (task, prompt), part in marks.items()
     }
     write_json(out / "results.json", estimates)
+    drawn = ""
     for path in (out / "cot_decoding_smollm2.png", *([] if picture is None else [picture])):
-        plot(marks, path)
-    console.print(f"tables: {out / 'results.md'}, picture: {out / 'cot_decoding_smollm2.png'}", soft_wrap=True)
+        if try_to_draw(path, functools.partial(plot, marks, path)) is None:
+            drawn += f", picture: {path}"
+    console.print(f"tables: {out / 'results.md'}{drawn}", markup=False, soft_wrap=True)
 
 
 def _tables() -> dict[str, list[str]]:
@@ -155,9 +155,13 @@ def _show(title: str, head: list[str], body: list[list[str]], console: Console) 
     return f"{title}:\n\n{markdown(head, body)}\n"
 
 
+@as_shipped
 def plot(marks: Marks, path: Path) -> None:
     """Accuracy by k, one panel per task and prompt."""
-    figure, axes = plt.subplots(len(PROMPTS), len(TASKS), figsize=(11, 6.2), sharex=True, sharey="col", squeeze=False)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.2))
+    axes = figure.subplots(len(PROMPTS), len(TASKS), sharex=True, sharey="col", squeeze=False)
     lines = [
         ("CoT aggregated, Δ", COLOURS[0], "-", "delta", True),
         ("CoT max, Δ", COLOURS[1], "-", "delta", False),
@@ -195,5 +199,4 @@ def plot(marks: Marks, path: Path) -> None:
     figure.legend(handles, labels, loc="lower center", ncol=3, frameon=False)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save_figure(figure, path, dpi=130)

@@ -21,6 +21,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.rule import Rule
 from rich.text import Text
@@ -33,6 +34,7 @@ from mod_star.decoding import Completion, Generator, Sampling, complete, encode_
 from mod_star.errors import InputError
 from mod_star.flops import forward_flops
 from mod_star.model.routing import capacity_of
+from mod_star.pictures import try_to_draw
 from mod_star.plots import plot_curves, plot_routes
 from mod_star.routes import routes_of
 from mod_star.terminal import Cell, duration, result_table, routes_text, short_number
@@ -118,7 +120,8 @@ def demo(options: Options) -> None:
 
     console.print(Rule("Which tokens it computes", style="bold"))
     show_routes(console, loaded["MoD"], options.directory / "routes.png")
-    plot_curves(paths, options.directory / "curves.png", against="train_flops", title="Equal training FLOPs")
+    picture = options.directory / "curves.png"
+    try_to_draw(picture, lambda: plot_curves(paths, picture, against="train_flops", title="Equal training FLOPs"))
 
     console.print(Rule("Where everything is", style="bold"))
     console.print(whereabouts(options.directory, paths), soft_wrap=True)
@@ -232,7 +235,8 @@ def show_routes(console: Console, run: LoadedRun, path: Path) -> None:
     console.print("[dim]held-out text, causal routing: the brighter a byte, the more blocks computed it[/]\n")
     console.print(routes_text(*shown))
     console.print()
-    plot_routes(path, *shown, title="Held-out text: which bytes each routed block computed (causal routing)")
+    title = "Held-out text: which bytes each routed block computed (causal routing)"
+    try_to_draw(path, lambda: plot_routes(path, *shown, title=title))
 
 
 def held_out_paragraph(run: LoadedRun) -> str:
@@ -246,10 +250,10 @@ def held_out_paragraph(run: LoadedRun) -> str:
     return max(fitting, key=lambda text: sum(map(str.isalpha, text)))
 
 
-def whereabouts(directory: Path, paths: dict[str, Path]) -> str:
+def whereabouts(directory: Path | str, paths: dict[str, Path]) -> str:
     """The files, and commands to go on with."""
     program = os.path.relpath(Path(sys.executable).with_name("mod-star"))
-    mod = shlex.quote(str(paths["MoD"]))
+    mod, directory = escape(shlex.quote(str(paths["MoD"]))), escape(str(directory))
     return (
         f"{directory}/curves.png   both runs against training FLOPs\n"
         f"{directory}/routes.png   the picture above\n"

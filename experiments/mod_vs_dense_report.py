@@ -16,6 +16,7 @@ from rich.console import Console
 from experiments.reporting import markdown, spread
 from mod_star.flops import training_step_flops
 from mod_star.model.routing import capacity_of
+from mod_star.pictures import as_shipped, save_figure, try_to_draw
 from mod_star.plots import COLOURS, DOTTED, DPI, GREY, INK, PALE, SOLID
 from mod_star.terminal import result_table, short_number
 from mod_star.training.metrics import METRICS_FILE, read_metrics
@@ -70,9 +71,9 @@ def report(out: Path, arms: Sequence[str], seeds: int) -> None:
     console = Console(highlight=False)
     if complete:
         _write_results(out, complete, missing, console)
-    if any("eval_loss" in record for run in runs for record in run.records):
-        plot(runs, arms, out / "curves.png")
-        console.print(f"plot: {out / 'curves.png'}", soft_wrap=True)
+    measured = any("eval_loss" in record for run in runs for record in run.records)
+    if measured and try_to_draw(out / "curves.png", lambda: plot(runs, arms, out / "curves.png")) is None:
+        console.print(f"plot: {out / 'curves.png'}", markup=False, soft_wrap=True)
     if missing:
         console.print(f"not complete, left out of the tables: {', '.join(missing)}")
 
@@ -139,7 +140,7 @@ def _write_results(out: Path, runs: list[Run], missing: list[str], console: Cons
     results = {"runs": values, "missing": missing}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (out / "results.md").write_text(text, encoding="utf-8")
-    console.print(f"tables: {out / 'results.md'}, numbers: {out / 'results.json'}", soft_wrap=True)
+    console.print(f"tables: {out / 'results.md'}, numbers: {out / 'results.json'}", markup=False, soft_wrap=True)
 
 
 def _measures_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
@@ -175,6 +176,7 @@ def _of(runs: list[Run], arm: str) -> list[Run]:
     return [run for run in runs if run.arm == arm]
 
 
+@as_shipped
 def plot(runs: list[Run], arms: Sequence[str], path: Path) -> None:
     """Draws held-out loss against training FLOPs, and below it the predictor's accuracy: means, and bands from the
     lowest to the highest seed.
@@ -221,7 +223,7 @@ def plot(runs: list[Run], arms: Sequence[str], path: Path) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _band(axes: Axes, runs: list[Run], name: str, colour: str, style: dict[str, Any], label: str | None = None) -> None:

@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from rich.console import Console
 
 from experiments.reporting import markdown, spread
+from mod_star.pictures import as_shipped, save_figure, try_to_draw
 from mod_star.terminal import result_table
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 CHANCE = math.log(5)
 # Two tables, so that each fits a terminal.
@@ -41,7 +38,7 @@ def report(out: Path, arms: Sequence[str], steps: int, console: Console) -> None
     """Prints what there is after `steps` steps, and writes results.md, results.json and curves.png beside it."""
     results = {arm: found for arm in arms if (found := read(out, arm, steps))}
     if not results:
-        console.print(f"{out}: nothing to report yet")
+        console.print(f"{out}: nothing to report yet", markup=False)
         return
     first = "NLL of answers (chance: ln 5 = 1.609); mean ± standard deviation over seeds"
     second = "Answers right (chance: 20 %), with a greedy thought each and on budget; all symbols"
@@ -56,8 +53,9 @@ def report(out: Path, arms: Sequence[str], steps: int, console: Console) -> None
     (out / "results.md").write_text(text, encoding="utf-8")
     last = {arm: [run["curve"][-1] | {"seed": run["seed"]} for run in runs] for arm, runs in results.items()}
     (out / "results.json").write_text(json.dumps(last, indent=2) + "\n", encoding="utf-8")
-    plot(results, out / "curves.png")
-    console.print(f"tables: {out / 'results.md'}, picture: {out / 'curves.png'}", soft_wrap=True)
+    failed = try_to_draw(out / "curves.png", lambda: plot(results, out / "curves.png"))
+    picture = "" if failed else f", picture: {out / 'curves.png'}"
+    console.print(f"tables: {out / 'results.md'}{picture}", markup=False, soft_wrap=True)
 
 
 def read(out: Path, arm: str, steps: int) -> list[dict[str, Any]]:
@@ -99,15 +97,19 @@ def _kept(results: Results) -> tuple[list[str], list[list[str]]] | None:
     return (["", *(f"seed {seed}" for seed in sorted(full)), "mean"], rows) if rows else None
 
 
+@as_shipped
 def plot(results: Results, path: Path) -> None:
     """The answers' NLL after a thought by step of teaching: means over seeds, and bands from lowest to highest."""
+    from matplotlib.figure import Figure
+
     arms = [arm for arm in results if arm != "truthful brackets"]
     panels = {
         "what teaches": [arm for arm in arms if not arm.startswith(("0.", "length"))],
         "budget": [arm for arm in arms if arm.startswith("0.") or arm == "quiet-star"],
         "length of thoughts": [arm for arm in arms if arm.startswith("length") or arm == "quiet-star"],
     }
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
         for number, arm in enumerate(names):
             runs = results[arm]
@@ -120,5 +122,4 @@ def plot(results: Results, path: Path) -> None:
         axis.set(title=title, xlabel="steps of teaching", ylim=(0, None))
         axis.legend(frameon=False, fontsize=9)
     axes[0].set_ylabel("NLL of the answer after a thought, nats\n(dotted: chance, ln 5)")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save_figure(figure, path, dpi=130)

@@ -140,8 +140,10 @@ def answer(options: Options, arm: str, think: Think, console: Console) -> None:
     """Evaluates an arm on what is missing of all tasks."""
     run: LoadedRun | None = None
     for task, file in TASKS.items():
-        items = subset(load_task(task, options.data / file).items, options.items, seed=0)
-        with open_records(answers(options.out, arm, think, task), {"items": options.items}) as records:
+        questions = load_task(task, options.data / file)
+        items = subset(questions.items, options.items, seed=0)
+        config = {"items": options.items, "data_sha256": questions.sha256}
+        with open_records(answers(options.out, arm, think, task), config) as records:
             missing = [pair for pair in enumerate(items) if pair[1].id not in records.by_id]
             if not missing:
                 continue

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from rich.console import Console
 
 from experiments.reporting import markdown
 from mod_star.evaluation.intervals import Estimate, paired_difference
 from mod_star.evaluation.protocols import measures
+from mod_star.pictures import as_shipped, save_figure, try_to_draw
 from mod_star.plots import COLOURS
 from mod_star.terminal import result_table
 from mod_star.training.metrics import read_metrics
@@ -71,8 +71,9 @@ def report(out: Path, files: dict[str, dict[str, Path]], console: Console) -> No
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.md").write_text("\n".join(markdown(*table) for table in tables), encoding="utf-8")
     if tables:
-        plot(results, out, out / "results.png")
-        console.print(f"tables: {out / 'results.md'}, picture: {out / 'results.png'}", soft_wrap=True)
+        failed = try_to_draw(out / "results.png", lambda: plot(results, out, out / "results.png"))
+        picture = "" if failed else f", picture: {out / 'results.png'}"
+        console.print(f"tables: {out / 'results.md'}{picture}", markup=False, soft_wrap=True)
 
 
 def _read(path: Path) -> Records:
@@ -110,9 +111,13 @@ def _training(out: Path, arm: str) -> list[str] | None:
     ]
 
 
+@as_shipped
 def plot(results: dict[str, dict[str, Records]], out: Path, path: Path) -> None:
     """Expected probabilities and accuracies with intervals; loss at the thinking positions by step of training."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained", width_ratios=(1, 1, 1.1))
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.1))
     for axis, (task, title) in zip(axes, TITLES.items(), strict=False):
         found = {name: by_task[task] for name, by_task in results.items() if task in by_task}
         for number, (name, records) in enumerate(found.items()):
@@ -140,5 +145,4 @@ def plot(results: dict[str, dict[str, Records]], out: Path, path: Path) -> None:
         right = axes[2].twinx()
         right.plot([r["step"] for r in records], [r["mixing_weight"] for r in records], color="#8a8a8a", linewidth=1)
         right.set_ylabel("mixing weight of the thought (grey)")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save_figure(figure, path, dpi=130)

@@ -11,6 +11,7 @@ from rich.console import Console
 from experiments.reporting import markdown
 from mod_star.errors import InputError
 from mod_star.flops import forward_flops
+from mod_star.pictures import as_shipped, save_figure, try_to_draw
 from mod_star.plots import COLOURS, DASHED, DPI, GREY, PALE, SOLID
 from mod_star.terminal import result_table, short_number
 from mod_star.training.metrics import METRICS_FILE, read_metrics
@@ -42,11 +43,12 @@ def report(options: Options) -> None:
     (options.out / "results.md").write_text(text, encoding="utf-8")
     results = {"before": before, "runs": {name: {k: run[k] for k in run if k != "plan"} for name, run in runs.items()}}
     (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    if runs:
-        plot(runs, options)
+    picture = options.out / "upcycle_smollm2.png"
+    drawn = bool(runs) and try_to_draw(picture, lambda: plot(runs, options)) is None
     if missing := [name for name, run in found.items() if run is None or not run["complete"]]:
         console.print(f"not complete: {', '.join(missing)}")
-    console.print(f"written: results.md, results.json, upcycle_smollm2.png in {options.out}", soft_wrap=True)
+    written = f"results.md, results.json{', ' + picture.name if drawn else ''}"
+    console.print(f"written: {written} in {options.out}", markup=False, soft_wrap=True)
 
 
 def read_arm(options: Options, arm: Arm, before: dict[str, Any]) -> dict[str, Any] | None:
@@ -129,6 +131,7 @@ def _losses(found: dict[str, Any]) -> list[str]:
     return [f"{found['eval_loss']:.3f}", "–" if causal is None else f"{causal:.3f}"]
 
 
+@as_shipped
 def plot(runs: dict[str, Any], options: Options) -> None:
     """Held-out loss against training FLOPs; below, the capacity in force."""
     from matplotlib.figure import Figure
@@ -168,7 +171,7 @@ def plot(runs: dict[str, Any], options: Options) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
-    figure.savefig(options.out / "upcycle_smollm2.png")
+    save_figure(figure, options.out / "upcycle_smollm2.png")
 
 
 def _draw_capacity(axes: Axes, plan: StagePlan, colour: str) -> None:

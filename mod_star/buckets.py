@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,13 @@ from typing import Any
 
 from mod_star.errors import InputError, UnavailableError
 from mod_star.locks import LOCK_FILE, is_locked
-from mod_star.training.stored_config import CONFIG_FILE, PARTS_FILE, TOKENIZER_DIRECTORY, is_run
+from mod_star.training.stored_config import (
+    CONFIG_FILE,
+    DATA_FILE,
+    PARTS_FILE,
+    TOKENIZER_DIRECTORY,
+    is_run,
+)
 
 CHECKPOINTS_DIRECTORY = "checkpoints"
 """Of a run; see `mod_star.training.checkpoints`."""
@@ -55,9 +62,11 @@ def address_of(path: str | Path) -> str:
       InputError: it is another kind of address, or has no bucket or no name in it.
     """
     found = re.fullmatch(r"gs:/+([^/]+(?:/+[^/]+)+)/*", str(path))
+    shown = re.sub(":/+", "://", str(path), count=1)
     if found is None:
-        shown = re.sub(":/+", "://", str(path), count=1)
         raise InputError(f"{shown}: must be a directory, or gs://BUCKET/NAME")
+    if {".", ".."} & set(found[1].split("/")):
+        raise InputError(f"{shown}: '.' and '..' are no names in a bucket")
     return "gs://" + re.sub("/+", "/", found[1])
 
 
@@ -147,6 +156,10 @@ def working_copy(path: str | Path) -> Path:
     if not is_address(path):
         return Path(path)
     address = address_of(path)
+    odd = [character for character in address if character in "*?[]\\#" or unicodedata.category(character)[0] == "C"]
+    if odd:
+        shown = " ".join(repr(character)[1:-1] for character in dict.fromkeys(odd))
+        raise InputError(f"{address!r}: has {shown} in it, which stand for a pattern there; choose another name")
     files = file_system(address)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     local = cache / "mod_star" / "runs" / hashlib.sha256(address.encode()).hexdigest()[:12] / address.rpartition("/")[2]
@@ -233,7 +246,7 @@ def _fetch(files: Any, address: str, local: Path) -> None:
     files.invalidate_cache()
     found = {name.removeprefix(root): _version(about) for name, about in files.find(root[:-1], detail=True).items()}
     there = {short: version for short, version in found.items() if short and not short.endswith("/")}  # no "folders"
-    left_by_a_killed_start = {short.split("/")[0] for short in there} <= {TOKENIZER_DIRECTORY, PARTS_FILE}
+    left_by_a_killed_start = {short.split("/")[0] for short in there} <= {TOKENIZER_DIRECTORY, PARTS_FILE, DATA_FILE}
     if CONFIG_FILE not in there and not left_by_a_killed_start:
         raise InputError(f"{address}: is neither empty nor a run (it has no {CONFIG_FILE}); choose another address")
     outside = {short for short in there if ".." in short.split("/")}  # a bucket takes any name, even one that climbs

@@ -1,6 +1,6 @@
 """The pictures of a run: loss curves, and which tokens each routed block computed.
 
-matplotlib is imported when a picture is drawn, not before, and no global state of it is touched.
+matplotlib is imported when a picture is drawn, not before; see `mod_star.pictures`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from mod_star.pictures import as_shipped, save_figure
 from mod_star.terminal import check_routes, visible
 from mod_star.training.metrics import read_metrics
 
@@ -35,6 +36,7 @@ SECOND = {
 """Held-out losses that are drawn dashed: what the label calls them, and what solid and dashed then mean."""
 
 
+@as_shipped
 def plot_curves(
     runs: Mapping[str, str | Path | Records],
     path: str | Path,
@@ -71,9 +73,12 @@ def plot_curves(
     )[:, 0]
     loss_axes = all_axes[0]
     highest = 0.0
+    names: list[str] = []
     for index, (name, records) in enumerate(loaded.items()):
         colour = COLOURS[index % len(COLOURS)]
-        highest = max(highest, _draw_losses(loss_axes, name, records, against, colour))
+        top, label = _draw_losses(loss_axes, name, records, against, colour)
+        highest = max(highest, top)
+        names.append(_drawable(label, "DejaVu Sans"))
         if with_predictor:
             _draw_accuracy(all_axes[1], records, against, colour)
     # The first steps, far above everything that follows, would press the curves flat: they may leave the picture.
@@ -82,6 +87,8 @@ def plot_curves(
     evaluated = any(_series(records, "eval_loss", against)[0].size for records in loaded.values())
     heading = "held-out loss at the end" if evaluated else None
     legend = loss_axes.legend(loc="upper right", title=heading, frameon=False, alignment="left")
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=name, parse_math=False)
     loss_axes.add_artist(legend)  # a second legend would replace it
     styles = {"training batches": THIN}
     for name, (_, solid, dashed) in SECOND.items():
@@ -107,10 +114,11 @@ def plot_curves(
     else:
         all_axes[-1].set_xlabel("step")
     if title:
-        loss_axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
-    _save(figure, path)
+        loss_axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, parse_math=False)
+    save_figure(figure, path)
 
 
+@as_shipped
 def plot_routes(
     path: str | Path,
     tokens: Sequence[str],
@@ -180,7 +188,7 @@ def plot_routes(
     axes.add_collection(PolyCollection(empty, facecolor=PALE, linewidth=0))
     axes.add_collection(PolyCollection(filled, facecolor=COLOURS[0], linewidth=0))
     _routes_legend(axes, top - gap + 1.2)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _series(records: Records, name: str, against: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -212,8 +220,8 @@ def _extended(step: int, steps: Sequence[int], flops: Sequence[float]) -> float:
     return float(np.interp(step, steps, flops)) if step <= steps[-1] else step * flops[-1] / steps[-1]
 
 
-def _draw_losses(axes: Axes, name: str, records: Records, against: str, colour: str) -> float:
-    """Draws a run's curves and gives the highest loss that must stay in the picture."""
+def _draw_losses(axes: Axes, name: str, records: Records, against: str, colour: str) -> tuple[float, str]:
+    """Draws a run's curves; gives the highest loss that must stay in the picture, and what the legend says."""
     x, loss = _series(records, "lm_loss", against)
     if not x.size:
         x, loss = _series(records, "loss", against)
@@ -229,9 +237,9 @@ def _draw_losses(axes: Axes, name: str, records: Records, against: str, colour: 
         highest += [*values[1:]]
     axes.plot(x, loss, color=colour, **THIN)
     marker: dict[str, Any] = {"marker": "o", "markersize": 3.2} if held_x.size < 40 else {}
-    axes.plot(held_x, held, color=colour, label=label, **SOLID, **marker)
+    axes.plot(held_x, held, color=colour, label="run", **SOLID, **marker)
     settled = loss[x >= x[0] + 0.05 * (x[-1] - x[0])] if x.size else loss
-    return float(max((*settled, *highest), default=0.0))
+    return float(max((*settled, *highest), default=0.0)), label
 
 
 def _draw_accuracy(axes: Axes, records: Records, against: str, colour: str) -> None:
@@ -266,11 +274,11 @@ def _wrap(widths: Sequence[int], limit: int) -> list[tuple[int, int]]:
     return [*lines, (first, len(widths))]
 
 
-def _drawable(text: str) -> str:
+def _drawable(text: str, family: str = "DejaVu Sans Mono") -> str:
     """The text with □ for every character that the font has no sign for."""
     from matplotlib.font_manager import findfont, get_font
 
-    font = get_font(findfont("DejaVu Sans Mono"))
+    font = get_font(findfont(family))
     return "".join(c if font.get_char_index(ord(c)) else "□" for c in text)
 
 
@@ -283,8 +291,3 @@ def _routes_legend(axes: Axes, y: float) -> None:
     ):
         axes.add_patch(Rectangle((x, y - 0.45), 2, 0.9, facecolor=colour, linewidth=0))
         axes.text(x + 2.8, y, meaning, fontsize=8, color=INK, va="center")
-
-
-def _save(figure: Any, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)

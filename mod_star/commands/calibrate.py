@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -35,6 +35,8 @@ class CalibrateOptions:
     """Share of the tokens to think before, in (0, 1]; 1: all."""
     step: int | None = None
     """Step of the checkpoint to load. The newest if not given."""
+    data_changed: Literal["refuse", "accept"] = "refuse"
+    """accept: read the run's data although it has changed; what is held out now may have been trained on."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -46,11 +48,21 @@ def run(argv: Sequence[str]) -> None:
     from rich.progress import track
 
     from mod_star.calibration import calibrated, calibration_batches, entropies, require_share, write_calibration
+    from mod_star.data.identity import changes, identify
+    from mod_star.errors import InputError
     from mod_star.training.run_dir import load_run
+    from mod_star.training.stored_config import read_data
 
     require_share(options.share)
     loaded = load_run(options.run, options.step)
     batches = calibration_batches(loaded)
+    recorded = read_data(options.run)
+    changed = [] if recorded is None else changes(recorded, identify(loaded.config.data))
+    if changed and options.data_changed == "refuse":
+        raise InputError(
+            f"data.source: what {options.run} was made with has changed ({'; '.join(changed)}): what is held out now "
+            "may have been trained on. Bring back what it was, or take --data-changed accept"
+        )
     keep_compiled_programs()
     progress = Console(stderr=True)
     parts = track(

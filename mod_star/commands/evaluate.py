@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from mod_star.buckets import bring_back_all, copied_from
+from mod_star.buckets import bring_back_all, checkpoints_of, copied_from
 from mod_star.commands import keep_compiled_programs, parse_options, require_writable, with_working_copy
 from mod_star.devices_config import MeshConfig
 from mod_star.errors import InputError, require
@@ -145,6 +145,7 @@ def run(argv: Sequence[str]) -> None:
     from mod_star.evaluation.scoring import require_shareable
     from mod_star.evaluation.tasks import load_task
     from mod_star.sharding import make_small_mesh
+    from mod_star.training.checkpoints import params_digest
     from mod_star.training.run_dir import load_run
 
     how = _task(options)
@@ -159,6 +160,7 @@ def run(argv: Sequence[str]) -> None:
     require_shareable("--batch-size", options.batch_size, mesh)
     loaded = load_run(options.run, options.step, mesh=mesh)
     config = _config(options, loaded.step) | {"data_sha256": task.sha256, "few_shot_sha256": examples_digest}
+    config["checkpoint_sha256"] = params_digest(checkpoints_of(options.run), loaded.step)
     think = chosen_think(loaded, options)
     if think.threshold is not None:
         config["think_threshold"] = think.threshold  # another calibration is another evaluation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ def run(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from mod_star.data.files import read_text
+    from mod_star.pictures import try_to_draw
     from mod_star.plots import plot_routes
     from mod_star.routes import routes_of
     from mod_star.terminal import routes_text
@@ -64,5 +66,9 @@ def run(argv: Sequence[str]) -> None:
     console.print(routes_text(*shown))
     if routes.overflow:
         console.print(f"{routes.overflow} times a block wanted a token but its cache was full (routing.headroom)")
-    plot_routes(png, *shown, title=f"Which tokens each routed block computed ({options.mode} routing)")
-    console.print(f"picture: {png}", markup=False, soft_wrap=True)
+    title = f"Which tokens each routed block computed ({options.mode} routing)"
+    failed = try_to_draw(png, lambda: plot_routes(png, *shown, title=title))
+    if failed is None:
+        console.print(f"picture: {png}", markup=False, soft_wrap=True)
+    elif options.png is not None:
+        sys.exit(1)  # it was asked for; what the warning says is all there is to say

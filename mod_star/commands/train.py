@@ -37,6 +37,8 @@ class TrainOptions:
     Interrupt it with Ctrl-C or SIGTERM: it finishes the step, saves, and the same command goes on from there, as if it
     had never stopped. Every field below is part of the run: another value means another directory. Only --mesh and
     --processes are not: a run may go on with other devices. With several processes, start the same command in each.
+    More --train.steps make a run longer, where the learning rate so far did not depend on their number: constant, or
+    wsd before its decay. Data that has changed is told, and refused.
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -56,6 +58,10 @@ class TrainOptions:
     """Steps to trace into RUN/profile for xprof, such as 100:105 (the last one included)."""
     quiet: bool = False
     """Print nothing but errors."""
+    data_changed: Literal["refuse", "accept"] = "refuse"
+    """accept: go on with a run although its data has changed; what was held out may have been trained on then."""
+    redraw_schedule: bool = False
+    """With other --train.steps than before: go on although the learning rate so far was drawn for those."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -76,7 +82,7 @@ def run(argv: Sequence[str]) -> None:
     try:
         train(
             options.config, options.run, mesh=options.mesh, resume_from=options.resume_from, profile=profile,
-            quiet=options.quiet,
+            quiet=options.quiet, data_changed=options.data_changed, redraw_schedule=options.redraw_schedule,
         )  # fmt: skip
     except Interrupted as stopped:
         print(f"{stopped}. Go on with: {_command_to_go_on(argv)}", file=sys.stderr)
@@ -102,11 +108,11 @@ def _show_unraisable(others: Callable[[Any], object], error: Any) -> None:
 
 
 def _command_to_go_on(argv: Sequence[str]) -> str:
-    """This command, without --resume-from: going on must not go back."""
+    """This command, without --resume-from: going on must not go back; nor is what was accepted once so for ever."""
     words, skip = ["mod-star", "train"], False
     for word in argv:
         name, equals, _ = word.replace("_", "-").partition("=")
-        if name == "--resume-from" or skip:
+        if name in ("--resume-from", "--data-changed") or skip:
             skip = not skip and not equals
         else:
             words.append(word)

@@ -51,7 +51,7 @@ def train_batches(
     batch_size: int,
     rows: Sequence[int] | None = None,
     tell: Tell = lambda line: None,
-) -> grain.IterDataset:
+) -> _Rows:
     """Training batches without end, in an order that only `config.seed` and the batch size decide.
 
     Each source is shuffled anew in every epoch; sources are mixed by document in proportion to `config.weights`. Every
@@ -69,7 +69,8 @@ def train_batches(
         tell: Takes lines about what is read otherwise than one may think.
 
     Returns:
-        A dataset of batches (see the module).
+        A dataset of batches (see the module); its `documents` are the numbers of documents of the sources, those that
+        are held out included.
 
     Raises:
         InputError: A source cannot be read or split, has too little text for S, or has conversations that the
@@ -89,7 +90,7 @@ def train_batches(
         own = [source[row::batch_size] for source in shuffled]
         mixture = own[0] if len(own) == 1 else grain.MapDataset.mix(own, weights)
         streams.append(_sequences(mixture, config, tokenizer, context))
-    return _Rows(rows, streams)
+    return _Rows(rows, streams, [len(train) + len(held_out) for train, held_out in parts])
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -271,8 +272,9 @@ def _sequence(pairs_Sx3: np.ndarray, positions_S: np.ndarray, segment_ids_S: np.
 class _Rows(grain.IterDataset):
     """Batches from one dataset of sequences per row."""
 
-    def __init__(self, rows: Sequence[int], streams: Sequence[grain.IterDataset]) -> None:
+    def __init__(self, rows: Sequence[int], streams: Sequence[grain.IterDataset], documents: Sequence[int]) -> None:
         super().__init__(streams)
+        self.documents = documents
         self._rows = [str(row) for row in rows]
 
     def __iter__(self) -> grain.DatasetIterator:

@@ -23,6 +23,7 @@ import functools
 import glob
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,10 +111,10 @@ def _open(
 ) -> tuple[str, list[str], Sequence[Document]]:
     """Kind, identities of what is read (files), and documents of one source."""
     if spec == "python-docs":
-        return "python-docs", [spec], _python_docs()
+        return "python-docs", [spec], python_docs()
     if spec.startswith("tfds:"):
         return "tfds", [spec], _tfds(spec, template)
-    paths = _paths(spec)
+    paths = source_paths(spec)
     kinds = {file_type(path).format for path in paths}
     if len(kinds) > 1:
         raise InputError(f"data.source = {spec!r}: matches files of different kinds ({', '.join(sorted(kinds))})")
@@ -131,7 +132,7 @@ def _open(
     return kind, [uncompressed_name(name) for name in names], documents
 
 
-def _paths(spec: str) -> list[str]:
+def source_paths(spec: str) -> list[str]:
     """The files that a path or glob names, sorted."""
     if is_address(spec):
         found = find_files(spec)
@@ -139,8 +140,8 @@ def _paths(spec: str) -> list[str]:
             raise InputError(f"data.source = {spec!r}: no such file, and no file matches it as a pattern")
         return found
     pattern = os.path.expanduser(spec)
-    # A file whose name looks like a glob is meant literally.
-    paths = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    # A file whose name looks like a glob is meant literally, and so is a directory that the glob is in.
+    paths = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(_with_literal_start(pattern), recursive=True))
     if not paths and glob.has_magic(pattern):
         raise InputError(f"data.source = {spec!r}: no file matches this pattern")
     if not paths:
@@ -153,7 +154,17 @@ def _paths(spec: str) -> list[str]:
     return files
 
 
-def _python_docs() -> list[Document]:
+def _with_literal_start(pattern: str) -> str:
+    """The pattern with the longest start of it that is a directory by that very name taken literally."""
+    start, rest = os.path.split(pattern)
+    while start and start != os.path.dirname(start) and not os.path.isdir(start):
+        start, name = os.path.split(start)
+        rest = os.path.join(name, rest)
+    return os.path.join(glob.escape(start), rest)
+
+
+def python_docs() -> list[Document]:
+    """The language reference inside every CPython, a document per topic. Raises InputError where it is missing."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -289,6 +300,8 @@ def _array_record(spec: str, paths: list[str], template: Template, tell: Tell) -
         return _document(template, parse_json(text, where), where) if template.fields else text
 
     for path in paths:
+        if re.fullmatch(r".*\[\d+:\d+\]", path, re.DOTALL):  # which the reader takes for a range of records
+            raise InputError(f"{path}: an ArrayRecord file must not have a name that ends with [NUMBER:NUMBER]")
         if is_address(path):
             raise InputError(f"{path}: ArrayRecord is read from disks only; mount the bucket, see the README")
         if not os.path.getsize(path):
@@ -315,7 +328,7 @@ def _tfds(spec: str, template: Template) -> Sequence[Document]:
         raise failed(f"tensorflow_datasets cannot be imported ({_first_line(error)})") from None
     with _quiet_absl():
         try:
-            builder = _tfds_builder(tfds, name)
+            builder = tfds_builder(tfds, name)
             if not builder.is_prepared():
                 _require_reachable(builder.url_infos or {})
                 builder.download_and_prepare()
@@ -333,7 +346,7 @@ def _tfds(spec: str, template: Template) -> Sequence[Document]:
     return _Lazy(spec, records, functools.partial(_document, template))
 
 
-def _tfds_builder(tfds: Any, name: str) -> Any:
+def tfds_builder(tfds: Any, name: str) -> Any:
     """The builder: of a directory; of files prepared under the data directory; or of code, set to write ArrayRecord."""
     directory = os.path.expanduser(name)
     if os.path.isdir(directory):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,7 @@ class HuggingFaceTokenizer:
             content = source.content
         else:
             name = name or f"data.tokenizer = {str(source)!r}"
-            file = Path(source).expanduser()
+            file = Path(os.path.expanduser(source))
             file = file / SAVED_NAME if file.is_dir() else file
             # The files beside it belong to the one that has the usual name.
             directory = file.parent if file.name == SAVED_NAME else None

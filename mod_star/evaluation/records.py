@@ -22,6 +22,9 @@ from mod_star.locks import LOCK_FILE, locked
 
 CONFIG_FILE, RECORDS_FILE, RESULTS_FILE = "config.json", "records.jsonl", "results.json"
 
+CONTENT = {"--run": "checkpoint_sha256", "--data": "data_sha256", "--few-shot-data": "few_shot_sha256"}
+"""Options that are places, and what tells whether the same is there: runs and files may be moved."""
+
 Record = dict[str, Any]
 
 
@@ -114,11 +117,28 @@ def require_evaluation(directory: Path, config: Mapping[str, Any]) -> None:
     if found := [
         f"{name}: {_value(stored, name)} → {_value(wanted, name)}"
         for name in dict.fromkeys([*stored, *wanted])
-        if _value(stored, name) != _value(wanted, name)
+        if _value(stored, name) != _value(wanted, name) and not _is_moved(directory, stored, wanted, name)
     ]:
         raise InputError(
             f"--out = {str(directory)!r}: holds an evaluation of another configuration: {'; '.join(found)}"
         )
+
+
+def _is_moved(directory: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], name: str) -> bool:
+    """Whether a difference is one of places alone, or is unknown to what an older version has stored."""
+    if name in CONTENT.values():
+        return name not in stored
+    if name not in CONTENT or not isinstance(wanted.get(name), str):
+        return False
+    digest = CONTENT[name]
+    if stored.get(digest) and wanted.get(digest):
+        return bool(stored[digest] == wanted[digest])
+    # An older version has stored no digest of the run: an evaluation that lies in it has been moved with it.
+    return name == "--run" and digest not in stored and name in stored and _lies_in(directory, Path(wanted[name]))
+
+
+def _lies_in(directory: Path, run: Path) -> bool:
+    return run.resolve() in directory.resolve().parents
 
 
 def write_json(path: Path, content: Any) -> None:

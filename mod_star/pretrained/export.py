@@ -13,6 +13,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 import tokenizers
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mod_star.data import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
@@ -23,7 +24,7 @@ from mod_star.pretrained.families import FAMILIES, family_of
 from mod_star.pretrained.hf_config import CONFIG_NAME, hf_config
 from mod_star.pretrained.hf_directory import TOKENIZER_NAME
 from mod_star.pretrained.safetensors_files import INDEX_NAME, SINGLE_NAME
-from mod_star.training.run_dir import LoadedRun, require_creatable
+from mod_star.training.run_dir import LoadedRun, place_beside, require_creatable
 
 ExportType = Literal["float32", "bfloat16", "float16"]
 SHARD_BYTES = 2 * 1024**3
@@ -80,7 +81,7 @@ def export_model(
     """
     family = require_exportable(loaded)
     require_creatable(path)
-    beside = path.absolute().with_name(f".{path.absolute().name}.new")
+    beside = place_beside(path)
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
@@ -90,9 +91,10 @@ def export_model(
         tokens = {"bos_token_id": loaded.tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}
         _write_json(beside / "generation_config.json", tokens)
         _write_json(beside / CONFIG_NAME, hf_config(family, loaded.config.model) | tokens | {"torch_dtype": dtype})
-        os.rename(beside, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+        os.rename(beside, path.resolve())
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise InputError(f"{path}: cannot be written: {reason or error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return sorted(path.iterdir())
@@ -117,6 +119,8 @@ def _write_weights(
             tensors[place.tensor] = _converted(take_tensor(params, place), kind, place.tensor)
             progress(tensors[place.tensor].size)
         save_file(tensors, directory / name, {"format": "pt"})  # transformers asks for this word
+        with safe_open(directory / name, "np") as written:  # what can't be opened again has not been written
+            assert set(written.keys()) == tensors.keys(), name
         os.chmod(directory / name, 0o666 & directory.stat().st_mode)  # save_file leaves it to its owner alone
     if len(shards) > 1:
         size = sum(math.prod(place.shape) for shard in shards for place in shard) * kind.itemsize

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def read_gguf(path: str | Path) -> GgufFile:
       InputError: there is no such file, it is no GGUF file, or it is damaged: cut short, or a count, length, offset,
         type or name that can't be. Takes little more memory than the header has bytes, whatever it says.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +29,7 @@ def open_source(spec: str) -> Source:
     Raises:
       InputError: it is none of these, damaged, or of a kind that is not supported.
     """
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     if path.is_dir():
         if not (path / CONFIG_NAME).is_file() and (files := sorted(path.glob("*.gguf"))):
             names = ", ".join(file.name for file in files[:3])

@@ -11,7 +11,15 @@ from mod_star.config import RunConfig
 from mod_star.data import Tokenizer
 from mod_star.errors import InputError
 from mod_star.training.checkpoints import save_params
-from mod_star.training.run_dir import CHECKPOINTS_DIRECTORY, LOCK_FILE, created, is_run, read_config, require_creatable
+from mod_star.training.run_dir import (
+    CHECKPOINTS_DIRECTORY,
+    LOCK_FILE,
+    created,
+    is_run,
+    place_beside,
+    read_config,
+    require_creatable,
+)
 
 
 def require_free(path: Path) -> None:
@@ -19,6 +27,7 @@ def require_free(path: Path) -> None:
     if is_run(path):
         raise InputError(f"{path}: is a run already; choose another directory")
     require_creatable(path)
+    place_beside(path)
 
 
 def write_params_run(path: Path, run: RunConfig, tokenizer: Tokenizer, params: dict[str, Any]) -> RunConfig:
@@ -40,14 +49,14 @@ def write_params_run(path: Path, run: RunConfig, tokenizer: Tokenizer, params: d
     """
     require_free(path)
     # Made beside it and moved into place; what a killed process left there is in the way of nobody.
-    beside = path.absolute().with_name(f".{path.absolute().name}.new")
+    beside = place_beside(path)
     shutil.rmtree(beside, ignore_errors=True)
     try:
         with created(beside, run, tokenizer):
             save_params(beside / CHECKPOINTS_DIRECTORY, params)
         for lock in (beside / LOCK_FILE, path / LOCK_FILE):
             lock.unlink(missing_ok=True)
-        os.rename(beside, path)
+        os.rename(beside, path.resolve())
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:

@@ -40,7 +40,9 @@ from mod_star.data import merge_states
 from mod_star.errors import InputError
 from mod_star.processes import gather
 from mod_star.sharding import place, placed_shapes, shardings
+from mod_star.training.interrupt import TrainingError
 from mod_star.training.params_file import PARAMS_NAME, read_params_file, write_params_file
+from mod_star.training.plain_paths import plain_path
 from mod_star.training.state import TrainState
 
 SUMS_FILE = "SHA256SUMS"
@@ -64,10 +66,13 @@ class CheckpointWriter:
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
-        self._directory = _absolute(directory)
+        self._directory = directory if is_address(directory) else directory.absolute()
         self._saving = 0
+        self._small: dict[str, Any] | None = None  # of what was saved last: what is read of it, until that is done
+        if not is_address(directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
-            self._directory,
+            _orbax_path(directory),
             item_handlers={
                 # Trained weights hardly get smaller; compressing them takes twice the time of writing them.
                 "params": ocp.PyTreeCheckpointHandler(use_compression=False),
@@ -91,12 +96,13 @@ class CheckpointWriter:
           progress: JSON values to keep beside it.
 
         Raises:
-          OSError: as for `wait`.
+          OSError, TrainingError: as for `wait`, of what was saved before.
         """
         step = int(state.step)
         self.wait()
         self._saving = step
         saved = _to_saved(state)
+        self._small = {"params": _smallest(saved["params"]), "training": {"step": _shape(saved["training"]["step"])}}
         with _disk_errors(self._directory / str(step)):
             self._manager.save(
                 step,
@@ -110,9 +116,25 @@ class CheckpointWriter:
             )
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk. Raises OSError if that can't be: the disk is full, say."""
-        with _disk_errors(self._directory / str(self._saving)):
+        """Waits until what was saved is on disk, and opens it again: only then it is saved.
+
+        Raises:
+          OSError: it can't be written: the disk is full, say.
+          TrainingError: it was written, but can't be opened by the door that `restore_state` goes through.
+        """
+        checkpoint = self._directory / str(self._saving)
+        with _disk_errors(checkpoint):
             self._manager.wait_until_finished()
+        if self._small is not None:
+            small, self._small = self._small, None
+            try:
+                _require_opened(self._directory, self._saving, small)
+            except InputError as error:
+                earlier = [step for step in saved_steps(self._directory) if step != self._saving]
+                before = (
+                    f"the one before it is {self._directory / str(earlier[-1])}" if earlier else "there is no other"
+                )
+                raise TrainingError(f"{error}, right after it was written; {before}") from error
 
     def close(self) -> None:
         """Waits and ends the background threads. What went wrong in a save is `wait`'s to raise."""
@@ -181,6 +203,15 @@ def choose_checkpoint(directory: Path, step: int | None, option: str | None) -> 
     return step
 
 
+def params_digest(directory: Path, step: int) -> str | None:
+    """What identifies a checkpoint's parameters wherever the run stands, from their checksums; None: it has none."""
+    sums = directory / str(step) / SUMS_FILE
+    if is_address(directory) or not sums.is_file():
+        return None
+    lines = [line for line in sums.read_text().splitlines() if line.partition("  ")[2].startswith("params")]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None. Reads all of them, but for those in a bucket."""
     try:
@@ -223,9 +254,14 @@ def delete_after(directory: Path, step: int) -> None:
 
 
 def restore_state(
-    directory: Path, step: int, like: TrainState, batches: grain.DatasetIterator, mesh: Mesh | None = None
+    directory: Path,
+    step: int,
+    like: TrainState,
+    batches: grain.DatasetIterator,
+    mesh: Mesh | None = None,
+    data: str | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Loads a checkpoint to train on from; sets `batches` to where it was.
+    """Loads a checkpoint to train on from; sets `batches` to where it was, unless the data is not what it was.
 
     Args:
       directory: RUN/checkpoints.
@@ -233,6 +269,8 @@ def restore_state(
       like: the state's shapes and types, as from `jax.eval_shape`.
       batches: an iterator over the same data, whatever rows of the batch it makes.
       mesh: where the state is to lie, wherever it was when it was saved; None: one device.
+      data: what the batches are made from, a `fingerprint` as in `progress`; None: the same as then. Other data is read
+        from its beginning: a place in it means nothing.
 
     Returns:
       The state, and what `progress` was.
@@ -249,7 +287,8 @@ def restore_state(
         data=ocp.args.JsonRestore(),
         progress=ocp.args.JsonRestore(),
     )
-    batches.set_state(found["data"])
+    if data is None or found["progress"].get("data", data) == data:
+        batches.set_state(found["data"])
     training = dict(found["training"])
     key = jax.random.wrap_key_data(training.pop("key"))
     return TrainState(params=found["params"], key=key, **training), found["progress"]
@@ -279,16 +318,49 @@ def _here(checkpoint: Path) -> Iterator[Path]:
 
 
 def _restore(directory: Path, step: int, **items: Any) -> Any:
-    checkpoint = _absolute(directory / str(step))
+    checkpoint = directory / str(step)
+    place = _orbax_path(directory) / str(step)
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            return reader.restore(checkpoint, args=ocp.args.Composite(**items))
+            return reader.restore(place, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax, tensorstore and JSON each have their own
-        raise _not_loaded(checkpoint, error) from error
+        raise _not_loaded(checkpoint if is_address(checkpoint) else checkpoint.absolute(), error) from error
 
 
-def _absolute(directory: Path) -> Path:
-    return directory if is_address(directory) else directory.absolute()
+def _orbax_path(directory: Path) -> Path:
+    """RUN/checkpoints as Orbax is told of it."""
+    return directory if is_address(directory) else plain_path(directory)
+
+
+def _require_opened(directory: Path, step: int, small: dict[str, Any]) -> None:
+    """Reads a little of everything in a checkpoint, as `restore_state` reads all of it. InputError if that can't be."""
+    found = _restore(
+        directory,
+        step,
+        data=ocp.args.JsonRestore(),
+        progress=ocp.args.JsonRestore(),
+        **{
+            name: ocp.args.PyTreeRestore(
+                like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
+            )
+            for name, like in small.items()
+        },
+    )
+    if int(found["training"]["step"]) != step:
+        raise InputError(f"checkpoint {directory / str(step)} is that of step {int(found['training']['step'])}")
+
+
+def _smallest(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree's smallest array, as shape and place, in a tree with nothing else."""
+    path, leaf = min(jax.tree_util.tree_leaves_with_path(tree), key=lambda entry: entry[1].size)
+    alone: Any = _shape(leaf)
+    for entry in reversed(path):
+        alone = {entry.key: alone}
+    return dict(alone)
+
+
+def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))
 
 
 def _not_loaded(checkpoint: Path, error: Exception) -> InputError:

@@ -11,8 +11,11 @@ from jax.sharding import Mesh
 
 from mod_star.config import RunConfig
 from mod_star.data import Batch, Tokenizer, held_out_batches, train_batches
+from mod_star.data.identity import Identity, fingerprint, identify
+from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
+from mod_star.processes import gather
 from mod_star.sharding import require_fits, rows_of_process
 from mod_star.training.run_dir import require_vocabulary
 from mod_star.training.stages import StagePlan, plan_stages
@@ -30,6 +33,8 @@ class Inputs:
     """Of this process's rows of every batch."""
     held_out: list[Batch]
     """Whole batches, the same in every process."""
+    data: Identity
+    """Of what the batches are made from."""
     plan: StagePlan
     mesh: Mesh | None
     """None: one device."""
@@ -62,5 +67,8 @@ def load_inputs(run: RunConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> Inpu
     batches = train_batches(*source, rows, notes.append)
     next(iter(batches))  # a document that cannot be read or tokenised comes to light now, not after compilation
     held_out = list(itertools.islice(held_out_batches(*source), run.train.eval_batches))
+    data = identify(run.data, batches.documents)
+    if len(set(gather(fingerprint(data)))) > 1:
+        raise InputError(f"data.source = {run.data.source!r}: is not the same in all processes")
     decoder = Decoder(run.model, run.routing, parts)
-    return Inputs(run, tokenizer, decoder, batches, held_out, plan, mesh, tuple(notes))
+    return Inputs(run, tokenizer, decoder, batches, held_out, data, plan, mesh, tuple(notes))

@@ -24,9 +24,11 @@ from rich.console import Console
 
 from mod_star.buckets import bring_back, checkpoints_of, copied_from
 from mod_star.data import Batch, prefetch_to_device
+from mod_star.data.identity import fingerprint
 from mod_star.errors import InputError
 from mod_star.flops import parameter_count
 from mod_star.model import Decoder
+from mod_star.pictures import try_to_draw
 from mod_star.plots import plot_curves
 from mod_star.processes import SharedStop, decide_first, is_first
 from mod_star.sharding import batch_sharding, place, shardings, use_mesh
@@ -52,6 +54,16 @@ StepFn = Callable[..., tuple[TrainState, Metrics]]
 EvalFn = Callable[[dict[str, Any], Any, jax.Array], Metrics]
 
 
+def draw_curves(path: Path) -> bool:
+    """Draws a run's curves.png, in its bucket too if it has one; False, and a line of warning, if that can't be."""
+
+    def draw() -> None:
+        plot_curves({path.name: path}, path / CURVES_FILE)
+        bring_back(path)
+
+    return try_to_draw(f"{copied_from(path) or path}/{CURVES_FILE}", draw) is None
+
+
 @dataclass(frozen=True)
 class _Unread:
     """What a step has to say, to be read when it has been computed."""
@@ -73,6 +85,7 @@ class Sitting:
         profile: range | None,
     ) -> None:
         self.inputs, self.run, self.path, self.console = inputs, inputs.run, path, console
+        self.data = fingerprint(inputs.data)
         self.base = base  # to start from; None also if that is done
         self.profile = range(0) if profile is None else profile
         self.name = copied_from(path) or str(path)  # the run's address, if it is in a bucket
@@ -147,7 +160,9 @@ class Sitting:
             with use_mesh(mesh):
                 make = jax.jit(first, donate_argnums=0, out_shardings=places)
                 return make(None if self.base is None else self.base.params)
-        state, saved = checkpoints.restore_state(self.checkpoints, self.last_saved, self.shapes, self.batches, mesh)
+        state, saved = checkpoints.restore_state(
+            self.checkpoints, self.last_saved, self.shapes, self.batches, mesh, self.data
+        )
         if is_first():
             # In this order: a run without a summary goes on, one with a summary needs its last checkpoint.
             (self.path / SUMMARY_FILE).unlink(missing_ok=True)
@@ -280,7 +295,7 @@ class Sitting:
     def _save_start(self, state: TrainState) -> None:
         """Saves what the run starts with: from here on it needs nothing but its own directory."""
         with self.progress.pause("saving"):
-            self.writer.save(state, self.batches, {"seconds": 0.0})
+            self.writer.save(state, self.batches, {"seconds": 0.0, "data": self.data})
             self.writer.wait()
         self.last_saved, self.base = 0, None
 
@@ -289,7 +304,7 @@ class Sitting:
         with self._pause("saving"):
             if is_first():  # first the records, then the checkpoint: going on, it finds all of them
                 bring_back(self.path)
-            self.writer.save(state, self.batches, {"seconds": seconds})
+            self.writer.save(state, self.batches, {"seconds": seconds, "data": self.data})
         self.last_saved = int(state.step)
 
     def _leave(self, state: TrainState) -> NoReturn:
@@ -316,10 +331,11 @@ class Sitting:
             evaluation=decide_first(lambda: self._last_evaluation(steps) or {}),
         )
         if is_first():
-            plot_curves({self.path.name: self.path}, self.path / CURVES_FILE)
             write_summary(self.path, summary)
             bring_back(self.path)
-        self.progress.say(f"{describe(summary)}\ncurves: {self.name}/{CURVES_FILE}")
+        self.progress.say(describe(summary))
+        if is_first() and draw_curves(self.path):
+            self.progress.say(f"curves: {self.name}/{CURVES_FILE}")
         return summary
 
     def _announce(self, parameters: int) -> None:

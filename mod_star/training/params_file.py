@@ -32,6 +32,18 @@ def write_params_file(checkpoint: Path, params: Mapping[str, Any]) -> None:
     save_file({name: np.ascontiguousarray(leaf) for name, leaf in _named(params).items()}, file)
     shutil.copymode(file.parent, file)  # `save_file` leaves it to its owner alone
     os.chmod(file, file.stat().st_mode & 0o666)
+    _require_holds(file, {name: tuple(leaf.shape) for name, leaf in _named(params).items()})
+
+
+def _require_holds(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises OSError unless a file that was just written can be opened, and holds arrays of these shapes."""
+    try:
+        with safe_open(file, "np") as opened:
+            found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise OSError(5, f"cannot be opened after it was written ({error})", str(file)) from error
+    if found != shapes:
+        raise OSError(5, "does not hold what was written", str(file))
 
 
 def read_params_file(checkpoint: Path, like: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 from mod_star.terminal import duration, short_number
@@ -63,7 +64,7 @@ class TrainingProgress:
             refresh_per_second=4,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task(label, total=steps, completed=start, numbers="compiling")
+        self._task = self._bar.add_task(escape(label), total=steps, completed=start, numbers="compiling")
 
     @property
     def tokens_per_second(self) -> float | None:

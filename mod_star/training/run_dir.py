@@ -2,6 +2,7 @@
 
     RUN/config.json      the whole configuration, that of the run it started from, and the versions that started it
         tokenizer/       copy of the tokenizer
+        data.json        what identifies the data, see `mod_star.data.identity`
         parts.py         copy of the user's own parts, if any: a run needs nothing but its directory
         checkpoints/     see `mod_star.training.checkpoints`
         metrics.jsonl    what was measured; tensorboard/ and curves.png show the same
@@ -13,6 +14,7 @@ config.json is written last: a directory without it is not a run.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -39,22 +41,27 @@ from mod_star.buckets import (
 )
 from mod_star.config import RunConfig, to_dict
 from mod_star.data import Tokenizer, load_saved_tokenizer, load_tokenizer, save_tokenizer
+from mod_star.data.identity import Identity
 from mod_star.errors import InputError, require
 from mod_star.locks import LOCK_FILE, locked
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.sharding import require_model_fits
 from mod_star.training.checkpoints import choose_checkpoint, restore_params
+from mod_star.training.plain_paths import require_showable
 from mod_star.training.stages import config_at
 from mod_star.training.state import initial_params
 from mod_star.training.stored_config import (
     BASE,
     CONFIG_FILE,
+    DATA_FILE,
     PARTS_FILE,
     TOKENIZER_DIRECTORY,
     is_run,
     read_base_config,
     read_config,
+    read_starting_config,
+    write_data,
 )
 
 __all__ = [
@@ -69,6 +76,7 @@ __all__ = [
     "is_run",
     "load_run",
     "locked",
+    "place_beside",
     "read_base_config",
     "read_config",
     "require_creatable",
@@ -79,6 +87,7 @@ __all__ = [
 
 OF_A_WORKING_COPY = {COPY_FILE, FETCHING_FILE}
 MADE_BEFORE_CONFIG = {LOCK_FILE, TOKENIZER_DIRECTORY, PARTS_FILE, CONFIG_FILE + ".new"} | OF_A_WORKING_COPY
+MADE_BEFORE_CONFIG |= {DATA_FILE, DATA_FILE + ".new"}
 """What a directory can hold that a new run was about to be made in when its process was killed."""
 
 
@@ -128,11 +137,12 @@ def load_run(
 
 
 def resumed_config(path: Path, run: RunConfig) -> RunConfig:
-    """The stored configuration, if it is the one that is asked for.
+    """The stored configuration, if it is the one that is asked for but for what may change while a run goes on.
 
-    Every field counts, `train.steps` too: the learning-rate schedule is drawn from it, so that a longer run is another
-    run from its first step on. A file of parts or a tokenizer that has changed since counts as well; one that is gone
-    doesn't matter, the run has its own copy. Nor does what became of the run that it started from.
+    That is `train.steps` and `train.flops`, see `mod_star.training.extension`, and `data.source` where the paths of
+    files are others: the caller must see to it that they hold the same. A file of parts or a tokenizer that has changed
+    since counts; where it stands, or whether it is still there, doesn't matter, the run has its own copy. Nor does what
+    became of the run that it started from.
 
     Raises:
       InputError: they differ; the message lists field: stored → asked for.
@@ -142,9 +152,19 @@ def resumed_config(path: Path, run: RunConfig) -> RunConfig:
         run = replace(run, model=replace(run.model, vocab_size=stored.model.vocab_size))
     if same_parts(stored.parts, run.parts) or _parts_of_base(stored, run):
         run = replace(run, parts=stored.parts)
-    if stored.init_from and run.init_from and Path(stored.init_from) == Path(run.init_from):  # but for a slash
+    if _same_base(path, stored, run):
         run = replace(run, init_from=stored.init_from)
+    if _same_tokenizer(path, stored, run):
+        run = replace(run, data=replace(run.data, tokenizer=stored.data.tokenizer))
     found = differences(to_dict(stored), to_dict(run))
+    free = {"train.steps", "train.flops"} | ({"data.source"} if _may_be_moved(stored, run) else set())
+    if all(difference.partition(": ")[0] in free for difference in found):
+        stored = replace(
+            stored,
+            train=replace(stored.train, steps=run.train.steps, flops=run.train.flops),
+            data=replace(stored.data, source=run.data.source),
+        )
+        found = []
     spec = run.data.tokenizer
     # A run that started from another has that one's tokenizer, whatever is in this file.
     if stored.init_from is None and spec == stored.data.tokenizer and Path(spec).exists():
@@ -154,6 +174,38 @@ def resumed_config(path: Path, run: RunConfig) -> RunConfig:
     if found:
         raise InputError(f"{path}: holds a run of another configuration: {'; '.join(found)}")
     return stored
+
+
+def _may_be_moved(stored: RunConfig, asked: RunConfig) -> bool:
+    """Whether the sources can be the same files at other places: no embedded text or prepared dataset is another."""
+    old, new = stored.data.source, asked.data.source
+    named = lambda spec: spec == "python-docs" or spec.startswith("tfds:")  # noqa: E731
+    return len(old) == len(new) and not any(a != b and (named(a) or named(b)) for a, b in zip(old, new, strict=True))
+
+
+def _same_base(path: Path, stored: RunConfig, asked: RunConfig) -> bool:
+    """Whether two names are those of one run to start from; one that is gone from where it was may be found elsewhere,
+    if its configuration is what it was."""
+    old, new = stored.init_from, asked.init_from
+    if not (old and new):
+        return False
+    if is_address(old) or is_address(new):
+        return Path(old) == Path(new)
+    if os.path.realpath(old) == os.path.realpath(new):
+        return True
+    if is_run(Path(old)) or not is_run(Path(new)):
+        return False
+    kept = read_base_config(path)
+    return kept is not None and replace(kept, parts=None) == replace(read_starting_config(Path(new)), parts=None)
+
+
+def _same_tokenizer(path: Path, stored: RunConfig, asked: RunConfig) -> bool:
+    """Whether another file is asked for that holds the run's tokenizer."""
+    spec = asked.data.tokenizer
+    if "bytes" in (spec, stored.data.tokenizer) or spec == stored.data.tokenizer or not Path(spec).exists():
+        return False
+    copy = load_saved_tokenizer(path / TOKENIZER_DIRECTORY, stored.data.tokenizer)
+    return bool(load_tokenizer(spec).fingerprint == copy.fingerprint)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -195,6 +247,7 @@ def require_creatable(path: Path) -> None:
     """Raises InputError unless a new run can be made at `path`: absent or empty, and writable."""
     if is_address(path):
         raise InputError(f"{path}: must be a directory; only mod-star train makes runs in buckets")
+    require_showable(path)
     if path.exists():
         if not path.is_dir():
             raise InputError(f"{path}: must be a directory, and is a file")
@@ -214,8 +267,25 @@ def require_creatable(path: Path) -> None:
         raise InputError(f"{path}: {'is' if existing == path.absolute() else f'{existing} is'} not writable")
 
 
+def place_beside(path: Path) -> Path:
+    """Where a directory is made that is moved to `path` when it is whole: a hidden neighbour, always the same one.
+
+    Raises:
+      InputError: `path` is the working directory, which would be another one then.
+    """
+    if path.resolve() == Path.cwd():
+        raise InputError(f"{path}: is the working directory, which cannot be replaced; name one inside it")
+    path = path.resolve()
+    name = path.name
+    if len(name.encode(errors="surrogateescape")) > 200:  # a name has at most 255 bytes
+        name = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+    return path.with_name(f".{name}.new")
+
+
 @contextmanager
-def created(path: Path, run: RunConfig, tokenizer: Tokenizer, base: RunConfig | None = None) -> Iterator[RunConfig]:
+def created(
+    path: Path, run: RunConfig, tokenizer: Tokenizer, base: RunConfig | None = None, data: Identity | None = None
+) -> Iterator[RunConfig]:
     """Makes the directory of a new run, yields its stored configuration, and keeps others out until left.
 
     What was made is removed again if it can't be completed.
@@ -225,6 +295,7 @@ def created(path: Path, run: RunConfig, tokenizer: Tokenizer, base: RunConfig | 
       run: a configuration that has been checked in full, `model.vocab_size` included.
       tokenizer: the tokenizer to copy.
       base: configuration of the run that this one starts from, to be kept for `read_base_config`.
+      data: what identifies its data; None: it has none, or it isn't known.
 
     Raises:
       InputError: the directory can't be written, or another process was faster.
@@ -238,11 +309,14 @@ def created(path: Path, run: RunConfig, tokenizer: Tokenizer, base: RunConfig | 
     with locked(path):
         require_creatable(path)
         try:
+            (path / DATA_FILE).unlink(missing_ok=True)  # a killed start may have left another
+            if data is not None:
+                write_data(path, data)
             _write(path, run, tokenizer, base)
             bring_back(path)
         except BaseException as error:
             shutil.rmtree(path / TOKENIZER_DIRECTORY, ignore_errors=True)
-            for name in (PARTS_FILE, CONFIG_FILE + ".new", CONFIG_FILE, LOCK_FILE):
+            for name in (PARTS_FILE, CONFIG_FILE + ".new", CONFIG_FILE, DATA_FILE + ".new", DATA_FILE, LOCK_FILE):
                 (path / name).unlink(missing_ok=True)
             if new:
                 path.rmdir()

@@ -16,6 +16,10 @@ SUMMARY_FILE = "summary.json"
 """The result of a run; there once it is complete, see `mod_star.training.summary`."""
 PARTS_FILE = "parts.py"
 TOKENIZER_DIRECTORY = "tokenizer"
+DATA_FILE = "data.json"
+"""What identifies the data, see `mod_star.data.identity`; runs that older versions made have none."""
+CHANGES = "changes"
+"""Entry of config.json and data.json: what became another value while the run went on, and after which step."""
 BASE = "base"
 """Entry of config.json beside "config": the configuration, at the time, of the run that this one started from."""
 
@@ -55,6 +59,60 @@ def read_base_config(path: Path) -> RunConfig | None:
     It may have changed there, or be gone; this one stays. `parts` name the run's own copy. Errors as `read_config`.
     """
     return _read(path, BASE)
+
+
+def read_data(path: Path) -> list[dict[str, Any]] | None:
+    """What identifies the data that the run was made with, or has gone on with; None: it isn't known.
+
+    Raises:
+      InputError: data.json is damaged.
+    """
+    try:
+        stored = json.loads((path / DATA_FILE).read_text(encoding="utf-8"))
+        return list(stored["sources"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path / DATA_FILE}: cannot be read: {error}; delete it to go on unchecked") from error
+
+
+def write_data(path: Path, sources: list[dict[str, Any]], step: int = 0) -> None:
+    """Writes data.json; what it held is kept among its changes, with the step after which the data is another."""
+    file = path / DATA_FILE
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    changes = [] if before is None else [*before.get(CHANGES, []), {"after_step": step, "sources": before["sources"]}]
+    _write_json(file, {"sources": sources} | ({CHANGES: changes} if changes else {}))
+
+
+def change_config(path: Path, run: RunConfig, step: int) -> None:
+    """Writes the values of `run` that may change while a run goes on into its config.json, and what they were.
+
+    Args:
+      path: the run's directory.
+      run: the configuration from here on: `train.steps`, `train.flops`, `data.source`.
+      step: after which.
+    """
+    stored = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    now: dict[str, dict[str, Any]] = {
+        "train": {"steps": run.train.steps, "flops": run.train.flops},
+        "data": {"source": list(run.data.source)},
+    }
+    before: dict[str, Any] = {}
+    for group, values in now.items():
+        for name, value in values.items():
+            if stored["config"][group].get(name) != value:
+                before[f"{group}.{name}"] = stored["config"][group].get(name)
+                stored["config"][group][name] = value
+    if before:
+        stored[CHANGES] = [*stored.get(CHANGES, []), {"after_step": step, "before": before}]
+        _write_json(path / CONFIG_FILE, stored)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    """Writes a file aside and moves it into place."""
+    beside = file.with_name(file.name + ".new")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, file)
 
 
 def _read(path: Path, entry: str) -> RunConfig | None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
-from mod_star.buckets import checkpoints_of, copied_from, working_copy
+from mod_star.buckets import bring_back, checkpoints_of, copied_from, working_copy
 from mod_star.config import RunConfig
 from mod_star.data import HuggingFaceTokenizer, load_saved_tokenizer, load_tokenizer
+from mod_star.data.identity import changes, identify
 from mod_star.devices_config import MeshConfig
 from mod_star.errors import InputError, require
 from mod_star.processes import decide_first, is_first
 from mod_star.sharding import make_mesh
 from mod_star.training import checkpoints, run_dir
 from mod_star.training.base_run import load_base
-from mod_star.training.inputs import load_inputs
+from mod_star.training.extension import require_extendable
+from mod_star.training.inputs import Inputs, load_inputs
 from mod_star.training.interrupt import LostProcess, TrainingError
-from mod_star.training.loop import Sitting
+from mod_star.training.loop import CURVES_FILE, Sitting, draw_curves
+from mod_star.training.plain_paths import plain_path
+from mod_star.training.stored_config import change_config, read_data, write_data
 from mod_star.training.summary import SUMMARY_FILE, TrainSummary, describe, read_summary
 
 __all__ = ["SUMMARY_FILE", "LostProcess", "TrainSummary", "TrainingError", "describe", "train"]
@@ -33,6 +38,8 @@ def train(
     resume_from: int | None = None,
     profile: range | None = None,
     quiet: bool = False,
+    data_changed: Literal["refuse", "accept"] = "refuse",
+    redraw_schedule: bool = False,
 ) -> TrainSummary:
     """Trains a run to its end, from the start or from where it was interrupted.
 
@@ -48,6 +55,10 @@ def train(
       resume_from: step of an older checkpoint to go on from; later ones are deleted. None: the newest.
       profile: steps to trace into RUN/profile, for xprof; None: none.
       quiet: print nothing.
+      data_changed: accept: go on although the data is not what it was, see `mod_star.data.identity`. What was held out
+        may have been trained on then, and the other way round; the data is read from its beginning.
+      redraw_schedule: with other `train.steps` than before, go on although the learning rate so far followed the
+        schedule of those, see `mod_star.training.extension`.
 
     Returns:
       The result.
@@ -60,6 +71,8 @@ def train(
       Interrupted: SIGTERM or Ctrl-C (in the main thread); call again to go on.
     """
     path = working_copy(directory)
+    if copied_from(path) is None:
+        plain_path(checkpoints_of(path))  # refused now, if ever
     name = copied_from(path) or str(path)
     console = Console(quiet=quiet or not is_first())
     devices = make_mesh(MeshConfig() if mesh is None else mesh)
@@ -68,19 +81,37 @@ def train(
         if decide_first(lambda: run_dir.is_run(path)):
             decide_first(lambda: stack.enter_context(run_dir.locked(path)))
             checkpoints.require_training(checkpoints_of(path))
-            stored = run_dir.resumed_config(path, run)
-            if resume_from is None and decide_first(lambda: (path / SUMMARY_FILE).is_file()):
+            before, stored = run_dir.read_config(path), run_dir.resumed_config(path, run)
+            _require_moved(path, before, stored)
+            same_length = before.train == stored.train
+            if same_length and resume_from is None and decide_first(lambda: (path / SUMMARY_FILE).is_file()):
                 summary = replace(read_summary(path), directory=name)
                 said = f"{name}: is complete already\n{describe(summary)}"
                 console.print(said, markup=False, highlight=False, soft_wrap=True)
+                if is_first() and not (path / CURVES_FILE).is_file():  # its drawing failed, or was interrupted
+                    draw_curves(path)
                 return summary
             tokenizer = load_saved_tokenizer(path / run_dir.TOKENIZER_DIRECTORY, stored.data.tokenizer)
             begun = decide_first(lambda: checkpoints.saved_steps(checkpoints_of(path)))
             base = None if begun else load_base(stored, tokenizer, placed)
+            if not same_length:
+                done = resume_from if resume_from is not None else (begun or [0])[-1]
+                require_extendable(before, stored, done, redraw_schedule)
             inputs = load_inputs(stored, tokenizer, placed)
+            changed = decide_first(lambda: changes(read_data(path) or inputs.data, inputs.data))
+            if changed and data_changed == "refuse":
+                raise InputError(
+                    f"data.source: what {name} was made with has changed ({'; '.join(changed)}), and with it which "
+                    "documents are held out. Bring back what it was, or --data-changed accept goes on with what it is"
+                )
             _require_profile(profile, inputs.plan.steps)
             _show_notes(inputs.notes, console)
-            return Sitting(inputs, path, resume_from, console, base, profile).run_to_end()
+            sitting = Sitting(inputs, path, resume_from, console, base, profile)
+            decide_first(lambda: _record_changes(path, inputs, sitting.start, same_length))
+            if changed:
+                said = f"{name}: goes on with other data from step {sitting.start} on ({'; '.join(changed)})"
+                console.print(said, markup=False, highlight=False, soft_wrap=True)
+            return sitting.run_to_end()
         if resume_from is not None:
             raise InputError(f"--resume-from = {resume_from}: {name} is not a run yet")
         decide_first(lambda: run_dir.require_creatable(path))
@@ -98,7 +129,7 @@ def train(
         config = None if base is None else base.config
 
         def create() -> None:
-            stack.enter_context(run_dir.created(path, inputs.run, inputs.tokenizer, config))
+            stack.enter_context(run_dir.created(path, inputs.run, inputs.tokenizer, config, inputs.data))
 
         decide_first(create)
         return Sitting(inputs, path, None, console, base, profile).run_to_end()
@@ -109,6 +140,35 @@ def _show_notes(notes: tuple[str, ...], console: Console) -> None:
     errors = Console(stderr=True, quiet=console.quiet)
     for note in notes:
         errors.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _require_moved(path: Path, stored: RunConfig, asked: RunConfig) -> None:
+    """Raises InputError if other files are asked for than those that the run was made with, wherever they were."""
+    if stored.data.source == asked.data.source:
+        return
+    recorded = read_data(path)
+    try:
+        if recorded is not None and not changes(recorded, identify(asked.data)):
+            return
+    except InputError:  # they are not there
+        pass
+    found = "; ".join(run_dir.differences(asdict(stored.data), asdict(asked.data), "data."))
+    raise InputError(f"{path}: holds a run of another configuration: {found}")
+
+
+def _record_changes(path: Path, inputs: Inputs, step: int, same_length: bool) -> None:
+    """Writes what is another value from here on into the run's files. A run that goes on has no result any more."""
+    try:
+        if not same_length:  # first of all: the result would be taken for that of the new number of steps
+            (path / SUMMARY_FILE).unlink(missing_ok=True)
+            bring_back(path)
+        change_config(path, inputs.run, step)
+        recorded = read_data(path)
+        if recorded is None or changes(recorded, inputs.data):
+            write_data(path, inputs.data, step)
+        bring_back(path)
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: cannot be written: {error.strerror or error}") from error
 
 
 def _require_profile(profile: range | None, steps: int) -> None:

@@ -180,3 +180,36 @@ def test_bad_input(
     (tmp_path / "other" / "config.json").write_text('{"--limit": 5}')
     error = error_of(capsys, trained_run, "--data", data, *good, "--out", tmp_path / "other")
     assert "holds an evaluation of another configuration: --limit: 5 → null; --run: none → " in error
+
+
+def test_an_evaluation_that_was_moved_goes_on(
+    trained_run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first" / "run", tmp_path / "second" / "run"
+    shutil.copytree(trained_run, first)
+    few = ("--question", "{q}", "--answer", "{a}", "--kind", "number", "--limit", "2", "--new-tokens", "2")
+
+    def evaluate(run: Path, file: Path, *more: str) -> str:
+        with pytest.raises(SystemExit) as left:
+            main(["evaluate", str(run), "--data", str(file), *few, "--batch-size", "1", *more])
+        out, err = capsys.readouterr()
+        return out if left.value.code == 0 else err
+
+    evaluate(first, data)
+    (out,) = (first / "evaluations").iterdir()
+    records = (out / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "records.jsonl").write_bytes(records[0])
+    first.parent.rename(second.parent)
+    shutil.copy(data, second.parent / data.name)
+    assert "1 of 2 questions are done already" in evaluate(second, second.parent / data.name)
+    moved = second / "evaluations" / out.name
+    texts = [
+        [json.loads(line) | {"seconds": 0} for line in lines] for lines in (records, (moved / "records.jsonl").open())
+    ]
+    assert texts[0] == texts[1]
+    # Other questions, and other parameters, are another evaluation.
+    (second.parent / data.name).write_text(data.read_text() + "\n")
+    refused = evaluate(second, second.parent / data.name)
+    assert "another configuration: " in refused and "data_sha256: " in refused
+    refused = evaluate(second, data, "--step", "6")
+    assert "--step: null → 6" in refused and "checkpoint_sha256: " in refused

@@ -76,3 +76,37 @@ def test_directories_that_are_none(tmp_path: Path) -> None:
         open_records(tmp_path / "new", CONFIG),
     ):
         raise AssertionError("not reached")
+
+
+def test_places_may_change_but_not_what_is_there(tmp_path: Path) -> None:
+    config = {"--run": "/a/run", "--data": "/a/x.jsonl", "--few-shot-data": None, "--limit": 1}
+    config |= {"data_sha256": "1", "few_shot_sha256": "", "checkpoint_sha256": "2"}
+    out = tmp_path / "run" / "evaluations" / "x"
+    with open_records(out, config):
+        pass
+    moved = config | {"--run": "/b/run", "--data": "/b/y.jsonl"}
+    with open_records(out, moved):
+        pass
+    for name, value in (("data_sha256", "3"), ("checkpoint_sha256", "3"), ("--few-shot-data", "/a/z"), ("--limit", 2)):
+        with (
+            pytest.raises(InputError, match=f"another configuration: .*{name}: "),
+            open_records(out, moved | {name: value}),
+        ):
+            raise AssertionError("not reached")
+    # Without checksums, as in a bucket, the place counts.
+    unknown = config | {"checkpoint_sha256": None}
+    with open_records(tmp_path / "bucket", unknown):
+        pass
+    for other in (unknown | {"--run": "/b/run"}, moved):
+        with pytest.raises(InputError, match="--run: "), open_records(tmp_path / "bucket", other):
+            raise AssertionError("not reached")
+    # Of an older version: what lies in the run was moved with it.
+    old = {name: value for name, value in config.items() if name != "checkpoint_sha256"}
+    for place in (tmp_path / "run" / "evaluations" / "old", tmp_path / "old"):
+        place.mkdir(parents=True)
+        (place / "config.json").write_text(json.dumps(old))
+    here = config | {"--run": str(tmp_path / "run")}
+    with open_records(tmp_path / "run" / "evaluations" / "old", here):
+        pass
+    with pytest.raises(InputError, match="--run: "), open_records(tmp_path / "old", here):
+        raise AssertionError("not reached")
