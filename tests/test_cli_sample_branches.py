@@ -169,7 +169,7 @@ def test_what_cannot_be(capsys: pytest.CaptureFixture[str], trained_run: Path, m
         ((*cot, "--branches", "1000"), "branches = 1000: must be at most the vocabulary, "),
         (("--decoding", "beam", "--branches", "1000"), "beams = 1000: must be at most the vocabulary, "),
         (("--decoding", "beam", "--length-penalty", "-1"), "length_penalty = -1.0: must be at least 0"),
-        ((*cot, "--answer", "colour"), "--answer = 'colour': must be number, yes-no, even-odd, letters, text, or op"),
+        ((*cot, "--answer", "colour"), "--answer = 'colour': must be number, yes-no, even-odd, letters, text, gsm"),
         ((*cot, "--answer", "red,"), "--answer = 'red,': options = ('red', ''): must be words"),
         ((*cot, "--continuation", " "), "--continuation = ' ': must not be empty"),
         ((*cot, "--prompt", "x" * 70), "prompt 1 = 71 tokens: must have 1 to 63"),
