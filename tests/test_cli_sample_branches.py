@@ -12,7 +12,7 @@ from fork_server import succeed
 
 from mod_star.cli import main
 from mod_star.decoding import Completion, Generator
-from mod_star.decoding.answers import EVEN_ODD, LastNumber, Phrase
+from mod_star.decoding.answers import EVEN_ODD, HarnessNumber, LastNumber, Phrase
 from mod_star.decoding.branches import Branches, read_branch
 
 
@@ -71,6 +71,8 @@ def test_the_text_that_won(capsys: pytest.CaptureFixture[str], trained_run: Path
     )
     assert out == "How many?It is 5.\n", "all are equal, the first wins"
     assert asked.args[4] == EVEN_ODD and asked.options["skip_first"]
+    sample(capsys, trained_run, *COT, "--answer", "gsm8k-flexible")
+    assert asked.args[4] == HarnessNumber("flexible")
 
 
 def test_the_table(
