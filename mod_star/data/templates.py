@@ -38,6 +38,17 @@ class Template:
             "{text}" if template is None else template, option
         )
 
+    @property
+    def beginning(self) -> str:
+        """The text before the first field."""
+        pieces = iter(self._pieces)
+        text = ""
+        for literal, path, _ in pieces:
+            text += literal
+            if path:
+                break
+        return text
+
     def render(self, record: Any, where: str) -> str:
         """The text of one record.
 

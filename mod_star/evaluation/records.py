@@ -114,7 +114,7 @@ def require_evaluation(directory: Path, config: Mapping[str, Any]) -> None:
     if found := [
         f"{name}: {_value(stored, name)} → {_value(wanted, name)}"
         for name in dict.fromkeys([*stored, *wanted])
-        if _value(stored, name) != _value(wanted, name)
+        if stored.get(name) != wanted.get(name)  # an option that isn't stored was not there yet, so not given
     ]:
         raise InputError(
             f"--out = {str(directory)!r}: holds an evaluation of another configuration: {'; '.join(found)}"
