@@ -19,8 +19,8 @@ class _Place:
     start: int
     end: int
     option: str
-    lettered: bool
-    """As "(B)" or "B)"."""
+    plain: bool
+    """As "(B)" or "B)"; of yes and no, where a sentence begins: one of these counts before all others."""
     alone: bool
     """No word of the sentence, as in "A bank", "I think", "no doubt", "Vitamin C"."""
     denied: bool
@@ -43,11 +43,12 @@ _DENIED_AFTER = re.compile(
 # What may stand before a letter that is an answer: nothing, a mark, or one of these words.
 _LEADS = re.compile(
     rf"(?:^|[\n.!?:;,=→>#(\[{{—–-]|\b(?:is|it['’]?s|be|was|option|choice|answer|letter|choose|chose|pick|select|say|with"
-    r"|so|therefore|thus|hence|for|think|believe|guess|are|means|but|go))"
+    r"|so|therefore|thus|hence|for|think|believe|guess|are|means|but|go|perhaps|maybe|indeed|\w+ly))"
     rf"[\s{_QUOTES}]*$",
     re.IGNORECASE,
 )
 _BEGINS = re.compile(rf"(?:^|[\n.!?:;])[\s{_QUOTES}]*$")
+_CONCLUDES = re.compile(rf"\b(?:so|therefore|thus|hence|is|choose|pick)[,:]?[\s({_QUOTES}]*$", re.IGNORECASE)
 _NAMES_OPTION = re.compile(rf"\b(?:option|choice|answer|letter)[\s{_QUOTES}]*$", re.IGNORECASE)
 _WORD_AFTER = re.compile(r"[ \t]+(['\w’]+)")
 _AFTER_LETTER = re.compile(
@@ -116,7 +117,7 @@ class LastOption(Finder):
             if chosen:
                 return chosen[0].start, chosen[0].end
         counted = [place for place in possible if place.alone]
-        counted = [place for place in counted if place.lettered] or counted
+        counted = [place for place in counted if place.plain] or counted
         return (counted[-1].start, counted[-1].end) if counted else None
 
     def find_first(self, text: str) -> Span | None:
@@ -140,13 +141,15 @@ class LastOption(Finder):
             before, after = text[max(0, start - 80) : start], text[end : end + 120]
             denied = _DENIED_BEFORE.search(before) is not None
             denied |= match[0].casefold() not in ("yes", "no") and _DENIED_AFTER.match(after) is not None
-            lettered, alone = False, True
+            plain, alone = False, True
             if len(match[0]) == 1 and match[0].isalpha():
-                lettered = after[:1] in (")", "]")
-                alone = lettered or (match[0].isupper() and _letter_stands_alone(match[0], before, after))
-            elif match[0].casefold() == "no":
-                alone = _no_stands_alone(before, after)
-            places.append(_Place(start, end, self.spell(match[0]), lettered, alone, denied))
+                plain = after[:1] in (")", "]")
+                capital = match[0].isupper() and _letter_stands_alone(match[0], before, after)
+                alone = plain or capital or (match[0].islower() and _NAMES_OPTION.search(before) is not None)
+            elif match[0].casefold() in ("yes", "no"):
+                plain = (_BEGINS.search(before) or _CONCLUDES.search(before)) is not None
+                alone = match[0].casefold() == "yes" or _no_stands_alone(before, after)
+            places.append(_Place(start, end, self.spell(match[0]), plain, alone, denied))
         return places
 
 
@@ -186,13 +189,18 @@ def _without_lists(places: list[_Place], text: str, options: tuple[str, ...]) ->
     possible = [index for index, place in enumerate(places) if not place.denied]
     for one, other in itertools.pairwise(possible):
         between = text[places[one].end : places[other].start]
-        joined = re.fullmatch(rf"[)\]{_QUOTES}]*\s*(?:\bor\b|\band\b|/|&)\s*[(\[{_QUOTES}]*", between) is not None
+        comma = "|," if len(places[one].option) == len(places[other].option) == 1 else ""
+        joining = rf"[)\]{_QUOTES}]*,?\s*(?:\bor\b|\band\b|/|&{comma})\s*[(\[{_QUOTES}]*"
+        joined = re.fullmatch(joining, between) is not None
         if joined and places[one].option != places[other].option:
             mentioned |= {one, other}
     run: list[int] = []
     for index in [*(index for index in possible if places[index].alone), None]:
         expected = options[len(run)] if len(run) < len(options) else None
-        if index is not None and places[index].option == expected:
+        concluded = index is not None and _CONCLUDES.search(
+            text[max(0, places[index].start - 20) : places[index].start]
+        )
+        if index is not None and places[index].option == expected and not (run and concluded):
             run.append(index)
             continue
         if len(run) >= 3:

@@ -63,7 +63,9 @@ _NUMBER = re.compile(
 )
 _MIXED = re.compile(r"(\d{1,99})[ ](\d{1,99})[/⁄](\d{1,99})(?![\d/]|\.\d)")
 _ROOT_BEFORE = re.compile(r"(?:√|\\sqrt(?:\[[^\]]*\])?\s?\{?)\s*$")
-_UNKNOWN_AFTER = re.compile(r"\s?(?:π|\\pi|√|\\sqrt|\\[dt]?frac|[万萬億亿千百十])|\^|\*\*[a-z]\b|[xyzn](?:\^|[²³])")
+_UNKNOWN_AFTER = re.compile(
+    r"\s?(?:π|\\pi|√|\\sqrt|\\[dt]?frac|[万萬億亿千百十])|\^(?!\{?\\circ)|\*\*[a-z]\b|[xyzn](?:\^|[²³])"
+)
 _EXPONENT_BEFORE = re.compile(r"([\w)\]}])(?:\^|\*\*|_)\{?[-−+]?$")
 _LABEL_BEFORE = re.compile(r"\b(?:step|question|problem|example|equation|figure|table)s?\s+#?$", re.IGNORECASE)
 _MARKER = re.compile(r"^[ \t>*_#-]*(\d{1,3})[.)](?=[*_]*[ \t]+\S)", re.MULTILINE)
