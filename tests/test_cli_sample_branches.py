@@ -12,7 +12,7 @@ from fork_server import succeed
 
 from mod_star.cli import main
 from mod_star.decoding import Completion, Generator
-from mod_star.decoding.answers import EVEN_ODD, LastNumber, Phrase
+from mod_star.decoding.answers import EVEN_ODD, HarnessNumber, LastNumber, Phrase
 from mod_star.decoding.branches import Branches, read_branch
 
 
@@ -71,6 +71,8 @@ def test_the_text_that_won(capsys: pytest.CaptureFixture[str], trained_run: Path
     )
     assert out == "How many?It is 5.\n", "all are equal, the first wins"
     assert asked.args[4] == EVEN_ODD and asked.options["skip_first"]
+    sample(capsys, trained_run, *COT, "--answer", "gsm8k-flexible")
+    assert asked.args[4] == HarnessNumber("flexible")
 
 
 def test_the_table(
@@ -169,7 +171,7 @@ def test_what_cannot_be(capsys: pytest.CaptureFixture[str], trained_run: Path, m
         ((*cot, "--branches", "1000"), "branches = 1000: must be at most the vocabulary, "),
         (("--decoding", "beam", "--branches", "1000"), "beams = 1000: must be at most the vocabulary, "),
         (("--decoding", "beam", "--length-penalty", "-1"), "length_penalty = -1.0: must be at least 0"),
-        ((*cot, "--answer", "colour"), "--answer = 'colour': must be number, yes-no, even-odd, letters, text, or op"),
+        ((*cot, "--answer", "colour"), "--answer = 'colour': must be number, yes-no, even-odd, letters, text, gsm"),
         ((*cot, "--answer", "red,"), "--answer = 'red,': options = ('red', ''): must be words"),
         ((*cot, "--continuation", " "), "--continuation = ' ': must not be empty"),
         ((*cot, "--prompt", "x" * 70), "prompt 1 = 71 tokens: must have 1 to 63"),

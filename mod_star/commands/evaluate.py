@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,10 +22,12 @@ from mod_star.errors import InputError, require
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mod_star.evaluation.generation import GeneratedAnswer
     from mod_star.evaluation.intervals import Estimate
+    from mod_star.evaluation.prompts import Prompts
     from mod_star.evaluation.protocols import Numbered, ProtocolOf, Subject
     from mod_star.evaluation.records import Records
-    from mod_star.evaluation.tasks import CustomTask, Task
+    from mod_star.evaluation.tasks import CustomTask, Item, Task
 
 Append = tyro.conf.UseAppendAction
 
@@ -36,12 +40,14 @@ class EvaluateOptions:
       mod-star evaluate runs/smollm2 --chat --task gsm8k --data gsm8k_test.jsonl --decoding cot --limit 200
       mod-star evaluate runs/smollm2 --task csqa --data csqa_dev.jsonl --protocol choice
       mod-star evaluate runs/first --task gsm8k --data test.jsonl --few-shot 4 --few-shot-data train.jsonl
+      mod-star evaluate runs/first --task gsm8k --data test.jsonl --few-shot 5 --few-shot-data train.jsonl
+      --prompt-template 'Question: {question}\nAnswer:' --answer-rule gsm8k-strict
       mod-star evaluate runs/first --data items.jsonl --question '{q}' --answer '{a}' --kind choice --choices yes no
 
-    Protocols: generate lets the model write, finds the answer in the text (the last number, the last of the choices)
-    and compares it with the gold answer. choice takes the choice with the largest log-likelihood, plain and per
-    character. expected is that of the Quiet-STaR paper: the probability of the gold answer among digits or choices, and
-    whether it is the argmax.
+    Protocols: generate lets the model write, finds the answer in the text (what follows "the answer is", or else the
+    last number, the last of the choices) and compares it with the gold answer. choice takes the choice with the largest
+    log-likelihood, plain and per character. expected is that of the Quiet-STaR paper: the probability of the gold
+    answer among digits or choices, and whether it is the argmax.
 
     cot counts, from one generation, aggregated answer and best path by Δ and by both log-probability rankings, and
     greedy decoding, its first branch; self-consistency counts its first sample, too.
@@ -59,7 +65,7 @@ class EvaluateOptions:
     question: str | None = None
     """Template of a question over the fields of a record, such as '{question}'."""
     answer: str | None = None
-    """Template of the gold answer: a text whose last number counts, one of the choices, or at most a sentence."""
+    """Template of the gold answer: a text that gives a number, one of the choices, or at most a sentence."""
     kind: Literal["number", "choice", "text"] | None = None
     """Of the answers."""
     choices: tuple[str, ...] = ()
@@ -79,7 +85,8 @@ class EvaluateOptions:
     branches: int | None = None
     """Branches of cot, samples of self-consistency, width of beam. If not given 10, for beam 4."""
     new_tokens: int | None = None
-    """Tokens of an answer at the most; if not given 256. Branches that are cut there are dropped."""
+    """Most tokens of an answer; if not given 256, or as many as the context has room for. Branches that are cut there
+    are dropped."""
     temperature: float | None = None
     """Of temperature (if not given 0.8) and self-consistency (0.7)."""
     top_k: int | None = None
@@ -87,7 +94,14 @@ class EvaluateOptions:
     top_p: float | None = None
     """Draw among the most probable tokens that together have this probability; 1: all."""
     stop: Annotated[tuple[str, ...], Append, tyro.conf.arg(metavar="TEXT")] = ()
-    """A string that ends an answer; several times for several. Without --chat, "\\nQ:" does by default."""
+    """A string that ends an answer; several times for several. If not given what the next question would begin with:
+    the text before it in --prompt-template ("\\nQ:"), or else, after examples, a blank line; with --chat nothing."""
+    length_penalty: float | None = None
+    """Beam search ranks by log-probability over length to this power. 1 if not given, as in transformers and vLLM; 0:
+    the log-probability itself."""
+    answer_rule: Literal["gsm8k-strict", "gsm8k-flexible"] | None = None
+    """Find and compare numbers as lm-evaluation-harness does for GSM8K; examples are then shown as published, up to
+    "#### 18". If not given by our own rules."""
     continuation: str | None = None
     """Ask for the answer by continuing each text with this, such as 'So the answer is'."""
     skip_first: bool = False
@@ -122,10 +136,14 @@ class EvaluateOptions:
 OF_CUSTOM = ("question", "answer", "kind")
 OF_GENERATE = (
     "decoding", "branches", "new_tokens", "temperature", "top_k", "top_p", "stop", "continuation", "skip_first",
+    "length_penalty", "answer_rule",
 )  # fmt: skip
 OF_DRAWING = ("temperature", "top_k", "top_p")
+DEFAULT_NEW_TOKENS = 256
 WITHOUT_INFLUENCE = ("out", "batch_size", "mesh")
 """Options that records don't depend on."""
+ANSWER_RULES = 2
+"""Raised when our own rules change what is found in a text: records of two of them are not mixed."""
 SECONDS_BETWEEN_COPIES = 60.0
 """Of the records of a run in a bucket, from its working copy to there."""
 
@@ -139,6 +157,7 @@ def run(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from mod_star.commands.sample import chosen_think
+    from mod_star.evaluation.generation import GeneratedAnswer
     from mod_star.evaluation.prompts import Prompts, few_shot, subset
     from mod_star.evaluation.protocols import Subject
     from mod_star.evaluation.records import open_records, require_evaluation
@@ -154,21 +173,26 @@ def run(argv: Sequence[str]) -> None:
     examples, preamble, examples_digest = few_shot(
         options.few_shot, options.few_shot_data, task, asked, how, options.seed
     )
-    protocol = _protocol(options)
+    if options.answer_rule is not None:
+        examples = tuple(dataclasses.replace(each, solution=each.published or each.solution) for each in examples)
     out = options.out or options.run / "evaluations" / f"{task.name}-{options.decoding or options.protocol}"
     mesh = make_small_mesh(options.mesh)
     require_shareable("--batch-size", options.batch_size, mesh)
     loaded = load_run(options.run, options.step, mesh=mesh)
+    prompts = Prompts(
+        loaded.tokenizer, options.prompt_template, options.chat, options.step_by_step, examples, preamble
+    )  # fmt: skip
+    protocol = _protocol(options, prompts, asked, loaded.decoder.config.context)
     config = _config(options, loaded.step) | {"data_sha256": task.sha256, "few_shot_sha256": examples_digest}
     config["checkpoint_sha256"] = params_digest(checkpoints_of(options.run), loaded.step)
     think = chosen_think(loaded, options)
     if think.threshold is not None:
         config["think_threshold"] = think.threshold  # another calibration is another evaluation
+    if isinstance(protocol, GeneratedAnswer):
+        config |= {"stop strings": list(protocol.stop), "most new tokens": protocol.new_tokens}
+        config |= {"answer rules": ANSWER_RULES} if options.answer_rule is None else {}
     require_evaluation(out, config)
     require_writable("--out", out / "records.jsonl")
-    prompts = Prompts(
-        loaded.tokenizer, options.prompt_template, options.chat, options.step_by_step, examples, preamble
-    )  # fmt: skip
     decoder = loaded.decoder
     if options.headroom is not None:
         decoder = decoder.clone(routing=dataclasses.replace(decoder.routing, headroom=options.headroom))
@@ -178,6 +202,9 @@ def run(argv: Sequence[str]) -> None:
     protocol.check(subject, asked)
     keep_compiled_programs()
     console = Console(highlight=False)
+    if isinstance(protocol, GeneratedAnswer):
+        for note in _notes(options, protocol, examples):
+            print(f"note: {note}", file=sys.stderr)
     with open_records(out, config) as records:
         todo = [(number, item) for number, item in enumerate(asked) if item.id not in records.by_id]
         if len(todo) < len(asked):
@@ -215,6 +242,7 @@ def _check(options: EvaluateOptions) -> None:
         (OF_DRAWING, ("temperature", "self-consistency")),
         (("branches",), ("self-consistency", "beam", "cot")),
         (("skip_first",), ("cot",)),
+        (("length_penalty",), ("beam",)),
     ):
         for name in names:
             if getattr(options, name) not in (None, (), False) and decoding not in decodings:
@@ -232,8 +260,11 @@ def _task(options: EvaluateOptions) -> str | CustomTask:
     return CustomTask(options.question, options.answer, options.kind, options.choices, options.item_id)
 
 
-def _protocol(options: EvaluateOptions) -> ProtocolOf:
+def _protocol(options: EvaluateOptions, prompts: Prompts, asked: Sequence[Item], context: int) -> ProtocolOf:
     from mod_star.decoding import Sampling
+    from mod_star.decoding.answers import KINDS
+    from mod_star.decoding.beam import LENGTH_PENALTY
+    from mod_star.decoding.cot import tokens_after
     from mod_star.evaluation.generation import GeneratedAnswer
     from mod_star.evaluation.likelihood import ChoiceLikelihood, ExpectedProbability
 
@@ -245,12 +276,32 @@ def _protocol(options: EvaluateOptions) -> ProtocolOf:
     temperature = {"temperature": 0.8, "self-consistency": 0.7}.get(decoding, 0.0)
     temperature = temperature if options.temperature is None else options.temperature
     branches = options.branches or (4 if decoding == "beam" else 10)
-    stop = options.stop or (() if options.chat else ("\nQ:",))
+    new_tokens = options.new_tokens
+    if new_tokens is None:
+        room = context - max(len(prompts.encode(item)) for item in asked)
+        room -= 0 if options.continuation is None else tokens_after(prompts.tokenizer, options.continuation)
+        new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
     sampling = Sampling(temperature, options.top_k or 0, 1.0 if options.top_p is None else options.top_p)
     return GeneratedAnswer(
-        decoding, 256 if options.new_tokens is None else options.new_tokens, branches, sampling, stop,
-        options.skip_first, options.continuation, options.batch_size, options.seed,
+        decoding, new_tokens, branches, sampling, options.stop or prompts.stop, options.skip_first,
+        options.continuation, options.batch_size, options.seed,
+        LENGTH_PENALTY if options.length_penalty is None else options.length_penalty,
+        None if options.answer_rule is None else KINDS[options.answer_rule],
     )  # fmt: skip
+
+
+def _notes(options: EvaluateOptions, protocol: GeneratedAnswer, examples: Sequence[Item]) -> list[str]:
+    """What was decided for the user and changes what is found."""
+    notes = []
+    if not options.stop:
+        ends = " or ".join(json.dumps(text, ensure_ascii=False) for text in protocol.stop)
+        why = "what the next question would begin with" if protocol.stop else "no text is known to begin the next one"
+        notes.append(f"texts end at {ends or 'end tokens only'} ({why}; --stop names other strings)")
+    if options.new_tokens is None and protocol.new_tokens < DEFAULT_NEW_TOKENS:
+        notes.append(f"texts have at most {protocol.new_tokens} new tokens, all that the context has room for")
+    if options.answer_rule == "gsm8k-strict" and any("#### " not in each.solution for each in examples):
+        notes.append("gsm8k-strict looks for '#### 18', and the examples don't end so")
+    return notes
 
 
 def _config(options: EvaluateOptions, step: int) -> dict[str, Any]:
@@ -265,8 +316,6 @@ def _config(options: EvaluateOptions, step: int) -> dict[str, Any]:
 
 def _ask(subject: Subject, protocol: ProtocolOf, todo: Sequence[Numbered], total: int, records: Records) -> None:
     """Adds the records that are missing, under a bar with the running result."""
-    import sys
-
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -73,8 +73,9 @@ class SampleOptions:
     """Write a table of all branches instead of the text that won."""
     answer: str | None = None
     """What cot and self-consistency look for: number, yes-no, even-odd, letters (A to E), text (any words, as a
-    continuation gives them), or options with commas between them, such as red,green. The last one in a branch is its
-    answer. number if not given."""
+    continuation gives them), gsm8k-strict or gsm8k-flexible (numbers by the rules of lm-evaluation-harness), or options
+    with commas between them, such as red,green. What follows "the answer is" in a branch is its answer, or else the
+    last one. number if not given."""
     continuation: str | None = None
     """Continue every branch with this, such as 'So the answer is', and take the answer that the model gives then, at
     the last place in the branch where it stands. 'So the answer is' if not given with --answer text, else none."""
@@ -85,7 +86,8 @@ class SampleOptions:
     skip_first: bool = False
     """Leave the token that cot branched on out of Δ where it is part of the answer."""
     length_penalty: float | None = None
-    """Beam search ranks by log-probability over length to this power. 0 if not given: the log-probability itself."""
+    """Beam search ranks by log-probability over length to this power. 1 if not given, as in transformers and vLLM; 0:
+    the log-probability itself."""
     seed: int = 0
     """The same seed draws the same text."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()

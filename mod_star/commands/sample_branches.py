@@ -15,9 +15,9 @@ from mod_star.branches_view import beam_record, beams_table, branches_record, br
 from mod_star.data import Tokenizer
 from mod_star.decoding import Completion, Generator, Sampling, Think
 from mod_star.decoding.answers import Finder, Phrase, make_finder
-from mod_star.decoding.beam import beam_search, check_beams
+from mod_star.decoding.beam import LENGTH_PENALTY, beam_search, check_beams
 from mod_star.decoding.branches import Branches, Ranking
-from mod_star.decoding.cot import ANSWER_TOKENS, SO_THE_ANSWER_IS, cot_decode, self_consistency
+from mod_star.decoding.cot import SO_THE_ANSWER_IS, cot_decode, self_consistency, tokens_after
 from mod_star.errors import require
 from mod_star.sample_view import write
 
@@ -32,7 +32,7 @@ def ways_to_answer(options: SampleOptions, sampling: Sampling) -> Answering | No
     if options.decoding in ("greedy", "temperature"):
         return None
     if options.decoding == "beam":
-        check_beams(options.branches or DEFAULT_BEAMS, options.length_penalty or 0.0)
+        check_beams(options.branches or DEFAULT_BEAMS, length_penalty_of(options))
         return Answering(options, sampling)
     if options.decoding == "self-consistency":
         require(sampling.temperature > 0, "--temperature", options.temperature, "must be above 0: samples must differ")
@@ -42,6 +42,11 @@ def ways_to_answer(options: SampleOptions, sampling: Sampling) -> Answering | No
         continuation = SO_THE_ANSWER_IS
     require(continuation is None or bool(continuation.strip()), "--continuation", continuation, "must not be empty")
     return Answering(options, sampling, finder, continuation)
+
+
+def length_penalty_of(options: SampleOptions) -> float:
+    """What beams are ranked by."""
+    return LENGTH_PENALTY if options.length_penalty is None else options.length_penalty
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Answering:
 
     def tokens_after(self, tokenizer: Tokenizer) -> int:
         """Room that the context must have beyond the new tokens."""
-        return 0 if self.continuation is None else len(tokenizer.encode(" " + self.continuation)) + ANSWER_TOKENS
+        return 0 if self.continuation is None else tokens_after(tokenizer, self.continuation)
 
     def run(
         self,
@@ -79,7 +84,7 @@ class Answering:
             if self.finder is None:
                 beams = beam_search(
                     generator, tokenizer, prompts, new_tokens, beams=options.branches or DEFAULT_BEAMS,
-                    length_penalty=options.length_penalty or 0.0, stop=options.stop, think=think, encoded=encoded,
+                    length_penalty=length_penalty_of(options), stop=options.stop, think=think, encoded=encoded,
                 )  # fmt: skip
             else:
                 results = self._answers(generator, tokenizer, prompts, encoded, new_tokens, think)

@@ -39,6 +39,17 @@ class Template:
         )
 
     @property
+    def beginning(self) -> str:
+        """The text before the first field."""
+        pieces = iter(self._pieces)
+        text = ""
+        for literal, path, _ in pieces:
+            text += literal
+            if path:
+                break
+        return text
+
+    @property
     def fields(self) -> frozenset[str]:
         """The fields of a record that a template names; empty without one."""
         return frozenset() if self._template is None else frozenset(path[0] for _, path, _ in self._pieces if path)

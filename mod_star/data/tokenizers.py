@@ -266,6 +266,12 @@ class StreamDecoder:
         self._ids: list[int] = []  # Ids not yet settled, after one settled piece as context for the decoder.
         self._shown = ""  # What was returned of their text.
 
+    def copy(self) -> StreamDecoder:
+        """Another one that goes on from here."""
+        other = StreamDecoder(self._tokenizer)
+        other._ids, other._shown = list(self._ids), self._shown
+        return other
+
     def push(self, token: int) -> str:
         """The text that id `token` completes, possibly empty."""
         self._ids.append(token)

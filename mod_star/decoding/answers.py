@@ -1,197 +1,136 @@
 """Where in a text its answer stands, and one spelling for all ways to write the same answer.
 
-A finder knows one kind of answer: `LastNumber`, `LastOption` (yes or no, even or odd, letters) or `Phrase` (any words,
-for a text that was continued with "So the answer is"). All are pure text: no model, no tokens.
+A finder knows one kind of answer: `LastNumber`, `LastOption` (yes or no, even or odd, letters), `Phrase` (any words,
+for a text that was continued with "So the answer is"), or `HarnessNumber`, numbers by the rules of
+lm-evaluation-harness. All are pure text: no model, no tokens.
 
     LastNumber().find("That makes $1,234.50.")        (12, 20), the last number
+    LastNumber().find("The answer is 10 (step 3).")   (14, 16), what the text calls its answer
     LastNumber().canonical("$1,234.50 a year")        "1234.5", for gold answers too
     tokens_of_span(completion.starts, (12, 20), 23)   the tokens whose text overlaps it
 """
 
 from __future__ import annotations
 
-import math
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Literal
 
-from mod_star.errors import InputError, require
+from mod_star.decoding.answer_marks import Mark, marks
+from mod_star.decoding.answer_options import LastOption
+from mod_star.decoding.finder import Finder, Span
+from mod_star.decoding.written_numbers import Written, result_of, spell_number, within, written_numbers
+from mod_star.errors import InputError
 
-Span = tuple[int, int]
-"""Characters [start, end) of a text."""
-
-
-class Finder(ABC):
-    """Finds answers of one kind, and spells them in one way."""
-
-    @abstractmethod
-    def spans(self, text: str) -> list[Span]:
-        """Every answer in `text`, in order; they don't overlap."""
-
-    @abstractmethod
-    def spell(self, found: str) -> str:
-        """The canonical form of the text of one of `spans`."""
-
-    def find(self, text: str) -> Span | None:
-        """The answer that a text gives: the last one in it."""
-        spans = self.spans(text)
-        return spans[-1] if spans else None
-
-    def find_first(self, text: str) -> Span | None:
-        """The answer that follows "So the answer is": the first one."""
-        spans = self.spans(text)
-        return spans[0] if spans else None
-
-    def align(self, text: str, answer: str) -> Span | None:
-        """The last place in `text` where the canonical `answer` stands."""
-        same = [(start, end) for start, end in self.spans(text) if self.spell(text[start:end]) == answer]
-        return same[-1] if same else None
-
-    def canonical(self, text: str) -> str | None:
-        """The answer that a text gives, in canonical form; None if there is none."""
-        span = self.find(text)
-        return None if span is None else self.spell(text[span[0] : span[1]])
-
-
-# An unsigned decimal in English notation, with an exponent. A point without digits after it is a full stop; a point
-# before all digits counts unless something stands right before it ("Rs.500", "1.5.2").
-_GROUPED = r"\d{1,3}(?:,\d{3})+(?!\d)|\d+"
-_DECIMAL = rf"(?:(?:{_GROUPED})(?:\.\d+)?|(?<![\w.])\.\d+)"
-_FRACTION = r"(?:\d+ )?\d+/\d+(?![\d/]|\.\d)"
-# A hyphen is a sign unless it binds what stands before it: "3-2" is 3 and 2, "covid-19" is 19. Digits that go on a word
-# ("H2O") are no number.
-_SIGN = r"(?<![\w)\]%])[-+−–]"
-_NUMBER = re.compile(
-    rf"(?:{_SIGN}[$€£¥]?)?(?<![A-Za-z_\d])(?:(?<![\d/])(?P<fraction>{_FRACTION})|{_DECIMAL}(?:[eE][-+−]?\d+(?!\w))?)"
-)
-_LARGEST_EXPONENT = 40  # beyond it a number stays in powers of ten, which keeps "1e999999999" short
+__all__ = [
+    "EVEN_ODD", "KINDS", "LETTERS", "YES_NO", "Finder", "HarnessNumber", "LastNumber", "LastOption", "Phrase", "Span",
+    "make_finder", "tokens_of_span",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LastNumber(Finder):
-    """The last number: integers, decimals, fractions.
+    """The number that a text gives as its answer: integers, decimals, fractions.
 
-    Notation is English: commas between groups of three digits are left out ("1,000" is 1000), other commas separate
-    ("2,3" is 2 and 3). A sign counts if nothing is bound to it on its left ("3-2" is 3 and 2); − and – are minus signs.
-    Currency signs, % and units don't count: "$5", "5%", "5 apples" and "5am" are all 5. a/b with nothing else attached
-    is a fraction, after a whole number and a blank a mixed one; a date as 1/2/2024 is three numbers. Digits inside a
-    word ("H2O") are none. Digits of any script count.
+    It is the number after the last "answer is", "answer:", "\\boxed{" or "####" that has one, in the same sentence, and
+    what it comes to ("2 * 3 = 6" is 6); or else the last number of the text. Steps ("step 3", "2." in a numbered list)
+    don't count.
+
+    Notation is English, and other notations where they leave no doubt: 1,000 = 1'000 = 1 000 (with a thin blank) =
+    8{,}000's kind = 1,00,000's kind = 1.000,50's kind. A sign counts if nothing is bound to it on its left ("(4)-2" is
+    4 and 2); − and – are minus signs. Currency signs, % and units don't count: "$5", "5%", "5 apples" and "5am" are all
+    5; "5 million" is 5000000, 10^3 and 2.5 × 10^3 are powers. a/b with nothing else attached is a fraction, after a
+    whole number and a blank a mixed one. Digits inside a word ("H2O") are none. Digits of any script count.
+
+    A number that can't be read with certainty is never cut into parts: "1,2345", "12:30", "3-5", "1.5.2", "2,5", "√16"
+    or an operation without a result. Where such a thing stands for the answer, there is none.
 
     Two ways to write one number have one canonical form: decimal digits without trailing zeros or needless sign
     (".50" is 0.5, "1e3" is 1000, "3/4" is 0.75), a fraction in lowest terms where decimals don't end ("2/6" is 1/3).
     """
 
     def spans(self, text: str) -> list[Span]:
-        """Every number in `text`, its sign included, currency and units not."""
-        found = []
-        place = 0
-        while match := _NUMBER.search(text, place):
-            start, end = match.span()
-            if match["fraction"]:
-                start, end = _fraction_span(text, match)
-            found.append((start, end))
-            place = end
-        return found
+        """Every number in `text` that can be read, its sign included, currency and units not."""
+        return [(number.start, number.end) for number in written_numbers(text) if number.value is not None]
+
+    def find(self, text: str) -> Span | None:
+        """The answer that a text gives, see above."""
+        numbers = written_numbers(text)
+        for mark in reversed(marks(text, options=False)):
+            number = None if mark.denied else _announced(text, numbers, mark)
+            if number is not None:
+                return _span(number)
+        return _span(numbers[-1]) if numbers else None
+
+    def find_first(self, text: str) -> Span | None:
+        """The answer that follows "So the answer is": the first number, or what it comes to."""
+        numbers = written_numbers(text)
+        return _span(result_of(text, numbers, 0, len(text))) if numbers else None
 
     def spell(self, found: str) -> str:
         """Canonical form of one number."""
-        negative = found[0] in "-−–"
-        digits = "".join(str(int(c)) if c.isdecimal() else c for c in found.lstrip("-+−–$€£¥"))
-        if "/" in digits:
-            whole, _, fraction = digits.rpartition(" ")
-            top, bottom = (int(part) for part in fraction.split("/"))
-            plain = _spell_fraction(top + int(whole or 0) * bottom, bottom)
-        else:
-            mantissa, _, exponent = digits.replace("−", "-").lower().partition("e")
-            plain = _spell_decimal(mantissa.replace(",", ""), exponent or "0")
-        return f"-{plain}" if negative and plain != "0" else plain
+        return spell_number(found)
 
 
-def _fraction_span(text: str, match: re.Match[str]) -> Span:
-    """The span of what looks like a fraction: all of it, or only its first number where it can't be one."""
-    start, end = match.span()
-    whole, _, fraction = match["fraction"].rpartition(" ")
-    top, bottom = fraction.split("/")
-    if max(len(top), len(bottom), len(whole)) > 100 or int(bottom) == 0:
-        return start, start + len(text[start:end].split("/")[0].split(" ")[0])
-    if whole and int(top) >= int(bottom):  # "6 12/4": two numbers, the fraction will be found next
-        return start, start + len(text[start:end].split(" ")[0])
-    return start, end
+def _span(number: Written) -> Span | None:
+    return None if number.value is None else (number.start, number.end)
 
 
-def _spell_fraction(top: int, bottom: int) -> str:
-    """In decimals if they end, else in lowest terms."""
-    top, bottom = top // (shared := math.gcd(top, bottom)), bottom // shared
-    twos = (bottom & -bottom).bit_length() - 1
-    fives, rest = 0, bottom >> twos
-    while rest % 5 == 0:
-        fives, rest = fives + 1, rest // 5
-    if rest > 1:
-        return f"{top}/{bottom}"
-    places = max(twos, fives)
-    digits = str(top * 10**places // bottom).rjust(places + 1, "0")
-    return _spell_decimal(f"{digits[: len(digits) - places]}.{digits[len(digits) - places :]}", "0")
+_NO_WORDS = re.compile(
+    r"(?:\\(?:boxed|text|mathrm|mathbf|textbf|d?frac)\b|\b(?:about|approximately|exactly|roughly|only|just|simply|now|then"
+    r"|therefore|\w(?=\s*=)|USD|Rs)\b|[^\w]|_)*"
+)
+_AT_LAST = re.compile(r"(?:=|≈|\bwhich (?:is|equals|gives|makes)|\bequals|\bthat is,?)\W*$")
 
 
-def _spell_decimal(mantissa: str, exponent: str) -> str:
-    """ASCII digits with at most one point, times ten to `exponent`. Text only: a number may have any length."""
-    whole, _, rest = mantissa.partition(".")
-    digits = (whole + rest).lstrip("0")
-    if not digits:
-        return "0"
-    point = len(whole) - (len(whole + rest) - len(digits))  # the value is 0.digits times ten to `point`
-    digits = digits.rstrip("0")
-    if len(exponent) > 5 or abs(int(exponent)) > _LARGEST_EXPONENT:
-        shift = point - 1 + int(exponent[:1000])
-        return f"{digits[0]}.{digits[1:]}".rstrip(".") + f"e{shift}"
-    point += int(exponent)
-    if point <= 0:
-        return f"0.{'0' * -point}{digits}"
-    return f"{digits[:point]:0<{point}}" + (f".{digits[point:]}" if len(digits) > point else "")
+def _announced(text: str, numbers: list[Written], mark: Mark) -> Written | None:
+    """The number that a mark announces; None: there is none after it."""
+    here = list(within(numbers, mark.start, mark.end))
+    if not here:
+        return None
+    if mark.kind == "boxed":
+        last = max(text.rfind(sign, mark.start, mark.end) for sign in "=≈")
+        here = [index for index in here if numbers[index].start > last] or here
+        only = numbers[here[0]]
+        return only if len(here) == 1 else Written(only.start, only.end, None)
+    direct = _NO_WORDS.fullmatch(text, mark.start, numbers[here[0]].start) is not None
+    if mark.kind == "hashes" and not direct:
+        return None  # a heading
+    first = here[0]
+    if not direct:
+        results = [index for index in here if _AT_LAST.search(text[mark.start : numbers[index].start])]
+        first = (results or here)[-1 if results else 0]
+    return result_of(text, numbers, first, mark.end)
 
 
 @dataclass(frozen=True)
-class LastOption(Finder):
-    """The last of the allowed options, as a whole word, in upper or lower case.
+class HarnessNumber(Finder):
+    """Numbers of GSM8K by the published rules of lm-evaluation-harness (`gsm8k.yaml`), to compare figures with its own.
 
-    "noon" and "no-one" don't hold "no". Of options of one letter, a small one counts only with a bracket behind it
-    ("(b)", "b)"): "a" is a word. The canonical form is the option as it is given here.
-
-    Raises:
-      InputError: fewer than two options, an empty one, or two that differ in case only.
+    strict takes the first "#### 18", flexible the last thing that looks like a number; the answer is right if it is the
+    gold one letter by letter, after commas, dollar signs and a full stop at the end are left out: "18.00" is not "18".
     """
 
-    options: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        names = tuple(self.options)
-        require(len(names) > 1, "options", names, "must be at least two")
-        require(all(name and name == name.strip() for name in names), "options", names, "must be words")
-        require(len({name.casefold() for name in names}) == len(names), "options", names, "must differ")
-
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        ways = []
-        for name in sorted(self.options, key=len, reverse=True):  # of two that begin alike, the longer
-            if len(name) == 1 and name.isalpha():
-                ways.append(rf"{name.upper()}|{name.lower()}(?=\))")
-            else:
-                ways.append(rf"(?i:{re.escape(name)})")
-        # An apostrophe or hyphen between letters makes one word: "I'd", "no-one".
-        return re.compile(rf"(?<!\w)(?<!\w['’-])(?:{'|'.join(ways)})(?!\w|['’-]\w)")
+    rule: Literal["strict", "flexible"]
 
     def spans(self, text: str) -> list[Span]:
-        """Every option in `text`."""
-        return [match.span() for match in self._pattern.finditer(text)]
+        """Every match of the rule's regular expression."""
+        if self.rule == "strict":
+            return [match.span(1) for match in _STRICT.finditer(text)]
+        return [match.span() for match in _FLEXIBLE.finditer(text)]
+
+    def find(self, text: str) -> Span | None:
+        """The first match of the strict rule, the last of the flexible one."""
+        return self.find_first(text) if self.rule == "strict" else super().find(text)
 
     def spell(self, found: str) -> str:
-        """The option that it is."""
-        same = [name for name in self.options if name.casefold() == found.casefold()]
-        # The pattern takes ı and i for one letter too, as İ and I.
-        return (same or [name for name in self.options if re.fullmatch(re.escape(name), found, re.IGNORECASE)])[0]
+        """As the harness compares it."""
+        return re.sub(r"\.$", "", found.replace(",", "").replace("$", "")).lower()
 
+
+_STRICT = re.compile(r"#### (-?[0-9.,]+)")
+_FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 YES_NO = LastOption(("yes", "no"))
 EVEN_ODD = LastOption(("even", "odd"))
@@ -243,6 +182,8 @@ KINDS: dict[str, Finder] = {
     "even-odd": EVEN_ODD,
     "letters": LETTERS,
     "text": Phrase(),
+    "gsm8k-strict": HarnessNumber("strict"),
+    "gsm8k-flexible": HarnessNumber("flexible"),
 }
 
 

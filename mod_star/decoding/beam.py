@@ -1,6 +1,7 @@
 """Beam search: the most probable texts, as far as a beam of a few candidates finds them.
 
-The beams of a prompt are branches that share its keys/values; what is generated moves with `reorder`.
+The beams of a prompt are branches that share its keys/values; what is generated moves with `reorder`. Without stop
+strings the whole search is one program; with them the host looks at the text after every token.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from mod_star.data.tokenizers import Tokenizer
@@ -21,11 +23,14 @@ from mod_star.decoding.generated import Generated
 from mod_star.decoding.sampling import log_prob_and_gap
 from mod_star.decoding.state import DecodeState, reorder
 from mod_star.decoding.step import decode_step
-from mod_star.decoding.text import Completion, completion_of, encode_prompts
+from mod_star.decoding.text import Completion, StopWatch, completion_of, encode_prompts
 from mod_star.decoding.think import Think
 from mod_star.errors import require
 from mod_star.model.transformer import logits_of
 from mod_star.sharding import use_mesh
+
+LENGTH_PENALTY = 1.0
+"""The default of transformers, vLLM and fairseq: texts are ranked by the mean log-probability of their tokens."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +38,17 @@ class Hypothesis:
     """One text that beam search found."""
 
     tokens: list[int]
-    """New tokens, the end token included if it has one."""
+    """New tokens, the end token included if it has one, up to the one that completes a stop string."""
     log_probs: list[float]
     """Their log-probabilities in nats."""
     gaps: list[float]
     """p(best token) - p(second best) at each, as in `Generated`."""
     finished: bool
-    """Whether it ended by itself; otherwise the limit of new tokens cut it."""
+    """Whether it ended by itself; otherwise a stop string or the limit of new tokens cut it."""
     score: float
     """What it is ranked by: sum of `log_probs` over their number to the power of the length penalty."""
+    stopped: bool = False
+    """Whether a stop string ended it."""
 
     def generated(self) -> Generated:
         """The same in the form of all other decodings; what routed blocks computed is not kept."""
@@ -75,25 +82,44 @@ class _Search:
     """Of the ended texts, falling; -inf where there is none."""
 
 
+@struct.dataclass
+class _Candidates:
+    """The K most probable continuations of a prompt's beams that don't end, the best first."""
+
+    totals_QxK: jax.Array
+    """float32 log-probabilities of the texts; -inf where there is none."""
+    beams_QxK: jax.Array
+    """int32, which beam each goes on from."""
+    tokens_QxK: jax.Array
+    """int32, with which token."""
+    log_probs_QxK: jax.Array
+    """float32, of the token."""
+    gaps_QxW: jax.Array
+    """float32 gap of each beam at this step."""
+
+
 class BeamSearch:
     """Beam search with one model. Compiles once per (number of prompts, padded prompt length, room).
 
     In each step every beam may end, which makes it a candidate for the W best ended texts, and the W most probable
-    continuations that don't end go on. Ended texts and those that the limit cut are ranked together. The search is over
-    as soon as no beam can overtake the W-th best ended text of its prompt.
+    continuations that don't end go on. A continuation that completes a stop string ends there, too: of the 2W most
+    probable ones those that do are ended texts, the best W of the others go on. Ended texts and those that the limit
+    cut are ranked together. The search is over as soon as no beam can overtake the W-th best ended text of its prompt.
 
     Args:
       generator: the model.
       beams: W, per prompt.
-      length_penalty: texts are ranked by log-probability over length to this power, the end token counted; 0: by
-        log-probability, 1: by its mean per token.
+      length_penalty: texts are ranked by log-probability over length to this power, the end token and the tokens of a
+        stop string counted; 0: by log-probability, 1: by its mean per token.
       think: when to think; probabilities are then the mixed ones.
 
     Raises:
       InputError: no beam or more than the vocabulary has tokens, or a negative or infinite length penalty.
     """
 
-    def __init__(self, generator: Generator, beams: int = 4, length_penalty: float = 0.0, think: Think = NEVER) -> None:
+    def __init__(
+        self, generator: Generator, beams: int = 4, length_penalty: float = LENGTH_PENALTY, think: Think = NEVER
+    ) -> None:
         check_beams(beams, length_penalty)
         V = generator.decoder.config.vocab_size
         require(beams <= V, "beams", beams, f"must be at most the vocabulary, {V}")
@@ -102,9 +128,20 @@ class BeamSearch:
         self._ends = [end for end in generator._end_ids if 0 <= end < V]
         self._length_penalty = length_penalty
         self._run = jax.jit(self._run_fn, donate_argnames="search")
+        self._unfinished = jax.jit(self._unfinished_fn)
+        self._propose = jax.jit(self._propose_fn, static_argnames="count", donate_argnames="search")
+        self._go_on = jax.jit(self._go_on_fn, donate_argnames="search")
+        self._end_stopped = jax.jit(self._end_stopped_fn, donate_argnames="search")
 
-    def search(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[Hypothesis]]:
+    def search(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, watches: Sequence[StopWatch] = ()
+    ) -> list[list[Hypothesis]]:
         """The best texts of each prompt, best first: W of them, or fewer if there aren't more.
+
+        Args:
+          prompts: token ids.
+          new_tokens: the most tokens of a text.
+          watches: one for each prompt, to end texts at stop strings; none: there are no stop strings.
 
         Raises:
           InputError: as for `Generator.start`.
@@ -119,20 +156,53 @@ class BeamSearch:
         log_probs, gaps = (jnp.zeros((Q, W, new_tokens), jnp.float32) for _ in range(2))
         search = _Search(state, live_QxW, tokens, log_probs, gaps, scores)
         with use_mesh(self._generator._mesh):
-            search = self._run(self._generator.params, search=search)
+            if watches:
+                search = self._run_watched(self._generator.params, search, watches)
+            else:
+                search = self._run(self._generator.params, search=search)
         return self._hypotheses(search, new_tokens)
 
     def _run_fn(self, params: dict[str, Any], search: _Search) -> _Search:
+        return jax.lax.while_loop(self._unfinished_fn, functools.partial(self._one_token, params), search)
+
+    def _unfinished_fn(self, search: _Search) -> jax.Array:
+        # Log-probabilities only fall, so the most that a beam can come to is what it has over the greatest length.
         T = search.state.tokens_BxT.shape[1]
+        reachable_Q = jnp.max(search.live_QxW, -1) / T**self._length_penalty
+        return (search.state.step < T) & jnp.any(search.scores_QxW[:, -1] < reachable_Q)
 
-        def unfinished(search: _Search) -> jax.Array:
-            # Log-probabilities only fall, so the most that a beam can come to is what it has over the greatest length.
-            reachable_Q = jnp.max(search.live_QxW, -1) / T**self._length_penalty
-            return (search.state.step < T) & jnp.any(search.scores_QxW[:, -1] < reachable_Q)
-
-        return jax.lax.while_loop(unfinished, functools.partial(self._one_token, params), search)
+    def _run_watched(self, params: dict[str, Any], search: _Search, watches: Sequence[StopWatch]) -> _Search:
+        """The search token by token, so that the host can tell which texts have come to a stop string."""
+        W = self._width
+        count = min(2 * W, W * self._generator.decoder.config.vocab_size)
+        watched = [[watch] * W for watch in watches]
+        while bool(self._unfinished(search)):
+            search, candidates = self._propose(params, search=search, count=count)
+            totals, beams, tokens = jax.device_get(
+                (candidates.totals_QxK, candidates.beams_QxK, candidates.tokens_QxK)
+            )  # fmt: skip
+            stopped_QxK = np.zeros(totals.shape, bool)
+            picks_QxW = np.full((len(watches), W), -1, np.int32)
+            for q, of_prompt in enumerate(watched):
+                going_on: list[StopWatch] = []
+                for k in np.flatnonzero(totals[q] > -math.inf):
+                    after = of_prompt[beams[q, k]].after(int(tokens[q, k]))
+                    stopped_QxK[q, k] = after.stopped
+                    if not after.stopped and len(going_on) < W:
+                        picks_QxW[q, len(going_on)] = k
+                        going_on.append(after)
+                watched[q] = going_on + of_prompt[:1] * (W - len(going_on))
+            if stopped_QxK.any():
+                search = self._end_stopped(search, candidates, jnp.asarray(stopped_QxK))
+            search = self._go_on(params, search, candidates, jnp.asarray(picks_QxW))
+        return search
 
     def _one_token(self, params: dict[str, Any], search: _Search) -> _Search:
+        search, candidates = self._propose_fn(params, search, self._width)
+        return self._go_on_fn(params, search, candidates)
+
+    def _propose_fn(self, params: dict[str, Any], search: _Search, count: int) -> tuple[_Search, _Candidates]:
+        """Thinks if it is to, ends every beam where it is, and finds what it may go on with."""
         state, generator = search.state, self._generator
         Q, W = search.live_QxW.shape
         record = None
@@ -145,19 +215,39 @@ class BeamSearch:
         _, gaps_B = log_prob_and_gap(logits_BxV, jnp.zeros(Q * W, jnp.int32))
         search = self._end(search, log_p_QxWxV, gaps_B)
 
-        ends = jnp.isin(jnp.arange(V), jnp.array(self._ends, jnp.int32))
-        total_QxWxV = jnp.where(ends, -jnp.inf, search.live_QxW[:, :, None] + log_p_QxWxV)
-        live_QxW, chosen_QxW = jax.lax.top_k(total_QxWxV.reshape(Q, -1), W)
-        rows_B = (jnp.arange(Q)[:, None] * W + chosen_QxW // V).reshape(-1)
-        tokens_B = (chosen_QxW % V).reshape(-1).astype(jnp.int32)
-        log_probs_B = log_p_QxWxV.reshape(Q * W, V)[rows_B, tokens_B]
-
         def write(buffer: jax.Array, values: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(buffer, values[:, None], state.step, 1)
 
         if record is not None:
-            state = replace(state, record=jax.tree.map(write, state.record, record))
-        state = replace(state, gaps_BxT=write(state.gaps_BxT, gaps_B))
+            search = replace(search, state=replace(state, record=jax.tree.map(write, state.record, record)))
+        ends = jnp.isin(jnp.arange(V), jnp.array(self._ends, jnp.int32))
+        total_QxWxV = jnp.where(ends, -jnp.inf, search.live_QxW[:, :, None] + log_p_QxWxV)
+        totals_QxK, chosen_QxK = jax.lax.top_k(total_QxWxV.reshape(Q, -1), count)
+        beams_QxK, tokens_QxK = chosen_QxK // V, chosen_QxK % V
+        log_probs_QxK = jnp.take_along_axis(log_p_QxWxV.reshape(Q, -1), chosen_QxK, 1)
+        return search, _Candidates(totals_QxK, beams_QxK, tokens_QxK, log_probs_QxK, gaps_B.reshape(Q, W))
+
+    def _go_on_fn(
+        self, params: dict[str, Any], search: _Search, candidates: _Candidates, picks_QxW: jax.Array | None = None
+    ) -> _Search:
+        """The candidates picked become the beams; -1: none, None: they are the W candidates."""
+        state, generator = search.state, self._generator
+        Q, W = search.live_QxW.shape
+        live_QxW, beams_QxW, tokens_QxW, log_probs_QxW = (
+            values if picks_QxW is None else jnp.take_along_axis(values, jnp.maximum(picks_QxW, 0), 1)
+            for values in (
+                candidates.totals_QxK, candidates.beams_QxK, candidates.tokens_QxK, candidates.log_probs_QxK,
+            )
+        )  # fmt: skip
+        if picks_QxW is not None:
+            live_QxW = jnp.where(picks_QxW < 0, -jnp.inf, live_QxW)
+        rows_B = (jnp.arange(Q)[:, None] * W + beams_QxW).reshape(-1)
+        tokens_B = tokens_QxW.reshape(-1).astype(jnp.int32)
+
+        def write(buffer: jax.Array, values: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(buffer, values[:, None], state.step, 1)
+
+        state = replace(state, gaps_BxT=write(state.gaps_BxT, candidates.gaps_QxW.reshape(-1)))
         state = reorder(state, rows_B)
         hidden_BxD, caches = decode_step(
             generator.decoder, params, state.caches, tokens_B, state.lengths_B, state.step,
@@ -168,7 +258,7 @@ class BeamSearch:
             caches=caches,
             hidden_BxD=hidden_BxD,
             tokens_BxT=write(state.tokens_BxT, tokens_B),
-            log_probs_BxT=write(state.log_probs_BxT, log_probs_B),
+            log_probs_BxT=write(state.log_probs_BxT, log_probs_QxW.reshape(-1)),
             step=state.step + 1,
         )
         return replace(search, state=state, live_QxW=live_QxW)
@@ -184,10 +274,10 @@ class BeamSearch:
         def with_end(buffer_BxT: jax.Array, values: jax.Array) -> jax.Array:
             return jnp.where(here, values.reshape(Q, W, 1), buffer_BxT.reshape(Q, W, T))
 
-        kept = [(search.scores_QxW, search.tokens_QxWxT, search.log_probs_QxWxT, search.gaps_QxWxT)]
+        ended = []
         for end in self._ends:
             log_p_QxW = log_p_QxWxV[:, :, end]
-            kept.append(
+            ended.append(
                 (
                     (search.live_QxW + log_p_QxW) / length**self._length_penalty,
                     with_end(state.tokens_BxT, jnp.full((Q, W), end, jnp.int32)),
@@ -195,12 +285,28 @@ class BeamSearch:
                     with_end(state.gaps_BxT, gaps_B),
                 )
             )
-        scores, *values = (jnp.concatenate(parts, 1) for parts in zip(*kept, strict=True))
-        best_QxW, order_QxW = jax.lax.top_k(scores, W)
-        tokens, log_probs, gaps = (jnp.take_along_axis(each, order_QxW[:, :, None], 1) for each in values)
-        return replace(
-            search, tokens_QxWxT=tokens, log_probs_QxWxT=log_probs, gaps_QxWxT=gaps, scores_QxW=best_QxW
-        )  # fmt: skip
+        return _with_ended(search, ended)
+
+    def _end_stopped_fn(self, search: _Search, candidates: _Candidates, stopped_QxK: jax.Array) -> _Search:
+        """The candidates that complete a stop string, among the ended texts if they are good enough."""
+        state = search.state
+        Q, W = search.live_QxW.shape
+        T = state.tokens_BxT.shape[1]
+        beams_QxK = candidates.beams_QxK
+        length = (state.step + 1).astype(jnp.float32)
+
+        def with_last(buffer_BxT: jax.Array, values_QxK: jax.Array) -> jax.Array:
+            before_QxKxT = jnp.take_along_axis(buffer_BxT.reshape(Q, W, T), beams_QxK[:, :, None], 1)
+            return jnp.where(jnp.arange(T) == state.step, values_QxK[:, :, None], before_QxKxT)
+
+        gaps_QxK = jnp.take_along_axis(candidates.gaps_QxW, beams_QxK, 1)
+        stopped = (
+            jnp.where(stopped_QxK, candidates.totals_QxK / length**self._length_penalty, -jnp.inf),
+            with_last(state.tokens_BxT, candidates.tokens_QxK.astype(jnp.int32)),
+            with_last(state.log_probs_BxT, candidates.log_probs_QxK),
+            with_last(state.gaps_BxT, gaps_QxK),
+        )
+        return _with_ended(search, [stopped])
 
     def _hypotheses(self, search: _Search, new_tokens: int) -> list[list[Hypothesis]]:
         state = jax.device_get(search.state)
@@ -215,7 +321,8 @@ class BeamSearch:
                 count = int((tokens >= 0).sum())
                 if score > -math.inf:
                     made = (tokens[:count].tolist(), log_probs[:count].tolist(), gaps[:count].tolist())
-                    found.append(Hypothesis(*made, True, float(score)))
+                    finished = made[0][-1] in self._ends
+                    found.append(Hypothesis(*made, finished, float(score), not finished))
                 if state.step == new_tokens and live_QxW[q, w] > -math.inf:
                     row, score = q * W + w, float(live_QxW[q, w]) / new_tokens**self._length_penalty
                     rows = (state.tokens_BxT[row], state.log_probs_BxT[row], state.gaps_BxT[row])
@@ -223,6 +330,15 @@ class BeamSearch:
                     found.append(Hypothesis(*made, False, score))
             results.append(sorted(found, key=lambda each: -each.score)[:W])
         return results
+
+
+def _with_ended(search: _Search, ended: Sequence[tuple[jax.Array, ...]]) -> _Search:
+    """The W best of the texts that had ended and of these: scores QxK and tokens, log_probs and gaps QxKxT of each."""
+    kept = [(search.scores_QxW, search.tokens_QxWxT, search.log_probs_QxWxT, search.gaps_QxWxT), *ended]
+    scores, *values = (jnp.concatenate(parts, 1) for parts in zip(*kept, strict=True))
+    best_QxW, order_QxW = jax.lax.top_k(scores, search.scores_QxW.shape[1])
+    tokens, log_probs, gaps = (jnp.take_along_axis(each, order_QxW[:, :, None], 1) for each in values)
+    return replace(search, tokens_QxWxT=tokens, log_probs_QxWxT=log_probs, gaps_QxWxT=gaps, scores_QxW=best_QxW)
 
 
 def check_beams(beams: int, length_penalty: float) -> None:
@@ -239,7 +355,7 @@ def beam_search(
     new_tokens: int,
     *,
     beams: int = 4,
-    length_penalty: float = 0.0,
+    length_penalty: float = LENGTH_PENALTY,
     stop: Sequence[str] = (),
     think: Think = NEVER,
     encoded: Sequence[Sequence[int]] | None = None,
@@ -253,7 +369,7 @@ def beam_search(
       new_tokens: the most tokens to generate for each.
       beams: per prompt.
       length_penalty: see `BeamSearch`.
-      stop: strings that cut the texts that were found; the search itself knows nothing of them.
+      stop: strings that end a text. What it has said up to there is its score, the stop string included.
       think: when to think.
       encoded: the prompts' token ids, if they are not what `encode_prompts` makes of them.
 
@@ -262,7 +378,8 @@ def beam_search(
     """
     require(all(stop), "stop", tuple(stop), "must not be an empty string")
     ids = encode_prompts(tokenizer, prompts) if encoded is None else encoded
-    found = _search_of(generator, beams, length_penalty, think).search(ids, new_tokens)
+    watches = [StopWatch(tokenizer, prompt, stop) for prompt in prompts] if stop else []
+    found = _search_of(generator, beams, length_penalty, think).search(ids, new_tokens, watches)
     return [
         [completion_of(tokenizer, prompt, each.generated(), new_tokens, stop) for each in hypotheses]
         for prompt, hypotheses in zip(prompts, found, strict=True)

@@ -76,7 +76,7 @@ def cot_decode(
     )
     return read_branches(
         generator, tokenizer, completions, finder, branches, encoded=encoded, skip_first=skip_first,
-        continuation=continuation, think=think, rows=rows,
+        continuation=continuation, stop=stop, think=think, rows=rows,
     )  # fmt: skip
 
 
@@ -111,8 +111,8 @@ def self_consistency(
         generator, tokenizer, prompts, new_tokens, sampling, samples, seed, stop, think, rows, encoded
     )
     return read_branches(
-        generator, tokenizer, completions, finder, samples, encoded=encoded, continuation=continuation, think=think,
-        rows=rows,
+        generator, tokenizer, completions, finder, samples, encoded=encoded, continuation=continuation, stop=stop,
+        think=think, rows=rows,
     )  # fmt: skip
 
 
@@ -155,6 +155,7 @@ def read_branches(
     encoded: Sequence[Sequence[int]],
     skip_first: bool = False,
     continuation: str | None = None,
+    stop: Sequence[str] = (),
     think: Think = NEVER,
     rows: int | None = None,
 ) -> list[Branches]:
@@ -169,19 +170,26 @@ def read_branches(
       encoded: token ids of the prompts.
       skip_first: as for `cot_decode`.
       continuation: as there.
+      stop: strings that end what the model says after the continuation, too.
       think: as there.
       rows: as there.
     """
     continued: Sequence[str | None] = [None] * len(completions)
     if continuation is not None:
         ids = [prompt for prompt in encoded for _ in range(branches)]
-        continued = continue_texts(generator, tokenizer, ids, completions, continuation, think, rows)
+        said = continue_texts(generator, tokenizer, ids, completions, continuation, think, rows)
+        continued = [text[: min((at for each in stop if (at := text.find(each)) >= 0), default=None)] for text in said]
     made = [
         read_branch(each, tokenizer.token_text(each.tokens[0]) if each.tokens else "", finder, skip_first, rest)
         for each, rest in zip(completions, continued, strict=True)
     ]
     firsts = range(0, len(made), branches)
     return [Branches(completions[first].prompt, made[first : first + branches]) for first in firsts]
+
+
+def tokens_after(tokenizer: Tokenizer, continuation: str) -> int:
+    """Room in the context that a continuation and its answer take."""
+    return len(tokenizer.encode(" " + continuation)) + ANSWER_TOKENS
 
 
 def check_finder(
@@ -199,7 +207,7 @@ def check_finder(
         return
     require(bool(continuation.strip()), "continuation", continuation, "must not be empty")
     context = generator.decoder.config.context
-    more = len(tokenizer.encode(" " + continuation)) + ANSWER_TOKENS
+    more = tokens_after(tokenizer, continuation)
     for number, prompt in enumerate(encoded, 1):
         if len(prompt) + new_tokens + more > context:
             raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -142,6 +143,27 @@ def completion_of(
     row = _Row(prompt, tokenizer, new_tokens, stop)
     row.take(result)
     return row.completion(result)
+
+
+class StopWatch:
+    """Whether a text that grows token by token has come to one of the stop strings. Never changes: see `after`."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str, stop: Sequence[str]) -> None:
+        self._stream = StreamDecoder(tokenizer)
+        for token in tokenizer.encode(prompt):
+            self._stream.push(token)
+        self._stop = tuple(stop)
+        self._tail = ""  # as much of the new text as may begin a stop string
+        self.stopped = False
+
+    def after(self, token: int) -> StopWatch:
+        """The watch of the text that goes on with this token."""
+        other = copy.copy(self)
+        other._stream = self._stream.copy()
+        text = self._tail + other._stream.push(token)
+        other.stopped = self.stopped or any(stop in text for stop in self._stop)
+        other._tail = text[max(0, len(text) + 1 - max(map(len, self._stop))) :]
+        return other
 
 
 def _take(rows: Sequence[_Row], results: Sequence[Generated]) -> list[bool]:

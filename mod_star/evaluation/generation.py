@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mod_star.decoding.beam import BeamSearch
+from mod_star.decoding.answers import Finder
+from mod_star.decoding.beam import LENGTH_PENALTY, BeamSearch, check_beams
 from mod_star.decoding.branches import Branches
-from mod_star.decoding.cot import ANSWER_TOKENS, BRANCHING, GREEDY, read_branches
+from mod_star.decoding.cot import BRANCHING, GREEDY, read_branches, tokens_after
 from mod_star.decoding.generate import Generator
 from mod_star.decoding.generated import Generated
 from mod_star.decoding.sampling import Sampling
-from mod_star.decoding.text import Completion, complete_many, completion_of
+from mod_star.decoding.text import Completion, StopWatch, complete_many, completion_of
 from mod_star.errors import InputError, require
 from mod_star.evaluation.branch_records import branch_record, cot_answers, sample_answers
 from mod_star.evaluation.protocols import Numbered, Subject, stopwatch
@@ -40,6 +41,10 @@ class GeneratedAnswer:
     batch_size: int = 8
     """Items at a time."""
     seed: int = 0
+    length_penalty: float = LENGTH_PENALTY
+    """Of beams, see `BeamSearch`."""
+    rule: Finder | None = None
+    """How numbers are found and compared; None: by our own rules."""
 
     @property
     def headline(self) -> str:
@@ -58,11 +63,14 @@ class GeneratedAnswer:
         context, V = subject.decoder.config.context, subject.decoder.config.vocab_size
         require(1 <= self.new_tokens < context, "--new-tokens", self.new_tokens, f"must lie in [1, {context - 1}]")
         require(self.rows <= V, "--branches", self.branches, f"must be at most the vocabulary, {V}")
+        check_beams(self.branches, self.length_penalty)
+        if self.rule is not None and items[0].kind != "number":
+            raise InputError(f"--answer-rule: finds numbers, the answers of this task are of kind {items[0].kind}")
         if items[0].kind == "text" and self.continuation is None:
             raise InputError("--continuation: is needed to find an answer of any words, such as 'So the answer is'")
         more = 0
         if self.continuation is not None:
-            more = len(subject.tokenizer.encode(" " + self.continuation)) + ANSWER_TOKENS
+            more = tokens_after(subject.tokenizer, self.continuation)
         room = context - self.new_tokens - more
         for item in items:
             length = len(subject.prompts.encode(item))
@@ -80,9 +88,9 @@ class GeneratedAnswer:
         for place, completions in self._completions(generator, subject, [item for _, item in items], items):
             _, item = items[place]
             (made,) = read_branches(
-                generator, subject.tokenizer, completions, item.finder, len(completions),
+                generator, subject.tokenizer, completions, self.rule or item.finder, len(completions),
                 encoded=[subject.prompts.encode(item)], skip_first=self.skip_first, continuation=self.continuation,
-                think=subject.think,
+                stop=self.stop, think=subject.think,
             )  # fmt: skip
             yield self._record(item, made) | {"seconds": lap()}
 
@@ -92,13 +100,14 @@ class GeneratedAnswer:
         texts = [subject.prompts.text(item) for item in asked]
         encoded = [subject.prompts.encode(item) for item in asked]
         if self.decoding == "beam":
-            search = BeamSearch(generator, self.branches, think=subject.think)
+            search = BeamSearch(generator, self.branches, self.length_penalty, subject.think)
             order = sorted(range(len(asked)), key=lambda place: len(encoded[place]))
             size = min(self.batch_size, len(order))
             for first in range(0, len(order), size):
                 places = order[first : first + size]
                 filled = places + places[-1:] * (size - len(places))  # the last batch needs no program of its own
-                found = search.search([encoded[place] for place in filled], self.new_tokens)
+                watches = [StopWatch(subject.tokenizer, texts[place], self.stop) for place in filled if self.stop]
+                found = search.search([encoded[place] for place in filled], self.new_tokens, watches)
                 for place, beams in zip(places, found, strict=False):
                     results = [beam.generated() for beam in beams]
                     yield place, [self._completion(subject, texts[place], result) for result in results]
@@ -126,14 +135,14 @@ class GeneratedAnswer:
                 best = None if majority is None else made.representative(majority, "normalised_log_prob")
         if self.decoding == "cot" and (answer := answers[self.headline]) is not None:
             best = made.representative(answer)
-        answer = answers[self.headline]
+        answer, gold = answers[self.headline], item.gold_by(self.rule)
         return {
             "id": item.id,
             "prompt": made.prompt,
-            "gold": item.gold,
+            "gold": gold,
             "answer": answer,
-            "correct": answer == item.gold,
-            "scores": {name: given == item.gold for name, given in answers.items()},
+            "correct": answer == gold,
+            "scores": {name: given == gold for name, given in answers.items()},
             "answers": answers,
             "text": None if best is None else made.branches[best].completion.text,
             "branches": [branch_record(branch) for branch in made.branches],

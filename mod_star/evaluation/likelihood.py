@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from mod_star.data.tokenizers import Tokenizer
 from mod_star.errors import InputError, require
+from mod_star.evaluation.prompts import joined
 from mod_star.evaluation.protocols import Numbered, Subject, stopwatch
 from mod_star.evaluation.records import Record
 from mod_star.evaluation.scoring import Pair, Scored, score_stream
@@ -54,7 +55,7 @@ class ChoiceLikelihood:
     def _pairs(self, subject: Subject, item: Item) -> list[Pair]:
         prompt = subject.prompts.text(item)
         shown = item.choice_texts if self.texts else item.choices
-        return continuations(subject, item, [_after(prompt, text) for text in shown])
+        return continuations(subject, item, [joined(prompt, text)[len(prompt) :] for text in shown])
 
     def _record(self, subject: Subject, item: Item, totals: list[float]) -> Record:
         shown = item.choice_texts if self.texts else item.choices
@@ -137,7 +138,7 @@ class ExpectedProbability:
     def _pairs(self, subject: Subject, item: Item, answers: Sequence[str]) -> list[Pair]:
         """Context and answer with its newline. A blank that is a token of its own belongs to the context."""
         prompt = subject.prompts.text(item)
-        pairs = continuations(subject, item, [_after(prompt, answer) + "\n" for answer in answers])
+        pairs = continuations(subject, item, [joined(prompt, answer)[len(prompt) :] + "\n" for answer in answers])
         decode = subject.tokenizer.decode  # in context: a decoder may drop a text's first blank
         blanks = [decode([*before, after[0]]) == decode(before) + " " for before, after in pairs]
         return [
@@ -186,11 +187,6 @@ def _scores(
         subject.decoder, subject.params, pairs, allowed_ids=allowed, thinking=subject.thinking, think=subject.think,
         batch_size=batch_size, seed=seed, routing_key=subject.routing_key, mesh=subject.mesh,
     )  # fmt: skip
-
-
-def _after(prompt: str, answer: str) -> str:
-    """The answer with a blank before it, unless white space is there."""
-    return answer if not prompt or prompt[-1].isspace() else f" {answer}"
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:

@@ -39,6 +39,22 @@ class Prompts:
     preamble: str = ""
     """Text before everything else (in a chat, in the user's first message)."""
 
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """The strings that end a generated text if nobody names others: what the next question would begin with.
+
+        That is the first line of the template's own text before the question ("\nQ:"). Where there are no words before
+        the question, it is the blank line after every example, unless their own texts hold one. In a chat, and for
+        questions alone, nothing: the model's end tokens end a text.
+        """
+        if self.chat:
+            return ()
+        lines = [line.rstrip() for line in self._compiled.beginning.split("\n") if line.strip()]
+        if lines and any(character.isalnum() for character in lines[0]):
+            return (f"\n{lines[0]}",)
+        separated = self.examples and not any("\n\n" in example.solution.strip() for example in self.examples)
+        return ("\n\n",) if separated else ()
+
     def __post_init__(self) -> None:
         if self.chat and not self.tokenizer.chat_template:
             raise InputError("--chat: the model's tokenizer has no chat template; leave --chat out")
@@ -53,21 +69,30 @@ class Prompts:
             messages.append(_message("user", self._ask(item.question)))
             messages[0]["content"] = self.preamble + messages[0]["content"]
             return self.tokenizer.apply_chat(messages)
-        shown = [f"{self._ask(example.question)} {example.solution}\n\n" for example in self.examples]
+        asked = [self._ask(example.question) for example in self.examples]
+        solved = [example.solution for example in self.examples]
+        shown = [f"{joined(before, after)}\n\n" for before, after in zip(asked, solved, strict=True)]
         return self.preamble + "".join(shown) + self._ask(item.question)
 
     def encode(self, item: Item) -> list[int]:
         """The prompt's token ids, as `begin` makes them: bos comes first where it is wanted and not spelled out."""
         return begin(self.tokenizer, self.text(item))
 
+    @property
+    def _compiled(self) -> Template:
+        default = CHAT if self.chat else PLAIN
+        return Template(default if self.template is None else self.template, "--prompt-template")
+
     def _ask(self, question: str) -> str:
-        template = Template(
-            (CHAT if self.chat else PLAIN) if self.template is None else self.template, "--prompt-template"
-        )
-        asked = template.render({"question": question}, "prompt")
+        asked = self._compiled.render({"question": question}, "prompt")
         if not self.step_by_step:
             return asked
-        return f"{asked}\n{STEP_BY_STEP}" if self.chat else f"{asked} {STEP_BY_STEP}"
+        return f"{asked}\n{STEP_BY_STEP}" if self.chat else joined(asked, STEP_BY_STEP)
+
+
+def joined(prompt: str, answer: str) -> str:
+    """The answer after its prompt, a blank between them unless white space is there."""
+    return prompt + (answer if not prompt or prompt[-1].isspace() else f" {answer}")
 
 
 def subset(items: Sequence[Item], limit: int | None, seed: int) -> tuple[Item, ...]:

@@ -117,7 +117,8 @@ def require_evaluation(directory: Path, config: Mapping[str, Any]) -> None:
     if found := [
         f"{name}: {_value(stored, name)} → {_value(wanted, name)}"
         for name in dict.fromkeys([*stored, *wanted])
-        if _value(stored, name) != _value(wanted, name) and not _is_moved(directory, stored, wanted, name)
+        # An option that isn't stored was not there yet, so it was not given.
+        if stored.get(name) != wanted.get(name) and not _is_moved(directory, stored, wanted, name)
     ]:
         raise InputError(
             f"--out = {str(directory)!r}: holds an evaluation of another configuration: {'; '.join(found)}"

@@ -50,6 +50,14 @@ class Item:
     """What each choice stands for ("bank" for "A"); the choices themselves where they are words."""
     solution: str = ""
     """How an example answers the question: a worked solution that ends in the answer, or the answer alone."""
+    gold_text: str = ""
+    """The gold number as the file spells it; empty if it isn't a number."""
+    published: str = ""
+    """GSM8K's own worked solution, #### and notes to a calculator included: what lm-evaluation-harness shows."""
+
+    def gold_by(self, rule: Finder | None) -> str:
+        """The right answer in the spelling of a rule other than our own."""
+        return self.gold if rule is None else rule.spell(self.gold_text or self.gold)
 
     @property
     def finder(self) -> Finder:
@@ -86,7 +94,7 @@ class CustomTask:
     question: str
     """Such as "{question}", or "{passage}\\n{question}"."""
     answer: str
-    """Such as "{answer}": a text whose last number is the gold answer; for a choice, one of `choices`."""
+    """Such as "{answer}": a text that gives a number (`LastNumber`); for a choice, one of `choices`."""
     kind: Kind
     choices: tuple[str, ...] = ()
     """For a choice: words ("yes", "no"), or templates that take them from the record ("{options[0]}")."""
@@ -110,7 +118,7 @@ class CustomTask:
         def read(record: Any, where: str) -> Item:
             names = tuple(name if isinstance(name, str) else name.render(record, where) for name in choices)
             given = answer.render(record, where)
-            gold = _gold(given, self.kind, names, where, "--answer")
+            gold, gold_text = _gold(given, self.kind, names, where, "--answer")
             return Item(
                 id=_number_of(where) if identity is None else identity.render(record, where),
                 question=_not_blank(question.render(record, where), where, "--question"),
@@ -119,6 +127,7 @@ class CustomTask:
                 choices=names,
                 choice_texts=names,
                 solution=given.strip(),
+                gold_text=gold_text,
             )
 
         return read
@@ -163,11 +172,11 @@ def _gsm8k(record: Any, where: str) -> Item:
     worked, mark, given = answer.rpartition("####")
     if not mark:
         raise InputError(f"{where}: field 'answer' has no gold answer, it must stand after ####")
-    gold = _gold(given, "number", (), where, "field 'answer', after ####,")
+    gold, gold_text = _gold(given, "number", (), where, "field 'answer', after ####,")
     worked = _CALCULATOR.sub("", worked).strip()
     return Item(
         _number_of(where), _string(record, "question", where), gold, "number",
-        solution=f"{worked}\nThe answer is {gold}.",
+        solution=f"{worked}\nThe answer is {gold}.", gold_text=gold_text, published=answer,
     )  # fmt: skip
 
 
@@ -186,7 +195,7 @@ def _csqa(record: Any, where: str) -> Item:
         tuple(_string(entry, key, where, f"{name}[{n}].{key}") for n, entry in enumerate(entries))
         for key in ("label", "text")
     )
-    gold = _gold(_string(record, "answerKey", where), "choice", labels, where, "field 'answerKey'")
+    gold, _ = _gold(_string(record, "answerKey", where), "choice", labels, where, "field 'answerKey'")
     shown = f"{stem}\n{choice_lines(labels, texts)}"
     return Item(_string(record, "id", where), shown, gold, "choice", labels, texts, gold)
 
@@ -207,13 +216,13 @@ def _multiarith(record: Any, where: str) -> Item:
     index = _field(record, "iIndex", where)
     if type(index) is not int:
         raise InputError(f"{where}: field 'iIndex' = {_short(index)}: must be an integer")
-    gold = _gold(str(solutions[0]), "number", (), where, "field 'lSolutions'")
+    gold, _ = _gold(str(solutions[0]), "number", (), where, "field 'lSolutions'")
     return Item(str(index), question, gold, "number", solution=gold)
 
 
 def _coin_flip(record: Any, where: str) -> Item:
     choices = ("yes", "no")
-    gold = _gold(_string(record, "answer", where), "choice", choices, where, "field 'answer'")
+    gold, _ = _gold(_string(record, "answer", where), "choice", choices, where, "field 'answer'")
     return Item(_number_of(where), _string(record, "question", where), gold, "choice", choices, choices, gold)
 
 
@@ -247,8 +256,8 @@ def _not_blank(text: str, where: str, what: str) -> str:
     return text.strip()
 
 
-def _gold(given: str, kind: Kind, choices: tuple[str, ...], where: str, what: str) -> str:
-    """The gold answer in canonical form."""
+def _gold(given: str, kind: Kind, choices: tuple[str, ...], where: str, what: str) -> tuple[str, str]:
+    """The gold answer in canonical form, and if it is a number as the file spells it."""
     if kind == "choice":
         try:
             LastOption(choices)
@@ -257,7 +266,7 @@ def _gold(given: str, kind: Kind, choices: tuple[str, ...], where: str, what: st
         gold = next((name for name in choices if name.casefold() == given.strip().casefold()), None)
         if gold is None:
             raise InputError(f"{where}: {what} = {_short(given.strip())}: must be one of {', '.join(choices)}")
-        return gold
+        return gold, ""
     finder: Finder = _NUMBERS if kind == "number" else _PHRASES
     span = finder.find(given)
     if span is None:
@@ -268,7 +277,7 @@ def _gold(given: str, kind: Kind, choices: tuple[str, ...], where: str, what: st
         raise InputError(
             f"{where}: {what} = {_short(given.strip())}: must be no more than a sentence, only {found!r} would count"
         )
-    return finder.spell(found)
+    return finder.spell(found), found if kind == "number" else ""
 
 
 def _number_of(where: str) -> str:

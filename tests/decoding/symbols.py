@@ -11,7 +11,7 @@ from test_think import THINKING, Thinker
 
 from mod_star.decoding import Generator
 
-SYMBOLS = "0123456789 ?!;:|&*=<>~#@"
+SYMBOLS = '0123456789 ?!;(|&"=<>)#@'
 END_IDS = tuple(range(len(SYMBOLS), VOCAB))
 
 

@@ -43,18 +43,18 @@ def found(finder: Finder, text: str) -> str | None:
         ("a loss of -$1,000.00", "-$1,000.00", "-1000"),
         ("+5", "+5", "5"),
         ("-0.00", "-0.00", "0"),
-        ("3-2", "2", "2"),
-        ("pages 3–5", "5", "5"),
+        ("3-2", None, None),
+        ("pages 3–5", None, None),
         ("(4)-2", "2", "2"),
-        ("20-$3", "3", "3"),
+        ("20-$3", None, None),
         ("5 - 3 = 2", "2", "2"),
         ("covid-19", "19", "19"),
         ("5%", "5", "5"),
         ("10am", "10", "10"),
         ("5kg of it", "5", "5"),
         ("the 3rd", "3", "3"),
-        ("2,3", "3", "3"),
-        ("1,2345", "2345", "2345"),
+        ("2,3", None, None),
+        ("1,2345", None, None),
         ("1e5", "1e5", "100000"),
         ("2.5e-3", "2.5e-3", "0.0025"),
         ("1e999999999", "1e999999999", "1e999999999"),
@@ -64,15 +64,16 @@ def found(finder: Finder, text: str) -> str | None:
         ("-10/2", "-10/2", "-5"),
         ("2 1/2 hours", "2 1/2", "2.5"),
         ("step 6 12/4", "12/4", "3"),
-        ("3/0", "0", "0"),
-        ("on 1/2/2024", "2024", "2024"),
+        ("3/0", None, None),
+        ("on 1/2/2024", None, None),
         ("Rs.500", "500", "500"),
-        ("version 1.5.2", "2", "2"),
+        ("version 1.5.2", None, None),
         ("3.14.", "3.14", "3.14"),
         ("First 7, then 8. No, 9! (not ten)", "9", "9"),
         ("3 liters of H2O and x22", "3", "3"),
         ("答案是5。", "5", "5"),
-        ("１，٣٤", "٣٤", "34"),
+        ("１，٣٤", None, None),
+        ("١٬٢٣٤", "١٬٢٣٤", "1234"),
         ("９.５", "９.５", "9.5"),
         ("x²", None, None),
         ("none at all, no.", None, None),
@@ -108,8 +109,8 @@ def test_numbers_are_spelt_by_their_value() -> None:
 def test_very_long_numbers_are_numbers() -> None:
     assert NUMBER.canonical("9" * 10_000) == "9" * 10_000, "Python's own conversion would refuse it"
     assert NUMBER.canonical("1e" + "9" * 10_000) is not None
-    assert NUMBER.canonical("9" * 10_000 + "/3") == "3", "too long for a fraction"
-    assert NUMBER.canonical("1," * 10_000 + "1") == "1"
+    assert NUMBER.canonical("9" * 10_000 + "/3") is None, "too long for a fraction"
+    assert NUMBER.canonical("1," * 10_000 + "1") is None
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_very_long_numbers_are_numbers() -> None:
     [
         (YES_NO, "Yes", "yes"),
         (YES_NO, "No, wait: YES!", "yes"),
-        (YES_NO, "yes. It can't be no.", "no"),
+        (YES_NO, "yes. It can't be no.", "yes"),
         (YES_NO, "Yesterday at noon, nobody knows", None),
         (YES_NO, "no-one, yes-man", None),
         (YES_NO, "'no'", "no"),
@@ -201,7 +202,7 @@ def test_kinds_of_answers() -> None:
     assert make_finder("letters").canonical("(E)") == "E"
     assert make_finder("red, green") == LastOption(("red", "green"))
     for kind, message in (
-        ("colour", "--answer = 'colour': must be number, yes-no, even-odd, letters, text, or options"),
+        ("colour", "--answer = 'colour': must be number, yes-no, even-odd, letters, text, gsm8k-strict, gsm8k-flex"),
         ("red,", "--answer = 'red,': options = ('red', ''): must be words"),
         ("red,Red", "--answer = 'red,Red': options = ('red', 'Red'): must differ"),
     ):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,16 +15,21 @@ from decoding_models import VOCAB, make_prompts
 from symbols import END_IDS, SYMBOLS, Subject, SymbolTokenizer
 
 from mod_star.decoding import Think
-from mod_star.decoding.beam import BeamSearch, Hypothesis, beam_search
+from mod_star.decoding.beam import LENGTH_PENALTY, BeamSearch, Hypothesis, beam_search
+from mod_star.decoding.branches import path_log_prob
+from mod_star.decoding.text import StopWatch
 from mod_star.errors import InputError
 
 NEW, W = 5, 3
+TOKENIZER = SymbolTokenizer()
 PROMPTS = make_prompts((3, 9, 1))
 
 Text = tuple[list[int], list[float]]
 
 
-def naive_beams(subject: Subject, prompt: list[int], beams: int, new_tokens: int, penalty: float) -> list[Hypothesis]:
+def naive_beams(
+    subject: Subject, prompt: list[int], beams: int, new_tokens: int, penalty: float, stop: str = "\n"
+) -> list[Hypothesis]:
     """The same rules on lists of whole texts."""
     live: list[Text] = [([], [])]
     ended: list[Hypothesis] = []
@@ -36,7 +43,10 @@ def naive_beams(subject: Subject, prompt: list[int], beams: int, new_tokens: int
                     ended.append(hypothesis(*text, True, penalty))
                 else:
                     longer.append(text)
-        live = sorted(longer, key=lambda text: -sum(text[1]))[:beams]
+        longer = sorted(longer, key=lambda text: -sum(text[1]))[: 2 * beams]
+        stopped = [text for text in longer if stop in TOKENIZER.decode(text[0])]
+        ended += [replace(hypothesis(*text, False, penalty), stopped=True) for text in stopped]
+        live = [text for text in longer if text not in stopped][:beams]
     return best([*ended, *(hypothesis(*text, False, penalty) for text in live)], beams)
 
 
@@ -51,6 +61,7 @@ def best(found: Sequence[Hypothesis], count: int) -> list[Hypothesis]:
 def check(found: list[Hypothesis], expected: list[Hypothesis]) -> None:
     assert [each.tokens for each in found] == [each.tokens for each in expected]
     assert [each.finished for each in found] == [each.finished for each in expected]
+    assert [each.stopped for each in found] == [each.stopped for each in expected]
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=1e-3)
         assert ours.score == pytest.approx(theirs.score, abs=1e-3)
@@ -92,6 +103,44 @@ def test_beams_as_wide_as_the_vocabulary_find_the_best_of_all_texts(subjects: di
     check(found, best(every, VOCAB))
 
 
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_a_stop_string_ends_a_text_and_its_score(subjects: dict[str, Subject], penalty: float) -> None:
+    subject = subjects["routed"]
+    encoded = [[token % len(SYMBOLS) for token in prompt] for prompt in PROMPTS]
+    free = naive_beams(subject, encoded[1], W, NEW, 1.0)[0].tokens
+    search = BeamSearch(subject.generator, W, penalty)
+    whys = Counter[tuple[bool, bool]]()
+    for stop in (TOKENIZER.decode(free[1:3]), TOKENIZER.decode(free[:1])):  # one over two tokens
+        watches = [StopWatch(TOKENIZER, TOKENIZER.decode(ids), (stop, "never there")) for ids in encoded]
+        for ids, found in zip(encoded, search.search(encoded, NEW, watches), strict=True):
+            check(found, naive_beams(subject, ids, W, NEW, penalty, stop))
+            for each in found:
+                text = TOKENIZER.decode(each.tokens)
+                assert each.stopped == (stop in text) and stop not in text[:-1], "nothing after it counts"
+                whys[each.finished, each.stopped] += 1
+    assert whys[False, True] and len(whys) > 1, whys
+
+
+def test_with_stop_strings_it_still_finds_the_best_of_all_texts(subjects: dict[str, Subject]) -> None:
+    subject, prompt, going_on = subjects["routed"], [token % len(SYMBOLS) for token in PROMPTS[1]], range(len(SYMBOLS))
+    first = subject.log_p(prompt)
+    (first_stop, *_), (other, *_) = np.argsort(-first[: len(SYMBOLS)]), np.argsort(first[: len(SYMBOLS)])
+    stops = (SYMBOLS[first_stop], SYMBOLS[other] * 2)
+    every = [hypothesis([end], [float(first[end])], True, 1.0) for end in END_IDS]
+    for token in going_on:
+        if token == first_stop:
+            every.append(replace(hypothesis([token], [float(first[token])], False, 1.0), stopped=True))
+            continue
+        second = subject.log_p([*prompt, token])
+        for last in range(VOCAB):
+            one = hypothesis([token, last], [float(first[token]), float(second[last])], last in END_IDS, 1.0)
+            every.append(replace(one, stopped=last == first_stop or token == last == other))
+    watches = [StopWatch(TOKENIZER, TOKENIZER.decode(prompt), stops)]
+    (found,) = BeamSearch(subject.generator, VOCAB, 1.0).search([prompt], 2, watches)
+    check(found, best(every, VOCAB))
+    assert sum(each.stopped for each in found) > 1 and found[0].score != best(every, VOCAB)[-1].score
+
+
 def test_texts_come_best_first_and_cut_at_stop_strings(subjects: dict[str, Subject]) -> None:
     generator, tokenizer = subjects["routed"].generator, SymbolTokenizer()
     encoded = [[token % len(SYMBOLS) for token in prompt] for prompt in PROMPTS]
@@ -116,6 +165,9 @@ def test_texts_come_best_first_and_cut_at_stop_strings(subjects: dict[str, Subje
         generator, tokenizer, prompts, NEW, beams=W, length_penalty=1.0, stop=(stop,), encoded=encoded
     ):
         assert all(stop not in beam.text for beam in beams)
+        scores = [path_log_prob(beam)[1] for beam in beams]
+        assert scores == sorted(scores, reverse=True), "ranked without what a cut text would have gone on with"
+    assert LENGTH_PENALTY == 1.0, "as in transformers"
 
 
 def test_bad_searches_are_refused(subjects: dict[str, Subject]) -> None:

@@ -18,7 +18,7 @@ from mod_star.data import begin
 from mod_star.decoding import Generated, Generator, Sampling, Think
 from mod_star.decoding.answers import LastNumber, Phrase
 from mod_star.decoding.branches import Branches
-from mod_star.decoding.cot import ANSWER_TOKENS, continue_texts, cot_decode, self_consistency
+from mod_star.decoding.cot import ANSWER_TOKENS, continue_texts, cot_decode, read_branches, self_consistency
 from mod_star.decoding.text import completion_of
 from mod_star.errors import InputError
 
@@ -242,3 +242,16 @@ def test_bad_requests_are_refused_before_anything_is_compiled(
         arguments: dict[str, Any] = {"new_tokens": NEW, "finder": NUMBER, "encoded": ENCODED} | change
         with pytest.raises(InputError, match=f"^{message}"):
             cot_decode(subject.generator, TOKENIZER, PROMPTS, **arguments)
+
+
+def test_a_continuation_ends_at_stop_strings_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a base model asks itself next is no answer."""
+    made = Generated(TOKENIZER.encode("8 9"), [-0.1] * 3, True, [], 0, [0.5] * 3, -0.1, 0.5)
+    completions = [completion_of(TOKENIZER, "?", made, NEW)] * 2
+    generator: Any = None  # what it would be asked for is given here
+    for stop, answers in ((("\nQ:", "never"), ["8", None]), ((), ["8", "9"])):
+        monkeypatch.setattr("mod_star.decoding.cot.continue_texts", lambda *_: [" 8\nQ: 9", " \nQ: 9"])
+        (found,) = read_branches(
+            generator, TOKENIZER, completions, NUMBER, 2, encoded=[[0]], continuation="So", stop=stop
+        )  # fmt: skip
+        assert [branch.answer for branch in found.branches] == answers

@@ -16,7 +16,10 @@ from fork_server import shared_server, succeed
 from mod_star.calibration import Calibration, write_calibration
 from mod_star.cli import main
 from mod_star.decoding import Generator
+from mod_star.decoding.answers import HarnessNumber
+from mod_star.errors import InputError
 from mod_star.evaluation.intervals import accuracy
+from mod_star.evaluation.records import require_evaluation
 
 OPTIONS = (
     "--question", "{q}", "--answer", "{a}", "--kind", "number", "--limit", "60", "--decoding", "self-consistency",
@@ -126,6 +129,83 @@ def test_another_calibration_is_another_evaluation(
     assert "another configuration: think_threshold: 1.25 → 1.5\n" in error_of(capsys, *argv)
 
 
+def evaluate(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
+    """What it says on stderr."""
+    with pytest.raises(SystemExit) as left:
+        main(["evaluate", *map(str, argv)])
+    shown = capsys.readouterr()
+    assert left.value.code == 0, shown.err
+    return shown.err
+
+
+NUMBERS = ("--question", "{q}", "--answer", "{a}", "--kind", "number")
+
+
+def test_beams_end_at_stop_strings_and_are_ranked_by_their_mean(
+    trained_run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mod_star.commands.evaluate.keep_compiled_programs", lambda: None)
+    beam = (trained_run, "--data", data, *NUMBERS, "--limit", "3", "--decoding", "beam", "--branches", "3")
+    evaluate(capsys, *beam, "--new-tokens", "12", "--stop", "e", "--stop", "t", "--out", tmp_path / "a")
+    evaluate(
+        capsys, *beam, "--new-tokens", "12", "--stop", "e", "--stop", "t", "--length-penalty", "0", "--out",
+        tmp_path / "b",
+    )  # fmt: skip
+    ends = []
+    for name, score in (("a", "normalised_log_prob"), ("b", "log_prob")):
+        for record in records_of(tmp_path / name).values():
+            scores = [branch[score] for branch in record["branches"]]
+            assert scores == sorted(scores, reverse=True), "nothing after a stop string is in its score"
+            for branch in record["branches"]:
+                assert not set("et") & set(branch["text"])
+                ends.append((branch["finished"], branch["tokens"] < 12))
+    assert ("stop", True) in ends
+    config = json.loads((tmp_path / "b" / "results.json").read_text())["config"]
+    assert config["--length-penalty"] == 0 and config["stop strings"] == ["e", "t"]
+
+
+def test_defaults_that_belong_to_the_template_and_the_context_are_told(
+    trained_run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("mod_star.commands.evaluate._ask", lambda *given: asked.append(given))
+    for name in ("keep_compiled_programs", "_report"):
+        monkeypatch.setattr(f"mod_star.commands.evaluate.{name}", lambda *_: None)
+    run = (trained_run, "--data", data, *NUMBERS, "--limit", "3", "--new-tokens", "5")
+    for number, (options, stop, note) in enumerate(
+        (
+            ((), ("\nQ:",), r'texts end at "\nQ:" ('),
+            (("--prompt-template", "Question: {question}\nAnswer:"), ("\nQuestion:",), r'end at "\nQuestion:" ('),
+            (("--prompt-template", "{question} ="), (), "texts end at end tokens only ("),
+            (("--prompt-template", "{question} =", "--few-shot", "2"), ("\n\n",), r'texts end at "\n\n" ('),
+            (("--stop", "x"), ("x",), None),
+        )
+    ):
+        err = evaluate(capsys, *run, *options, "--out", tmp_path / str(number))
+        _, protocol, *_ = asked.pop()
+        assert protocol.stop == stop
+        assert err == "" if note is None else (note in err and err.count("\n") == 1)
+        assert json.loads((tmp_path / str(number) / "config.json").read_text())["stop strings"] == list(stop)
+    err = evaluate(capsys, *run[:-2], "--out", tmp_path / "room")
+    room = asked.pop()[1].new_tokens
+    assert 30 < room < 64 and f"at most {room} new tokens, all that the context has room for" in err
+
+    worked = tmp_path / "worked.jsonl"
+    worked.write_text("\n".join(json.dumps({"question": f"{n}?", "answer": f"<<{n}>>\n#### {n}"}) for n in range(3)))
+    strict = ("--task", "gsm8k", "--few-shot", "1", "--limit", "1", "--answer-rule", "gsm8k-strict")
+    evaluate(capsys, trained_run, "--data", worked, *strict, "--out", tmp_path / "strict")
+    subject, protocol, *_ = asked.pop()
+    assert protocol.rule == HarnessNumber("strict")
+    assert re.fullmatch(r"<<\d>>\n#### \d", subject.prompts.examples[0].solution), "as published"
+
+
+def test_an_option_that_an_old_evaluation_did_not_have_was_not_given(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"--limit": 5}')
+    require_evaluation(tmp_path, {"--limit": 5, "--new": None})
+    with pytest.raises(InputError, match=r"another configuration: --new: none → 1$"):
+        require_evaluation(tmp_path, {"--limit": 5, "--new": 1})
+
+
 def error_of(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
     """The one line on stderr of a command that must fail with exit code 2."""
     with pytest.raises(SystemExit) as left:
@@ -156,6 +236,10 @@ def test_bad_input(
         ((*good, "--question", "{p}"), "sums.jsonl, line 1: --question names 'p', the record has fields q, a"),
         ((*good, "--temperature", "1"), "--temperature: has no use with --decoding greedy"),
         ((*good, "--decoding", "self-consistency", "--temperature", "0"), "--temperature = 0.0: must be above 0"),
+        ((*good, "--length-penalty", "1"), "--length-penalty: has no use with --decoding greedy, only with beam"),
+        ((*good, "--decoding", "beam", "--length-penalty", "-1"), "length_penalty = -1.0: must be at least 0"),
+        ((*good[:-4], "--kind", "text", "--answer-rule", "gsm8k-strict"), "--answer-rule: finds numbers, the answers"),
+        ((*good, "--protocol", "expected", "--answer-rule", "gsm8k-strict"), "--new-tokens: has no use with --pro"),
         ((*good, "--decoding", "cot", "--continuation", " "), "--continuation = ' ': must not be empty"),
         ((*good, "--decoding", "cot", "--branches", "5000"), "--branches = 5000: must be at most the vocabulary"),
         ((*good, "--protocol", "choice"), "--new-tokens: has no use with --protocol choice"),

@@ -41,6 +41,44 @@ def test_plain_prompts() -> None:
     assert Prompts(tokenizer).encode(ITEM) == [256, *b"Q: How many?\nA:"]
 
 
+@pytest.mark.parametrize(
+    ("template", "few", "stop"),
+    [
+        (None, False, ("\nQ:",)),
+        ("Question: {question}\nAnswer:", True, ("\nQuestion:",)),
+        ("Question: {question}\\nAnswer:", False, ("\nQuestion:",)),
+        ("\nSolve this. \nProblem: {question}\n", True, ("\nSolve this.",)),
+        ("{question}\nA:", True, ("\n\n",)),
+        ("### {question}\n", True, ("\n\n",)),  # "\n###" would cut "#### 18" off
+        ("- {question} =", False, ()),
+        ("{question}\nA:", False, ()),
+    ],
+)
+def test_what_ends_a_text_follows_the_template(template: str | None, few: bool, stop: tuple[str, ...]) -> None:
+    prompts = Prompts(ByteTokenizer(), template, examples=(EXAMPLE,) if few else ())
+    assert prompts.stop == stop
+    shown = replace(prompts, examples=(EXAMPLE, EXAMPLE)).text(ITEM)
+    assert all(shown.count(each) >= 2 for each in stop), "it is what comes after every answer"
+    assert Prompts(Chatty(), template, chat=True, examples=prompts.examples).stop == ()
+
+
+def test_blank_lines_in_examples_end_nothing() -> None:
+    long = replace(EXAMPLE, solution="First.\n\nThen 4.")
+    assert Prompts(ByteTokenizer(), "{question}\nA:", examples=(EXAMPLE, long)).stop == ()
+    assert Prompts(ByteTokenizer(), examples=(EXAMPLE, long)).stop == ("\nQ:",)
+
+
+def test_no_second_blank_where_the_template_ends_in_one() -> None:
+    for template, shown in (("Q: {question} A: ", "Q: 2 + 2? A: Two and two"), ("{question}\n", "2 + 2?\nTwo and two")):
+        prompts = Prompts(ByteTokenizer(), template, examples=(EXAMPLE,), step_by_step=False)
+        assert prompts.text(ITEM).startswith(shown)
+        assert (
+            replace(prompts, examples=(), step_by_step=True)
+            .text(ITEM)
+            .endswith(template[-1] + "Let's think step by step.")
+        )
+
+
 def test_chat_prompts() -> None:
     chatty = Chatty()
     assert Prompts(chatty, chat=True).text(ITEM) == "<user>How many?<assistant>"

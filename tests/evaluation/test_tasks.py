@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from mod_star.decoding.answers import HarnessNumber
 from mod_star.errors import InputError
 from mod_star.evaluation.tasks import CustomTask, Item, load_task
 
@@ -34,8 +36,11 @@ def written(path: Path, *records: Any) -> Path:
 def test_the_published_forms(tmp_path: Path) -> None:
     (item,) = load_task("gsm8k", written(tmp_path / "a.jsonl", GSM8K)).items
     assert item == Item(
-        "1", "Tom has 1 apple.", "1450", "number", solution="He gets 1,449 = 1450.\nDone.\nThe answer is 1450."
-    )
+        "1", "Tom has 1 apple.", "1450", "number", solution="He gets 1,449 = 1450.\nDone.\nThe answer is 1450.",
+        gold_text="1,450", published=GSM8K["answer"],
+    )  # fmt: skip
+    assert item.gold_by(None) == item.gold_by(HarnessNumber("strict")) == "1450"
+    assert replace(item, gold_text="18.00").gold_by(HarnessNumber("flexible")) == "18.00", "as the harness compares"
     (item,) = load_task("csqa", written(tmp_path / "b.jsonl", CSQA)).items
     assert item == Item("x7", "Where?\n(A) bank\n(B) mall", "B", "choice", ("A", "B"), ("bank", "mall"), "B")
     (item,) = load_task("multiarith", written(tmp_path / "c.json", MULTIARITH)).items
