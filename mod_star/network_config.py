@@ -59,6 +59,9 @@ class ModelConfig:
     """Use the embedding matrix as the LM head too."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products. Parameters, router, softmax and losses are float32 always."""
+    precision: Literal["highest", "high", "default"] = "highest"
+    """Precision of float32 products in linear layers and attention on TPUs and GPUs. highest: float32; high: three
+    bfloat16 passes or TF32; default: bfloat16 or TF32. CPUs compute in float32 always, and all other products do."""
     attention: Literal["auto", "fused", "segments"] = "auto"
     """fused: jax.nn.dot_product_attention; segments: our own softmax; auto: fused on a GPU, segments elsewhere."""
     remat: Literal["none", "dots", "full"] = "none"

@@ -14,6 +14,7 @@ from mod_star.config import ModelConfig
 from mod_star.model.attention import Segment, attend, use_fused
 from mod_star.model.layers import fan_in_normal, rms_norm, rotary_angles, rotate
 from mod_star.model.linear import linear
+from mod_star.model.precision import products_of
 
 if TYPE_CHECKING:
     from mod_star.model.parts import Parts
@@ -73,7 +74,7 @@ def block(
 
     def project(name: str) -> jax.Array:
         weight = params[name].astype(dtype)
-        projected = linear(h, weight.reshape(D, -1)).reshape(N, *weight.shape[1:])
+        projected = linear(h, weight.reshape(D, -1), precision=config.precision).reshape(N, *weight.shape[1:])
         return projected + params[f"{name}_bias"].astype(dtype) if config.qkv_bias else projected
 
     def position(name: str) -> jax.Array:
@@ -88,8 +89,10 @@ def block(
     own = Segment(jnp.swapaxes(key_NxKxE, 0, 1), jnp.swapaxes(value_NxKxE, 0, 1), positions_N, segment_ids_N, valid_N)
     attended = attend(
         query_NxHxE, positions_N, segment_ids_N, (*context, own),
-        window=config.sliding_window, fused=use_fused(config, N),
+        window=config.sliding_window, fused=use_fused(config, N), precision=config.precision,
     )  # fmt: skip
-    delta = linear(attended.reshape(N, -1), params["output"].astype(dtype).reshape(-1, D))
+    output_HExD = params["output"].astype(dtype).reshape(-1, D)
+    delta = linear(attended.reshape(N, -1), output_HExD, precision=config.precision)
     h = rms_norm(x_NxD + delta, params["feed_forward_norm"], config.norm_eps)
-    return delta + parts.feed_forward.apply(params["feed_forward"], h), own
+    with products_of(config):
+        return delta + parts.feed_forward.apply(params["feed_forward"], h), own

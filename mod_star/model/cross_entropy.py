@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mod_star.model.precision import precision_of
 from mod_star.sharding import constrain
 
 
@@ -48,7 +49,7 @@ def token_entropy(hidden_BxSxD: jax.Array, head_VxD: jax.Array, chunk: int) -> j
     narrow = constrain(head_VxD.astype(hidden_BxSxD.dtype), "tensor", None)
 
     def one(h: jax.Array) -> jax.Array:
-        log_p = jax.nn.log_softmax(jnp.einsum("bcd,vd->bcv", h, narrow, preferred_element_type=jnp.float32))
+        log_p = jax.nn.log_softmax(_product("bcd,vd->bcv", h, narrow, preferred_element_type=jnp.float32))
         return -jnp.sum(jnp.exp(log_p) * log_p, -1)
 
     S = hidden_BxSxD.shape[1]
@@ -69,6 +70,11 @@ def unchunked(a: jax.Array, tokens: int) -> jax.Array:
     return jnp.moveaxis(a, 0, 1).reshape(B, count * chunk, *rest)[:, :tokens]
 
 
+def _product(form: str, x: jax.Array, y: jax.Array, **options: Any) -> jax.Array:
+    """An einsum of two arrays of one type; losses ask for the highest precision always."""
+    return jnp.einsum(form, x, y, precision=precision_of(x.dtype), **options)
+
+
 def _scan(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int, *, with_gradients: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
@@ -81,7 +87,7 @@ def _scan(
     def one(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, Any], Any]:
         total, grad_head = carry
         h, target, weight = inputs
-        logits = jnp.einsum("bcd,vd->bcv", h, narrow, preferred_element_type=jnp.float32)
+        logits = _product("bcd,vd->bcv", h, narrow, preferred_element_type=jnp.float32)
         log_normaliser = jax.nn.logsumexp(logits, -1)
         picked = jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
         nll = log_normaliser - picked
@@ -91,8 +97,8 @@ def _scan(
         is_target = target[..., None] == jnp.arange(logits.shape[-1])
         grad_logits = weight[..., None] * (jnp.exp(logits - log_normaliser[..., None]) - is_target)
         grad_logits = grad_logits.astype(hidden.dtype)
-        grad_hidden = jnp.einsum("bcv,vd->bcd", grad_logits, narrow)
-        grad_head += jnp.einsum("bcv,bcd->vd", grad_logits, h, preferred_element_type=jnp.float32)
+        grad_hidden = _product("bcv,vd->bcd", grad_logits, narrow)
+        grad_head += _product("bcv,bcd->vd", grad_logits, h, preferred_element_type=jnp.float32)
         return (total, constrain(grad_head, "tensor", "fsdp")), (nll, grad_hidden)
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32) if with_gradients else None)

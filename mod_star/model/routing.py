@@ -18,6 +18,7 @@ from flax import struct
 from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.model.layers import Params, fan_in_normal
 from mod_star.model.linear import linear
+from mod_star.model.precision import HIGHEST
 
 
 def capacity_of(routing: RoutingConfig, tokens: int) -> int:
@@ -118,8 +119,7 @@ def linear_router_init(key: jax.Array, config: ModelConfig) -> Params:
 
 def linear_router(params: Params, x_SxD: jax.Array) -> jax.Array:
     """The paper's router: r = x·w, a float32 scalar per token."""
-    # Left to itself a float32 product runs in bfloat16 on a TPU and in TF32 on a GPU.
-    return jnp.matmul(x_SxD.astype(jnp.float32), params["weight"], precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(x_SxD.astype(jnp.float32), params["weight"], precision=HIGHEST)
 
 
 GATES = {
@@ -144,7 +144,8 @@ def predict(params: Params, x_SxD: jax.Array) -> jax.Array:
     """
     x = jax.lax.stop_gradient(x_SxD).astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
-    return jax.nn.relu(linear(x, params["hidden"]) + params["bias"]) @ params["output"] + params["shift"]
+    hidden = jax.nn.relu(linear(x, params["hidden"], precision="highest") + params["bias"])
+    return jnp.matmul(hidden, params["output"], precision=HIGHEST) + params["shift"]
 
 
 def position_noise(key: jax.Array, positions_S: jax.Array) -> jax.Array:

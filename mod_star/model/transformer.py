@@ -240,10 +240,9 @@ def run(
                     context=before, taken=taken, decided_N=decided_N,
                 )  # fmt: skip
             else:
-                delta, keys_values[name] = decoder.parts.block.apply(
-                    params[name]["block"], x_NxD, positions_N, segment_ids_N, segment_ids_N > 0, before,
-                    config, decoder.parts,
-                )  # fmt: skip
+                delta, keys_values[name] = decoder.parts.compute_block(
+                    params[name]["block"], x_NxD, positions_N, segment_ids_N, segment_ids_N > 0, before, config
+                )
             # Said once per block, so that tokens stay where they are and weights move: see `mod_star.sharding`.
             x_NxD = constrain(x_NxD + delta, None, None)
         return x_NxD, (trace, keys_values if keep_keys_values else None)
@@ -291,7 +290,7 @@ def routed_block(
     config, routing, parts = decoder.config, decoder.routing, decoder.parts
     S = x_SxD.shape[0]
     valid_S = segment_ids_S > 0
-    scores_S = parts.router.apply(params["router"], x_SxD)
+    scores_S = parts.score(params["router"], x_SxD)
     noise_S = stochastic_noise(key, jnp.arange(S), routing)
     logits_S = causal_logit(params, x_SxD, scores_S, noise_S, routing, config.context)
     if mode == "top_k":
@@ -341,8 +340,8 @@ def routed_rows(
     Returns:
       The gated delta CxD in x's type, the float32 gates C, and the rows' keys/values.
     """
-    delta_CxD, own = parts.block.apply(
-        params["block"], x_CxD, positions_C, segment_ids_C, filled_C, context, config, parts
+    delta_CxD, own = parts.compute_block(
+        params["block"], x_CxD, positions_C, segment_ids_C, filled_C, context, config
     )
     gates_C = parts.gate_of(routing)(scores_C)
     return (delta_CxD * gates_C[:, None]).astype(x_CxD.dtype), gates_C, own
@@ -355,4 +354,5 @@ def head_matrix(params: dict[str, Any]) -> jax.Array:
 
 def logits_of(params: dict[str, Any], hidden_NxD: jax.Array) -> jax.Array:
     """Float32 logits NxV. The head is read in the hidden states' type."""
-    return linear(hidden_NxD, head_matrix(params).astype(hidden_NxD.dtype), jnp.float32, transposed=True)
+    head_VxD = head_matrix(params).astype(hidden_NxD.dtype)
+    return linear(hidden_NxD, head_VxD, jnp.float32, transposed=True, precision="highest")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from mod_star.model.layers import Params
 from mod_star.model.linear import linear
+from mod_star.model.precision import HIGHEST
 
 
 def mixing_weight(params: Params, base_NxD: jax.Array, thought_NxD: jax.Array) -> jax.Array:
@@ -15,9 +16,9 @@ def mixing_weight(params: Params, base_NxD: jax.Array, thought_NxD: jax.Array) -
     Not squashed, as in the authors' code: w may leave [0, 1].
     """
     x = jnp.concatenate([base_NxD, thought_NxD], -1).astype(jnp.float32)
-    x = jax.nn.relu(linear(x, params["first"]) + params["first_bias"])
-    x = jax.nn.relu(linear(x, params["second"]) + params["second_bias"])
-    return x @ params["output"] + params["output_bias"]
+    x = jax.nn.relu(linear(x, params["first"], precision="highest") + params["first_bias"])
+    x = jax.nn.relu(linear(x, params["second"], precision="highest") + params["second_bias"])
+    return jnp.matmul(x, params["output"], precision=HIGHEST) + params["output_bias"]
 
 
 def mix(base_NxD: jax.Array, thought_NxD: jax.Array, weights_N: jax.Array) -> jax.Array:
