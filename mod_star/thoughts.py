@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -55,7 +54,7 @@ def thoughts_of(run: LoadedRun, text: str, temperature: float = 0.0, seed: int =
     found = _think_everywhere(run.decoder, run.params, thinking, temperature, padded, length, key)
     base, talk, weights, entropies, thoughts_SxT = (np.asarray(array) for array in found)
     # What follows position i is token i + 1; nothing stands before the first.
-    shifted = lambda values: [math.nan, *values[: len(ids) - 1].astype(float).tolist()]  # noqa: E731
+    shifted = lambda values: [None, *values[: len(ids) - 1].astype(float).tolist()]  # noqa: E731
     thoughts = [[], *([i for i in row.tolist() if i >= 0] for row in thoughts_SxT[: len(ids) - 1])]
     return TextThoughts(
         tokens=token_pieces(run.tokenizer, ids),
@@ -80,7 +79,7 @@ def _think_everywhere(
 ) -> tuple[jax.Array, ...]:
     """For each position: log-prob of the next token without and with a thought, weight, entropy; thoughts SxT."""
     S = tokens_S.shape[0]
-    segment_ids_S = (jnp.arange(S) < length).astype(jnp.int32)
+    segment_ids_S = (jnp.arange(S, dtype=jnp.int32) < length).astype(jnp.int32)
     slots = causal_slots(decoder.routing, decoder.config.context)
     output: Any = decoder.apply(
         {"params": params}, tokens_S, None, segment_ids_S, mode="causal", slots=slots, keep_keys_values=True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -59,7 +58,7 @@ def test_base_predictions_are_those_of_the_network(loaded: LoadedRun, thoughts: 
     logits = jnp.dot(run(loaded.params).hidden, loaded.params["head"].T)
     log_p = np.asarray(jax.nn.log_softmax(logits))
     expected = log_p[np.arange(TOKENS - 1), np.asarray(ids[1:])]
-    assert math.isnan(thoughts.base_log_probs[0]) and math.isnan(thoughts.entropies[0])
+    assert thoughts.base_log_probs[0] is thoughts.entropies[0] is None
     np.testing.assert_allclose(thoughts.base_log_probs[1:], expected, atol=1e-5)
     np.testing.assert_allclose(thoughts.entropies[1:], -np.sum(np.exp(log_p) * log_p, -1)[:-1], atol=1e-5)
     assert len(thoughts.tokens) == TOKENS and thoughts.tokens[:2] == ["<bos>", "T"]
@@ -91,8 +90,8 @@ def test_thoughts_are_those_of_generating_the_same_text(loaded: LoadedRun) -> No
 
 def test_nothing_stands_behind_the_first_token(thoughts: TextThoughts) -> None:
     assert (thoughts.thoughts[0], thoughts.thought_tokens[0]) == ("", [])
-    assert math.isnan(thoughts.talk_log_probs[0]) and math.isnan(thoughts.weights[0])
-    assert not np.isnan(thoughts.gains[1:]).any()
+    assert thoughts.talk_log_probs[0] is thoughts.weights[0] is None
+    assert np.ma.getmaskarray(thoughts.gains).tolist() == [True] + [False] * (TOKENS - 1)
     assert np.abs(thoughts.gains[1:]).max() > 0.01, "thoughts must matter for the tests to show anything"
 
 

@@ -113,7 +113,7 @@ class BeamSearch:
         state = self._generator.start(prompts, new_tokens, branches=W)
         Q = len(prompts)
         # All beams are the same before the first token: one of them stands for all.
-        live_QxW = jnp.tile(jnp.where(jnp.arange(W) == 0, 0.0, -jnp.inf), (Q, 1))
+        live_QxW = jnp.full((Q, W), -jnp.inf, jnp.float32).at[:, 0].set(0.0)
         tokens = jnp.full((Q, W, new_tokens), -1, jnp.int32)
         scores = jnp.full((Q, W), -jnp.inf, jnp.float32)
         log_probs, gaps = (jnp.zeros((Q, W, new_tokens), jnp.float32) for _ in range(2))
@@ -145,10 +145,10 @@ class BeamSearch:
         _, gaps_B = log_prob_and_gap(logits_BxV, jnp.zeros(Q * W, jnp.int32))
         search = self._end(search, log_p_QxWxV, gaps_B)
 
-        ends = jnp.isin(jnp.arange(V), jnp.array(self._ends, jnp.int32))
+        ends = jnp.isin(jnp.arange(V, dtype=jnp.int32), jnp.array(self._ends, jnp.int32))
         total_QxWxV = jnp.where(ends, -jnp.inf, search.live_QxW[:, :, None] + log_p_QxWxV)
         live_QxW, chosen_QxW = jax.lax.top_k(total_QxWxV.reshape(Q, -1), W)
-        rows_B = (jnp.arange(Q)[:, None] * W + chosen_QxW // V).reshape(-1)
+        rows_B = (jnp.arange(Q, dtype=jnp.int32)[:, None] * W + chosen_QxW // V).reshape(-1)
         tokens_B = (chosen_QxW % V).reshape(-1).astype(jnp.int32)
         log_probs_B = log_p_QxWxV.reshape(Q * W, V)[rows_B, tokens_B]
 
@@ -178,7 +178,7 @@ class BeamSearch:
         state = search.state
         Q, W = search.live_QxW.shape
         T = state.tokens_BxT.shape[1]
-        here = jnp.arange(T) == state.step
+        here = jnp.arange(T, dtype=jnp.int32) == state.step
         length = (state.step + 1).astype(jnp.float32)
 
         def with_end(buffer_BxT: jax.Array, values: jax.Array) -> jax.Array:

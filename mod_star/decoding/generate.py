@@ -147,7 +147,7 @@ class Generator:
     ) -> DecodeState:  # fmt: skip
         Q, P = tokens_QxP.shape
         B = Q * branches
-        segment_ids_QxP = (jnp.arange(P) < lengths_Q[:, None]).astype(jnp.int32)
+        segment_ids_QxP = (jnp.arange(P, dtype=jnp.int32) < lengths_Q[:, None]).astype(jnp.int32)
         positions_P = jnp.arange(P, dtype=jnp.int32)
 
         def run(tokens_P: jax.Array, segment_ids_P: jax.Array) -> Any:

@@ -5,6 +5,7 @@ Written as a delta so that a routed block can gate it (papers: x + g(r)·f(x)) a
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -27,20 +28,21 @@ def block_init(key: jax.Array, config: ModelConfig, parts: Parts) -> dict[str, A
     key_norm E.
     """
     D, H, K, E = config.width, config.heads, config.key_heads, config.head_size
+    ones, zeros = (functools.partial(full, dtype=jnp.float32) for full in (jnp.ones, jnp.zeros))
     query, key_, value, output, feed_forward = jax.random.split(key, 5)
     params: dict[str, Any] = {
-        "attention_norm": jnp.ones(D),
+        "attention_norm": ones(D),
         "query": fan_in_normal(query, (D, H, E), D),
         "key": fan_in_normal(key_, (D, K, E), D),
         "value": fan_in_normal(value, (D, K, E), D),
         "output": fan_in_normal(output, (H, E, D), H * E, (2 * config.layers) ** -0.5),
-        "feed_forward_norm": jnp.ones(D),
+        "feed_forward_norm": ones(D),
         "feed_forward": parts.feed_forward.init(feed_forward, config),
     }
     if config.qkv_bias:
-        params |= {"query_bias": jnp.zeros((H, E)), "key_bias": jnp.zeros((K, E)), "value_bias": jnp.zeros((K, E))}
+        params |= {"query_bias": zeros((H, E)), "key_bias": zeros((K, E)), "value_bias": zeros((K, E))}
     if config.qk_norm:
-        params |= {"query_norm": jnp.ones(E), "key_norm": jnp.ones(E)}
+        params |= {"query_norm": ones(E), "key_norm": ones(E)}
     return params
 
 

@@ -94,7 +94,7 @@ def _scan(
         total += jnp.sum(weight * nll)
         if not with_gradients:
             return (total, None), (nll, None)
-        is_target = target[..., None] == jnp.arange(logits.shape[-1])
+        is_target = target[..., None] == jnp.arange(logits.shape[-1], dtype=jnp.int32)
         grad_logits = weight[..., None] * (jnp.exp(logits - log_normaliser[..., None]) - is_target)
         grad_logits = grad_logits.astype(hidden.dtype)
         grad_hidden = _product("bcv,vd->bcd", grad_logits, narrow)

@@ -68,7 +68,7 @@ def select_top(scores_S: jax.Array, valid_S: jax.Array, capacity: int) -> Select
     indices_C = jnp.sort(chosen).astype(jnp.int32)
     slot_S = jnp.searchsorted(indices_C, jnp.arange(S, dtype=jnp.int32), method="compare_all")
     slot_S = jnp.minimum(slot_S, capacity - 1).astype(jnp.int32)
-    mask_S = (indices_C[slot_S] == jnp.arange(S)) & valid_S
+    mask_S = (indices_C[slot_S] == jnp.arange(S, dtype=jnp.int32)) & valid_S
     return Selection(indices_C, valid_S[indices_C], mask_S, slot_S)
 
 
@@ -77,10 +77,10 @@ def select_first(wanted_S: jax.Array, slots: int) -> Selection:
 
     Whether token i is computed depends on tokens up to i alone.
     """
-    count_S = jnp.cumsum(wanted_S.astype(jnp.int32))
+    count_S = jnp.cumsum(wanted_S, dtype=jnp.int32)
     mask_S = wanted_S & (count_S <= slots)
     indices_C = jnp.searchsorted(count_S, jnp.arange(1, slots + 1, dtype=jnp.int32), method="compare_all")
-    filled_C = jnp.arange(slots) < count_S[-1]
+    filled_C = jnp.arange(slots, dtype=jnp.int32) < count_S[-1]
     indices_C = jnp.minimum(indices_C, wanted_S.shape[0] - 1).astype(jnp.int32)
     return Selection(indices_C, filled_C, mask_S, jnp.clip(count_S - 1, 0, slots - 1))
 
@@ -134,7 +134,8 @@ def predictor_init(key: jax.Array, config: ModelConfig, routing: RoutingConfig) 
     """Parameters of `predict`: a hidden layer and an output of zeros, so that training starts at probability 1/2."""
     D, P = config.width, routing.predictor_width
     hidden = fan_in_normal(key, (D, P), D)
-    return {"hidden": hidden, "bias": jnp.zeros(P), "output": jnp.zeros(P), "shift": jnp.zeros(())}
+    zeros_P = jnp.zeros(P, jnp.float32)
+    return {"hidden": hidden, "bias": zeros_P, "output": zeros_P, "shift": jnp.zeros((), jnp.float32)}
 
 
 def predict(params: Params, x_SxD: jax.Array) -> jax.Array:
@@ -150,7 +151,11 @@ def predict(params: Params, x_SxD: jax.Array) -> jax.Array:
 
 def position_noise(key: jax.Array, positions_S: jax.Array) -> jax.Array:
     """Standard normal float32 per position, the same for a position however the sequence is cut up."""
-    return jax.vmap(lambda position: jax.random.normal(jax.random.fold_in(key, position)))(positions_S)
+
+    def noise(position: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(key, position), (), jnp.float32)
+
+    return jax.vmap(noise)(positions_S)
 
 
 def noise_threshold(routing: RoutingConfig, tokens: int) -> jax.Array:

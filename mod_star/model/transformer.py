@@ -90,7 +90,8 @@ def group_init(key: jax.Array, config: ModelConfig, routing: RoutingConfig, part
             params[name]["router"] = parts.router.init(router, config)
             if routing.selection == "learned" and routing.causal_rule == "predictor":
                 params[name]["predictor"] = predictor_init(predictor, config, routing)
-    return params
+    # A user's own initialiser may have left the type to a default, which JAX_ENABLE_X64 makes float64.
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
 
 def causal_logit(
@@ -144,7 +145,7 @@ class Decoder(nn.Module):
         require(V > 0, "model.vocab_size", V, "must be positive (0 is filled in from the tokenizer by a run)")
         self.embedding = self.param("embedding", lambda key: fan_in_normal(key, (V, D), D))
         self.groups = self.param("groups", self._init_groups)
-        self.final_norm = self.param("final_norm", lambda key: jnp.ones(D))
+        self.final_norm = self.param("final_norm", lambda key: jnp.ones(D, jnp.float32))
         if not self.config.tie_embeddings:
             self.head = self.param("head", lambda key: fan_in_normal(key, (V, D), D))
 
@@ -253,7 +254,7 @@ def run(
     groups = params["groups"]
     count = group_count(config, routing)
     x_NxD = constrain(x_NxD, None, None)
-    inputs = (groups, jnp.arange(count), context, taken, decided)
+    inputs = (groups, jnp.arange(count, dtype=jnp.int32), context, taken, decided)
     if isinstance(groups, tuple):
         results = []
         for i in range(count):
@@ -291,7 +292,7 @@ def routed_block(
     S = x_SxD.shape[0]
     valid_S = segment_ids_S > 0
     scores_S = parts.score(params["router"], x_SxD)
-    noise_S = stochastic_noise(key, jnp.arange(S), routing)
+    noise_S = stochastic_noise(key, jnp.arange(S, dtype=jnp.int32), routing)
     logits_S = causal_logit(params, x_SxD, scores_S, noise_S, routing, config.context)
     if mode == "top_k":
         selection = select_top(scores_S if noise_S is None else noise_S, valid_S, capacity_of(routing, S))
@@ -300,7 +301,7 @@ def routed_block(
         rule_S = (logits_S > 0) & valid_S
         wanted_S = rule_S if decided_N is None else jnp.where(decided_N < 0, rule_S, decided_N > 0)
         room = slots if taken is None else slots - taken
-        selection = select_first(wanted_S & (jnp.cumsum(wanted_S) <= room), min(S, slots))
+        selection = select_first(wanted_S & (jnp.cumsum(wanted_S, dtype=jnp.int32) <= room), min(S, slots))
         overflow_S = rule_S & ~selection.mask_S  # also where a repeated decision was that no slot was left
 
     rows = functools.partial(routed_rows, config=config, routing=routing, parts=parts)
@@ -340,9 +341,7 @@ def routed_rows(
     Returns:
       The gated delta CxD in x's type, the float32 gates C, and the rows' keys/values.
     """
-    delta_CxD, own = parts.compute_block(
-        params["block"], x_CxD, positions_C, segment_ids_C, filled_C, context, config
-    )
+    delta_CxD, own = parts.compute_block(params["block"], x_CxD, positions_C, segment_ids_C, filled_C, context, config)
     gates_C = parts.gate_of(routing)(scores_C)
     return (delta_CxD * gates_C[:, None]).astype(x_CxD.dtype), gates_C, own
 

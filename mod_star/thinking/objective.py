@@ -77,7 +77,7 @@ def choose_places(
     if thinking.think_where == "entropy" and thinking.think_fraction < 1:
         scores = token_entropy(jax.lax.stop_gradient(text.hidden[:, :count]), head_VxD, chunk)
     else:
-        scores = jax.random.uniform(key, (B, count))
+        scores = jax.random.uniform(key, (B, count), jnp.float32)
     J = place_count(thinking, S)
     selection = jax.vmap(lambda s, e: select_top(s, e, J))(scores, eligible)
     return Places(selection.indices_C, selection.filled_C)
@@ -117,10 +117,12 @@ def sample_thoughts(
         # One vmap over both, not one inside the other: what only the outer one batches would keep a routed block's rows
         # of different positions out of the same chunk (`mod_star.model.rows`), and few would be skipped.
         M = thinking.n_thoughts
-        rows = jax.vmap(one)(jnp.repeat(indices_J, M), jnp.tile(jnp.arange(M), indices_J.shape[0]))
+        rows = jax.vmap(one)(jnp.repeat(indices_J, M), jnp.tile(jnp.arange(M, dtype=jnp.int32), indices_J.shape[0]))
         return jax.tree.map(lambda leaf: leaf.reshape(-1, M, *leaf.shape[1:]), rows)
 
-    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(places.indices_BxJ.shape[0]))
+    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(
+        jnp.arange(places.indices_BxJ.shape[0], dtype=jnp.int32)
+    )
     return batch_vmap(sequence)(contexts(text), batch["positions"], batch["segment_ids"], places.indices_BxJ, keys_B)
 
 
@@ -156,7 +158,7 @@ def predicted(batch: Batch, places: Places, thinking: ThinkingConfig) -> tuple[j
 
     0 for predictions beyond the document of the place, or that the batch gives no weight, or of places not filled.
     """
-    index = places.indices_BxJ[..., None] + jnp.arange(thinking.n_true)
+    index = places.indices_BxJ[..., None] + jnp.arange(thinking.n_true, dtype=jnp.int32)
     take = jax.vmap(lambda row, at: row[at])
     same = take(batch["segment_ids"], index) == take(batch["segment_ids"], places.indices_BxJ)[..., None]
     return index, take(batch["weights"], index) * same * places.filled_BxJ[..., None]
@@ -190,7 +192,7 @@ def _talk_loss_of_chunk(
         context: Any, tokens_S: jax.Array, positions_S: jax.Array, ids_S: jax.Array, indices_J: jax.Array, thoughts: Any
     ) -> Any:
         def one(index: jax.Array, thought: Thought) -> Any:
-            following = tokens_S[index + 1 + jnp.arange(N - 1)]
+            following = tokens_S[index + 1 + jnp.arange(N - 1, dtype=jnp.int32)]
             return score_thought(
                 decoder, params, context, positions_S[index], ids_S[index], thought, following, thinking
             )  # fmt: skip
@@ -229,5 +231,7 @@ def _talk_loss_of_chunk(
         log_probs = -jnp.sum(thought_nll.reshape(B, J, M, T), -1)
     computed = overflow = jnp.zeros((B, J, M, 0), jnp.float32)
     if scored.trace is not None:
-        computed, overflow = jnp.mean(scored.trace.selected, -1), jnp.mean(scored.trace.overflow, -1)
+        computed, overflow = (
+            jnp.mean(decided, -1, dtype=jnp.float32) for decided in (scored.trace.selected, scored.trace.overflow)
+        )
     return loss, Talk(nll_BxJxMxN, mixing.reshape(shape), advantage, log_probs, computed, overflow)

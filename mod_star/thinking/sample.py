@@ -113,7 +113,7 @@ def sample_thought(
         return (embed_thought(params, token[None])[0], cache), (token, log_prob, entropy, decided)
 
     (x_D, cache), (tokens_T, log_probs_T, entropies_T, decided_TxG) = jax.lax.scan(
-        think, (own["start"], cache), jnp.arange(t)
+        think, (own["start"], cache), jnp.arange(t, dtype=jnp.int32)
     )
     decided_GxT = None if decided_TxG is None else decided_TxG.T
     thought = Thought(tokens_T, log_probs_T, entropies_T, decided_GxT)
@@ -126,7 +126,7 @@ def sample_thought(
         return (own["end"], cache), hidden_D
 
     # The last token, then <end>: as a loop, so that the blocks are compiled once more and not twice.
-    _, hidden_2xD = jax.lax.scan(close, (x_D, cache), jnp.arange(t, t + 2))
+    _, hidden_2xD = jax.lax.scan(close, (x_D, cache), jnp.arange(t, t + 2, dtype=jnp.int32))
     return thought, hidden_2xD[1]
 
 
@@ -148,7 +148,7 @@ def draw_token(key: jax.Array, logits_V: jax.Array, temperature: float) -> jax.A
     blocks = jnp.pad(jnp.exp(scaled), (0, -V % DRAW_BLOCK)).reshape(-1, DRAW_BLOCK)
     sums = jnp.sum(blocks, -1)
     ends = jnp.cumsum(sums)
-    target = jax.random.uniform(key) * ends[-1]
+    target = jax.random.uniform(key, (), jnp.float32) * ends[-1]
     block = _first((ends > target) & (sums > 0), sums)
     inside = blocks[block]
     before = jnp.where(block > 0, ends[block - 1], 0.0)
@@ -188,7 +188,7 @@ def _append(cache: Any, own: Any, slot: jax.Array) -> Any:
 
     def write(old: Segment, new: Segment) -> Segment:
         # By a choice between old and new: under `vmap` an update of a slice becomes a scatter.
-        here_M = jnp.arange(old.valid_M.shape[-1]) == slot
+        here_M = jnp.arange(old.valid_M.shape[-1], dtype=jnp.int32) == slot
         choose = lambda a, b: jnp.where(here_M if a.ndim == old.valid_M.ndim else here_M[:, None], b, a)  # noqa: E731
         return jax.tree.map(choose, old, new)
 
@@ -199,4 +199,4 @@ def _taken(cache: Any) -> Any:
     """Slots of the routed blocks that the thought has taken, as `run` takes them; None for a dense model."""
     if isinstance(cache, tuple):
         return tuple(_taken(group) for group in cache) if "routed" in cache[0] else None
-    return jnp.sum(cache["routed"].valid_M, -1) if "routed" in cache else None
+    return jnp.sum(cache["routed"].valid_M, -1, dtype=jnp.int32) if "routed" in cache else None

@@ -54,7 +54,7 @@ def routing_sums(
     valid = valid_BxS[:, None]  # trace arrays are [B, groups, S]
     selected = trace.selected.astype(jnp.float32)
     target = trace.selected if target is None else target
-    per_layer = lambda a: jnp.sum(jnp.where(valid, a, 0.0), (0, 2))  # noqa: E731
+    per_layer = lambda a: jnp.sum(jnp.where(valid, a, 0), (0, 2), dtype=jnp.float32)  # noqa: E731
     probability = jax.nn.sigmoid(trace.logits)
     entropy = probability * jax.nn.softplus(-trace.logits) + (1 - probability) * jax.nn.softplus(trace.logits)
     sums = {

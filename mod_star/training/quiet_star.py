@@ -136,9 +136,9 @@ def thinking_sums(
 
 def gain_by_decile(base_nll: jax.Array, gain: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sums of gain over tenths of the predictions, the surest (lowest base NLL) first, and the counts; [10] each."""
-    ranks = jnp.argsort(jnp.argsort(jnp.where(where, base_nll, jnp.inf).ravel()))
-    decile = ranks * DECILES // jnp.maximum(jnp.sum(where), 1)
-    member = (decile == jnp.arange(DECILES)[:, None]) & where.ravel()
+    ranks = jnp.argsort(jnp.argsort(jnp.where(where, base_nll, jnp.inf).ravel())).astype(jnp.int32)
+    decile = ranks * DECILES // jnp.maximum(jnp.sum(where, dtype=jnp.int32), 1)
+    member = (decile == jnp.arange(DECILES, dtype=jnp.int32)[:, None]) & where.ravel()
     return jnp.sum(jnp.where(member, gain.ravel(), 0.0), 1), jnp.sum(member, 1, dtype=jnp.float32)
 
 
@@ -192,7 +192,9 @@ def make_quiet_star_eval(decoder: Decoder, run: RunConfig) -> Callable[..., Metr
         talk_BxS = jnp.where(places.filled_BxJ, talk.nll_BxJxMxN[:, :, 0, 0], base_BxS)
         # What the model predicts when only as many positions think as in training, by entropy or by chance.
         J = place_count(run.thinking, batch["tokens"].shape[1])
-        rank_by = entropy_BxS if run.thinking.think_where == "entropy" else jax.random.uniform(key, base_BxS.shape)
+        rank_by = entropy_BxS
+        if run.thinking.think_where == "random":
+            rank_by = jax.random.uniform(key, base_BxS.shape, jnp.float32)
         chosen = jax.vmap(lambda s, e: select_top(s, e, J).mask_S)(rank_by, batch["weights"] > 0)
         sums["budgeted_nll"] = jnp.sum(jnp.where(chosen, talk_BxS, base_BxS) * batch["weights"])
         if text.trace is not None:
