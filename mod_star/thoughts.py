@@ -17,7 +17,7 @@ from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import logits_of
 from mod_star.routes import token_pieces
-from mod_star.thinking.mixing import mix, mixing_weight
+from mod_star.thinking.mixing import mixed_logits, mixing_weight
 from mod_star.thinking.objective import contexts
 from mod_star.thinking.sample import sample_thought
 from mod_star.thoughts_view import TextThoughts
@@ -86,9 +86,6 @@ def _think_everywhere(
     )
     text = contexts(output)
 
-    def log_softmax(hidden_D: jax.Array) -> jax.Array:
-        return jax.nn.log_softmax(logits_of(params, hidden_D[None])[0])
-
     def one(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         position, following, hidden_D = inputs
         own_key = jax.random.fold_in(key, position)
@@ -97,7 +94,8 @@ def _think_everywhere(
         )
         assert after_D is not None
         weight_1 = mixing_weight(params["thinking"]["mixing"], hidden_D[None], after_D[None])
-        base_V, talk_V = log_softmax(hidden_D), log_softmax(mix(hidden_D[None], after_D[None], weight_1)[0])
+        base_V = jax.nn.log_softmax(logits_of(params, hidden_D[None])[0])
+        talk_V = jax.nn.log_softmax(mixed_logits(params, hidden_D[None], after_D[None], weight_1)[0])
         entropy = -jnp.sum(jnp.exp(base_V) * base_V)
         return base_V[following], talk_V[following], weight_1[0], entropy, thought.tokens_T
 

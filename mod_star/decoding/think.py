@@ -20,7 +20,7 @@ from mod_star.errors import require
 from mod_star.model import Decoder
 from mod_star.model.rows import compute_if
 from mod_star.model.transformer import logits_of
-from mod_star.thinking.mixing import mix, mixing_weight
+from mod_star.thinking.mixing import mixed_logits, mixing_weight
 from mod_star.thinking.sample import sample_thought
 
 WHEN = ("never", "always", "auto")
@@ -150,4 +150,5 @@ def _after_thought(
     )
     assert after_D is not None
     weight_1 = mixing_weight(params["thinking"]["mixing"], hidden_D[None], after_D[None])
-    return logits_of(params, mix(hidden_D[None], after_D[None], weight_1))[0], thought.tokens_T, weight_1[0]
+    logits_1xV = mixed_logits(params, hidden_D[None], after_D[None], weight_1)
+    return logits_1xV[0], thought.tokens_T, weight_1[0]

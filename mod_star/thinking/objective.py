@@ -23,7 +23,8 @@ from mod_star.model.cross_entropy import chunked, cross_entropy_by_token, token_
 from mod_star.model.routing import select_top
 from mod_star.model.transformer import head_matrix
 from mod_star.sharding import batch_vmap
-from mod_star.thinking.mixing import mix, mixing_weight
+from mod_star.thinking.mixed_cross_entropy import mixed_cross_entropy_by_token
+from mod_star.thinking.mixing import mixing_weight
 from mod_star.thinking.sample import Thought, sample_thought
 from mod_star.thinking.scan_sum import scan_sum
 from mod_star.thinking.score import score_thought
@@ -206,15 +207,14 @@ def _talk_loss_of_chunk(
     base = jnp.broadcast_to(gather(hidden_BxSxD, index_BxJxN)[:, :, None], (B, J, M, N, D)).reshape(-1, D)
     talk = scored.talk_NxD.reshape(-1, D)
     mixing = mixing_weight(params["thinking"]["mixing"], base, talk)
-    mixed = mix(base, talk, mixing)
 
     head = head_matrix(params)
     shape = (B, J, M, N)
     targets = jnp.broadcast_to(gather(batch["targets"], index_BxJxN)[:, :, None], shape)
     weights = jnp.broadcast_to(weights_BxJxN[:, :, None], shape)
     rows = lambda a: a.reshape(B, -1, *a.shape[4:])  # noqa: E731
-    loss, nll = cross_entropy_by_token(
-        rows(mixed.reshape(*shape, D)), head, rows(targets),
+    loss, nll = mixed_cross_entropy_by_token(
+        rows(base.reshape(*shape, D)), rows(talk.reshape(*shape, D)), rows(mixing.reshape(shape)), head, rows(targets),
         rows(weights) * (thinking.talk_weight / talk_total), loss_chunk,
     )  # fmt: skip
     nll_BxJxMxN = nll.reshape(shape)
@@ -224,8 +224,8 @@ def _talk_loss_of_chunk(
         used = jnp.maximum(advantage, 0.0) if thinking.drop_negative else advantage
         used = jnp.broadcast_to(used[..., None], (B, J, M, T)) * (thinking.policy_weight / thought_total)
         policy, thought_nll = cross_entropy_by_token(
-            rows(scored.thought_TxD / jnp.asarray(thinking.policy_temperature, scored.thought_TxD.dtype)), head,
-            rows(thoughts.tokens_T), rows(used), loss_chunk,
+            rows(scored.thought_TxD), head, rows(thoughts.tokens_T), rows(used), loss_chunk,
+            thinking.policy_temperature,
         )  # fmt: skip
         loss += policy
         log_probs = -jnp.sum(thought_nll.reshape(B, J, M, T), -1)
