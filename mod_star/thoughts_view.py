@@ -248,7 +248,7 @@ def _array(values: Floats) -> Numbers:
     if isinstance(values, np.ma.MaskedArray):
         return values
     entries = np.asarray(values, object)
-    absent = np.equal(entries, None).astype(bool)
+    absent = np.array([entry is None for entry in entries.ravel()], bool).reshape(entries.shape)
     return np.ma.array(np.where(absent, 0.0, entries).astype(np.float64), mask=absent)
 
 

@@ -194,6 +194,10 @@ def test_sampling_and_scoring_agree_with_the_compiled_program_within_10_percent(
 def test_a_step_that_thinks_is_sampling_and_scoring_and_grows_with_them() -> None:
     dense, mod = thinking_run(DENSE), thinking_run(RoutingConfig(every=1, predictor_width=96))
     assert training_step_flops(dense) == sampling_flops(dense, S).total + scoring_flops(dense, S).total
+    narrow = replace(dense, model=replace(dense.model, dtype="bfloat16"))
+    predictions = 32 * dense.thinking.n_thoughts * dense.thinking.n_true  # 32 positions think
+    extra = scoring_flops(narrow, S).head - scoring_flops(dense, S).head
+    assert extra == 2 * predictions * MODEL.width * MODEL.vocab_size, "the base prediction's product is one more"
     for function in (sampling_flops, scoring_flops):
         full, routed = function(dense, S), function(mod, S)
         assert routed.router > 0 and routed.predictor > 0 and full.router == full.predictor == 0

@@ -37,7 +37,7 @@ def example() -> TextThoughts:
         talk_log_probs=[None, None, -0.5, -2.2, -0.5, -2.0, -1.1],
         thoughts=["", "", "more to come", "twins", "so what", "1 + 1", "it ends\nhere"],
         thought_tokens=[[], [], ["more", " to", " come"], ["twins"], ["so", " what"], ["1", " +", " 1"], ["it ends\n"]],
-        weights=np.ma.array([0, 0, 0.5, 0.1, 0.0, 1.2, -0.3], np.float32, mask=[1, 1, 0, 0, 0, 0, 0]),
+        weights=np.ma.array([0, 0, 0.5, 0.1, 0.0, 1.2, -0.3], np.float32, mask=[True, True, *[False] * 5]),
         entropies=[None, 5.0, 2.0, 2.5, 1.0, 3.0, 0.5],
     )
 
@@ -128,8 +128,9 @@ def test_numbers_must_fit_the_tokens(name: str) -> None:
         with pytest.raises(ValueError, match=f"{name} has shape"):
             replace(example(), **{name: values})
     for number in (-math.inf, math.nan):
+        changed: dict[str, Any] = {name: [number] * 7}
         with pytest.raises(ValueError, match=f"{name} holds a number that is not finite; None stands for none"):
-            replace(example(), **{name: [number] * 7})
+            replace(example(), **changed)
 
 
 def test_thoughts_must_fit_the_tokens() -> None:

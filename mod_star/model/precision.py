@@ -28,7 +28,8 @@ def precision_of(dtype: Any, asked: str | None = "highest") -> Any:
     if jnp.dtype(dtype).itemsize < 4:
         return jax.lax.Precision.DEFAULT
     if asked is None:
-        asked = jax.config.jax_default_matmul_precision or "highest"
+        config: Any = jax.config
+        asked = config.jax_default_matmul_precision or "highest"
     return jax.lax.Precision(asked) if asked in ("highest", "high", "default") else asked
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mod_star import streams
 from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.model.layers import Params, fan_in_normal
 from mod_star.model.linear import linear
@@ -150,7 +151,11 @@ def predict(params: Params, x_SxD: jax.Array) -> jax.Array:
 
 
 def position_noise(key: jax.Array, positions_S: jax.Array) -> jax.Array:
-    """Standard normal float32 per position, the same for a position however the sequence is cut up."""
+    """Standard normal float32 per position, the same for a position however the sequence is cut up.
+
+    From a stream of its own: whatever else is drawn from `key`, or from a key of the same seed, tells nothing of it.
+    """
+    key = jax.random.fold_in(key, streams.ROUTING_NOISE)
 
     def noise(position: jax.Array) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(key, position), (), jnp.float32)

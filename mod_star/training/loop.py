@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from mod_star import streams
 from mod_star.buckets import bring_back, checkpoints_of, copied_from
 from mod_star.data import Batch, prefetch_to_device
 from mod_star.errors import InputError
@@ -267,7 +268,8 @@ class Sitting:
             found = objective_of(self.inputs.decoder, self.run).summarise(added)
             self._write(step, found)
             if self.thoughts is not None:
-                self.thoughts.write(step, state.params, self.inputs.held_out[0], self._eval_key())
+                examples_key = jax.random.fold_in(self._eval_key(), streams.EXAMPLES)
+                self.thoughts.write(step, state.params, self.inputs.held_out[0], examples_key)
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         if self.metrics is not None:
@@ -356,7 +358,7 @@ class Sitting:
 
     def _eval_key(self) -> jax.Array:
         """Random key of evaluations: the same every time, and apart from training's."""
-        return jax.random.fold_in(jax.random.key(self.run.train.seed), 2)
+        return jax.random.fold_in(jax.random.key(self.run.train.seed), streams.EVALUATION)
 
     def _seconds(self) -> float:
         """Time in training steps up to now, over all sittings."""

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from flax import struct
 
+from mod_star import streams
 from mod_star.config import RunConfig, ThinkingConfig
 from mod_star.data import Tokenizer
 from mod_star.model import Decoder, Trace
@@ -106,7 +107,7 @@ def thinking_sums(
     thought = jnp.broadcast_to(places.filled_BxJ[..., None], talk.advantages_BxJxM.shape)
     base = jax.vmap(lambda row, at: row[at])(base_nll_BxS, index)
     talk_nll = jnp.mean(talk.nll_BxJxMxN, 2)
-    total = lambda values, where: jnp.sum(jnp.where(where, values, 0.0), dtype=jnp.float32)  # noqa: E731
+    total = lambda values, where: jnp.sum(jnp.where(where, jnp.asarray(values, jnp.float32), 0.0))  # noqa: E731
     used = jnp.maximum(talk.advantages_BxJxM, 0.0) if thinking.drop_negative else talk.advantages_BxJxM
     by_decile, in_decile = gain_by_decile(base[..., 0], (base - talk_nll)[..., 0], first)
     positions = total(1.0, places.filled_BxJ)
@@ -184,8 +185,10 @@ def make_quiet_star_eval(decoder: Decoder, run: RunConfig) -> Callable[..., Metr
         head = head_matrix(params)
         nll, base_BxS = cross_entropy_by_token(text.hidden, head, batch["targets"], batch["weights"], chunk)
         entropy_BxS = token_entropy(text.hidden, head, chunk)
-        places = choose_places(batch, text, head, key, thinking, chunk)
-        thoughts = sample_thoughts(decoder, params, text, batch, places, key, thinking, temperature=0.0)
+        # All positions think, and greedily: what is drawn here decides nothing but their order of choice.
+        places = choose_places(batch, text, head, jax.random.fold_in(key, streams.PLACES), thinking, chunk)
+        draws_key = jax.random.fold_in(key, streams.THOUGHTS)
+        thoughts = sample_thoughts(decoder, params, text, batch, places, draws_key, thinking, temperature=0.0)
         _, talk = talk_loss(decoder, params, text, batch, places, thoughts, thinking, chunk)
         sums = {"nll": nll, "targets": jnp.sum(batch["weights"])}
         sums |= thinking_sums(batch, places, thoughts, talk, base_BxS, thinking)

@@ -35,7 +35,7 @@ def completion(pieces: list[str], logits_TxV: np.ndarray | None = None, finished
     )  # fmt: skip
 
 
-def branch(answer: str | None, delta: float, log_prob: float = -1.0, length: int = 1) -> Branch:
+def branch(answer: str | None, delta: float | None, log_prob: float = -1.0, length: int = 1) -> Branch:
     empty = completion(["x"])
     return Branch(empty, "x", (0, 1), answer, delta, log_prob, log_prob / length, None if answer else "no answer in it")
 

@@ -66,7 +66,7 @@ def test_a_batch_is_lines_set_end_to_end() -> None:
         assert unfinished.startswith("Q")
 
 
-def branch(token: str, answer: str | None, delta: float) -> Branch:
+def branch(token: str, answer: str | None, delta: float | None) -> Branch:
     made = Completion("", token, [0], [-1.0], "end", [], 0)
     return Branch(made, token, None, answer, delta, -1.0, -1.0, None if answer else "no answer in it")
 

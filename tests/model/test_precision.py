@@ -211,11 +211,21 @@ def test_the_products_of_a_users_own_parts_are_float32_too(tmp_path: Path) -> No
     for found in (model.next_token_training(), model.decoding()):
         assert any(4 in shape for product in found for shape in product.shapes), "the router is there"
         assert {(each.dtype, each.precision) for each in found} == {("f32", "HIGHEST")}
-    for changed in ({"precision": "default"}, {"dtype": "bfloat16"}):
-        found = Programs(replace(RUN, model=replace(MODEL, **changed)), parts).forward()
+    for changed in (replace(MODEL, precision="default"), replace(MODEL, dtype="bfloat16")):
+        found = Programs(replace(RUN, model=changed), parts).forward()
         by_router = [each for each in found if any(shape in ((WIDTH, 4), (4,)) for shape in each.shapes)]
         assert len(by_router) >= 2 and all(each[:2] == ("HIGHEST", "f32") for each in by_router)
         assert {each.precision for each in found if any(20 in shape for shape in each.shapes)} == {"DEFAULT"}
+
+
+def test_the_readmes_router_asks_for_it_itself(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(# my_parts\.py.*?)```", readme, re.DOTALL)
+    (tmp_path / "mine.py").write_text(source)
+    router = load_parts(f"{tmp_path}/mine.py:parts").router
+    params = router.init(jax.random.key(0), MODEL)
+    found = of(jax.grad(lambda p, x: jnp.sum(router.apply(p, x))), params, jnp.ones((3, WIDTH), jnp.bfloat16))
+    assert len(found) >= 3 and {(each.dtype, each.precision) for each in found} == {("f32", "HIGHEST")}
 
 
 def test_what_the_environment_says_lowers_nothing_of_the_network() -> None:

@@ -138,8 +138,8 @@ def test_value_and_gradients_are_those_of_the_formula() -> None:
         nll = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
         return 3 * jnp.sum(weights * nll), nll
 
-    def ours(*args: jax.Array) -> tuple[jax.Array, jax.Array]:
-        total, nll = mixed_cross_entropy_by_token(*args, targets, weights, 4)
+    def ours(base: jax.Array, thought: jax.Array, w: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
+        total, nll = mixed_cross_entropy_by_token(base, thought, w, head, targets, weights, 4)
         return 3 * total, nll
 
     gradient = lambda f, *args: jax.jit(jax.value_and_grad(f, (0, 1, 2, 3), has_aux=True))(*args)  # noqa: E731
@@ -151,9 +151,8 @@ def test_value_and_gradients_are_those_of_the_formula() -> None:
     for grad, other, within in zip(grads, expected_grads, (2e-2, 2e-2, 1e-5, 2e-2), strict=True):
         scale = np.abs(other).max()
         np.testing.assert_allclose(np.asarray(grad, np.float32), other, atol=within * scale)
-    exact = mixed_cross_entropy_by_token(
-        *(a.astype(jnp.float32) for a in (base, thought)), w, head, targets, weights, 4
-    )
+    wide = [each.astype(jnp.float32) for each in (base, thought)]
+    exact = mixed_cross_entropy_by_token(wide[0], wide[1], w, head, targets, weights, 4)
     np.testing.assert_allclose(exact[1], by_token, rtol=1e-5, atol=1e-5)
 
 

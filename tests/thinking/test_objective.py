@@ -231,7 +231,7 @@ def test_a_new_mixing_head_changes_nothing(
         base, thought = (jnp.asarray(rng.normal(size=(50, 16)), dtype) for _ in range(2))
         weights = mixing_weight(new, base, thought)
         assert weights.dtype == jnp.float32 and not np.any(weights)
-        np.testing.assert_array_equal(mix(base, thought, weights), base, strict=True)
+        np.testing.assert_array_equal(mix(base, thought, weights), base.astype(jnp.float32), strict=True)
         assert np.any(mix(base, thought, weights + 0.5) != base)
     params = {**thinker.params, "thinking": {**thinker.params["thinking"], "mixing": new}}
     places, thoughts = thought_of
