@@ -167,7 +167,9 @@ class ThinkingConfig:
     talk_weight: float = 1.0
     """Weight of the NLL of the prediction mixed after a thought."""
     policy_weight: float = 1.0
-    """Weight of the REINFORCE loss; 0: thoughts are sampled but nothing teaches what to think."""
+    """Weight of the REINFORCE loss, on the scale of the NLL after thoughts: both are divided by the number of
+    predictions. Equal to talk_weight: with leave_one_out and without drop_negative the gradient is that of the expected
+    NLL after thoughts. 0: thoughts are sampled but nothing teaches what to think."""
     baseline: Literal["mean", "leave_one_out"] = "mean"
     """What a thought's reward is compared with: the mean over all thoughts of its position (paper), or the others'."""
     drop_negative: bool = True

@@ -5,8 +5,12 @@
          + policy_weight · REINFORCE: -max(r, 0) · log p(thought), summed over its tokens
     r    = log p_talk(n_true tokens) - its mean over the thoughts of the position
 
-NLLs are means over predictions, REINFORCE is a mean over thoughts. Axes: B sequences, S tokens, G routed blocks, J
-thinking positions, M thoughts per position, T thought tokens, N predicted tokens (n_true).
+NLLs are means over predictions. REINFORCE is divided by the number of predictions, too, for r is a sum over them: with
+leave_one_out, negative rewards kept, temperature 1 and talk_weight = policy_weight, the expected gradient of the last two
+terms is that of talk_weight · the expected NLL after thoughts (tests/thinking/test_reinforce.py).
+
+Axes: B sequences, S tokens, G routed blocks, J thinking positions, M thoughts per position, T thought tokens, N tokens
+that are predicted (n_true).
 """
 
 from __future__ import annotations
@@ -140,8 +144,7 @@ def talk_loss(
     """
     J = places.indices_BxJ.shape[1]
     chunk = min(thinking.chunk, J)
-    totals = talk_totals(batch, places, thinking)
-    shared = (params, text.hidden, contexts(text), batch, totals)
+    shared = (params, text.hidden, contexts(text), batch, talk_total(batch, places, thinking))
 
     def function(shared: Any, part: Any) -> tuple[jax.Array, Talk]:
         return _talk_loss_of_chunk(decoder, thinking, loss_chunk, shared, *part)
@@ -162,11 +165,10 @@ def predicted(batch: Batch, places: Places, thinking: ThinkingConfig) -> tuple[j
     return index, take(batch["weights"], index) * same * places.filled_BxJ[..., None]
 
 
-def talk_totals(batch: Batch, places: Places, thinking: ThinkingConfig) -> tuple[jax.Array, jax.Array]:
-    """What the means are taken over: weight of all talk predictions, and number of thoughts; float32, at least 1."""
+def talk_total(batch: Batch, places: Places, thinking: ThinkingConfig) -> jax.Array:
+    """Weight of all predictions after thoughts, what NLL and REINFORCE are divided by; float32, at least 1."""
     _, weights = predicted(batch, places, thinking)
-    thoughts = jnp.sum(places.filled_BxJ).astype(jnp.float32) * thinking.n_thoughts
-    return jnp.maximum(jnp.sum(weights) * thinking.n_thoughts, 1.0), jnp.maximum(thoughts, 1.0)
+    return jnp.maximum(jnp.sum(weights) * thinking.n_thoughts, 1.0)
 
 
 def advantages(log_likelihoods_BxJxM: jax.Array, thinking: ThinkingConfig) -> jax.Array:
@@ -181,7 +183,7 @@ def advantages(log_likelihoods_BxJxM: jax.Array, thinking: ThinkingConfig) -> ja
 def _talk_loss_of_chunk(
     decoder: Decoder, thinking: ThinkingConfig, loss_chunk: int, shared: Any, places: Places, thoughts: Thought
 ) -> tuple[jax.Array, Talk]:
-    params, hidden_BxSxD, context, batch, (talk_total, thought_total) = shared
+    params, hidden_BxSxD, context, batch, total = shared
     B, J, M, T = thoughts.tokens_T.shape
     N, D = thinking.n_true, hidden_BxSxD.shape[-1]
     index_BxJxN, weights_BxJxN = predicted(batch, places, thinking)
@@ -213,14 +215,14 @@ def _talk_loss_of_chunk(
     rows = lambda a: a.reshape(B, -1, *a.shape[4:])  # noqa: E731
     loss, nll = cross_entropy_by_token(
         rows(mixed.reshape(*shape, D)), head, rows(targets),
-        rows(weights) * (thinking.talk_weight / talk_total), loss_chunk,
+        rows(weights) * (thinking.talk_weight / total), loss_chunk,
     )  # fmt: skip
     nll_BxJxMxN = nll.reshape(shape)
     advantage = jax.lax.stop_gradient(advantages(-jnp.sum(nll_BxJxMxN * weights, -1), thinking))
     log_probs = jnp.zeros((B, J, M), jnp.float32)
     if thinking.policy_weight > 0:
         used = jnp.maximum(advantage, 0.0) if thinking.drop_negative else advantage
-        used = jnp.broadcast_to(used[..., None], (B, J, M, T)) * (thinking.policy_weight / thought_total)
+        used = jnp.broadcast_to(used[..., None], (B, J, M, T)) * (thinking.policy_weight / total)
         policy, thought_nll = cross_entropy_by_token(
             rows(scored.thought_TxD / jnp.asarray(thinking.policy_temperature, scored.thought_TxD.dtype)), head,
             rows(thoughts.tokens_T), rows(used), loss_chunk,

@@ -24,7 +24,7 @@ from mod_star.thinking.objective import (
     place_count,
     predicted,
     talk_loss,
-    talk_totals,
+    talk_total,
 )
 from mod_star.thinking.parameters import mixing_init, thinking_init
 from mod_star.thinking.sample import Thought
@@ -129,7 +129,7 @@ def naive_loss(thinker: Thinker, params: Any, thoughts: Thought) -> jax.Array:
             policy_sum -= used * log_p_thoughts[m]
         talk_sum -= jnp.sum(rewards)
         predictions += len(ahead) * M
-    return thinking.talk_weight * talk_sum / predictions + thinking.policy_weight * policy_sum / (len(places) * M)
+    return (thinking.talk_weight * talk_sum + thinking.policy_weight * policy_sum) / predictions
 
 
 def test_value_and_gradients_equal_a_naive_loop(case: tuple[Thinker, Thought, int], gradient: Any) -> None:
@@ -169,7 +169,7 @@ def test_it_equals_the_formula_of_what_it_reports(
             policy_sum -= max(advantage, 0) * talk.log_probs_BxJxM[b, j, m]
             talk_sum -= rewards[m]
             predictions += sum(counts)
-    np.testing.assert_allclose(loss, talk_sum / predictions + policy_sum / (2 * filled.sum()), rtol=1e-5)
+    np.testing.assert_allclose(loss, (talk_sum + policy_sum) / predictions, rtol=1e-5)
 
 
 def test_a_batch_of_padding_and_of_documents_too_short_is_zero_and_finite(
@@ -196,7 +196,7 @@ def test_predictions_end_with_the_document() -> None:
     index, found = predicted(batch, places, thinking)
     np.testing.assert_array_equal(index, [[[0, 1, 2], [2, 3, 4], [3, 4, 5], [5, 6, 7]]])
     np.testing.assert_array_equal(found, [[[1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 0, 0]]])
-    assert [float(total) for total in talk_totals(batch, places, thinking)] == [16, 12]
+    assert float(talk_total(batch, places, thinking)) == 16
 
 
 def test_the_baseline_is_the_mean_of_all_or_of_the_others() -> None:
