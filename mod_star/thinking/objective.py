@@ -6,8 +6,8 @@
     r    = log p_talk(n_true tokens) - its mean over the thoughts of the position
 
 NLLs are means over predictions. REINFORCE is divided by the number of predictions, too, for r is a sum over them: with
-leave_one_out, negative rewards kept, temperature 1 and talk_weight = policy_weight, the expected gradient of the last two
-terms is that of talk_weight · the expected NLL after thoughts (tests/thinking/test_reinforce.py).
+leave_one_out, negative rewards kept, temperature 1 and talk_weight = policy_weight, the expected gradient of the last
+two terms is that of talk_weight · the expected NLL after thoughts (tests/thinking/test_reinforce.py).
 
 Axes: B sequences, S tokens, G routed blocks, J thinking positions, M thoughts per position, T thought tokens, N tokens
 that are predicted (n_true).
@@ -101,10 +101,12 @@ def sample_thoughts(
     key: jax.Array,
     thinking: ThinkingConfig,
     temperature: float,
+    slots: int | None = None,
 ) -> Thought:
     """Samples M thoughts at every place, all in parallel; no gradients. Leaves of the result are [B, J, M, ...].
 
     What is drawn at a position depends on the key, the sequence's row, the position and the thought's number alone.
+    `slots`: as for `sample_thought`; needed where `thinking` differs in n_true from what the model is trained with.
     """
     params, text = jax.lax.stop_gradient((params, text))
 
@@ -115,7 +117,7 @@ def sample_thoughts(
             own_key = jax.random.fold_in(jax.random.fold_in(key, index), number)
             position, segment_id = positions_S[index], ids_S[index]
             return sample_thought(
-                decoder, params, context, position, segment_id, own_key, thinking, temperature
+                decoder, params, context, position, segment_id, own_key, thinking, temperature, slots=slots
             )[0]  # fmt: skip
 
         # One vmap over both, not one inside the other: what only the outer one batches would keep a routed block's rows
@@ -137,17 +139,19 @@ def talk_loss(
     thoughts: Thought,
     thinking: ThinkingConfig,
     loss_chunk: int,
+    slots: int | None = None,
 ) -> tuple[jax.Array, Talk]:
     """talk_weight · NLL after thoughts + policy_weight · REINFORCE; differentiable in params and text.
 
-    Computed in chunks of `thinking.chunk` positions per sequence, one after the other.
+    Computed in chunks of `thinking.chunk` positions per sequence, one after the other. `slots`: as for
+    `sample_thoughts`.
     """
     J = places.indices_BxJ.shape[1]
     chunk = min(thinking.chunk, J)
     shared = (params, text.hidden, contexts(text), batch, talk_total(batch, places, thinking))
 
     def function(shared: Any, part: Any) -> tuple[jax.Array, Talk]:
-        return _talk_loss_of_chunk(decoder, thinking, loss_chunk, shared, *part)
+        return _talk_loss_of_chunk(decoder, thinking, loss_chunk, slots, shared, *part)
 
     parts = jax.tree.map(lambda leaf: chunked(leaf, chunk), (places, thoughts))
     loss, talk = scan_sum(function, shared, parts)
@@ -181,8 +185,9 @@ def advantages(log_likelihoods_BxJxM: jax.Array, thinking: ThinkingConfig) -> ja
 
 
 def _talk_loss_of_chunk(
-    decoder: Decoder, thinking: ThinkingConfig, loss_chunk: int, shared: Any, places: Places, thoughts: Thought
-) -> tuple[jax.Array, Talk]:
+    decoder: Decoder, thinking: ThinkingConfig, loss_chunk: int, slots: int | None, shared: Any, places: Places,
+    thoughts: Thought,
+) -> tuple[jax.Array, Talk]:  # fmt: skip
     params, hidden_BxSxD, context, batch, total = shared
     B, J, M, T = thoughts.tokens_T.shape
     N, D = thinking.n_true, hidden_BxSxD.shape[-1]
@@ -194,7 +199,7 @@ def _talk_loss_of_chunk(
         def one(index: jax.Array, thought: Thought) -> Any:
             following = tokens_S[index + 1 + jnp.arange(N - 1)]
             return score_thought(
-                decoder, params, context, positions_S[index], ids_S[index], thought, following, thinking
+                decoder, params, context, positions_S[index], ids_S[index], thought, following, thinking, slots
             )  # fmt: skip
 
         return jax.vmap(jax.vmap(one, (None, 0)))(indices_J, thoughts)

@@ -38,7 +38,11 @@ class Thought:
 
 
 def thought_slots(routing: RoutingConfig, thinking: ThinkingConfig) -> int:
-    """Tokens that a routed block may compute of <start> thought <end> continuation: as of any text of that length."""
+    """Tokens that a routed block may compute of <start> thought <end> continuation: as of any text of that length.
+
+    A model has one number, that of the `thinking` it is trained with. Where fewer or no tokens follow a thought, as in
+    evaluation and generation, the slots stay those: else a thought would find fewer than it was trained with.
+    """
     if routing.every == 0:
         return 0
     return causal_slots(routing, thinking.thought_length + 1 + thinking.n_true)
@@ -68,6 +72,7 @@ def sample_thought(
     thinking: ThinkingConfig,
     temperature: float,
     finish: bool = False,
+    slots: int | None = None,
 ) -> tuple[Thought, jax.Array | None]:
     """Samples the thought after one position, without gradients in mind.
 
@@ -81,12 +86,13 @@ def sample_thought(
       thinking: length and kind.
       temperature: of the draws; 0: greedy.
       finish: run the last token and <end> too, and return the hidden state D that predicts the text after the thought.
+      slots: of a routed block; None: `thought_slots` of `thinking`, which then must be what the model is trained with.
 
     Returns:
       The thought, and the hidden state at <end> if asked for.
     """
     t, own = thinking.thought_length, params["thinking"]
-    slots = thought_slots(decoder.routing, thinking)
+    slots = thought_slots(decoder.routing, thinking) if slots is None else slots
     text = text_before(text, position)
     cache = _empty_cache(text, t + 2 if finish else t)
 

@@ -31,7 +31,7 @@ from mod_star.thinking.objective import (
     sample_thoughts,
     talk_loss,
 )
-from mod_star.thinking.sample import Thought
+from mod_star.thinking.sample import Thought, thought_slots
 from mod_star.training.next_token import Batch, Metrics, forward, next_token_metrics, routing_sums
 
 DECILES = 10
@@ -173,11 +173,14 @@ def quiet_star_metrics(sums: Metrics, targets: jax.Array, valid: jax.Array) -> M
 
 
 def make_quiet_star_eval(decoder: Decoder, run: RunConfig) -> Callable[..., Metrics]:
-    """`(params, batch, key) -> sums` for `summarise_thinking`: a greedy thought before every token of held-out text."""
+    """`(params, batch, key) -> sums` for `summarise_thinking`: a greedy thought before every token of held-out text.
+
+    Only the token right after a thought is predicted; the thought's routed blocks have as many slots as in training.
+    """
     thinking = replace(
         run.thinking, n_true=1, n_thoughts=1, think_fraction=1.0, policy_weight=0.0, talk_weight=1.0
     )  # fmt: skip
-    chunk = run.train.loss_chunk
+    chunk, slots = run.train.loss_chunk, thought_slots(run.routing, run.thinking)
 
     def eval_step(params: dict[str, Any], batch: Batch, key: jax.Array) -> Metrics:
         text = forward(decoder, params, batch, None, "causal", keep_keys_values=True)
@@ -185,8 +188,8 @@ def make_quiet_star_eval(decoder: Decoder, run: RunConfig) -> Callable[..., Metr
         nll, base_BxS = cross_entropy_by_token(text.hidden, head, batch["targets"], batch["weights"], chunk)
         entropy_BxS = token_entropy(text.hidden, head, chunk)
         places = choose_places(batch, text, head, key, thinking, chunk)
-        thoughts = sample_thoughts(decoder, params, text, batch, places, key, thinking, temperature=0.0)
-        _, talk = talk_loss(decoder, params, text, batch, places, thoughts, thinking, chunk)
+        thoughts = sample_thoughts(decoder, params, text, batch, places, key, thinking, temperature=0.0, slots=slots)
+        _, talk = talk_loss(decoder, params, text, batch, places, thoughts, thinking, chunk, slots)
         sums = {"nll": nll, "targets": jnp.sum(batch["weights"])}
         sums |= thinking_sums(batch, places, thoughts, talk, base_BxS, thinking)
         talk_BxS = jnp.where(places.filled_BxJ, talk.nll_BxJxMxN[:, :, 0, 0], base_BxS)
