@@ -26,6 +26,9 @@ class Part:
     """(key, ModelConfig) -> pytree of float32 arrays; a block's gets the `Parts` as third argument."""
     apply: Callable[..., Any]
     """(params, arrays...) -> arrays; see `Parts` for each part's shapes."""
+    flops: Callable[..., float] | None = None
+    """(ModelConfig, tokens) -> operations of `apply`, two per multiply-add; a block's gets as third argument how many
+    keys each token attends to. None: counted. Needed where that can't be (an unknown number of iterations)."""
 
 
 @dataclass(frozen=True)
