@@ -138,7 +138,7 @@ class RoutingConfig:
     every: int = 2
     """Every n-th block is routed (2: every other, 1: all). 0: none, a dense model."""
     capacity: float = 0.125
-    """Share of a sequence's tokens that a routed block computes, in (0, 1]."""
+    """Share of a sequence's tokens, padding left out, that a routed block computes, in (0, 1]."""
     capacity_tokens: int | None = None
     """The same as an absolute count, whatever the length of the sequence; overrides capacity."""
     gate: Literal["sigmoid", "identity", "tanh"] = "sigmoid"
@@ -186,3 +186,24 @@ class RoutingConfig:
                 self.capacity_tokens,
                 "must be None with routing.stages, which are shares",
             )
+
+
+def require_network(model: ModelConfig, routing: RoutingConfig) -> None:
+    """Raises InputError unless the two make a network: every layer in a group, no more tokens routed than there are."""
+    if routing.every == 0:
+        return
+    allowed = f"must be a multiple of routing.every = {routing.every}"
+    require(model.layers % routing.every == 0, "model.layers", model.layers, allowed)
+    tokens = routing.capacity_tokens
+    allowed = f"must be at most model.context = {model.context}"
+    require(tokens is None or tokens <= model.context, "routing.capacity_tokens", tokens, allowed)
+
+
+def require_thinkable(routing: RoutingConfig) -> None:
+    """Raises InputError if a model that is routed so cannot think."""
+    require(
+        routing.every == 0 or routing.selection == "learned",
+        "routing.selection",
+        routing.selection,
+        "must be learned (or routing.every 0) to think: whether a thought is computed can't be left to chance",
+    )

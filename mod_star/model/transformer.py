@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from mod_star.config import ModelConfig, RoutingConfig
-from mod_star.errors import require
+from mod_star.errors import InputError, require
 from mod_star.model.attention import Segment
 from mod_star.model.layers import fan_in_normal, lookup, rms_norm
 from mod_star.model.linear import linear, linear_saveable
 from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.model.routing import (
     Selection,
-    capacity_of,
     causal_slots,
     combine,
     dispatch,
@@ -32,9 +31,10 @@ from mod_star.model.routing import (
     predictor_init,
     routed_share,
     select_first,
-    select_top,
+    select_share,
 )
 from mod_star.model.rows import compute_if
+from mod_star.network_config import require_network
 from mod_star.sharding import constrain
 
 RoutingMode = Literal["top_k", "causal"]
@@ -76,7 +76,12 @@ def block_names(routing: RoutingConfig) -> tuple[str, ...]:
 
 
 def group_count(config: ModelConfig, routing: RoutingConfig) -> int:
-    """Number of groups that the blocks are stacked over."""
+    """Number of groups that the blocks are stacked over.
+
+    Raises:
+      InputError: `model.layers` is not a multiple of `routing.every`.
+    """
+    require_network(config, routing)
     return config.layers // len(block_names(routing))
 
 
@@ -121,7 +126,7 @@ def stochastic_noise(key: jax.Array | None, positions_S: jax.Array, routing: Rou
     if routing.selection == "learned":
         return None
     if key is None:
-        raise ValueError("routing.selection = 'stochastic' needs a key")
+        raise InputError("routing.selection = 'stochastic': needs a key")
     return position_noise(key, positions_S)
 
 
@@ -132,11 +137,19 @@ class Decoder(nn.Module):
       decoder = Decoder(ModelConfig(vocab_size=258), RoutingConfig())
       params = decoder.init(jax.random.key(0), tokens_S)["params"]
       output = jax.vmap(lambda tokens: decoder.apply({"params": params}, tokens))(tokens_BxS)
+
+    Raises:
+      InputError: on construction, if `config` and `routing` don't make a network together.
     """
 
     config: ModelConfig
     routing: RoutingConfig
     parts: Parts = DEFAULT_PARTS
+
+    def __post_init__(self) -> None:
+        """Checks the configuration."""
+        require_network(self.config, self.routing)
+        super().__post_init__()
 
     def setup(self) -> None:
         """Makes the parameters; Flax calls it."""
@@ -162,7 +175,7 @@ class Decoder(nn.Module):
         positions_S: jax.Array | None = None,
         segment_ids_S: jax.Array | None = None,
         *,
-        mode: RoutingMode = "top_k",
+        mode: RoutingMode = "causal",
         slots: int | None = None,
         key: jax.Array | None = None,
         keep_keys_values: bool = False,
@@ -173,15 +186,16 @@ class Decoder(nn.Module):
           tokens_S: int32 token ids.
           positions_S: int32 positions, restarting in each document; 0, 1, ... by default.
           segment_ids_S: int32 document ids, 0 for padding; one document by default.
-          mode: top_k: expert choice among all tokens, as trained. causal: the rule that sees no later token.
-          slots: slots of a routed block under the causal rule; `causal_slots` of S by default.
+          mode: causal: the rule that sees no later token, as in generation. top_k: expert choice among all tokens, as
+            trained: later tokens decide with, so that a likelihood under it is none that sampling could reach.
+          slots: slots of a routed block under the causal rule; those of the model's context by default, as in
+            generation: they don't depend on how long the text is, or how padded.
           key: for stochastic routing only.
           keep_keys_values: return every block's keys/values, to fill a cache with.
         """
         S = tokens_S.shape[0]
         positions_S = jnp.arange(S, dtype=jnp.int32) if positions_S is None else positions_S
         segment_ids_S = jnp.ones(S, jnp.int32) if segment_ids_S is None else segment_ids_S
-        slots = causal_slots(self.routing, S) if slots is None else slots
         params = {"groups": self.groups, "final_norm": self.final_norm}
         return run(
             self, params, self.embed(tokens_S), positions_S, segment_ids_S, mode=mode, slots=slots, key=key,
@@ -197,7 +211,7 @@ def run(
     segment_ids_N: jax.Array,
     *,
     mode: RoutingMode = "causal",
-    slots: int = 0,
+    slots: int | None = None,
     key: jax.Array | None = None,
     context: Any = None,
     taken: Any = None,
@@ -213,7 +227,8 @@ def run(
       positions_N: int32 positions in the document.
       segment_ids_N: int32 document ids, 0 for padding.
       mode: as for `Decoder`.
-      slots: of a routed block under the causal rule: tokens that it may compute at the most.
+      slots: of a routed block under the causal rule: the most tokens that it may compute; those of the model's
+        context by default.
       key: for stochastic routing only.
       context: what the tokens attend to besides themselves: {block name: tuple of Segments}, the leaves stacked over
         groups, or a tuple with one such dict per group. With a context, a single token is computed by a routed block
@@ -227,6 +242,7 @@ def run(
     """
     config, routing = decoder.config, decoder.routing
     names = block_names(routing)
+    slots = causal_slots(routing, config.context) if slots is None else slots
 
     def group(x_NxD: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         params, index, context, taken, decided_N = inputs
@@ -295,7 +311,7 @@ def routed_block(
     noise_S = stochastic_noise(key, jnp.arange(S), routing)
     logits_S = causal_logit(params, x_SxD, scores_S, noise_S, routing, config.context)
     if mode == "top_k":
-        selection = select_top(scores_S if noise_S is None else noise_S, valid_S, capacity_of(routing, S))
+        selection = select_share(scores_S if noise_S is None else noise_S, valid_S, routing)
         overflow_S = jnp.zeros(S, bool)
     else:
         rule_S = (logits_S > 0) & valid_S

@@ -19,9 +19,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from mod_star.config import ThinkingConfig
+from mod_star.errors import require
 from mod_star.model import Decoder, Output
 from mod_star.model.cross_entropy import chunked, cross_entropy_by_token, token_entropy, unchunked
 from mod_star.model.routing import select_top
@@ -42,7 +44,7 @@ class Places:
     indices_BxJ: jax.Array
     """int32 index in the sequence, ascending."""
     filled_BxJ: jax.Array
-    """bool; False where a sequence has fewer positions than J to think at (padding, ends of documents)."""
+    """bool; False where a sequence has fewer than J positions to think at (padding, ends of documents)."""
 
 
 @struct.dataclass
@@ -64,8 +66,22 @@ class Talk:
 
 
 def place_count(thinking: ThinkingConfig, tokens: int) -> int:
-    """J for sequences of `tokens` tokens: think_fraction of the positions that n_true tokens can follow."""
+    """J for sequences of `tokens` tokens: think_fraction of the positions that n_true tokens can follow.
+
+    Raises:
+      InputError: there is no such position.
+    """
+    n_true = thinking.n_true
+    require(n_true <= tokens, "thinking.n_true", n_true, f"must be at most the length of a sequence, {tokens}")
     return max(1, int(thinking.think_fraction * (tokens - thinking.n_true + 1) + 0.5))
+
+
+def most_places(batch: Batch, thinking: ThinkingConfig) -> jax.Array:
+    """Positions to think at in each sequence, int32 B: the share that `place_count` takes, of those without padding."""
+    count = batch["tokens"].shape[1] - thinking.n_true + 1
+    shares = np.floor(thinking.think_fraction * np.arange(count + 1) + 0.5)
+    valid_B = jnp.sum(batch["segment_ids"][:, :count] > 0, 1, dtype=jnp.int32)
+    return jnp.asarray(np.maximum(1, shares).astype(np.int32))[valid_B]
 
 
 def choose_places(
@@ -73,17 +89,17 @@ def choose_places(
 ) -> Places:
     """Chooses the thinking positions: those with the highest base entropy, or by chance, as many as there are to be.
 
-    Only positions whose next token is to be predicted count; the choice is MoD's static-shape top-k.
+    Only positions whose next token is to be predicted count; the choice is MoD's static-shape top-k. Padding has no
+    share in the number.
     """
     B, S = batch["tokens"].shape
-    count = S - thinking.n_true + 1
+    J, count = place_count(thinking, S), S - thinking.n_true + 1
     eligible = batch["weights"][:, :count] > 0
     if thinking.think_where == "entropy" and thinking.think_fraction < 1:
         scores = token_entropy(jax.lax.stop_gradient(text.hidden[:, :count]), head_VxD, chunk)
     else:
         scores = jax.random.uniform(key, (B, count))
-    J = place_count(thinking, S)
-    selection = jax.vmap(lambda s, e: select_top(s, e, J))(scores, eligible)
+    selection = jax.vmap(lambda s, e, m: select_top(s, e, J, m))(scores, eligible, most_places(batch, thinking))
     return Places(selection.indices_C, selection.filled_C)
 
 

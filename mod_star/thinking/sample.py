@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from mod_star.config import RoutingConfig, ThinkingConfig
+from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.model.attention import Segment
 from mod_star.model.layers import lookup
 from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import logits_of, run
+from mod_star.network_config import require_thinkable
 
 DRAW_BLOCK = 128
 
@@ -90,7 +92,13 @@ def sample_thought(
 
     Returns:
       The thought, and the hidden state at <end> if asked for.
+
+    Raises:
+      InputError: the model can't think.
     """
+    require_thinkable(decoder.routing)
+    if "thinking" not in params:
+        raise InputError("params: must have an entry 'thinking', see mod_star.training.state.initial_params")
     t, own = thinking.thought_length, params["thinking"]
     slots = thought_slots(decoder.routing, thinking) if slots is None else slots
     text = text_before(text, position)

@@ -86,6 +86,7 @@ class Sitting:
         self.stage: Stage | None = None  # that `step_fn` and `eval_fn` are compiled for
         self.step_fn: StepFn
         self.eval_fn: EvalFn
+        self.summarise: Callable[[dict[str, Any]], dict[str, Any]]
 
     def run_to_end(self) -> TrainSummary:
         """Trains what is left to train, evaluates, saves, draws the curves."""
@@ -171,6 +172,7 @@ class Sitting:
             lowered = lower_train_step(decoder, stage.run, steps, self.shapes, mesh, asked=self.stop.shapes)
             self.step_fn = lowered.compile()
             self.eval_fn = lower_eval_step(decoder, stage.run, self.shapes.params, mesh).compile()
+            self.summarise = objective_of(decoder, stage.run).summarise
             if self.thoughts is not None:
                 self.thoughts.compute_with(decoder, stage.run)
             self.stage = stage
@@ -264,8 +266,7 @@ class Sitting:
                 key = jax.random.fold_in(self._eval_key(), number)
                 sums.append(jax.device_get(self.eval_fn(state.params, self._put(batch), key)))
             added = jax.tree.map(lambda *values: np.sum(np.asarray(values, np.float64), axis=0), *sums)
-            found = objective_of(self.inputs.decoder, self.run).summarise(added)
-            self._write(step, found)
+            self._write(step, self.summarise(added))
             if self.thoughts is not None:
                 self.thoughts.write(step, state.params, self.inputs.held_out[0], self._eval_key())
 

@@ -20,18 +20,20 @@ from mod_star.config import RunConfig, ThinkingConfig
 from mod_star.data import Tokenizer
 from mod_star.model import Decoder, Trace
 from mod_star.model.cross_entropy import cross_entropy_by_token, token_entropy
-from mod_star.model.routing import capacity_of, select_top
+from mod_star.model.routing import select_share, select_top
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.objective import (
     Places,
     Talk,
     choose_places,
+    most_places,
     place_count,
     predicted,
     sample_thoughts,
     talk_loss,
 )
 from mod_star.thinking.sample import Thought, thought_slots
+from mod_star.training.agreement import require_thinker
 from mod_star.training.next_token import Batch, Metrics, forward, next_token_metrics, routing_sums
 
 DECILES = 10
@@ -62,6 +64,7 @@ def make_quiet_star_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tupl
     With gradient accumulation, NLL after thoughts and REINFORCE are means over a portion of the batch, and weighted by
     the portion's share of the batch's targets.
     """
+    require_thinker(decoder, run)
     thinking, chunk = run.thinking, run.train.loss_chunk
 
     def loss(
@@ -92,8 +95,7 @@ def make_quiet_star_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tupl
 
 def top_k_selection(trace: Trace, batch: Batch, run: RunConfig) -> jax.Array:
     """bool [B, groups, S]: the tokens that top-k routing would have selected of a stream that was routed causally."""
-    S = batch["tokens"].shape[1]
-    select = lambda scores, valid: select_top(scores, valid, capacity_of(run.routing, S)).mask_S  # noqa: E731
+    select = lambda scores, valid: select_share(scores, valid, run.routing).mask_S  # noqa: E731
     return jax.vmap(jax.vmap(select, (0, None)))(trace.scores, batch["segment_ids"] > 0)
 
 
@@ -177,6 +179,7 @@ def make_quiet_star_eval(decoder: Decoder, run: RunConfig) -> Callable[..., Metr
 
     Only the token right after a thought is predicted; the thought's routed blocks have as many slots as in training.
     """
+    require_thinker(decoder, run)
     thinking = replace(
         run.thinking, n_true=1, n_thoughts=1, think_fraction=1.0, policy_weight=0.0, talk_weight=1.0
     )  # fmt: skip
@@ -194,9 +197,9 @@ def make_quiet_star_eval(decoder: Decoder, run: RunConfig) -> Callable[..., Metr
         sums |= thinking_sums(batch, places, thoughts, talk, base_BxS, thinking)
         talk_BxS = jnp.where(places.filled_BxJ, talk.nll_BxJxMxN[:, :, 0, 0], base_BxS)
         # What the model predicts when only as many positions think as in training, by entropy or by chance.
-        J = place_count(run.thinking, batch["tokens"].shape[1])
+        J, most_B = place_count(run.thinking, batch["tokens"].shape[1]), most_places(batch, run.thinking)
         rank_by = entropy_BxS if run.thinking.think_where == "entropy" else jax.random.uniform(key, base_BxS.shape)
-        chosen = jax.vmap(lambda s, e: select_top(s, e, J).mask_S)(rank_by, batch["weights"] > 0)
+        chosen = jax.vmap(lambda s, e, m: select_top(s, e, J, m).mask_S)(rank_by, batch["weights"] > 0, most_B)
         sums["budgeted_nll"] = jnp.sum(jnp.where(chosen, talk_BxS, base_BxS) * batch["weights"])
         if text.trace is not None:
             sums |= routing_sums(
@@ -237,6 +240,7 @@ def summarise_thinking(sums: dict[str, Any]) -> dict[str, Any]:
 
 def make_examples(decoder: Decoder, run: RunConfig) -> Callable[..., Examples]:
     """`(params, batch, key) -> Examples`: thoughts as in training at the least certain places of the first sequence."""
+    require_thinker(decoder, run)
     thinking = run.thinking
 
     def examples(params: dict[str, Any], batch: Batch, key: jax.Array) -> Examples:
