@@ -212,7 +212,7 @@ def test_a_share_is_of_the_valid_tokens_and_of_a_full_sequence_what_it_was() -> 
             expected = min(count, 5) if routing.capacity_tokens else int(np.floor(routing.capacity * count + 0.5))
             expected = max(expected, min(count, 1))
             assert_is(share(scores, valid), top_tokens(scores, valid, expected))
-        whole = select_top(scores, np.ones(64, bool), capacity_of(routing, 64))
+        whole = top(scores, np.ones(64, bool), capacity_of(routing, 64))
         jax.tree.map(np.testing.assert_array_equal, share(scores, np.ones(64, bool)), whole)
     for capacity, tokens in ((0.1, 300), (0.3, 300), (1 / 3, 300), (0.0001, 40)):
         routing = RoutingConfig(capacity=capacity)
