@@ -81,7 +81,7 @@ def training(context: int, batch_size: int, rounds: int) -> dict[str, float]:
         }
 
         def loss(params: Any, batch: Any, decoder: Decoder = decoder, run: RunConfig = run) -> jax.Array:
-            hidden = forward(decoder, params, batch, None).hidden
+            hidden = forward(decoder, params, batch, None, "top_k").hidden
             return cross_entropy(hidden, head_matrix(params), batch["targets"], batch["weights"], run.train.loss_chunk)
 
         evaluate, step = jax.jit(loss), jax.jit(make_train_step(decoder, run, 100), donate_argnums=0)

@@ -71,6 +71,7 @@ QUIET_STAR = ThinkingConfig(
     thought_length=5,
     n_true=2,
     n_thoughts=4,
+    policy_weight=2.0,  # n_true: measured when rewards, sums over n_true tokens, were divided by thoughts
     baseline="leave_one_out",
     drop_negative=False,
     embedding_rate=1.0,

@@ -37,7 +37,8 @@ from mod_star.terminal import result_table
 from mod_star.training.stored_config import is_run, read_config
 from mod_star.training.train import SUMMARY_FILE, train
 
-QUIET_STAR = ThinkingConfig(baseline="leave_one_out", drop_negative=False, embedding_rate=10.0)
+# policy_weight is n_true: measured when rewards, sums over n_true tokens, were divided by the number of thoughts.
+QUIET_STAR = ThinkingConfig(policy_weight=4.0, baseline="leave_one_out", drop_negative=False, embedding_rate=10.0)
 ARMS: dict[str, ThinkingConfig | None] = {
     "trained on": None,
     "quiet-star": QUIET_STAR,

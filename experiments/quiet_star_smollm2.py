@@ -62,6 +62,7 @@ THINKING = ThinkingConfig(
     thought_length=6,
     n_true=3,
     n_thoughts=2,
+    policy_weight=3.0,  # n_true: measured when rewards, sums over n_true tokens, were divided by thoughts
     think_fraction=0.25,
     think_where="entropy",
     baseline="leave_one_out",

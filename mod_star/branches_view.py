@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -45,7 +44,7 @@ def branches_table(result: Branches, ranking: Ranking = "delta", samples: bool =
         score = branch.score(ranking)
         shown = "–" if branch.answer is None else visible(branch.answer)
         first = branch.first_token
-        rows.append((str(index), _cut(first), _cut(shown), "–" if math.isnan(score) else f"{score:.3f}", " ".join(won)))
+        rows.append((str(index), _cut(first), _cut(shown), "–" if score is None else f"{score:.3f}", " ".join(won)))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, width=width)
     for number, column in enumerate(columns):
         table.add_column(Text(column), justify="right" if number in (0, 3) else "left", no_wrap=True)
@@ -133,7 +132,7 @@ def outcome(result: Branches, ranking: Ranking = "delta", samples: bool = False)
 
 
 def branches_record(result: Branches, ranking: Ranking, samples: bool) -> dict[str, Any]:
-    """The same as plain data for JSON, with all numbers of all branches; None stands for nan."""
+    """The same as plain data for JSON, with all numbers of all branches; None for what isn't there."""
     best = None if samples else result.max_path(ranking)
     won = result.majority_answer() if samples else result.aggregated_answer(ranking)
     outcome = {"majority": won, "votes": result.votes()} if samples else {
@@ -151,7 +150,7 @@ def _branch_record(branch: Branch) -> dict[str, Any]:
         "first_token": branch.first_token,
         "answer": branch.answer,
         "span": branch.span,
-        **{ranking: _or_none(branch.score(ranking)) for ranking in RANKINGS},
+        **{ranking: branch.score(ranking) for ranking in RANKINGS},
         "dropped": branch.dropped,
         "continuation": branch.continuation,
         **_completion_record(branch.completion),
@@ -166,12 +165,7 @@ def beam_record(beam: Completion) -> dict[str, Any]:
 
 def _completion_record(completion: Completion) -> dict[str, Any]:
     """Without the prompt, which all branches share, and what it doesn't have."""
-    record = {name: value for name, value in asdict(completion).items() if value != [] and name != "prompt"}
-    return {name: _or_none(value) if isinstance(value, float) else value for name, value in record.items()}
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    return {name: value for name, value in asdict(completion).items() if value != [] and name != "prompt"}
 
 
 def _line(name: str, answer: str, why: str) -> Text:

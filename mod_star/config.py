@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from mod_star.config_checks import fits, require_types
 from mod_star.errors import InputError, require
-from mod_star.network_config import ModelConfig, RoutingConfig
+from mod_star.network_config import ModelConfig, RoutingConfig, require_network, require_thinkable
 
 __all__ = [
     "DataConfig",
@@ -164,7 +164,7 @@ class ThinkingConfig:
     kind: Literal["sampled", "pause"] = "sampled"
     """pause: <start> repeated in place of a sampled thought, a control that computes as much and says nothing."""
     think_fraction: float = 1.0
-    """Share of a sequence's positions that think while training, in (0, 1]; 1 is the paper."""
+    """Share of a sequence's positions, padding left out, that think while training, in (0, 1]; 1 is the paper."""
     think_where: Literal["random", "entropy"] = "random"
     """Which positions think if not all: chosen by chance, or those where the base prediction is least certain."""
     base_weight: float = 1.0
@@ -172,7 +172,9 @@ class ThinkingConfig:
     talk_weight: float = 1.0
     """Weight of the NLL of the prediction mixed after a thought."""
     policy_weight: float = 1.0
-    """Weight of the REINFORCE loss; 0: thoughts are sampled but nothing teaches what to think."""
+    """Weight of the REINFORCE loss, on the scale of the NLL after thoughts: both are divided by the number of
+    predictions. Equal to talk_weight: with leave_one_out and without drop_negative the gradient is that of the expected
+    NLL after thoughts. 0: thoughts are sampled but nothing teaches what to think."""
     baseline: Literal["mean", "leave_one_out"] = "mean"
     """What a thought's reward is compared with: the mean over all thoughts of its position (paper), or the others'."""
     drop_negative: bool = True
@@ -230,31 +232,12 @@ class RunConfig:
     """Directory of a run to start from: its newest parameters, and its fields as defaults. None: random parameters."""
 
     def __post_init__(self) -> None:
-        routing, model = self.routing, self.model
         require(fits(self.init_from, str | None), "init_from", self.init_from, "must be a str, the directory of a run")
-        if routing.every:
-            require(
-                model.layers % routing.every == 0,
-                "model.layers",
-                model.layers,
-                f"must be a multiple of routing.every = {routing.every}",
-            )
-            tokens = routing.capacity_tokens
-            require(
-                tokens is None or tokens <= model.context,
-                "routing.capacity_tokens",
-                tokens,
-                f"must be at most model.context = {model.context}",
-            )
+        require_network(self.model, self.routing)
         if self.train.objective == "quiet_star":
-            n_true = self.thinking.n_true
-            require(n_true < model.context, "thinking.n_true", n_true, f"must be below model.context = {model.context}")
-            require(
-                routing.every == 0 or routing.selection == "learned",
-                "routing.selection",
-                routing.selection,
-                "must be learned (or routing.every 0) to think: whether a thought is computed can't be left to chance",
-            )
+            n_true, context = self.thinking.n_true, self.model.context
+            require(n_true < context, "thinking.n_true", n_true, f"must be below model.context = {context}")
+            require_thinkable(self.routing)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Floating-point operations of a model, counted from its configuration: two per multiply-add of every matrix product.
 
 Elementwise work is left out, as is usual; at the sizes of real models the count agrees with the compiled program's own
-within 5 % (tests/test_flops.py). A routed block is counted at its capacity.
+within 5 % (tests/test_flops.py). A routed block is counted at its capacity. Parts of the user's own are counted by
+`mod_star.function_flops`, unless they say themselves what they take (`Part.flops`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig
+from mod_star.function_flops import function_flops
+from mod_star.model.attention import Segment
 from mod_star.model.parts import DEFAULT_PARTS, Part, Parts
 from mod_star.model.routing import capacity_of, causal_slots, routed_share
 from mod_star.model.transformer import block_names, group_count
@@ -57,7 +59,10 @@ class Flops:
 def forward_flops(model: ModelConfig, routing: RoutingConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> Flops:
     """One forward pass over one sequence of `tokens` tokens, logits included.
 
-    Parts of the user's own are counted by XLA's analysis of the function; a block of their own counts as `mlp`.
+    A block of the user's own counts as `mlp`.
+
+    Raises:
+      InputError: the layers don't fit `routing.every`, or operations of a user's part can't be counted.
     """
     D, V = model.width, model.vocab_size
     full = _block_flops(model, parts, tokens)
@@ -118,6 +123,8 @@ def scoring_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> 
     forward += _groups_flops(model, routing, parts, tokens, tokens, text_slots, text_slots)
     forward += Flops(head=2.0 * tokens * D * V)
     step = dataclasses.replace(forward * 3, predictor=2 * forward.predictor)
+    if model.dtype != "float32":  # two products' logits are mixed, see `mod_star.thinking.mixed_cross_entropy`
+        step += Flops(head=2.0 * thoughts * n_true * D * V)
     return step + _recomputed(model, routing, parts, forward)
 
 
@@ -177,15 +184,11 @@ def _block_flops(model: ModelConfig, parts: Parts, tokens: int, keys: int | None
     """A block for `tokens` tokens that attend to `keys` keys each; None: to one another."""
     D, H, K, E = model.width, model.heads, model.key_heads, model.head_size
     if parts.block is not DEFAULT_PARTS.block:
-        ids = jax.ShapeDtypeStruct((tokens,), jnp.int32)
-        valid = jax.ShapeDtypeStruct((tokens,), jnp.bool_)
-        params = jax.eval_shape(lambda key: parts.block.init(key, model, parts), jax.random.key(0))
-        x = jax.ShapeDtypeStruct((tokens, D), model.dtype)
-        return Flops(mlp=_analysed(lambda *a: parts.block.apply(*a, (), model, parts), params, x, ids, ids, valid))
+        return Flops(mlp=_own_block_flops(model, parts, tokens, tokens if keys is None else keys))
     if parts.feed_forward is DEFAULT_PARTS.feed_forward:
         mlp = 2.0 * tokens * 3 * D * model.hidden_width
     else:
-        mlp = _part_flops(parts.feed_forward, model, tokens, model.dtype)
+        mlp = _part_flops("parts.feed_forward", parts.feed_forward, model, tokens)
     return Flops(
         projections=2.0 * tokens * D * E * (2 * H + 2 * K),
         attention=2.0 * 2 * tokens * (tokens if keys is None else keys) * H * E,
@@ -193,17 +196,37 @@ def _block_flops(model: ModelConfig, parts: Parts, tokens: int, keys: int | None
     )
 
 
+def _own_block_flops(model: ModelConfig, parts: Parts, tokens: int, keys: int) -> float:
+    """A user's block for `tokens` tokens that attend to `keys` keys each, their own included."""
+    if parts.block.flops is not None:
+        return parts.block.flops(model, tokens, keys)
+    ids, valid = (jax.ShapeDtypeStruct((tokens,), dtype) for dtype in (jnp.int32, jnp.bool_))
+    params = jax.eval_shape(lambda key: parts.block.init(key, model, parts), jax.random.key(0))
+    x = jax.ShapeDtypeStruct((tokens, model.width), model.dtype)
+
+    def apply(params: Any, x: jax.Array, ids: jax.Array, valid: jax.Array, context: Any) -> Any:
+        return parts.block.apply(params, x, ids, ids, valid, context, model, parts)
+
+    before: tuple[Segment, ...] = ()
+    if keys > tokens:  # as many more, in the shapes of the block's own
+        own = jax.eval_shape(apply, params, x, ids, valid, ())[1]
+
+        def longer(leaf: Any, axis: int) -> Any:
+            return jax.ShapeDtypeStruct((*leaf.shape[:axis], keys - tokens, *leaf.shape[axis + 1 :]), leaf.dtype)
+
+        kept, where = (own.keys_KxMxE, own.values_KxMxE), (own.positions_M, own.segment_ids_M, own.valid_M)
+        before = (Segment(*(longer(leaf, 1) for leaf in kept), *(longer(leaf, 0) for leaf in where)),)
+    return function_flops("parts.block", apply, params, x, ids, valid, before)
+
+
 def _router_flops(model: ModelConfig, parts: Parts, tokens: int) -> float:
     if parts.router is DEFAULT_PARTS.router:
         return 2.0 * tokens * model.width
-    return _part_flops(parts.router, model, tokens, model.dtype)
+    return _part_flops("parts.router", parts.router, model, tokens)
 
 
-def _part_flops(part: Part, model: ModelConfig, tokens: int, dtype: str) -> float:
+def _part_flops(name: str, part: Part, model: ModelConfig, tokens: int) -> float:
+    if part.flops is not None:
+        return part.flops(model, tokens)
     params = jax.eval_shape(lambda key: part.init(key, model), jax.random.key(0))
-    return _analysed(part.apply, params, jax.ShapeDtypeStruct((tokens, model.width), dtype))
-
-
-def _analysed(function: Callable[..., Any], *shapes: Any) -> float:
-    analysis: Any = jax.jit(function).lower(*shapes).cost_analysis()
-    return float(analysis["flops"])
+    return function_flops(name, part.apply, params, jax.ShapeDtypeStruct((tokens, model.width), model.dtype))

@@ -59,6 +59,9 @@ class ModelConfig:
     """Use the embedding matrix as the LM head too."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products. Parameters, router, softmax and losses are float32 always."""
+    precision: Literal["highest", "high", "default"] = "highest"
+    """Precision of float32 products in linear layers and attention on TPUs and GPUs. highest: float32; high: three
+    bfloat16 passes or TF32; default: bfloat16 or TF32. CPUs compute in float32 always, and all other products do."""
     attention: Literal["auto", "fused", "segments"] = "auto"
     """fused: jax.nn.dot_product_attention; segments: our own softmax; auto: fused on a GPU, segments elsewhere."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -138,7 +141,7 @@ class RoutingConfig:
     every: int = 2
     """Every n-th block is routed (2: every other, 1: all). 0: none, a dense model."""
     capacity: float = 0.125
-    """Share of a sequence's tokens that a routed block computes, in (0, 1]."""
+    """Share of a sequence's tokens, padding left out, that a routed block computes, in (0, 1]."""
     capacity_tokens: int | None = None
     """The same as an absolute count, whatever the length of the sequence; overrides capacity."""
     gate: Literal["sigmoid", "identity", "tanh"] = "sigmoid"
@@ -186,3 +189,24 @@ class RoutingConfig:
                 self.capacity_tokens,
                 "must be None with routing.stages, which are shares",
             )
+
+
+def require_network(model: ModelConfig, routing: RoutingConfig) -> None:
+    """Raises InputError unless the two make a network: every layer in a group, no more tokens routed than there are."""
+    if routing.every == 0:
+        return
+    allowed = f"must be a multiple of routing.every = {routing.every}"
+    require(model.layers % routing.every == 0, "model.layers", model.layers, allowed)
+    tokens = routing.capacity_tokens
+    allowed = f"must be at most model.context = {model.context}"
+    require(tokens is None or tokens <= model.context, "routing.capacity_tokens", tokens, allowed)
+
+
+def require_thinkable(routing: RoutingConfig) -> None:
+    """Raises InputError if a model that is routed so cannot think."""
+    require(
+        routing.every == 0 or routing.selection == "learned",
+        "routing.selection",
+        routing.selection,
+        "must be learned (or routing.every 0) to think: whether a thought is computed can't be left to chance",
+    )

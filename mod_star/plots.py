@@ -195,12 +195,9 @@ def _series(records: Records, name: str, against: str) -> tuple[npt.NDArray[np.f
     """(x, y) of the records that have the value; a per-layer list counts as its mean, a non-finite value as absent."""
     flops = _flops_by_step(records) if against == "train_flops" else {}
     points = [
-        (
-            flops.get(record["step"], np.nan) if against == "train_flops" else record["step"],
-            float(np.mean(record[name])),
-        )
+        (flops[record["step"]] if against == "train_flops" else record["step"], float(np.mean(record[name])))
         for record in records
-        if name in record
+        if name in record and (against != "train_flops" or record["step"] in flops)
     ]
     array = np.array([point for point in points if np.all(np.isfinite(point))], dtype=np.float64).reshape(-1, 2)
     return array[:, 0], array[:, 1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import logits_of
 from mod_star.routes import token_pieces
-from mod_star.thinking.mixing import mix, mixing_weight
+from mod_star.thinking.mixing import mixed_logits, mixing_weight
 from mod_star.thinking.objective import contexts
 from mod_star.thinking.sample import sample_thought
 from mod_star.thoughts_view import TextThoughts
@@ -55,7 +54,7 @@ def thoughts_of(run: LoadedRun, text: str, temperature: float = 0.0, seed: int =
     found = _think_everywhere(run.decoder, run.params, thinking, temperature, padded, length, key)
     base, talk, weights, entropies, thoughts_SxT = (np.asarray(array) for array in found)
     # What follows position i is token i + 1; nothing stands before the first.
-    shifted = lambda values: [math.nan, *values[: len(ids) - 1].astype(float).tolist()]  # noqa: E731
+    shifted = lambda values: [None, *values[: len(ids) - 1].astype(float).tolist()]  # noqa: E731
     thoughts = [[], *([i for i in row.tolist() if i >= 0] for row in thoughts_SxT[: len(ids) - 1])]
     return TextThoughts(
         tokens=token_pieces(run.tokenizer, ids),
@@ -80,15 +79,12 @@ def _think_everywhere(
 ) -> tuple[jax.Array, ...]:
     """For each position: log-prob of the next token without and with a thought, weight, entropy; thoughts SxT."""
     S = tokens_S.shape[0]
-    segment_ids_S = (jnp.arange(S) < length).astype(jnp.int32)
+    segment_ids_S = (jnp.arange(S, dtype=jnp.int32) < length).astype(jnp.int32)
     slots = causal_slots(decoder.routing, decoder.config.context)
     output: Any = decoder.apply(
         {"params": params}, tokens_S, None, segment_ids_S, mode="causal", slots=slots, keep_keys_values=True
     )
     text = contexts(output)
-
-    def log_softmax(hidden_D: jax.Array) -> jax.Array:
-        return jax.nn.log_softmax(logits_of(params, hidden_D[None])[0])
 
     def one(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         position, following, hidden_D = inputs
@@ -98,7 +94,8 @@ def _think_everywhere(
         )
         assert after_D is not None
         weight_1 = mixing_weight(params["thinking"]["mixing"], hidden_D[None], after_D[None])
-        base_V, talk_V = log_softmax(hidden_D), log_softmax(mix(hidden_D[None], after_D[None], weight_1)[0])
+        base_V = jax.nn.log_softmax(logits_of(params, hidden_D[None])[0])
+        talk_V = jax.nn.log_softmax(mixed_logits(params, hidden_D[None], after_D[None], weight_1)[0])
         entropy = -jnp.sum(jnp.exp(base_V) * base_V)
         return base_V[following], talk_V[following], weight_1[0], entropy, thought.tokens_T
 

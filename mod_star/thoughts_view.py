@@ -23,7 +23,8 @@ from rich.text import Text
 
 from mod_star.terminal import result_table, visible
 
-Floats = Sequence[float] | npt.NDArray[np.floating]
+Numbers = np.ma.MaskedArray[Any, np.dtype[np.float64]]
+Floats = Sequence[float | None] | npt.NDArray[np.floating] | Numbers
 
 # From a weak colour to a full one, for a loss and for a gain. Brown and blue are told apart by colour-blind readers
 # too. White ink is readable on all of it; that it starts near a middle grey suits light terminals as well as dark ones.
@@ -38,26 +39,26 @@ TEMPLATE = "thoughts_view.html"
 
 @dataclass(frozen=True)
 class TextThoughts:
-    """A text of N tokens, the thoughts behind them and what these changed. nan stands for a value that there is not.
+    """A text of N tokens, the thoughts behind them and what these changed. None stands for a value that there is not.
 
     Raises:
-      ValueError: there is no token, the lengths differ, or a number is infinite.
+      ValueError: there is no token, the lengths differ, or a number is not finite.
     """
 
     tokens: list[str]
     """N pieces of text, bos first; joined they are the text."""
     base_log_probs: Floats
-    """N: log-probability of each token without a thought, in nats; nan for the first."""
+    """N: log-probability of each token without a thought, in nats; None for the first."""
     talk_log_probs: Floats
-    """N: the same, mixed with the prediction after a thought; nan where there was no thought."""
+    """N: the same, mixed with the prediction after a thought; None where there was no thought."""
     thoughts: list[str]
     """N: the thought behind each token, made before it; "" where there was none."""
     thought_tokens: list[list[str]]
     """N: the pieces of each thought."""
     weights: Floats
-    """N: the weight of the thought's prediction in the mixture, not always within [0, 1]; nan where there is none."""
+    """N: the weight of the thought's prediction in the mixture, not always within [0, 1]; None where there is none."""
     entropies: Floats
-    """N: entropy of the prediction without a thought, in nats; nan for the first."""
+    """N: entropy of the prediction without a thought, in nats; None for the first."""
 
     def __post_init__(self) -> None:
         N = len(self.tokens)
@@ -70,12 +71,12 @@ class TextThoughts:
             values = _array(getattr(self, name))
             if values.shape != (N,):
                 raise ValueError(f"{name} has shape {values.shape}, but there are {N} tokens")
-            if np.isinf(values).any():
-                raise ValueError(f"{name} holds an infinite number; nan stands for none")
+            if not np.isfinite(values.compressed()).all():
+                raise ValueError(f"{name} holds a number that is not finite; None stands for none")
 
     @property
-    def gains(self) -> npt.NDArray[np.float64]:
-        """N: talk - base in nats. Positive: the thought made the token likelier. nan where there was no thought."""
+    def gains(self) -> Numbers:
+        """N: talk - base in nats. Positive: the thought made the token likelier. Masked where there was no thought."""
         return _array(self.talk_log_probs) - _array(self.base_log_probs)
 
 
@@ -96,8 +97,8 @@ def thoughts_text(view: TextThoughts, limit: int = 5) -> Group:
     gains = view.gains
     scale = robust_scale(gains)
     text = Text()
-    for token, gain in zip(view.tokens, gains, strict=True):
-        text.append(shown(token), gain_style(gain / scale))
+    for token, gain in zip(view.tokens, gains.tolist(), strict=True):
+        text.append(shown(token), gain_style(None if gain is None else gain / scale))
     if view.tokens[-1].endswith("\n"):
         text.right_crop(1)  # an empty line follows anyway
     parts: list[Text | Table] = [text, _legend(scale), Text(summary(view) + "\n")]
@@ -128,7 +129,7 @@ def thoughts_html(view: TextThoughts, title: str) -> str:
     fields = {
         "title": html.escape(visible(title)),
         "summary": html.escape(summary(view)),
-        "legends": _html_legends(scales, bool((arrays["weight"] < 0).any())),
+        "legends": _html_legends(scales, bool((arrays["weight"].compressed() < 0).any())),
         "text": spans,
         # With every < spelt out, nothing in the data can end the script element or open a comment.
         "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
@@ -138,16 +139,15 @@ def thoughts_html(view: TextThoughts, title: str) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], template)
 
 
-def robust_scale(values_N: npt.ArrayLike) -> float:
-    """The size that gets the full colour: a high percentile of |values|, nan left out, and never next to nothing."""
-    sizes = np.abs(_array(values_N))
-    sizes = sizes[~np.isnan(sizes)]
+def robust_scale(values_N: Floats) -> float:
+    """The size that gets the full colour: a high percentile of the |values| there are, never next to nothing."""
+    sizes = np.abs(_array(values_N).compressed())
     return max(LEAST_SCALE, float(np.percentile(sizes, PERCENTILE))) if sizes.size else LEAST_SCALE
 
 
-def gain_style(share: float) -> Style:
-    """Style of a token whose gain is `share` of the scale, within [-1, 1] or cut to it; dim if it is nan."""
-    if np.isnan(share):
+def gain_style(share: float | None) -> Style:
+    """Style of a token whose gain is `share` of the scale, within [-1, 1] or cut to it; dim if there is none."""
+    if share is None:
         return Style(dim=True)
     size = min(1.0, abs(share))
     if size <= NEUTRAL:
@@ -165,7 +165,7 @@ def shown(token: str) -> str:
 def summary(view: TextThoughts) -> str:
     """One line of numbers about all tokens that have a thought."""
     gains = view.gains
-    thought = ~np.isnan(gains)
+    thought = ~np.ma.getmaskarray(gains)
     count = int(thought.sum())
     if count == 0:
         return f"No thought behind any of the {len(gains)} tokens"
@@ -183,14 +183,15 @@ def _legend(scale: float) -> Text:
         legend.append(" ")
     legend.append(f"nats. Brown: the thought hurt, blue: it helped; full colour from {scale:.3g} on")
     legend.append(f" ({PERCENTILE}th percentile of |gain|). ")
-    legend.append("Dim", gain_style(np.nan))
+    legend.append("Dim", gain_style(None))
     return legend.append(": no thought.\n")
 
 
 def _extremes(view: TextThoughts, limit: int) -> Table:
     """A row for each of the `limit` largest gains, then of the largest losses; the worst one last."""
     gains = view.gains
-    order = [int(n) for n in np.argsort(-gains, kind="stable") if not np.isnan(gains[n])]
+    there = np.flatnonzero(~np.ma.getmaskarray(gains))
+    order = [int(n) for n in there[np.argsort(-gains.compressed(), kind="stable")]]
     helped = [n for n in order if gains[n] > 0][:limit]
     hurt = [n for n in order if gains[n] < 0][-limit:] if limit else []
     base, talk, weights, entropies = (
@@ -202,8 +203,8 @@ def _extremes(view: TextThoughts, limit: int) -> Table:
             _shortened(visible(view.thoughts[n])),
             f"{_percent(base[n])} → {_percent(talk[n])}",
             f"{gains[n]:+.3f}".replace("-", "−"),
-            None if np.isnan(weights[n]) else f"{weights[n]:.3f}".replace("-", "−"),
-            None if np.isnan(entropies[n]) else f"{entropies[n]:.2f}",
+            None if weights[n] is np.ma.masked else f"{weights[n]:.3f}".replace("-", "−"),
+            None if entropies[n] is np.ma.masked else f"{entropies[n]:.2f}",
         )
         for n in helped + hurt
     ]
@@ -242,13 +243,18 @@ def _pieces(view: TextThoughts) -> list[list[str]]:
     return [pieces or ([thought] if thought else []) for thought, pieces in pairs]
 
 
-def _array(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    return np.asarray(values, dtype=np.float64)
+def _array(values: Floats) -> Numbers:
+    """Masked where there is none."""
+    if isinstance(values, np.ma.MaskedArray):
+        return values
+    entries = np.asarray(values, object)
+    absent = np.array([entry is None for entry in entries.ravel()], bool).reshape(entries.shape)
+    return np.ma.array(np.where(absent, 0.0, entries).astype(np.float64), mask=absent)
 
 
-def _json_numbers(values: npt.NDArray[np.float64]) -> list[float | None]:
-    """With six decimals; None for nan, which JSON doesn't have."""
-    return [None if np.isnan(value) else round(float(value), 6) for value in values]
+def _json_numbers(values: Numbers) -> list[float | None]:
+    """With six decimals."""
+    return [None if value is None else round(value, 6) for value in values.tolist()]
 
 
 def _signed(value: float) -> str:

@@ -159,6 +159,7 @@ ALIVE: dict[str, tuple[Any, Observed, dict[str, Any]]] = {
     "model.norm_eps": (0.01, program, {}),
     "model.tie_embeddings": (False, program, {}),
     "model.dtype": ("bfloat16", program, {}),
+    "model.precision": ("default", program, {}),
     "model.attention": ("fused", fused_there, {"model": {"dtype": "bfloat16"}}),
     "model.remat": ("dots", gradient_program, {}),
     "model.scan": (False, program, {}),
@@ -276,6 +277,7 @@ INVALID: dict[str, list[Any]] = {
     "model.norm_eps": [0.0, 1.0, float("nan")],
     "model.tie_embeddings": [1, "yes"],
     "model.dtype": ["float16", jnp.float32],
+    "model.precision": ["bfloat16", "HIGHEST"],
     "model.attention": ["flash", "fused"],  # fused: without bfloat16
     "model.remat": ["some"],
     "model.scan": [None],

@@ -1,6 +1,7 @@
 """The FLOP counter against XLA's own count of the compiled programs, and its arithmetic."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from conftest import AS_SHIPPED
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
+from mod_star.errors import InputError
 from mod_star.flops import (
     Flops,
     forward_flops,
@@ -18,6 +20,7 @@ from mod_star.flops import (
     training_flops,
     training_step_flops,
 )
+from mod_star.function_flops import function_flops
 from mod_star.model import Decoder
 from mod_star.model.cross_entropy import cross_entropy
 from mod_star.model.layers import fan_in_normal
@@ -28,7 +31,9 @@ from mod_star.thinking.objective import Places, sample_thoughts, talk_loss
 from mod_star.thinking.parameters import thinking_init
 from mod_star.thinking.sample import Thought
 from mod_star.training.next_token import forward, make_loss
+from mod_star.training.stages import plan_stages
 from mod_star.training.state import init_params
+from mod_star.training.train import train
 
 S = 128
 # Unscanned: XLA counts the body of a loop once. Wide enough for elementwise work to be small beside matrix products.
@@ -53,7 +58,7 @@ def compiled_flops(model: ModelConfig, routing: RoutingConfig, parts: Parts, *, 
     loss = make_loss(decoder, run)
 
     def logits(params: Any, batch: Any) -> jax.Array:
-        return forward(decoder, params, batch, None).hidden @ head_matrix(params).T
+        return forward(decoder, params, batch, None, "top_k").hidden @ head_matrix(params).T
 
     def gradient(params: Any, batch: Any) -> Any:
         return jax.grad(lambda p: loss(p, batch, None, jnp.float32(S), jnp.float32(S))[0])(params)
@@ -97,6 +102,113 @@ def test_a_block_of_the_users_own_is_counted() -> None:
     parts = Parts(block=Part(ours.init, lambda *arguments: ours.apply(*arguments)))
     counted, expected = forward_flops(MODEL, MOD, S, parts), forward_flops(MODEL, MOD, S)
     assert counted.mlp == pytest.approx(expected.projections + expected.attention + expected.mlp, rel=0.05)
+
+
+def test_what_a_block_of_the_users_own_attends_to_is_counted() -> None:
+    """Thoughts attend to the text: as many keys as for the built-in block."""
+    ours = DEFAULT_PARTS.block
+    parts = Parts(block=Part(ours.init, lambda *arguments: ours.apply(*arguments)))
+    run = thinking_run(replace(MOD, every=1))
+    for function in (sampling_flops, scoring_flops):
+        assert function(run, S, parts).total == pytest.approx(function(run, S).total, rel=0.1)
+
+
+def scanned(length: int, function: Any) -> Any:
+    """`function(x, w)` again and again."""
+    return lambda x, w: jax.lax.scan(lambda x, _: (function(x, w), None), x, None, length=length)[0]
+
+
+def product(x: jax.Array, w: jax.Array) -> jax.Array:
+    return x @ w
+
+
+def customised(x: jax.Array, w: jax.Array) -> jax.Array:
+    inner = jax.custom_vjp(scanned(8, product))
+    inner.defvjp(lambda x, w: (inner(x, w), w), lambda w, grad: (grad @ w.T, None))
+    return inner(x, w)
+
+
+@pytest.mark.parametrize(
+    ("function", "products"),
+    [
+        (product, 1),
+        (scanned(8, product), 8),
+        (scanned(8, linear), 8),
+        (lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=8, unroll=3)[0], 8),
+        (lambda x, w: jax.lax.fori_loop(0, 8, lambda _, x: x @ w, x), 8),
+        (lambda x, w: jax.lax.map(lambda row: row @ w, x), 1),
+        (lambda x, w: jax.vmap(lambda row: scanned(8, product)(row, w))(x), 8),
+        (scanned(3, scanned(4, product)), 12),
+        (lambda x, w: jax.jit(scanned(3, product))(jax.jit(scanned(5, product))(x, w), w), 8),
+        (jax.checkpoint(scanned(8, product)), 8),
+        (customised, 8),
+        (lambda x, w: jax.lax.cond(x[0, 0] > 0, scanned(8, product), product, x, w), 8),
+        (scanned(2, lambda x, w: jax.lax.cond(x[0, 0] > 0, product, scanned(4, product), x, w)), 8),
+        (lambda x, w: jax.grad(lambda x: jnp.sum(scanned(8, product)(x, w)))(x), 8),  # linear: backward alone is left
+        (lambda x, w: x, 0),
+    ],
+)  # fmt: skip
+def test_a_loop_is_counted_as_often_as_it_runs(function: Any, products: int) -> None:
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(64, 128), (128, 128)]]
+    counted = function_flops("parts.feed_forward", function, *shapes)
+    assert counted == pytest.approx(products * 2 * 64 * 128 * 128, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda x, w: jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ w, x), r"jax\.lax\.while_loop, which"),
+        (lambda x, w: jax.lax.fori_loop(0, jnp.int32(x[0, 0]), lambda _, x: x @ w, x), r"jax\.lax\.while_loop, which"),
+        (jax.jit(scanned(2, lambda x, w: jax.pure_callback(lambda x: x, x, x) @ w)), "pure_callback"),
+        (lambda x, w: x @ jnp.linalg.inv(w), "lu of jax"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused_by_name(function: Any, said: str) -> None:
+    feed_forward = Part(GELU.init, lambda params, x: function(x, params["up"][:, :128]))
+    with pytest.raises(InputError, match=rf"^parts\.feed_forward: its FLOPs can't be counted, for it calls {said}"):
+        forward_flops(MODEL, MOD, S, Parts(feed_forward=feed_forward))
+    told = replace(feed_forward, flops=lambda config, tokens: 1000.0 * tokens)
+    assert forward_flops(MODEL, MOD, S, Parts(feed_forward=told)).mlp == 1000 * (S + S // 8)
+
+
+def test_a_budget_buys_as_many_steps_of_a_loop_as_of_what_it_does(tmp_path: Path) -> None:
+    """Also that a run whose part can't be counted is refused before anything is made."""
+    source = """
+import jax
+from mod_star.parts import Part, Parts
+
+def init(key, config):
+    return {"w": jax.random.normal(key, (config.width, config.width))}
+
+def loop(params, x):
+    return jax.lax.scan(lambda x, _: (x @ params["w"], None), x, None, length=8)[0]
+
+def written_out(params, x):
+    for _ in range(8):
+        x = x @ params["w"]
+    return x
+
+def unknown(params, x):
+    return jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ params["w"], x)
+
+def once(params, x):
+    return x @ params["w"]
+
+loop, written_out, once, unknown = (Parts(feed_forward=Part(init, f)) for f in (loop, written_out, once, unknown))
+"""
+    (tmp_path / "own.py").write_text(source)
+    run = RunConfig(replace(MODEL, scan=True), MOD, train=TrainConfig(batch_size=2, flops=1e12))
+    named = lambda name: replace(run, parts=f"{tmp_path}/own.py:{name}")  # noqa: E731
+    steps = [plan_stages(named(name)).steps for name in ("loop", "written_out", "once")]
+    assert steps[0] == pytest.approx(steps[1], rel=0.01) and steps[0] < 0.7 * steps[2]
+    with pytest.raises(InputError, match=r"^parts\.feed_forward: its FLOPs can't be counted"):
+        train(named("unknown"), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_layers_that_fit_no_group_are_refused() -> None:
+    with pytest.raises(InputError, match=r"^model\.layers = 5: must be a multiple of routing\.every = 2"):
+        forward_flops(replace(MODEL, layers=5), MOD, S)
 
 
 def test_each_kind_by_hand() -> None:
@@ -194,6 +306,10 @@ def test_sampling_and_scoring_agree_with_the_compiled_program_within_10_percent(
 def test_a_step_that_thinks_is_sampling_and_scoring_and_grows_with_them() -> None:
     dense, mod = thinking_run(DENSE), thinking_run(RoutingConfig(every=1, predictor_width=96))
     assert training_step_flops(dense) == sampling_flops(dense, S).total + scoring_flops(dense, S).total
+    narrow = replace(dense, model=replace(dense.model, dtype="bfloat16"))
+    predictions = 32 * dense.thinking.n_thoughts * dense.thinking.n_true  # 32 positions think
+    extra = scoring_flops(narrow, S).head - scoring_flops(dense, S).head
+    assert extra == 2 * predictions * MODEL.width * MODEL.vocab_size, "the base prediction's product is one more"
     for function in (sampling_flops, scoring_flops):
         full, routed = function(dense, S), function(mod, S)
         assert routed.router > 0 and routed.predictor > 0 and full.router == full.predictor == 0
@@ -202,8 +318,8 @@ def test_a_step_that_thinks_is_sampling_and_scoring_and_grows_with_them() -> Non
         assert 0.125 <= routed.mlp / full.mlp < 0.3 and routed.attention < 0.1 * full.attention
     sampled = [sampling_flops(thinking_run(DENSE, thought_length=t), S) for t in (8, 16)]
     assert sampled[1].mlp == 2 * sampled[0].mlp and sampled[1].head == 2 * sampled[0].head
-    more = [sampling_flops(thinking_run(DENSE, n_thoughts=m), S).total for m in (2, 4)]
-    assert more[1] == 2 * more[0]
+    many = [sampling_flops(thinking_run(DENSE, n_thoughts=m), S).total for m in (2, 4)]
+    assert many[1] == 2 * many[0]
     pauses = thinking_run(DENSE, kind="pause", n_thoughts=1, policy_weight=0.0)
     one = thinking_run(DENSE, n_thoughts=1, policy_weight=0.0)
     assert sampling_flops(pauses, S) == replace(sampling_flops(one, S), head=0.0)

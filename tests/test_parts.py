@@ -84,7 +84,7 @@ def test_a_gate_and_a_block_of_ones_own_are_used(
     parts = replace(DEFAULT_PARTS, gate=lambda r: jnp.full_like(r, 5.0), block=replace(block, apply=no_delta))
     decoder = Decoder(tiny_run.model, tiny_run.routing, parts)
     params = random_state(tiny_run).params
-    output = jax.jit(lambda p, t: decoder.apply({"params": p}, t))(params, tiny_batch["tokens"][0])
+    output = jax.jit(lambda p, t: decoder.apply({"params": p}, t, mode="top_k"))(params, tiny_batch["tokens"][0])
     x = np.asarray(params["embedding"])[tiny_batch["tokens"][0]]
     x += (
         2 * 1 + 5.0 * np.sum(output.trace.selected, 0)[:, None]

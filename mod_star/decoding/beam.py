@@ -150,7 +150,7 @@ class BeamSearch:
         state = self._generator.start(prompts, new_tokens, branches=W)
         Q = len(prompts)
         # All beams are the same before the first token: one of them stands for all.
-        live_QxW = jnp.tile(jnp.where(jnp.arange(W) == 0, 0.0, -jnp.inf), (Q, 1))
+        live_QxW = jnp.full((Q, W), -jnp.inf, jnp.float32).at[:, 0].set(0.0)
         tokens = jnp.full((Q, W, new_tokens), -1, jnp.int32)
         scores = jnp.full((Q, W), -jnp.inf, jnp.float32)
         log_probs, gaps = (jnp.zeros((Q, W, new_tokens), jnp.float32) for _ in range(2))
@@ -220,7 +220,7 @@ class BeamSearch:
 
         if record is not None:
             search = replace(search, state=replace(state, record=jax.tree.map(write, state.record, record)))
-        ends = jnp.isin(jnp.arange(V), jnp.array(self._ends, jnp.int32))
+        ends = jnp.isin(jnp.arange(V, dtype=jnp.int32), jnp.array(self._ends, jnp.int32))
         total_QxWxV = jnp.where(ends, -jnp.inf, search.live_QxW[:, :, None] + log_p_QxWxV)
         totals_QxK, chosen_QxK = jax.lax.top_k(total_QxWxV.reshape(Q, -1), count)
         beams_QxK, tokens_QxK = chosen_QxK // V, chosen_QxK % V
@@ -241,7 +241,7 @@ class BeamSearch:
         )  # fmt: skip
         if picks_QxW is not None:
             live_QxW = jnp.where(picks_QxW < 0, -jnp.inf, live_QxW)
-        rows_B = (jnp.arange(Q)[:, None] * W + beams_QxW).reshape(-1)
+        rows_B = (jnp.arange(Q, dtype=jnp.int32)[:, None] * W + beams_QxW).reshape(-1)
         tokens_B = tokens_QxW.reshape(-1).astype(jnp.int32)
 
         def write(buffer: jax.Array, values: jax.Array) -> jax.Array:
@@ -268,7 +268,7 @@ class BeamSearch:
         state = search.state
         Q, W = search.live_QxW.shape
         T = state.tokens_BxT.shape[1]
-        here = jnp.arange(T) == state.step
+        here = jnp.arange(T, dtype=jnp.int32) == state.step
         length = (state.step + 1).astype(jnp.float32)
 
         def with_end(buffer_BxT: jax.Array, values: jax.Array) -> jax.Array:
@@ -297,7 +297,7 @@ class BeamSearch:
 
         def with_last(buffer_BxT: jax.Array, values_QxK: jax.Array) -> jax.Array:
             before_QxKxT = jnp.take_along_axis(buffer_BxT.reshape(Q, W, T), beams_QxK[:, :, None], 1)
-            return jnp.where(jnp.arange(T) == state.step, values_QxK[:, :, None], before_QxKxT)
+            return jnp.where(jnp.arange(T, dtype=jnp.int32) == state.step, values_QxK[:, :, None], before_QxKxT)
 
         gaps_QxK = jnp.take_along_axis(candidates.gaps_QxW, beams_QxK, 1)
         stopped = (

@@ -32,8 +32,8 @@ class Branch:
     """Characters of the answer in `completion.text`."""
     answer: str | None
     """The answer in canonical form; for a dropped branch what there is of it."""
-    delta: float
-    """Δ: mean over the tokens of the answer of p(best token) - p(second best); nan without an answer in the text."""
+    delta: float | None
+    """Δ: mean over the tokens of the answer of p(best token) - p(second best); None without an answer in the text."""
     log_prob: float
     """Sum of the log-probabilities of its tokens, the end token included, in nats."""
     normalised_log_prob: float
@@ -43,9 +43,9 @@ class Branch:
     continuation: str | None = None
     """What the model answered when the branch was continued with "So the answer is"."""
 
-    def score(self, ranking: Ranking) -> float:
-        """The number that it is ranked by; the larger the better."""
-        scores = {
+    def score(self, ranking: Ranking) -> float | None:
+        """The number that it is ranked by, the larger the better; None for Δ without an answer in the text."""
+        scores: dict[Ranking, float | None] = {
             "delta": self.delta,
             "log_prob": self.log_prob,
             "normalised_log_prob": self.normalised_log_prob,
@@ -73,7 +73,7 @@ class Branches:
 
     def max_path(self, ranking: Ranking = "delta") -> int | None:
         """Index of the branch with the largest score, the first of equals; None if all were dropped."""
-        scores = [self.branches[index].score(ranking) for index in self.counting]
+        scores = [self._score(index, ranking) for index in self.counting]
         return self.counting[int(np.argmax(scores))] if scores else None
 
     def totals(self, ranking: Ranking = "delta") -> dict[str, float]:
@@ -86,7 +86,7 @@ class Branches:
         for index in self.counting:
             branch = self.branches[index]
             assert branch.answer is not None
-            groups.setdefault(branch.answer, []).append(branch.score(ranking))
+            groups.setdefault(branch.answer, []).append(self._score(index, ranking))
         if ranking == "delta":
             return {answer: math.fsum(scores) for answer, scores in groups.items()}
         return {answer: float(np.logaddexp.reduce(scores)) for answer, scores in groups.items()}
@@ -118,7 +118,13 @@ class Branches:
     def representative(self, answer: str, ranking: Ranking = "delta") -> int:
         """Index of the branch with the largest score among those that give `answer`."""
         same = [index for index in self.counting if self.branches[index].answer == answer]
-        return max(same, key=lambda index: self.branches[index].score(ranking))
+        return max(same, key=lambda index: self._score(index, ranking))
+
+    def _score(self, index: int, ranking: Ranking) -> float:
+        """Of a branch that counts, which therefore has an answer."""
+        score = self.branches[index].score(ranking)
+        assert score is not None
+        return score
 
 
 def _largest(totals: dict[str, float] | dict[str, int]) -> str | None:
@@ -189,7 +195,7 @@ def read_branch(
         answer = None if place is None else finder.spell(continuation[place[0] : place[1]])
         span = None if answer is None else finder.align(text, answer)
         missing = "the continuation gives no answer" if answer is None else "the continuation's answer is not in it"
-    delta = math.nan
+    delta = None
     if span is not None:
         delta = answer_delta(completion.gaps, tokens_of_span(completion.starts, span, len(text)), skip_first)
     elif dropped is None:

@@ -86,13 +86,13 @@ class RoutedCache:
     def own_segments(self, lengths_B: jax.Array, step: jax.Array) -> tuple[Segment, ...]:
         """As for `FullCache`; what is cached says itself where it stands."""
         del lengths_B, step
-        valid = jnp.arange(self.positions_BxM.shape[1]) < self.filled_B[:, None]
+        valid = jnp.arange(self.positions_BxM.shape[1], dtype=jnp.int32) < self.filled_B[:, None]
         ids = jnp.ones_like(self.positions_BxM)
         return (Segment(self.keys_BxKxMxE, self.values_BxKxMxE, self.positions_BxM, ids, valid),)
 
     def append(self, own: Segment, computed_B: jax.Array, overflow_B: jax.Array) -> RoutedCache:
         """With the keys/values of one token in each row that computed it, and overflows counted."""
-        rows = jnp.arange(computed_B.shape[0])
+        rows = jnp.arange(computed_B.shape[0], dtype=jnp.int32)
         slot_B = jnp.where(computed_B, self.filled_B, self.positions_BxM.shape[1] - 1)
         if computed_B.shape[0] == 1:  # a slice is updated in place for certain, and fast
             write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, slot_B[0], 2)  # noqa: E731

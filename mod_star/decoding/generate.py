@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mod_star import streams
 from mod_star.config import ThinkingConfig
 from mod_star.decoding.caches import Cache, full_cache, in_place_options, routed_cache, text_of
 from mod_star.decoding.generated import Generated, results_of
@@ -31,8 +32,6 @@ MANY_MULTIPLE = 128
 """The same for collections of prompts, where compilation costs more than padding."""
 NEVER = Think()
 Stop = Callable[[list[Generated]], Sequence[bool]]
-THOUGHTS = np.uint32(2**32 - 1)
-"""Folded into a row's key for the draws of its thoughts, so that its tokens are drawn the same without any."""
 
 
 class Generator:
@@ -147,7 +146,7 @@ class Generator:
     ) -> DecodeState:  # fmt: skip
         Q, P = tokens_QxP.shape
         B = Q * branches
-        segment_ids_QxP = (jnp.arange(P) < lengths_Q[:, None]).astype(jnp.int32)
+        segment_ids_QxP = (jnp.arange(P, dtype=jnp.int32) < lengths_Q[:, None]).astype(jnp.int32)
         positions_P = jnp.arange(P, dtype=jnp.int32)
 
         def run(tokens_P: jax.Array, segment_ids_P: jax.Array) -> Any:
@@ -260,7 +259,7 @@ class Generator:
         self, params: dict[str, Any], state: DecodeState, think: Think, threshold: jax.Array | float
     ) -> tuple[jax.Array, ThoughtRecord]:
         """Logits and record of one step, see `think_step`."""
-        fold = lambda key: jax.random.fold_in(jax.random.fold_in(key, THOUGHTS), state.step)  # noqa: E731
+        fold = lambda key: jax.random.fold_in(jax.random.fold_in(key, streams.THOUGHTS), state.step)  # noqa: E731
         text = text_of(self.decoder.routing, state.caches, state.lengths_B, state.step)
         return think_step(
             self.decoder, params, self.thinking, think, threshold, state.hidden_BxD, text,

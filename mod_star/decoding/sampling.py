@@ -57,7 +57,7 @@ def draw(key: jax.Array, logits_V: jax.Array, sampling: Sampling) -> jax.Array:
 def ranked_tokens(logits_BxV: jax.Array, branches: int) -> jax.Array:
     """For branch i of each prompt the i-th most probable token, int32 B; of equal ones the lowest id comes first."""
     _, best_BxN = jax.lax.top_k(logits_BxV, branches)
-    ranks_B = jnp.arange(logits_BxV.shape[0]) % branches
+    ranks_B = jnp.arange(logits_BxV.shape[0], dtype=jnp.int32) % branches
     return jnp.take_along_axis(best_BxN, ranks_B[:, None], 1)[:, 0].astype(jnp.int32)
 
 
@@ -68,7 +68,7 @@ def log_prob_and_gap(logits_BxV: jax.Array, tokens_B: jax.Array) -> tuple[jax.Ar
     """
     V = logits_BxV.shape[-1]
     log_p_BxV = jax.nn.log_softmax(logits_BxV.astype(jnp.float32))
-    best_B = jnp.argmax(log_p_BxV, -1)
-    others_BxV = jnp.where(jnp.arange(V) == best_B[:, None], -jnp.inf, log_p_BxV)
+    best_B = jnp.argmax(log_p_BxV, -1).astype(jnp.int32)
+    others_BxV = jnp.where(jnp.arange(V, dtype=jnp.int32) == best_B[:, None], -jnp.inf, log_p_BxV)
     gaps_B = jnp.exp(jnp.max(log_p_BxV, -1)) - jnp.exp(jnp.max(others_BxV, -1))
     return jnp.take_along_axis(log_p_BxV, tokens_B[:, None], 1)[:, 0], gaps_B

@@ -59,7 +59,7 @@ def reorder(state: DecodeState, rows_B: jax.Array) -> DecodeState:
 def take_prompts(state: DecodeState, prompts: npt.NDArray[np.int32]) -> DecodeState:
     """The state of some of the prompts, in the order given; all their branches come along."""
     k = state.branches
-    rows = jnp.asarray((prompts[:, None] * k + np.arange(k)).reshape(-1))
+    rows = jnp.asarray((prompts[:, None] * k + np.arange(k)).reshape(-1), jnp.int32)
     caches = tuple(take_prompts_of_cache(cache, jnp.asarray(prompts), rows) for cache in state.caches)
     return _take_rows(state, caches, rows)
 

@@ -103,7 +103,7 @@ def decode_step(
                 delta_BxD, own = over_rows(full_row, (x_BxD, positions_B, own_text), cache.segments(), branches)
                 updated.append(cache.append(own, step))
             else:
-                scores_B = decoder.parts.router.apply(block["router"], x_BxD)
+                scores_B = decoder.parts.score(block["router"], x_BxD)
                 noise_B = stochastic_noise(group_key, positions_B, routing)
                 wanted_B = causal_logit(block, x_BxD, scores_B, noise_B, routing, config.context) > 0
                 wanted_B &= active_B
@@ -122,8 +122,8 @@ def _full_row(
     """Delta D and keys/values of one token."""
     x_D, position, own_text = row
     one = jnp.ones(1, jnp.int32)
-    delta, own = decoder.parts.block.apply(
-        block["block"], x_D[None], position[None], one, one > 0, (*prompt, *own_text), decoder.config, decoder.parts
+    delta, own = decoder.parts.compute_block(
+        block["block"], x_D[None], position[None], one, one > 0, (*prompt, *own_text), decoder.config
     )
     return delta[0], own
 

@@ -20,7 +20,7 @@ from mod_star.errors import require
 from mod_star.model import Decoder
 from mod_star.model.rows import compute_if
 from mod_star.model.transformer import logits_of
-from mod_star.thinking.mixing import mix, mixing_weight
+from mod_star.thinking.mixing import mixed_logits, mixing_weight
 from mod_star.thinking.sample import sample_thought
 
 WHEN = ("never", "always", "auto")
@@ -54,20 +54,22 @@ class ThoughtRecord:
     """What was thought before each token; as a whole [B, T, ...], or one step's with T left out."""
 
     entropies_BxT: jax.Array
-    """float32 entropy of the prediction without a thought, in nats; nan where there is no token, and with `never`."""
+    """float32 entropy of the prediction without a thought, in nats; 0 where nobody was asked."""
+    asked_BxT: jax.Array
+    """bool; whether the row was asked to think here: it was not finished, and `Think` was not `never`."""
     thinks_BxT: jax.Array
     """bool; whether the row thought."""
     thoughts_BxTxN: jax.Array
     """int32 tokens of the thought; -1 where there are none, and for pauses."""
     weights_BxT: jax.Array
-    """float32 mixing weight of the thought's prediction; nan where the row did not think."""
+    """float32 mixing weight of the thought's prediction; 0 where the row did not think."""
 
 
 def empty_record(rows: int, new_tokens: int, thinking: ThinkingConfig) -> ThoughtRecord:
     """The record before the first token."""
-    none = jnp.full((rows, new_tokens), jnp.nan, jnp.float32)
+    none, nowhere = jnp.zeros((rows, new_tokens), jnp.float32), jnp.zeros((rows, new_tokens), bool)
     thoughts = jnp.full((rows, new_tokens, thinking.thought_length), -1, jnp.int32)
-    return ThoughtRecord(none, jnp.zeros((rows, new_tokens), bool), thoughts, none)
+    return ThoughtRecord(none, nowhere, nowhere, thoughts, none)
 
 
 def think_step(
@@ -123,10 +125,11 @@ def think_step(
         row, (thinks_B, hidden_BxD, own, positions_B, keys_B), shared, branches
     )
     record = ThoughtRecord(
-        jnp.where(active_B, entropies_B, jnp.nan),
+        jnp.where(active_B, entropies_B, 0.0),
+        active_B,
         thinks_B,
         jnp.where(thinks_B[:, None], thoughts_BxN, -1),
-        jnp.where(thinks_B, weights_B, jnp.nan),
+        jnp.where(thinks_B, weights_B, 0.0),
     )
     return jnp.where(thinks_B[:, None], logits_BxV, base_BxV), record
 
@@ -147,4 +150,5 @@ def _after_thought(
     )
     assert after_D is not None
     weight_1 = mixing_weight(params["thinking"]["mixing"], hidden_D[None], after_D[None])
-    return logits_of(params, mix(hidden_D[None], after_D[None], weight_1))[0], thought.tokens_T, weight_1[0]
+    logits_1xV = mixed_logits(params, hidden_D[None], after_D[None], weight_1)
+    return logits_1xV[0], thought.tokens_T, weight_1[0]

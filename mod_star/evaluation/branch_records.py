@@ -22,11 +22,11 @@ DIGITS = 6  # of what is kept of deltas and log-probabilities
 
 
 def branch_record(branch: Branch) -> dict[str, Any]:
-    """A branch as JSON keeps it; what isn't there (nan) is null."""
+    """A branch as JSON keeps it; what isn't there (None) is null."""
     return {
         "first_token": branch.first_token,
         "answer": branch.answer,
-        "delta": _rounded(branch.delta),
+        "delta": None if branch.delta is None else _rounded(branch.delta),
         "log_prob": _rounded(branch.log_prob),
         "normalised_log_prob": _rounded(branch.normalised_log_prob),
         "dropped": branch.dropped,
@@ -46,8 +46,9 @@ def branches_of(records: list[dict[str, Any]], prompt: str = "") -> Branches:
             prompt=prompt, text=record["text"], tokens=[], log_probs=[], finished=record["finished"],
             routed_fraction=[], overflow=0,
         )  # fmt: skip
-        delta, log_prob, normalised = (
-            math.nan if record[name] is None else record[name] for name in ("delta", "log_prob", "normalised_log_prob")
+        # Null is kept of a log-probability that is not finite: a path that the model holds impossible.
+        log_prob, normalised = (
+            -math.inf if record[name] is None else record[name] for name in ("log_prob", "normalised_log_prob")
         )
         span = None if record["span"] is None else (record["span"][0], record["span"][1])
         made.append(
@@ -56,7 +57,7 @@ def branches_of(records: list[dict[str, Any]], prompt: str = "") -> Branches:
                 record["first_token"],
                 span,
                 record["answer"],
-                delta,
+                record["delta"],
                 log_prob,
                 normalised,
                 record["dropped"],

@@ -72,7 +72,7 @@ def score_batch(
       Float32 log-probabilities NxT, bool NxT whether greedy, the same two renormalised, bool N whether it thought.
     """
     (S, N, T), context = (tokens_BxS.shape[1], *targets_NxT.shape), decoder.config.context
-    segment_ids_BxS = (jnp.arange(S) < lengths_B[:, None]).astype(jnp.int32)
+    segment_ids_BxS = (jnp.arange(S, dtype=jnp.int32) < lengths_B[:, None]).astype(jnp.int32)
     slots = causal_slots(decoder.routing, context)  # as in generation, however the texts are padded
 
     def run(tokens_S: jax.Array, segment_ids_S: jax.Array) -> Any:
@@ -93,7 +93,7 @@ def score_batch(
     def portion(i: jax.Array, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         cut = lambda a: jax.lax.dynamic_slice_in_dim(a, i * R, R)  # noqa: E731
         (row_R, position_R), targets_RxT = cut(where_Nx2).T, cut(targets_NxT)
-        active_R = i * R + jnp.arange(R) < count
+        active_R = i * R + jnp.arange(R, dtype=jnp.int32) < count
         hidden_RxD = constrain(output.hidden[row_R, position_R], BATCH_AXES, None)
         if thinking is None:
             logits_RxV, thinks_R = logits_of(head, hidden_RxD), jnp.zeros(R, bool)
@@ -120,7 +120,7 @@ def score_batch(
         return jax.tree.map(put, results, new)
 
     M = where_Nx2.shape[0]
-    numbers, flags = jnp.zeros((M, T)), jnp.zeros((M, T), bool)
+    numbers, flags = jnp.zeros((M, T), jnp.float32), jnp.zeros((M, T), bool)
     empty = (numbers, flags, numbers, flags, jnp.zeros(M, bool))
     return jax.lax.fori_loop(0, (count + R - 1) // R, portion, empty)
 

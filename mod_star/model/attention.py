@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mod_star.config import ModelConfig
+from mod_star.model.precision import precision_of
 
 
 @struct.dataclass
@@ -50,6 +51,7 @@ def attend(
     *,
     window: int | None = None,
     fused: bool = False,
+    precision: str = "highest",
 ) -> jax.Array:
     """Softmax attention over the union of `segments`; scores and softmax in float32.
 
@@ -60,6 +62,7 @@ def attend(
       segments: at least one; a query that sees no token at all gets a finite, meaningless result.
       window: length of the sliding window, see `Segment`; None: none.
       fused: use cuDNN's fused kernel through `jax.nn.dot_product_attention` (one segment, GPU, 16-bit types).
+      precision: of products of float32 operands, see `mod_star.model.precision`.
 
     Returns:
       NxHxE in the type of the query.
@@ -76,13 +79,17 @@ def attend(
     K = segments[0].keys_KxMxE.shape[0]
     query_KxGNxE = (query_NxHxE * E**-0.5).reshape(N, K, H // K, E).transpose(1, 2, 0, 3).reshape(K, -1, E)
 
+    product = functools.partial(
+        jnp.einsum, precision=precision_of(query_NxHxE.dtype, precision), preferred_element_type=jnp.float32
+    )
+
     def weigh(weight_KxGNxM: jax.Array, segment: Segment) -> jax.Array:
         weight_KxGNxM = weight_KxGNxM.astype(query_NxHxE.dtype)
-        return jnp.einsum("knm,kme->kne", weight_KxGNxM, segment.values_KxMxE, preferred_element_type=jnp.float32)
+        return product("knm,kme->kne", weight_KxGNxM, segment.values_KxMxE)
 
     scores = []
     for segment in segments:
-        score = jnp.einsum("kne,kme->knm", query_KxGNxE, segment.keys_KxMxE, preferred_element_type=jnp.float32)
+        score = product("kne,kme->knm", query_KxGNxE, segment.keys_KxMxE)
         mask = visible(segment, positions_N, segment_ids_N, window)
         score = score.reshape(K, H // K, N, -1)
         scores.append(jnp.where(mask, score, -1e30).reshape(K, H // K * N, -1))

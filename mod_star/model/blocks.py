@@ -5,6 +5,7 @@ Written as a delta so that a routed block can gate it (papers: x + g(r)·f(x)) a
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,6 +15,7 @@ from mod_star.config import ModelConfig
 from mod_star.model.attention import Segment, attend, use_fused
 from mod_star.model.layers import fan_in_normal, rms_norm, rotary_angles, rotate
 from mod_star.model.linear import linear
+from mod_star.model.precision import products_of
 
 if TYPE_CHECKING:
     from mod_star.model.parts import Parts
@@ -26,20 +28,21 @@ def block_init(key: jax.Array, config: ModelConfig, parts: Parts) -> dict[str, A
     key_norm E.
     """
     D, H, K, E = config.width, config.heads, config.key_heads, config.head_size
+    ones, zeros = (functools.partial(full, dtype=jnp.float32) for full in (jnp.ones, jnp.zeros))
     query, key_, value, output, feed_forward = jax.random.split(key, 5)
     params: dict[str, Any] = {
-        "attention_norm": jnp.ones(D),
+        "attention_norm": ones(D),
         "query": fan_in_normal(query, (D, H, E), D),
         "key": fan_in_normal(key_, (D, K, E), D),
         "value": fan_in_normal(value, (D, K, E), D),
         "output": fan_in_normal(output, (H, E, D), H * E, (2 * config.layers) ** -0.5),
-        "feed_forward_norm": jnp.ones(D),
+        "feed_forward_norm": ones(D),
         "feed_forward": parts.feed_forward.init(feed_forward, config),
     }
     if config.qkv_bias:
-        params |= {"query_bias": jnp.zeros((H, E)), "key_bias": jnp.zeros((K, E)), "value_bias": jnp.zeros((K, E))}
+        params |= {"query_bias": zeros((H, E)), "key_bias": zeros((K, E)), "value_bias": zeros((K, E))}
     if config.qk_norm:
-        params |= {"query_norm": jnp.ones(E), "key_norm": jnp.ones(E)}
+        params |= {"query_norm": ones(E), "key_norm": ones(E)}
     return params
 
 
@@ -73,7 +76,7 @@ def block(
 
     def project(name: str) -> jax.Array:
         weight = params[name].astype(dtype)
-        projected = linear(h, weight.reshape(D, -1)).reshape(N, *weight.shape[1:])
+        projected = linear(h, weight.reshape(D, -1), precision=config.precision).reshape(N, *weight.shape[1:])
         return projected + params[f"{name}_bias"].astype(dtype) if config.qkv_bias else projected
 
     def position(name: str) -> jax.Array:
@@ -88,8 +91,10 @@ def block(
     own = Segment(jnp.swapaxes(key_NxKxE, 0, 1), jnp.swapaxes(value_NxKxE, 0, 1), positions_N, segment_ids_N, valid_N)
     attended = attend(
         query_NxHxE, positions_N, segment_ids_N, (*context, own),
-        window=config.sliding_window, fused=use_fused(config, N),
+        window=config.sliding_window, fused=use_fused(config, N), precision=config.precision,
     )  # fmt: skip
-    delta = linear(attended.reshape(N, -1), params["output"].astype(dtype).reshape(-1, D))
+    output_HExD = params["output"].astype(dtype).reshape(-1, D)
+    delta = linear(attended.reshape(N, -1), output_HExD, precision=config.precision)
     h = rms_norm(x_NxD + delta, params["feed_forward_norm"], config.norm_eps)
-    return delta + parts.feed_forward.apply(params["feed_forward"], h), own
+    with products_of(config):
+        return delta + parts.feed_forward.apply(params["feed_forward"], h), own

@@ -33,7 +33,7 @@ def lookup(embedding_VxD: jax.Array, tokens_N: jax.Array) -> jax.Array:
     if cuts == 1:
         return jnp.take(constrain(embedding_VxD, None, None), tokens_N, axis=0, mode="clip")
     own_TxVxD = constrain(embedding_VxD.reshape(cuts, V // cuts, D), "tensor", None, None)
-    index_TxN = jnp.clip(tokens_N, 0, V - 1) - jnp.arange(0, V, V // cuts)[:, None]
+    index_TxN = jnp.clip(tokens_N, 0, V - 1) - jnp.arange(0, V, V // cuts, dtype=jnp.int32)[:, None]
     here_TxN = (index_TxN >= 0) & (index_TxN < V // cuts)
     take = lambda rows, index: jnp.take(rows, index, axis=0, mode="clip")  # noqa: E731
     return jnp.sum(jnp.where(here_TxN[..., None], jax.vmap(take)(own_TxVxD, index_TxN), 0), 0)

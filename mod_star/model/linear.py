@@ -21,12 +21,21 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from mod_star.model.precision import precision_of
+
 linear_p = Primitive("linear")
 ROWS_AT_LEAST = 2
 """Rows that a 16-bit product is padded to on a CPU."""
 
 
-def linear(x_NxD: jax.Array, weight_DxF: jax.Array, dtype: Any = None, *, transposed: bool = False) -> jax.Array:
+def linear(
+    x_NxD: jax.Array,
+    weight_DxF: jax.Array,
+    dtype: Any = None,
+    *,
+    transposed: bool = False,
+    precision: str | None = None,
+) -> jax.Array:
     """x @ weight, NxF, accumulated in float32; also differentiable and vmappable.
 
     Args:
@@ -35,6 +44,8 @@ def linear(x_NxD: jax.Array, weight_DxF: jax.Array, dtype: Any = None, *, transp
       dtype: of the result; None: that of x.
       transposed: the weight is FxD, as an embedding that serves as LM head is. (With weight.T instead, XLA:CPU converts
         16-bit weights to float32 to transpose them, at every use.)
+      precision: of float32 operands: highest, high or default. None: what `jax.default_matmul_precision` says around
+        the call, else highest. The gradient asks for the same.
     """
     inner = weight_DxF.shape[-1 if transposed else 0]
     if x_NxD.ndim != 2 or weight_DxF.ndim != 2 or x_NxD.shape[1] != inner:
@@ -43,24 +54,26 @@ def linear(x_NxD: jax.Array, weight_DxF: jax.Array, dtype: Any = None, *, transp
     if x_NxD.dtype != weight_DxF.dtype:
         raise TypeError(f"linear takes two arrays of one type, got {x_NxD.dtype} and {weight_DxF.dtype}")
     dtype = jnp.dtype(x_NxD.dtype if dtype is None else dtype)
-    return linear_p.bind(x_NxD, weight_DxF, dtype=dtype, transposed=transposed)
+    asked = precision_of(x_NxD.dtype, precision)
+    return linear_p.bind(x_NxD, weight_DxF, dtype=dtype, transposed=transposed, precision=asked)
 
 
-def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: Any) -> jax.Array:
+def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: Any, precision: Any) -> jax.Array:
     dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32).astype(dtype)
+    product = jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    return product.astype(dtype)
 
 
-def _product(x: jax.Array, weight: jax.Array, *, dtype: Any, transposed: bool) -> jax.Array:
-    return _dot(x, weight, (1, int(transposed)), dtype)
+def _product(x: jax.Array, weight: jax.Array, *, dtype: Any, transposed: bool, precision: Any) -> jax.Array:
+    return _dot(x, weight, (1, int(transposed)), dtype, precision)
 
 
-def _product_on_cpu(x: jax.Array, weight: jax.Array, *, dtype: Any, transposed: bool) -> jax.Array:
+def _product_on_cpu(x: jax.Array, weight: jax.Array, **params: Any) -> jax.Array:
     """XLA:CPU multiplies a single 16-bit row by converting the whole weight to float32 first: ten times two rows."""
     rows = x.shape[0]
     if x.dtype != jnp.float32 and rows < ROWS_AT_LEAST:
         x = jnp.pad(x, ((0, ROWS_AT_LEAST - rows), (0, 0)))
-    return _product(x, weight, dtype=dtype, transposed=transposed)[:rows]
+    return _product(x, weight, **params)[:rows]
 
 
 def _batch(operands: tuple[jax.Array, jax.Array], dims: tuple[Any, Any], **params: Any) -> tuple[jax.Array, int]:
@@ -72,22 +85,28 @@ def _batch(operands: tuple[jax.Array, jax.Array], dims: tuple[Any, Any], **param
     return jax.vmap(lambda x, weight: _product(x, weight, **params), (x_dim, weight_dim))(x, weight), 0
 
 
-def _gradient_of_x(grad: jax.Array, x: Any, weight: jax.Array, *, dtype: Any, transposed: bool) -> jax.Array:
+def _gradient_of_x(
+    grad: jax.Array, x: Any, weight: jax.Array, *, dtype: Any, transposed: bool, precision: Any
+) -> jax.Array:
+    params = {"dtype": x.aval.dtype, "transposed": not transposed, "precision": precision}
     del dtype
-    return linear(grad.astype(weight.dtype), weight, x.aval.dtype, transposed=not transposed)
+    return linear_p.bind(grad.astype(weight.dtype), weight, **params)
 
 
-def _gradient_of_weight(grad: jax.Array, x: jax.Array, weight: Any, *, dtype: Any, transposed: bool) -> jax.Array:
+def _gradient_of_weight(
+    grad: jax.Array, x: jax.Array, weight: Any, *, dtype: Any, transposed: bool, precision: Any
+) -> jax.Array:
     del dtype
     pair = (x, grad.astype(x.dtype))
-    return _dot(*(pair[::-1] if transposed else pair), (0, 0), weight.aval.dtype)
+    return _dot(*(pair[::-1] if transposed else pair), (0, 0), weight.aval.dtype, precision)
 
 
-def _shape(x: ShapedArray, weight: ShapedArray, *, dtype: Any, transposed: bool) -> ShapedArray:
+def _shape(x: ShapedArray, weight: ShapedArray, *, dtype: Any, transposed: bool, precision: Any) -> ShapedArray:
+    del precision
     return ShapedArray((x.shape[0], weight.shape[0 if transposed else 1]), dtype)
 
 
-linear_p.def_impl(functools.partial(jax.jit, static_argnames=("dtype", "transposed"))(_product))
+linear_p.def_impl(functools.partial(jax.jit, static_argnames=("dtype", "transposed", "precision"))(_product))
 linear_p.def_abstract_eval(_shape)
 mlir.register_lowering(linear_p, mlir.lower_fun(_product, multiple_results=False))
 mlir.register_lowering(linear_p, mlir.lower_fun(_product_on_cpu, multiple_results=False), platform="cpu")

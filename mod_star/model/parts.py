@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mod_star.config import RoutingConfig
+from mod_star.model.attention import Segment
 from mod_star.model.blocks import block, block_init
 from mod_star.model.layers import swiglu, swiglu_init
+from mod_star.model.precision import highest_products, products_of
 from mod_star.model.routing import GATES, linear_router, linear_router_init
 
 
@@ -25,7 +28,11 @@ class Part:
     init: Callable[..., Any]
     """(key, ModelConfig) -> pytree of float32 arrays; a block's gets the `Parts` as third argument."""
     apply: Callable[..., Any]
-    """(params, arrays...) -> arrays; see `Parts` for each part's shapes."""
+    """(params, arrays...) -> arrays; see `Parts` for each part's shapes. Its products of float32 operands ask for the
+    highest precision (a router's), or for `ModelConfig.precision` (in a float32 model); one that says more is left."""
+    flops: Callable[..., float] | None = None
+    """(ModelConfig, tokens) -> operations of `apply`, two per multiply-add; a block's gets as third argument how many
+    keys each token attends to. None: counted. Needed where that can't be (an unknown number of iterations)."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,24 @@ class Parts:
     """apply(params, x_NxD) -> NxD, token by token, in x's type."""
     block: Part = Part(block_init, block)
     """apply as `mod_star.model.blocks.block`: (params, x, positions, segment_ids, valid, context, config, parts)."""
+
+    def score(self, params: Any, x_SxD: jax.Array) -> jax.Array:
+        """The router's float32 scores S."""
+        with highest_products():
+            scores_S: jax.Array = self.router.apply(params, x_SxD)
+        return scores_S.astype(jnp.float32)
+
+    def compute_block(self, params: Any, x_NxD: jax.Array, *arrays: Any) -> tuple[jax.Array, Segment]:
+        """The block's delta NxD and keys/values.
+
+        Args:
+          params: the block's.
+          x_NxD: residual stream.
+          arrays: positions, segment ids, validity, context and `ModelConfig`, as for `mod_star.model.blocks.block`.
+        """
+        with products_of(arrays[-1]):
+            result: tuple[jax.Array, Segment] = self.block.apply(params, x_NxD, *arrays, self)
+        return result
 
     def gate_of(self, routing: RoutingConfig) -> Callable[[jax.Array], jax.Array]:
         """The gate in force."""

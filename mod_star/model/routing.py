@@ -13,11 +13,15 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 from flax import struct
 
+from mod_star import streams
 from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.model.layers import Params, fan_in_normal
 from mod_star.model.linear import linear
+from mod_star.model.precision import HIGHEST
 
 
 def capacity_of(routing: RoutingConfig, tokens: int) -> int:
@@ -25,6 +29,15 @@ def capacity_of(routing: RoutingConfig, tokens: int) -> int:
     if routing.capacity_tokens is not None:
         return min(tokens, routing.capacity_tokens)
     return min(tokens, max(1, math.floor(routing.capacity * tokens + 0.5)))
+
+
+def capacities(routing: RoutingConfig, tokens: int) -> npt.NDArray[np.int32]:
+    """`capacity_of` for 0, 1, ..., `tokens` tokens, int32; 0 for none. It never falls."""
+    counts = np.arange(tokens + 1)
+    if routing.capacity_tokens is not None:
+        return np.minimum(counts, routing.capacity_tokens).astype(np.int32)
+    rounded = np.floor(routing.capacity * counts + 0.5)
+    return np.minimum(counts, np.maximum(1, rounded)).astype(np.int32)
 
 
 def routed_share(routing: RoutingConfig, tokens: int) -> float:
@@ -44,31 +57,46 @@ class Selection:
     indices_C: jax.Array
     """int32 token of each slot, ascending; meaningless where the slot is not filled."""
     filled_C: jax.Array
-    """bool; False for slots left over when fewer than C tokens could be selected."""
+    """bool; False for slots left over when fewer than C tokens are selected."""
     mask_S: jax.Array
     """bool; True for the tokens that have a slot."""
     slot_S: jax.Array
     """int32 slot of each token, in [0, C); meaningless where the mask is False."""
 
 
-def select_top(scores_S: jax.Array, valid_S: jax.Array, capacity: int) -> Selection:
-    """Expert choice: the `capacity` highest scores, in order of position; of equal scores the earlier wins.
+def select_share(scores_S: jax.Array, valid_S: jax.Array, routing: RoutingConfig) -> Selection:
+    """Expert choice of a sequence's share: as many of its valid tokens as a sequence without padding would get.
+
+    There are slots for the capacity of the whole sequence; how many are filled follows the number of valid tokens.
+    """
+    S = scores_S.shape[0]
+    most = jnp.asarray(capacities(routing, S))[jnp.sum(valid_S, dtype=jnp.int32)]
+    return select_top(scores_S, valid_S, capacity_of(routing, S), most)
+
+
+def select_top(scores_S: jax.Array, valid_S: jax.Array, slots: int, most: jax.Array | None = None) -> Selection:
+    """The tokens with the highest scores, in order of position; of equal scores the earlier wins.
 
     Args:
       scores_S: float32 router scores.
       valid_S: bool; tokens that may be selected. Pads never are: with fewer valid tokens than slots, slots stay empty.
-      capacity: C, static.
+      slots: C, static.
+      most: int32 scalar, tokens to select at most; None: C.
     """
     S = scores_S.shape[0]
     # -inf puts pads behind every real score; a real -inf or NaN loses to real scores but never lets a pad in.
     ranks_S = jnp.where(valid_S, jnp.nan_to_num(scores_S, nan=-3e38, neginf=-3e38), -jnp.inf)
     # top_k takes the earlier of equal scores, but 0.0 before -0.0.
-    _, chosen = jax.lax.top_k(jnp.where(ranks_S == 0, 0.0, ranks_S), capacity)
-    indices_C = jnp.sort(chosen).astype(jnp.int32)
+    _, chosen_C = jax.lax.top_k(jnp.where(ranks_S == 0, 0.0, ranks_S), slots)  # the best first
+    taken_C = valid_S[chosen_C]
+    if most is not None:
+        taken_C &= jnp.arange(slots, dtype=jnp.int32) < most
+    pairs_C = jnp.sort(2 * chosen_C.astype(jnp.int32) + taken_C)  # in one: two operands take longer to sort
+    indices_C, filled_C = pairs_C // 2, pairs_C % 2 == 1
     slot_S = jnp.searchsorted(indices_C, jnp.arange(S, dtype=jnp.int32), method="compare_all")
-    slot_S = jnp.minimum(slot_S, capacity - 1).astype(jnp.int32)
-    mask_S = (indices_C[slot_S] == jnp.arange(S)) & valid_S
-    return Selection(indices_C, valid_S[indices_C], mask_S, slot_S)
+    slot_S = jnp.minimum(slot_S, slots - 1).astype(jnp.int32)
+    mask_S = (indices_C[slot_S] == jnp.arange(S, dtype=jnp.int32)) & filled_C[slot_S]
+    return Selection(indices_C, filled_C, mask_S, slot_S)
 
 
 def select_first(wanted_S: jax.Array, slots: int) -> Selection:
@@ -76,10 +104,10 @@ def select_first(wanted_S: jax.Array, slots: int) -> Selection:
 
     Whether token i is computed depends on tokens up to i alone.
     """
-    count_S = jnp.cumsum(wanted_S.astype(jnp.int32))
+    count_S = jnp.cumsum(wanted_S, dtype=jnp.int32)
     mask_S = wanted_S & (count_S <= slots)
     indices_C = jnp.searchsorted(count_S, jnp.arange(1, slots + 1, dtype=jnp.int32), method="compare_all")
-    filled_C = jnp.arange(slots) < count_S[-1]
+    filled_C = jnp.arange(slots, dtype=jnp.int32) < count_S[-1]
     indices_C = jnp.minimum(indices_C, wanted_S.shape[0] - 1).astype(jnp.int32)
     return Selection(indices_C, filled_C, mask_S, jnp.clip(count_S - 1, 0, slots - 1))
 
@@ -118,8 +146,7 @@ def linear_router_init(key: jax.Array, config: ModelConfig) -> Params:
 
 def linear_router(params: Params, x_SxD: jax.Array) -> jax.Array:
     """The paper's router: r = x·w, a float32 scalar per token."""
-    # Left to itself a float32 product runs in bfloat16 on a TPU and in TF32 on a GPU.
-    return jnp.matmul(x_SxD.astype(jnp.float32), params["weight"], precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(x_SxD.astype(jnp.float32), params["weight"], precision=HIGHEST)
 
 
 GATES = {
@@ -134,7 +161,8 @@ def predictor_init(key: jax.Array, config: ModelConfig, routing: RoutingConfig) 
     """Parameters of `predict`: a hidden layer and an output of zeros, so that training starts at probability 1/2."""
     D, P = config.width, routing.predictor_width
     hidden = fan_in_normal(key, (D, P), D)
-    return {"hidden": hidden, "bias": jnp.zeros(P), "output": jnp.zeros(P), "shift": jnp.zeros(())}
+    zeros_P = jnp.zeros(P, jnp.float32)
+    return {"hidden": hidden, "bias": zeros_P, "output": zeros_P, "shift": jnp.zeros((), jnp.float32)}
 
 
 def predict(params: Params, x_SxD: jax.Array) -> jax.Array:
@@ -144,12 +172,21 @@ def predict(params: Params, x_SxD: jax.Array) -> jax.Array:
     """
     x = jax.lax.stop_gradient(x_SxD).astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
-    return jax.nn.relu(linear(x, params["hidden"]) + params["bias"]) @ params["output"] + params["shift"]
+    hidden = jax.nn.relu(linear(x, params["hidden"], precision="highest") + params["bias"])
+    return jnp.matmul(hidden, params["output"], precision=HIGHEST) + params["shift"]
 
 
 def position_noise(key: jax.Array, positions_S: jax.Array) -> jax.Array:
-    """Standard normal float32 per position, the same for a position however the sequence is cut up."""
-    return jax.vmap(lambda position: jax.random.normal(jax.random.fold_in(key, position)))(positions_S)
+    """Standard normal float32 per position, the same for a position however the sequence is cut up.
+
+    From a stream of its own: whatever else is drawn from `key`, or from a key of the same seed, tells nothing of it.
+    """
+    key = jax.random.fold_in(key, streams.ROUTING_NOISE)
+
+    def noise(position: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(key, position), (), jnp.float32)
+
+    return jax.vmap(noise)(positions_S)
 
 
 def noise_threshold(routing: RoutingConfig, tokens: int) -> jax.Array:

@@ -35,9 +35,9 @@ def compute_rows(function: Callable[..., Any], wanted_R: jax.Array, rows: Any, s
     if R == 1:  # a branch that is not taken reads no weights
         return jax.lax.cond(wanted_R[0], lambda: function(*rows), lambda: zeros)
     chunk = rows_at_once(R, share)
-    count = jnp.sum(wanted_R)
-    order_R = jnp.pad(jnp.argsort(~wanted_R), (0, chunk))  # stable: wanted rows first
-    place_R = jnp.cumsum(wanted_R) - 1  # of a wanted row in that order
+    count = jnp.sum(wanted_R, dtype=jnp.int32)
+    order_R = jnp.pad(jnp.argsort(~wanted_R).astype(jnp.int32), (0, chunk))  # stable: wanted rows first
+    place_R = jnp.cumsum(wanted_R, dtype=jnp.int32) - 1  # of a wanted row in that order
 
     def body(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         start, results = carry

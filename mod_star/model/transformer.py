@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from mod_star.config import ModelConfig, RoutingConfig
-from mod_star.errors import require
+from mod_star.errors import InputError, require
 from mod_star.model.attention import Segment
 from mod_star.model.layers import fan_in_normal, lookup, rms_norm
 from mod_star.model.linear import linear, linear_saveable
 from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.model.routing import (
     Selection,
-    capacity_of,
     causal_slots,
     combine,
     dispatch,
@@ -32,9 +31,10 @@ from mod_star.model.routing import (
     predictor_init,
     routed_share,
     select_first,
-    select_top,
+    select_share,
 )
 from mod_star.model.rows import compute_if
+from mod_star.network_config import require_network
 from mod_star.sharding import constrain
 
 RoutingMode = Literal["top_k", "causal"]
@@ -76,7 +76,12 @@ def block_names(routing: RoutingConfig) -> tuple[str, ...]:
 
 
 def group_count(config: ModelConfig, routing: RoutingConfig) -> int:
-    """Number of groups that the blocks are stacked over."""
+    """Number of groups that the blocks are stacked over.
+
+    Raises:
+      InputError: `model.layers` is not a multiple of `routing.every`.
+    """
+    require_network(config, routing)
     return config.layers // len(block_names(routing))
 
 
@@ -90,7 +95,8 @@ def group_init(key: jax.Array, config: ModelConfig, routing: RoutingConfig, part
             params[name]["router"] = parts.router.init(router, config)
             if routing.selection == "learned" and routing.causal_rule == "predictor":
                 params[name]["predictor"] = predictor_init(predictor, config, routing)
-    return params
+    # A user's own initialiser may have left the type to a default, which JAX_ENABLE_X64 makes float64.
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
 
 def causal_logit(
@@ -121,7 +127,7 @@ def stochastic_noise(key: jax.Array | None, positions_S: jax.Array, routing: Rou
     if routing.selection == "learned":
         return None
     if key is None:
-        raise ValueError("routing.selection = 'stochastic' needs a key")
+        raise InputError("routing.selection = 'stochastic': needs a key")
     return position_noise(key, positions_S)
 
 
@@ -132,11 +138,19 @@ class Decoder(nn.Module):
       decoder = Decoder(ModelConfig(vocab_size=258), RoutingConfig())
       params = decoder.init(jax.random.key(0), tokens_S)["params"]
       output = jax.vmap(lambda tokens: decoder.apply({"params": params}, tokens))(tokens_BxS)
+
+    Raises:
+      InputError: on construction, if `config` and `routing` don't make a network together.
     """
 
     config: ModelConfig
     routing: RoutingConfig
     parts: Parts = DEFAULT_PARTS
+
+    def __post_init__(self) -> None:
+        """Checks the configuration."""
+        require_network(self.config, self.routing)
+        super().__post_init__()
 
     def setup(self) -> None:
         """Makes the parameters; Flax calls it."""
@@ -144,7 +158,7 @@ class Decoder(nn.Module):
         require(V > 0, "model.vocab_size", V, "must be positive (0 is filled in from the tokenizer by a run)")
         self.embedding = self.param("embedding", lambda key: fan_in_normal(key, (V, D), D))
         self.groups = self.param("groups", self._init_groups)
-        self.final_norm = self.param("final_norm", lambda key: jnp.ones(D))
+        self.final_norm = self.param("final_norm", lambda key: jnp.ones(D, jnp.float32))
         if not self.config.tie_embeddings:
             self.head = self.param("head", lambda key: fan_in_normal(key, (V, D), D))
 
@@ -162,7 +176,7 @@ class Decoder(nn.Module):
         positions_S: jax.Array | None = None,
         segment_ids_S: jax.Array | None = None,
         *,
-        mode: RoutingMode = "top_k",
+        mode: RoutingMode = "causal",
         slots: int | None = None,
         key: jax.Array | None = None,
         keep_keys_values: bool = False,
@@ -173,15 +187,16 @@ class Decoder(nn.Module):
           tokens_S: int32 token ids.
           positions_S: int32 positions, restarting in each document; 0, 1, ... by default.
           segment_ids_S: int32 document ids, 0 for padding; one document by default.
-          mode: top_k: expert choice among all tokens, as trained. causal: the rule that sees no later token.
-          slots: slots of a routed block under the causal rule; `causal_slots` of S by default.
+          mode: causal: the rule that sees no later token, as in generation. top_k: expert choice among all tokens, as
+            trained: later tokens decide with, so that a likelihood under it is none that sampling could reach.
+          slots: slots of a routed block under the causal rule; those of the model's context by default, as in
+            generation: they don't depend on how long the text is, or how padded.
           key: for stochastic routing only.
           keep_keys_values: return every block's keys/values, to fill a cache with.
         """
         S = tokens_S.shape[0]
         positions_S = jnp.arange(S, dtype=jnp.int32) if positions_S is None else positions_S
         segment_ids_S = jnp.ones(S, jnp.int32) if segment_ids_S is None else segment_ids_S
-        slots = causal_slots(self.routing, S) if slots is None else slots
         params = {"groups": self.groups, "final_norm": self.final_norm}
         return run(
             self, params, self.embed(tokens_S), positions_S, segment_ids_S, mode=mode, slots=slots, key=key,
@@ -197,7 +212,7 @@ def run(
     segment_ids_N: jax.Array,
     *,
     mode: RoutingMode = "causal",
-    slots: int = 0,
+    slots: int | None = None,
     key: jax.Array | None = None,
     context: Any = None,
     taken: Any = None,
@@ -213,7 +228,8 @@ def run(
       positions_N: int32 positions in the document.
       segment_ids_N: int32 document ids, 0 for padding.
       mode: as for `Decoder`.
-      slots: of a routed block under the causal rule: tokens that it may compute at the most.
+      slots: of a routed block under the causal rule: the most tokens that it may compute; those of the model's
+        context by default.
       key: for stochastic routing only.
       context: what the tokens attend to besides themselves: {block name: tuple of Segments}, the leaves stacked over
         groups, or a tuple with one such dict per group. With a context, a single token is computed by a routed block
@@ -227,6 +243,7 @@ def run(
     """
     config, routing = decoder.config, decoder.routing
     names = block_names(routing)
+    slots = causal_slots(routing, config.context) if slots is None else slots
 
     def group(x_NxD: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         params, index, context, taken, decided_N = inputs
@@ -240,10 +257,9 @@ def run(
                     context=before, taken=taken, decided_N=decided_N,
                 )  # fmt: skip
             else:
-                delta, keys_values[name] = decoder.parts.block.apply(
-                    params[name]["block"], x_NxD, positions_N, segment_ids_N, segment_ids_N > 0, before,
-                    config, decoder.parts,
-                )  # fmt: skip
+                delta, keys_values[name] = decoder.parts.compute_block(
+                    params[name]["block"], x_NxD, positions_N, segment_ids_N, segment_ids_N > 0, before, config
+                )
             # Said once per block, so that tokens stay where they are and weights move: see `mod_star.sharding`.
             x_NxD = constrain(x_NxD + delta, None, None)
         return x_NxD, (trace, keys_values if keep_keys_values else None)
@@ -254,7 +270,7 @@ def run(
     groups = params["groups"]
     count = group_count(config, routing)
     x_NxD = constrain(x_NxD, None, None)
-    inputs = (groups, jnp.arange(count), context, taken, decided)
+    inputs = (groups, jnp.arange(count, dtype=jnp.int32), context, taken, decided)
     if isinstance(groups, tuple):
         results = []
         for i in range(count):
@@ -291,17 +307,17 @@ def routed_block(
     config, routing, parts = decoder.config, decoder.routing, decoder.parts
     S = x_SxD.shape[0]
     valid_S = segment_ids_S > 0
-    scores_S = parts.router.apply(params["router"], x_SxD)
-    noise_S = stochastic_noise(key, jnp.arange(S), routing)
+    scores_S = parts.score(params["router"], x_SxD)
+    noise_S = stochastic_noise(key, jnp.arange(S, dtype=jnp.int32), routing)
     logits_S = causal_logit(params, x_SxD, scores_S, noise_S, routing, config.context)
     if mode == "top_k":
-        selection = select_top(scores_S if noise_S is None else noise_S, valid_S, capacity_of(routing, S))
+        selection = select_share(scores_S if noise_S is None else noise_S, valid_S, routing)
         overflow_S = jnp.zeros(S, bool)
     else:
         rule_S = (logits_S > 0) & valid_S
         wanted_S = rule_S if decided_N is None else jnp.where(decided_N < 0, rule_S, decided_N > 0)
         room = slots if taken is None else slots - taken
-        selection = select_first(wanted_S & (jnp.cumsum(wanted_S) <= room), min(S, slots))
+        selection = select_first(wanted_S & (jnp.cumsum(wanted_S, dtype=jnp.int32) <= room), min(S, slots))
         overflow_S = rule_S & ~selection.mask_S  # also where a repeated decision was that no slot was left
 
     rows = functools.partial(routed_rows, config=config, routing=routing, parts=parts)
@@ -341,9 +357,7 @@ def routed_rows(
     Returns:
       The gated delta CxD in x's type, the float32 gates C, and the rows' keys/values.
     """
-    delta_CxD, own = parts.block.apply(
-        params["block"], x_CxD, positions_C, segment_ids_C, filled_C, context, config, parts
-    )
+    delta_CxD, own = parts.compute_block(params["block"], x_CxD, positions_C, segment_ids_C, filled_C, context, config)
     gates_C = parts.gate_of(routing)(scores_C)
     return (delta_CxD * gates_C[:, None]).astype(x_CxD.dtype), gates_C, own
 
@@ -355,4 +369,5 @@ def head_matrix(params: dict[str, Any]) -> jax.Array:
 
 def logits_of(params: dict[str, Any], hidden_NxD: jax.Array) -> jax.Array:
     """Float32 logits NxV. The head is read in the hidden states' type."""
-    return linear(hidden_NxD, head_matrix(params).astype(hidden_NxD.dtype), jnp.float32, transposed=True)
+    head_VxD = head_matrix(params).astype(hidden_NxD.dtype)
+    return linear(hidden_NxD, head_VxD, jnp.float32, transposed=True, precision="highest")

@@ -5,8 +5,12 @@
          + policy_weight · REINFORCE: -max(r, 0) · log p(thought), summed over its tokens
     r    = log p_talk(n_true tokens) - its mean over the thoughts of the position
 
-NLLs are means over predictions, REINFORCE is a mean over thoughts. Axes: B sequences, S tokens, G routed blocks, J
-thinking positions, M thoughts per position, T thought tokens, N predicted tokens (n_true).
+NLLs are means over predictions. REINFORCE is divided by the number of predictions, too, for r is a sum over them: with
+leave_one_out, negative rewards kept, temperature 1 and talk_weight = policy_weight, the expected gradient of the last
+two terms is that of talk_weight · the expected NLL after thoughts (tests/thinking/test_reinforce.py).
+
+Axes: B sequences, S tokens, G routed blocks, J thinking positions, M thoughts per position, T thought tokens, N tokens
+that are predicted (n_true).
 """
 
 from __future__ import annotations
@@ -15,15 +19,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from mod_star.config import ThinkingConfig
+from mod_star.errors import require
 from mod_star.model import Decoder, Output
 from mod_star.model.cross_entropy import chunked, cross_entropy_by_token, token_entropy, unchunked
 from mod_star.model.routing import select_top
 from mod_star.model.transformer import head_matrix
 from mod_star.sharding import batch_vmap
-from mod_star.thinking.mixing import mix, mixing_weight
+from mod_star.thinking.mixed_cross_entropy import mixed_cross_entropy_by_token
+from mod_star.thinking.mixing import mixing_weight
 from mod_star.thinking.sample import Thought, sample_thought
 from mod_star.thinking.scan_sum import scan_sum
 from mod_star.thinking.score import score_thought
@@ -38,7 +45,7 @@ class Places:
     indices_BxJ: jax.Array
     """int32 index in the sequence, ascending."""
     filled_BxJ: jax.Array
-    """bool; False where a sequence has fewer positions than J to think at (padding, ends of documents)."""
+    """bool; False where a sequence has fewer than J positions to think at (padding, ends of documents)."""
 
 
 @struct.dataclass
@@ -60,8 +67,22 @@ class Talk:
 
 
 def place_count(thinking: ThinkingConfig, tokens: int) -> int:
-    """J for sequences of `tokens` tokens: think_fraction of the positions that n_true tokens can follow."""
+    """J for sequences of `tokens` tokens: think_fraction of the positions that n_true tokens can follow.
+
+    Raises:
+      InputError: there is no such position.
+    """
+    n_true = thinking.n_true
+    require(n_true <= tokens, "thinking.n_true", n_true, f"must be at most the length of a sequence, {tokens}")
     return max(1, int(thinking.think_fraction * (tokens - thinking.n_true + 1) + 0.5))
+
+
+def most_places(batch: Batch, thinking: ThinkingConfig) -> jax.Array:
+    """Positions to think at in each sequence, int32 B: the share that `place_count` takes, of those without padding."""
+    count = batch["tokens"].shape[1] - thinking.n_true + 1
+    shares = np.floor(thinking.think_fraction * np.arange(count + 1) + 0.5)
+    valid_B = jnp.sum(batch["segment_ids"][:, :count] > 0, 1, dtype=jnp.int32)
+    return jnp.asarray(np.maximum(1, shares).astype(np.int32))[valid_B]
 
 
 def choose_places(
@@ -69,17 +90,17 @@ def choose_places(
 ) -> Places:
     """Chooses the thinking positions: those with the highest base entropy, or by chance, as many as there are to be.
 
-    Only positions whose next token is to be predicted count; the choice is MoD's static-shape top-k.
+    Only positions whose next token is to be predicted count; the choice is MoD's static-shape top-k. Padding has no
+    share in the number.
     """
     B, S = batch["tokens"].shape
-    count = S - thinking.n_true + 1
+    J, count = place_count(thinking, S), S - thinking.n_true + 1
     eligible = batch["weights"][:, :count] > 0
     if thinking.think_where == "entropy" and thinking.think_fraction < 1:
         scores = token_entropy(jax.lax.stop_gradient(text.hidden[:, :count]), head_VxD, chunk)
     else:
-        scores = jax.random.uniform(key, (B, count))
-    J = place_count(thinking, S)
-    selection = jax.vmap(lambda s, e: select_top(s, e, J))(scores, eligible)
+        scores = jax.random.uniform(key, (B, count), jnp.float32)
+    selection = jax.vmap(lambda s, e, m: select_top(s, e, J, m))(scores, eligible, most_places(batch, thinking))
     return Places(selection.indices_C, selection.filled_C)
 
 
@@ -97,10 +118,12 @@ def sample_thoughts(
     key: jax.Array,
     thinking: ThinkingConfig,
     temperature: float,
+    slots: int | None = None,
 ) -> Thought:
     """Samples M thoughts at every place, all in parallel; no gradients. Leaves of the result are [B, J, M, ...].
 
     What is drawn at a position depends on the key, the sequence's row, the position and the thought's number alone.
+    `slots`: as for `sample_thought`; needed where `thinking` differs in n_true from what the model is trained with.
     """
     params, text = jax.lax.stop_gradient((params, text))
 
@@ -111,16 +134,18 @@ def sample_thoughts(
             own_key = jax.random.fold_in(jax.random.fold_in(key, index), number)
             position, segment_id = positions_S[index], ids_S[index]
             return sample_thought(
-                decoder, params, context, position, segment_id, own_key, thinking, temperature
+                decoder, params, context, position, segment_id, own_key, thinking, temperature, slots=slots
             )[0]  # fmt: skip
 
         # One vmap over both, not one inside the other: what only the outer one batches would keep a routed block's rows
         # of different positions out of the same chunk (`mod_star.model.rows`), and few would be skipped.
         M = thinking.n_thoughts
-        rows = jax.vmap(one)(jnp.repeat(indices_J, M), jnp.tile(jnp.arange(M), indices_J.shape[0]))
+        rows = jax.vmap(one)(jnp.repeat(indices_J, M), jnp.tile(jnp.arange(M, dtype=jnp.int32), indices_J.shape[0]))
         return jax.tree.map(lambda leaf: leaf.reshape(-1, M, *leaf.shape[1:]), rows)
 
-    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(places.indices_BxJ.shape[0]))
+    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(
+        jnp.arange(places.indices_BxJ.shape[0], dtype=jnp.int32)
+    )
     return batch_vmap(sequence)(contexts(text), batch["positions"], batch["segment_ids"], places.indices_BxJ, keys_B)
 
 
@@ -133,18 +158,19 @@ def talk_loss(
     thoughts: Thought,
     thinking: ThinkingConfig,
     loss_chunk: int,
+    slots: int | None = None,
 ) -> tuple[jax.Array, Talk]:
     """talk_weight · NLL after thoughts + policy_weight · REINFORCE; differentiable in params and text.
 
-    Computed in chunks of `thinking.chunk` positions per sequence, one after the other.
+    Computed in chunks of `thinking.chunk` positions per sequence, one after the other. `slots`: as for
+    `sample_thoughts`.
     """
     J = places.indices_BxJ.shape[1]
     chunk = min(thinking.chunk, J)
-    totals = talk_totals(batch, places, thinking)
-    shared = (params, text.hidden, contexts(text), batch, totals)
+    shared = (params, text.hidden, contexts(text), batch, talk_total(batch, places, thinking))
 
     def function(shared: Any, part: Any) -> tuple[jax.Array, Talk]:
-        return _talk_loss_of_chunk(decoder, thinking, loss_chunk, shared, *part)
+        return _talk_loss_of_chunk(decoder, thinking, loss_chunk, slots, shared, *part)
 
     parts = jax.tree.map(lambda leaf: chunked(leaf, chunk), (places, thoughts))
     loss, talk = scan_sum(function, shared, parts)
@@ -156,17 +182,16 @@ def predicted(batch: Batch, places: Places, thinking: ThinkingConfig) -> tuple[j
 
     0 for predictions beyond the document of the place, or that the batch gives no weight, or of places not filled.
     """
-    index = places.indices_BxJ[..., None] + jnp.arange(thinking.n_true)
+    index = places.indices_BxJ[..., None] + jnp.arange(thinking.n_true, dtype=jnp.int32)
     take = jax.vmap(lambda row, at: row[at])
     same = take(batch["segment_ids"], index) == take(batch["segment_ids"], places.indices_BxJ)[..., None]
     return index, take(batch["weights"], index) * same * places.filled_BxJ[..., None]
 
 
-def talk_totals(batch: Batch, places: Places, thinking: ThinkingConfig) -> tuple[jax.Array, jax.Array]:
-    """What the means are taken over: weight of all talk predictions, and number of thoughts; float32, at least 1."""
+def talk_total(batch: Batch, places: Places, thinking: ThinkingConfig) -> jax.Array:
+    """Weight of all predictions after thoughts, what NLL and REINFORCE are divided by; float32, at least 1."""
     _, weights = predicted(batch, places, thinking)
-    thoughts = jnp.sum(places.filled_BxJ).astype(jnp.float32) * thinking.n_thoughts
-    return jnp.maximum(jnp.sum(weights) * thinking.n_thoughts, 1.0), jnp.maximum(thoughts, 1.0)
+    return jnp.maximum(jnp.sum(weights) * thinking.n_thoughts, 1.0)
 
 
 def advantages(log_likelihoods_BxJxM: jax.Array, thinking: ThinkingConfig) -> jax.Array:
@@ -179,9 +204,10 @@ def advantages(log_likelihoods_BxJxM: jax.Array, thinking: ThinkingConfig) -> ja
 
 
 def _talk_loss_of_chunk(
-    decoder: Decoder, thinking: ThinkingConfig, loss_chunk: int, shared: Any, places: Places, thoughts: Thought
-) -> tuple[jax.Array, Talk]:
-    params, hidden_BxSxD, context, batch, (talk_total, thought_total) = shared
+    decoder: Decoder, thinking: ThinkingConfig, loss_chunk: int, slots: int | None, shared: Any, places: Places,
+    thoughts: Thought,
+) -> tuple[jax.Array, Talk]:  # fmt: skip
+    params, hidden_BxSxD, context, batch, total = shared
     B, J, M, T = thoughts.tokens_T.shape
     N, D = thinking.n_true, hidden_BxSxD.shape[-1]
     index_BxJxN, weights_BxJxN = predicted(batch, places, thinking)
@@ -190,9 +216,9 @@ def _talk_loss_of_chunk(
         context: Any, tokens_S: jax.Array, positions_S: jax.Array, ids_S: jax.Array, indices_J: jax.Array, thoughts: Any
     ) -> Any:
         def one(index: jax.Array, thought: Thought) -> Any:
-            following = tokens_S[index + 1 + jnp.arange(N - 1)]
+            following = tokens_S[index + 1 + jnp.arange(N - 1, dtype=jnp.int32)]
             return score_thought(
-                decoder, params, context, positions_S[index], ids_S[index], thought, following, thinking
+                decoder, params, context, positions_S[index], ids_S[index], thought, following, thinking, slots
             )  # fmt: skip
 
         return jax.vmap(jax.vmap(one, (None, 0)))(indices_J, thoughts)
@@ -204,30 +230,31 @@ def _talk_loss_of_chunk(
     base = jnp.broadcast_to(gather(hidden_BxSxD, index_BxJxN)[:, :, None], (B, J, M, N, D)).reshape(-1, D)
     talk = scored.talk_NxD.reshape(-1, D)
     mixing = mixing_weight(params["thinking"]["mixing"], base, talk)
-    mixed = mix(base, talk, mixing)
 
     head = head_matrix(params)
     shape = (B, J, M, N)
     targets = jnp.broadcast_to(gather(batch["targets"], index_BxJxN)[:, :, None], shape)
     weights = jnp.broadcast_to(weights_BxJxN[:, :, None], shape)
     rows = lambda a: a.reshape(B, -1, *a.shape[4:])  # noqa: E731
-    loss, nll = cross_entropy_by_token(
-        rows(mixed.reshape(*shape, D)), head, rows(targets),
-        rows(weights) * (thinking.talk_weight / talk_total), loss_chunk,
+    loss, nll = mixed_cross_entropy_by_token(
+        rows(base.reshape(*shape, D)), rows(talk.reshape(*shape, D)), rows(mixing.reshape(shape)), head, rows(targets),
+        rows(weights) * (thinking.talk_weight / total), loss_chunk,
     )  # fmt: skip
     nll_BxJxMxN = nll.reshape(shape)
     advantage = jax.lax.stop_gradient(advantages(-jnp.sum(nll_BxJxMxN * weights, -1), thinking))
     log_probs = jnp.zeros((B, J, M), jnp.float32)
     if thinking.policy_weight > 0:
         used = jnp.maximum(advantage, 0.0) if thinking.drop_negative else advantage
-        used = jnp.broadcast_to(used[..., None], (B, J, M, T)) * (thinking.policy_weight / thought_total)
+        used = jnp.broadcast_to(used[..., None], (B, J, M, T)) * (thinking.policy_weight / total)
         policy, thought_nll = cross_entropy_by_token(
-            rows(scored.thought_TxD / jnp.asarray(thinking.policy_temperature, scored.thought_TxD.dtype)), head,
-            rows(thoughts.tokens_T), rows(used), loss_chunk,
+            rows(scored.thought_TxD), head, rows(thoughts.tokens_T), rows(used), loss_chunk,
+            thinking.policy_temperature,
         )  # fmt: skip
         loss += policy
         log_probs = -jnp.sum(thought_nll.reshape(B, J, M, T), -1)
     computed = overflow = jnp.zeros((B, J, M, 0), jnp.float32)
     if scored.trace is not None:
-        computed, overflow = jnp.mean(scored.trace.selected, -1), jnp.mean(scored.trace.overflow, -1)
+        computed, overflow = (
+            jnp.mean(decided, -1, dtype=jnp.float32) for decided in (scored.trace.selected, scored.trace.overflow)
+        )
     return loss, Talk(nll_BxJxMxN, mixing.reshape(shape), advantage, log_probs, computed, overflow)

@@ -28,7 +28,7 @@ def thinking_init(
       start_ids: tokens whose mean embedding <start> begins as (the paper: those of "---").
       end_ids: the same for <end>.
     """
-    mean = lambda ids: jnp.mean(embedding_VxD[jnp.asarray(ids)], 0)  # noqa: E731
+    mean = lambda ids: jnp.mean(embedding_VxD[jnp.asarray(ids, jnp.int32)], 0)  # noqa: E731
     return {"start": mean(start_ids), "end": mean(end_ids), "mixing": mixing_init(key, config)}
 
 
@@ -38,9 +38,9 @@ def mixing_init(key: jax.Array, config: ModelConfig) -> Params:
     first, second = jax.random.split(key)
     return {
         "first": fan_in_normal(first, (2 * D, D), 2 * D),
-        "first_bias": jnp.zeros(D),
+        "first_bias": jnp.zeros(D, jnp.float32),
         "second": fan_in_normal(second, (D, D), D),
-        "second_bias": jnp.zeros(D),
-        "output": jnp.zeros(D),
-        "output_bias": jnp.zeros(()),
+        "second_bias": jnp.zeros(D, jnp.float32),
+        "output": jnp.zeros(D, jnp.float32),
+        "output_bias": jnp.zeros((), jnp.float32),
     }

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from mod_star.config import RoutingConfig, ThinkingConfig
+from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.model.attention import Segment
 from mod_star.model.layers import lookup
 from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import logits_of, run
+from mod_star.network_config import require_thinkable
 
 DRAW_BLOCK = 128
 
@@ -38,7 +40,11 @@ class Thought:
 
 
 def thought_slots(routing: RoutingConfig, thinking: ThinkingConfig) -> int:
-    """Tokens that a routed block may compute of <start> thought <end> continuation: as of any text of that length."""
+    """Tokens that a routed block may compute of <start> thought <end> continuation: as of any text of that length.
+
+    A model has one number, that of the `thinking` it is trained with. Where fewer or no tokens follow a thought, as in
+    evaluation and generation, the slots stay those: else a thought would find fewer than it was trained with.
+    """
     if routing.every == 0:
         return 0
     return causal_slots(routing, thinking.thought_length + 1 + thinking.n_true)
@@ -68,6 +74,7 @@ def sample_thought(
     thinking: ThinkingConfig,
     temperature: float,
     finish: bool = False,
+    slots: int | None = None,
 ) -> tuple[Thought, jax.Array | None]:
     """Samples the thought after one position, without gradients in mind.
 
@@ -81,12 +88,19 @@ def sample_thought(
       thinking: length and kind.
       temperature: of the draws; 0: greedy.
       finish: run the last token and <end> too, and return the hidden state D that predicts the text after the thought.
+      slots: of a routed block; None: `thought_slots` of `thinking`, which then must be what the model is trained with.
 
     Returns:
       The thought, and the hidden state at <end> if asked for.
+
+    Raises:
+      InputError: the model can't think.
     """
+    require_thinkable(decoder.routing)
+    if "thinking" not in params:
+        raise InputError("params: must have an entry 'thinking', see mod_star.training.state.initial_params")
     t, own = thinking.thought_length, params["thinking"]
-    slots = thought_slots(decoder.routing, thinking)
+    slots = thought_slots(decoder.routing, thinking) if slots is None else slots
     text = text_before(text, position)
     cache = _empty_cache(text, t + 2 if finish else t)
 
@@ -113,7 +127,7 @@ def sample_thought(
         return (embed_thought(params, token[None])[0], cache), (token, log_prob, entropy, decided)
 
     (x_D, cache), (tokens_T, log_probs_T, entropies_T, decided_TxG) = jax.lax.scan(
-        think, (own["start"], cache), jnp.arange(t)
+        think, (own["start"], cache), jnp.arange(t, dtype=jnp.int32)
     )
     decided_GxT = None if decided_TxG is None else decided_TxG.T
     thought = Thought(tokens_T, log_probs_T, entropies_T, decided_GxT)
@@ -126,7 +140,7 @@ def sample_thought(
         return (own["end"], cache), hidden_D
 
     # The last token, then <end>: as a loop, so that the blocks are compiled once more and not twice.
-    _, hidden_2xD = jax.lax.scan(close, (x_D, cache), jnp.arange(t, t + 2))
+    _, hidden_2xD = jax.lax.scan(close, (x_D, cache), jnp.arange(t, t + 2, dtype=jnp.int32))
     return thought, hidden_2xD[1]
 
 
@@ -148,7 +162,7 @@ def draw_token(key: jax.Array, logits_V: jax.Array, temperature: float) -> jax.A
     blocks = jnp.pad(jnp.exp(scaled), (0, -V % DRAW_BLOCK)).reshape(-1, DRAW_BLOCK)
     sums = jnp.sum(blocks, -1)
     ends = jnp.cumsum(sums)
-    target = jax.random.uniform(key) * ends[-1]
+    target = jax.random.uniform(key, (), jnp.float32) * ends[-1]
     block = _first((ends > target) & (sums > 0), sums)
     inside = blocks[block]
     before = jnp.where(block > 0, ends[block - 1], 0.0)
@@ -188,7 +202,7 @@ def _append(cache: Any, own: Any, slot: jax.Array) -> Any:
 
     def write(old: Segment, new: Segment) -> Segment:
         # By a choice between old and new: under `vmap` an update of a slice becomes a scatter.
-        here_M = jnp.arange(old.valid_M.shape[-1]) == slot
+        here_M = jnp.arange(old.valid_M.shape[-1], dtype=jnp.int32) == slot
         choose = lambda a, b: jnp.where(here_M if a.ndim == old.valid_M.ndim else here_M[:, None], b, a)  # noqa: E731
         return jax.tree.map(choose, old, new)
 
@@ -199,4 +213,4 @@ def _taken(cache: Any) -> Any:
     """Slots of the routed blocks that the thought has taken, as `run` takes them; None for a dense model."""
     if isinstance(cache, tuple):
         return tuple(_taken(group) for group in cache) if "routed" in cache[0] else None
-    return jnp.sum(cache["routed"].valid_M, -1) if "routed" in cache else None
+    return jnp.sum(cache["routed"].valid_M, -1, dtype=jnp.int32) if "routed" in cache else None

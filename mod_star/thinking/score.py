@@ -36,6 +36,7 @@ def score_thought(
     thought: Thought,
     following: jax.Array,
     thinking: ThinkingConfig,
+    slots: int | None = None,
 ) -> Scored:
     """Runs [<start>; thought; <end>; following] after `position`. Positions go on counting through all of it.
 
@@ -48,6 +49,7 @@ def score_thought(
       thought: from `sample_thought`.
       following: int32, the next n_true - 1 tokens of the text (teacher forcing).
       thinking: length of the thought.
+      slots: as for `sample_thought`.
     """
     t, own = thinking.thought_length, params["thinking"]
     x_NxD = jnp.concatenate(
@@ -55,12 +57,13 @@ def score_thought(
          lookup(params["embedding"], following)]
     )  # fmt: skip
     N = x_NxD.shape[0]
+    slots = thought_slots(decoder.routing, thinking) if slots is None else slots
     decided = None
     if thought.decided_GxT is not None:
         decided = jnp.pad(thought.decided_GxT, ((0, 0), (0, N - t)), constant_values=-1)
     output = run(
         decoder, params, x_NxD.astype(decoder.config.dtype), position + 1 + jnp.arange(N, dtype=jnp.int32),
-        jnp.full(N, segment_id), slots=thought_slots(decoder.routing, thinking), context=text_before(text, position),
-        decided=decided, keep_keys_values=False,
+        jnp.full(N, segment_id), slots=slots, context=text_before(text, position), decided=decided,
+        keep_keys_values=False,
     )  # fmt: skip
     return Scored(output.hidden[:t], output.hidden[t + 1 :], output.trace)

@@ -66,11 +66,17 @@ def lower_train_step(
         return jitted.trace(state, batch_shapes(run, mesh), *asked).lower(lowering_platforms=platforms)
 
 
-def lower_eval_step(decoder: Decoder, run: RunConfig, params: Any, mesh: Mesh | None = None) -> jax.stages.Lowered:
+def lower_eval_step(
+    decoder: Decoder,
+    run: RunConfig,
+    params: Any,
+    mesh: Mesh | None = None,
+    platforms: tuple[str, ...] | None = None,
+) -> jax.stages.Lowered:
     """The evaluation step `(params, batch, key) -> sums`. Args as for `lower_train_step`; `params` are shapes."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     if mesh is not None:
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
     step = jax.jit(objective_of(decoder, run).eval_step, out_shardings=None if mesh is None else replicated(mesh))
     with use_mesh(mesh):
-        return step.lower(params, batch_shapes(run, mesh), key)
+        return step.trace(params, batch_shapes(run, mesh), key).lower(lowering_platforms=platforms)

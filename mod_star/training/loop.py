@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from mod_star import streams
 from mod_star.buckets import bring_back, checkpoints_of, copied_from
 from mod_star.data import Batch, prefetch_to_device
 from mod_star.data.identity import fingerprint
@@ -99,6 +100,7 @@ class Sitting:
         self.stage: Stage | None = None  # that `step_fn` and `eval_fn` are compiled for
         self.step_fn: StepFn
         self.eval_fn: EvalFn
+        self.summarise: Callable[[dict[str, Any]], dict[str, Any]]
 
     def run_to_end(self) -> TrainSummary:
         """Trains what is left to train, evaluates, saves, draws the curves."""
@@ -186,6 +188,7 @@ class Sitting:
             lowered = lower_train_step(decoder, stage.run, steps, self.shapes, mesh, asked=self.stop.shapes)
             self.step_fn = lowered.compile()
             self.eval_fn = lower_eval_step(decoder, stage.run, self.shapes.params, mesh).compile()
+            self.summarise = objective_of(decoder, stage.run).summarise
             if self.thoughts is not None:
                 self.thoughts.compute_with(decoder, stage.run)
             self.stage = stage
@@ -279,10 +282,10 @@ class Sitting:
                 key = jax.random.fold_in(self._eval_key(), number)
                 sums.append(jax.device_get(self.eval_fn(state.params, self._put(batch), key)))
             added = jax.tree.map(lambda *values: np.sum(np.asarray(values, np.float64), axis=0), *sums)
-            found = objective_of(self.inputs.decoder, self.run).summarise(added)
-            self._write(step, found)
+            self._write(step, self.summarise(added))
             if self.thoughts is not None:
-                self.thoughts.write(step, state.params, self.inputs.held_out[0], self._eval_key())
+                examples_key = jax.random.fold_in(self._eval_key(), streams.EXAMPLES)
+                self.thoughts.write(step, state.params, self.inputs.held_out[0], examples_key)
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         if self.metrics is not None:
@@ -372,7 +375,7 @@ class Sitting:
 
     def _eval_key(self) -> jax.Array:
         """Random key of evaluations: the same every time, and apart from training's."""
-        return jax.random.fold_in(jax.random.key(self.run.train.seed), 2)
+        return jax.random.fold_in(jax.random.key(self.run.train.seed), streams.EVALUATION)
 
     def _seconds(self) -> float:
         """Time in training steps up to now, over all sittings."""

@@ -15,6 +15,7 @@ from mod_star.model import Decoder, Output, Trace
 from mod_star.model.cross_entropy import cross_entropy
 from mod_star.model.transformer import RoutingMode, head_matrix
 from mod_star.sharding import batch_vmap
+from mod_star.training.agreement import require_agreement
 
 Batch = dict[str, jax.Array]
 """tokens, targets, positions, segment_ids int32 and weights float32, all [B, S]; segment id 0 is padding."""
@@ -26,10 +27,10 @@ def forward(
     params: dict[str, Any],
     batch: Batch,
     key: jax.Array | None,
-    mode: RoutingMode = "top_k",
+    mode: RoutingMode = "causal",
     keep_keys_values: bool = False,
 ) -> Output:
-    """Hidden states and routing of a batch; every leaf gets a leading batch axis."""
+    """Hidden states and routing of a batch; every leaf gets a leading batch axis. Arguments as for `Decoder`."""
     B = batch["tokens"].shape[0]
     keys = None if key is None or decoder.routing.selection == "learned" else jax.random.split(key, B)
 
@@ -54,7 +55,7 @@ def routing_sums(
     valid = valid_BxS[:, None]  # trace arrays are [B, groups, S]
     selected = trace.selected.astype(jnp.float32)
     target = trace.selected if target is None else target
-    per_layer = lambda a: jnp.sum(jnp.where(valid, a, 0.0), (0, 2))  # noqa: E731
+    per_layer = lambda a: jnp.sum(jnp.where(valid, a, 0), (0, 2), dtype=jnp.float32)  # noqa: E731
     probability = jax.nn.sigmoid(trace.logits)
     entropy = probability * jax.nn.softplus(-trace.logits) + (1 - probability) * jax.nn.softplus(trace.logits)
     sums = {
@@ -90,12 +91,13 @@ def make_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tuple[jax.Array
     The totals (weighted targets and non-pad tokens of the *whole* batch) make the losses of portions of a batch add
     up to the batch's. `loss` = LM loss + auxiliary_weight x mean over routed layers of the causal rule's loss.
     """
+    require_agreement(decoder, run)
     routing = run.routing
 
     def loss(
         params: dict[str, Any], batch: Batch, key: jax.Array, targets: jax.Array, valid: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        output = forward(decoder, params, batch, key)
+        output = forward(decoder, params, batch, key, "top_k")
         nll = cross_entropy(
             output.hidden, head_matrix(params), batch["targets"], batch["weights"], run.train.loss_chunk
         )
@@ -125,6 +127,7 @@ def make_eval_step(decoder: Decoder, run: RunConfig) -> Callable[[dict[str, Any]
 
     A routed model is run twice: with the top-k routing that it was trained with, and with the causal rule.
     """
+    require_agreement(decoder, run)
 
     def sums_of(params: dict[str, Any], batch: Batch, key: jax.Array, mode: RoutingMode) -> Metrics:
         output = forward(decoder, params, batch, key, mode)

@@ -58,7 +58,7 @@ def split_norms(grads: Any) -> tuple[jax.Array, jax.Array]:
     """Global gradient norms of the language model and of the predictors, float32."""
     mask = predictor_mask(grads)
     squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g.astype(jnp.float32))), grads)
-    sums = [jnp.zeros(()), jnp.zeros(())]
+    sums = [jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)]
     for is_predictor, square in zip(jax.tree.leaves(mask), jax.tree.leaves(squares), strict=True):
         sums[is_predictor] += square
     return jnp.sqrt(sums[0]), jnp.sqrt(sums[1])

@@ -49,7 +49,7 @@ class TrainingProgress:
         self._steps, self._tokens_per_step, self._step, self._label = steps, tokens_per_step, start, label
         self._console = Console() if console is None else console
         self._seconds_between_lines, self._clock = seconds_between_lines, clock
-        self._loss = math.nan
+        self._loss: float | None = None
         # Decayed sums over the recent past. The first interval holds compilation and is not counted.
         self._tokens, self._seconds = 0.0, 0.0
         self._last_update: float | None = None
@@ -121,7 +121,7 @@ class TrainingProgress:
     def _numbers(self) -> str:
         if self._last_update is None:
             return "compiling"
-        parts = [f"loss {self._loss:.4f}"]
+        parts = [] if self._loss is None else [f"loss {self._loss:.4f}"]
         rate, left = self.tokens_per_second, self.seconds_left
         if rate is not None and left is not None:
             parts.append(f"{short_number(rate)} tokens/s")

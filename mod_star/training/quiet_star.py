@@ -16,22 +16,25 @@ import numpy as np
 import numpy.typing as npt
 from flax import struct
 
+from mod_star import streams
 from mod_star.config import RunConfig, ThinkingConfig
 from mod_star.data import Tokenizer
 from mod_star.model import Decoder, Trace
 from mod_star.model.cross_entropy import cross_entropy_by_token, token_entropy
-from mod_star.model.routing import capacity_of, select_top
+from mod_star.model.routing import select_share, select_top
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.objective import (
     Places,
     Talk,
     choose_places,
+    most_places,
     place_count,
     predicted,
     sample_thoughts,
     talk_loss,
 )
-from mod_star.thinking.sample import Thought
+from mod_star.thinking.sample import Thought, thought_slots
+from mod_star.training.agreement import require_thinker
 from mod_star.training.next_token import Batch, Metrics, forward, next_token_metrics, routing_sums
 
 DECILES = 10
@@ -62,6 +65,7 @@ def make_quiet_star_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tupl
     With gradient accumulation, NLL after thoughts and REINFORCE are means over a portion of the batch, and weighted by
     the portion's share of the batch's targets.
     """
+    require_thinker(decoder, run)
     thinking, chunk = run.thinking, run.train.loss_chunk
 
     def loss(
@@ -92,8 +96,7 @@ def make_quiet_star_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tupl
 
 def top_k_selection(trace: Trace, batch: Batch, run: RunConfig) -> jax.Array:
     """bool [B, groups, S]: the tokens that top-k routing would have selected of a stream that was routed causally."""
-    S = batch["tokens"].shape[1]
-    select = lambda scores, valid: select_top(scores, valid, capacity_of(run.routing, S)).mask_S  # noqa: E731
+    select = lambda scores, valid: select_share(scores, valid, run.routing).mask_S  # noqa: E731
     return jax.vmap(jax.vmap(select, (0, None)))(trace.scores, batch["segment_ids"] > 0)
 
 
@@ -106,7 +109,7 @@ def thinking_sums(
     thought = jnp.broadcast_to(places.filled_BxJ[..., None], talk.advantages_BxJxM.shape)
     base = jax.vmap(lambda row, at: row[at])(base_nll_BxS, index)
     talk_nll = jnp.mean(talk.nll_BxJxMxN, 2)
-    total = lambda values, where: jnp.sum(jnp.where(where, values, 0.0), dtype=jnp.float32)  # noqa: E731
+    total = lambda values, where: jnp.sum(jnp.where(where, jnp.asarray(values, jnp.float32), 0.0))  # noqa: E731
     used = jnp.maximum(talk.advantages_BxJxM, 0.0) if thinking.drop_negative else talk.advantages_BxJxM
     by_decile, in_decile = gain_by_decile(base[..., 0], (base - talk_nll)[..., 0], first)
     positions = total(1.0, places.filled_BxJ)
@@ -136,9 +139,9 @@ def thinking_sums(
 
 def gain_by_decile(base_nll: jax.Array, gain: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sums of gain over tenths of the predictions, the surest (lowest base NLL) first, and the counts; [10] each."""
-    ranks = jnp.argsort(jnp.argsort(jnp.where(where, base_nll, jnp.inf).ravel()))
-    decile = ranks * DECILES // jnp.maximum(jnp.sum(where), 1)
-    member = (decile == jnp.arange(DECILES)[:, None]) & where.ravel()
+    ranks = jnp.argsort(jnp.argsort(jnp.where(where, base_nll, jnp.inf).ravel())).astype(jnp.int32)
+    decile = ranks * DECILES // jnp.maximum(jnp.sum(where, dtype=jnp.int32), 1)
+    member = (decile == jnp.arange(DECILES, dtype=jnp.int32)[:, None]) & where.ravel()
     return jnp.sum(jnp.where(member, gain.ravel(), 0.0), 1), jnp.sum(member, 1, dtype=jnp.float32)
 
 
@@ -173,27 +176,37 @@ def quiet_star_metrics(sums: Metrics, targets: jax.Array, valid: jax.Array) -> M
 
 
 def make_quiet_star_eval(decoder: Decoder, run: RunConfig) -> Callable[..., Metrics]:
-    """`(params, batch, key) -> sums` for `summarise_thinking`: a greedy thought before every token of held-out text."""
+    """`(params, batch, key) -> sums` for `summarise_thinking`: a greedy thought before every token of held-out text.
+
+    Only the token right after a thought is predicted; the thought's routed blocks have as many slots as in training.
+    """
+    require_thinker(decoder, run)
     thinking = replace(
         run.thinking, n_true=1, n_thoughts=1, think_fraction=1.0, policy_weight=0.0, talk_weight=1.0
     )  # fmt: skip
-    chunk = run.train.loss_chunk
+    chunk, slots = run.train.loss_chunk, thought_slots(run.routing, run.thinking)
 
     def eval_step(params: dict[str, Any], batch: Batch, key: jax.Array) -> Metrics:
         text = forward(decoder, params, batch, None, "causal", keep_keys_values=True)
         head = head_matrix(params)
         nll, base_BxS = cross_entropy_by_token(text.hidden, head, batch["targets"], batch["weights"], chunk)
         entropy_BxS = token_entropy(text.hidden, head, chunk)
-        places = choose_places(batch, text, head, key, thinking, chunk)
-        thoughts = sample_thoughts(decoder, params, text, batch, places, key, thinking, temperature=0.0)
-        _, talk = talk_loss(decoder, params, text, batch, places, thoughts, thinking, chunk)
+        # All positions think, and greedily: what is drawn here decides nothing but their order of choice.
+        places = choose_places(batch, text, head, jax.random.fold_in(key, streams.PLACES), thinking, chunk)
+        draws_key = jax.random.fold_in(key, streams.THOUGHTS)
+        thoughts = sample_thoughts(
+            decoder, params, text, batch, places, draws_key, thinking, temperature=0.0, slots=slots
+        )  # fmt: skip
+        _, talk = talk_loss(decoder, params, text, batch, places, thoughts, thinking, chunk, slots)
         sums = {"nll": nll, "targets": jnp.sum(batch["weights"])}
         sums |= thinking_sums(batch, places, thoughts, talk, base_BxS, thinking)
         talk_BxS = jnp.where(places.filled_BxJ, talk.nll_BxJxMxN[:, :, 0, 0], base_BxS)
         # What the model predicts when only as many positions think as in training, by entropy or by chance.
-        J = place_count(run.thinking, batch["tokens"].shape[1])
-        rank_by = entropy_BxS if run.thinking.think_where == "entropy" else jax.random.uniform(key, base_BxS.shape)
-        chosen = jax.vmap(lambda s, e: select_top(s, e, J).mask_S)(rank_by, batch["weights"] > 0)
+        J, most_B = place_count(run.thinking, batch["tokens"].shape[1]), most_places(batch, run.thinking)
+        rank_by = entropy_BxS
+        if run.thinking.think_where == "random":
+            rank_by = jax.random.uniform(key, base_BxS.shape, jnp.float32)
+        chosen = jax.vmap(lambda s, e, m: select_top(s, e, J, m).mask_S)(rank_by, batch["weights"] > 0, most_B)
         sums["budgeted_nll"] = jnp.sum(jnp.where(chosen, talk_BxS, base_BxS) * batch["weights"])
         if text.trace is not None:
             sums |= routing_sums(
@@ -234,6 +247,7 @@ def summarise_thinking(sums: dict[str, Any]) -> dict[str, Any]:
 
 def make_examples(decoder: Decoder, run: RunConfig) -> Callable[..., Examples]:
     """`(params, batch, key) -> Examples`: thoughts as in training at the least certain places of the first sequence."""
+    require_thinker(decoder, run)
     thinking = run.thinking
 
     def examples(params: dict[str, Any], batch: Batch, key: jax.Array) -> Examples:

@@ -63,7 +63,13 @@ def make_train_step(
     A batch is computed in `train.accumulation` equal portions whose gradients add up to exactly the batch's. A step
     with a non-finite loss or gradient changes neither parameters nor optimizer state, and is counted.
 
+    It honours every field of `run` that a step depends on, and refuses what it can't: `routing.stages`, for a step has
+    one capacity. How often to step, measure and save, and when to give up (`train.max_skipped`), is the caller's.
+
     Metrics: loss, grad_norm, learning_rate, finite (1 or 0), skipped, streak, and those of the objective.
+
+    Raises:
+      InputError: the decoder is not the one that `run` describes, or `run` has several capacities.
     """
     optimizer = make_optimizer(run, total_steps)
     schedule = make_schedule(run.optimizer, total_steps)

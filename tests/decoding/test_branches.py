@@ -35,7 +35,7 @@ def completion(pieces: list[str], logits_TxV: np.ndarray | None = None, finished
     )  # fmt: skip
 
 
-def branch(answer: str | None, delta: float, log_prob: float = -1.0, length: int = 1) -> Branch:
+def branch(answer: str | None, delta: float | None, log_prob: float = -1.0, length: int = 1) -> Branch:
     empty = completion(["x"])
     return Branch(empty, "x", (0, 1), answer, delta, log_prob, log_prob / length, None if answer else "no answer in it")
 
@@ -86,7 +86,7 @@ def test_delta_on_random_logits() -> None:
 def test_ill_formed_branches_are_dropped(pieces: list[str], finished: Any, why: str | None) -> None:
     made = read_branch(completion(pieces, finished=finished), "", NUMBER)
     assert made.dropped == why
-    assert math.isnan(made.delta) == (made.span is None)
+    assert (made.delta is None) == (made.span is None)
 
 
 def test_a_continuation_is_aligned_back() -> None:
@@ -105,7 +105,7 @@ def test_a_continuation_is_aligned_back() -> None:
 
 
 def test_the_max_path_and_the_aggregated_answer_may_differ() -> None:
-    result = Branches("", [branch("5", 0.3), branch(None, math.nan), branch("7", 0.5), branch("5", 0.3)])
+    result = Branches("", [branch("5", 0.3), branch(None, None), branch("7", 0.5), branch("5", 0.3)])
     assert result.counting == [0, 2, 3]
     assert result.max_path() == 2
     assert (result.answer(), result.answer(aggregate=True)) == ("7", "5")
@@ -139,7 +139,7 @@ def test_of_equals_the_first_wins() -> None:
 
 
 def test_without_any_candidate_there_is_no_answer() -> None:
-    result = Branches("", [branch(None, math.nan)] * 3)
+    result = Branches("", [branch(None, None)] * 3)
     assert (result.max_path(), result.answer(), result.answer(aggregate=True)) == (None, None, None)
     assert (result.majority_answer(), result.votes(), result.totals()) == (None, {}, {})
 

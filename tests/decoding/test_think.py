@@ -204,7 +204,8 @@ def test_a_stream_with_an_end(thinker: Thinker, always: list[Generated]) -> None
     assert state.record is not None
     first = always[0].tokens.index(end)
     assert np.asarray(state.record.thinks_BxT[0]).tolist() == [step <= first for step in range(NEW)]
-    assert np.isnan(state.record.entropies_BxT[0, first + 1 :]).all()
+    assert np.asarray(state.record.asked_BxT[0]).tolist() == [step <= first for step in range(NEW)]
+    assert not np.any(state.record.entropies_BxT[0, first + 1 :])
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 import numpy as np
@@ -67,7 +66,7 @@ def test_a_batch_is_lines_set_end_to_end() -> None:
         assert unfinished.startswith("Q")
 
 
-def branch(token: str, answer: str | None, delta: float) -> Branch:
+def branch(token: str, answer: str | None, delta: float | None) -> Branch:
     made = Completion("", token, [0], [-1.0], "end", [], 0)
     return Branch(made, token, None, answer, delta, -1.0, -1.0, None if answer else "no answer in it")
 
@@ -76,7 +75,7 @@ def test_accuracies_count_by_branches() -> None:
     asked = [question(5), question(6)]
     right, wrong = asked[0].answer, str((int(asked[0].answer) + 1) % 5)
     first = [branch("#", wrong, 0.1), branch("(", right, 0.9), *[branch("!", wrong, 0.19)] * 8]
-    second = [branch("#", asked[1].answer, 0.1), branch("(", None, math.nan), *[branch("!", None, math.nan)] * 8]
+    second = [branch("#", asked[1].answer, 0.1), branch("(", None, None), *[branch("!", None, None)] * 8]
     results = [Branches("", first), Branches("", second)]
     found = accuracies(asked, results, {0.7: results, 1.0: results})
     assert found["greedy"] == [0.5]

@@ -12,21 +12,22 @@ import numpy_decoder
 import pytest
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig
+from mod_star.errors import InputError
 from mod_star.model import Decoder, Output
 from mod_star.model.cross_entropy import cross_entropy
 from mod_star.model.parts import Part, Parts
 from mod_star.model.routing import capacity_of, causal_slots, noise_threshold, position_noise
-from mod_star.model.transformer import head_matrix, routed_block
+from mod_star.model.transformer import group_count, head_matrix, routed_block
 
 Batch = dict[str, jax.Array]
 RandomParams = Callable[..., Any]
 
 
-def apply(decoder: Decoder, params: Any, batch: Batch, **options: Any) -> Output:
+def apply(decoder: Decoder, params: Any, batch: Batch, mode: Any = "top_k", **options: Any) -> Output:
     """Every sequence of a batch."""
 
     def one(tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> Any:
-        return decoder.apply({"params": params}, tokens, positions, segment_ids, **options)
+        return decoder.apply({"params": params}, tokens, positions, segment_ids, mode=mode, **options)
 
     output: Output = jax.vmap(one)(batch["tokens"], batch["positions"], batch["segment_ids"])
     return output
@@ -75,7 +76,7 @@ def test_equals_the_decoder_in_float64_numpy(
     params = random_params(model, routing, seed=1)
     S = model.context
     key = jax.random.key(3) if routing.selection == "stochastic" else None
-    options: dict[str, Any] = {"capacity": capacity_of(routing, S), "slots": causal_slots(routing, S)}
+    options: dict[str, Any] = {"slots": causal_slots(routing, S)}
     if key is not None:
         folded = [jax.random.fold_in(key, group) for group in range(2)]
         options["noise"] = np.array([position_noise(k, jnp.arange(S)) for k in folded], np.float64)
@@ -90,7 +91,10 @@ def test_equals_the_decoder_in_float64_numpy(
     for mode, output in zip(modes, outputs, strict=True):
         for row in range(len(valid)):
             tokens, positions, ids = (batch[name][row] for name in ("tokens", "positions", "segment_ids"))
-            hidden, traces = numpy_decoder.decode(params, tokens, positions, ids, model, routing, mode=mode, **options)
+            capacity = capacity_of(routing, int(valid[row].sum()))
+            hidden, traces = numpy_decoder.decode(
+                params, tokens, positions, ids, model, routing, mode=mode, capacity=capacity, **options
+            )
             np.testing.assert_allclose(output.hidden[row][valid[row]], hidden[valid[row]], rtol=2e-4, atol=2e-4)
             for group, trace in enumerate(traces):
                 ours = jax.tree.map(lambda a, row=row, group=group: a[row, group], output.trace)
@@ -105,10 +109,10 @@ def test_equals_the_decoder_in_float64_numpy(
                 wanted = (trace["logits"] > 0) & valid[row] & (mode == "causal")
                 np.testing.assert_array_equal(ours.overflow, wanted & ~trace["selected"])
                 routed.append((mode, int(trace["selected"].sum()), int(ours.overflow.sum())))
+                assert mode == "causal" or routed[-1][1] == capacity, "its share of what is no padding"
     if routing.every:
         counts = [count for mode, count, _ in routed if mode == "causal"]
         assert len(set(counts)) > 1, "the causal rule decides by content"
-        assert all(c in (options["capacity"], 4) for mode, c, _ in routed if mode == "top_k"), "exactly C, or all four"
     if case in ("sigmoid", "every block, router's own rule"):
         assert any(overflow for *_, overflow in routed), "this case is to test the limit of slots"
 
@@ -200,7 +204,7 @@ def test_under_top_k_later_tokens_do_change_earlier_hidden_states(
     model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
 ) -> None:
     decoder, params = Decoder(model, routing), random_params(model, routing, seed=2)
-    changed = changed_by_later_tokens(decoder, params, tiny_batch["tokens"][0])
+    changed = changed_by_later_tokens(decoder, params, tiny_batch["tokens"][0], mode="top_k")
     assert np.any(np.tril(changed, -1)), "they compete for capacity"
 
 
@@ -255,7 +259,7 @@ def test_packed_documents_do_not_see_each_other_but_compete_for_capacity_under_t
     others = np.where(ids == 2, (tokens[None] + np.arange(1, 9)[:, None]) % 29, tokens)
     for parts, competes in [(fixed, False), (Parts(), True)]:
         decoder, params = Decoder(model, routing, parts), random_params(model, routing, parts, seed=2)
-        run = jax.jit(jax.vmap(lambda t, d=decoder, p=params: d.apply({"params": p}, t, *row[1:])))
+        run = jax.jit(jax.vmap(lambda t, d=decoder, p=params: d.apply({"params": p}, t, *row[1:], mode="top_k")))
         output = jax.device_get(run(np.concatenate([tokens[None], others])))
         first, second = output.hidden[:, ids == 1], output.hidden[:, ids == 2]
         assert np.any(output.trace.selected[..., ids == 1]) and np.any(output.trace.selected[..., ids == 2])
@@ -305,7 +309,7 @@ def test_without_jit_it_is_the_same(routed_run: RunConfig, tiny_batch: Batch, ra
     direction = jnp.asarray(np.random.default_rng(0).normal(size=(24, model.width)), jnp.float32)
 
     def loss(params: Any) -> jax.Array:
-        output: Any = decoder.apply({"params": params}, tiny_batch["tokens"][0])
+        output: Any = decoder.apply({"params": params}, tiny_batch["tokens"][0], mode="top_k")
         return jnp.sum(output.hidden * direction)
 
     expected = jax.jit(jax.value_and_grad(loss))(params)
@@ -319,15 +323,15 @@ def test_keys_and_values_are_kept_when_asked_for_and_hold_the_routed_tokens_orig
 ) -> None:
     decoder, params = Decoder(model, routing), random_params(model, routing)
     row = [tiny_batch[name][2] for name in ("tokens", "positions", "segment_ids")]
-    run = jax.jit(lambda p: decoder.apply({"params": p}, *row, keep_keys_values=True))
+    run = jax.jit(lambda p: decoder.apply({"params": p}, *row, mode="top_k", keep_keys_values=True))
     output: Any = jax.device_get(run(params))
     assert output.keys_values["full_0"].keys_KxMxE.shape == (2, 2, 24, 4)
     routed = output.keys_values["routed"]
-    assert routed.keys_KxMxE.shape == (2, 2, 6, 4) and np.all(routed.valid_M)
+    assert routed.keys_KxMxE.shape == (2, 2, 6, 4) and np.sum(routed.valid_M) == 10, "5 of 19"
     for group in range(2):
         chosen = np.flatnonzero(output.trace.selected[group])
-        np.testing.assert_array_equal(routed.positions_M[group], np.asarray(row[1])[chosen])
-        np.testing.assert_array_equal(routed.segment_ids_M[group], np.asarray(row[2])[chosen])
+        np.testing.assert_array_equal(routed.positions_M[group][routed.valid_M[group]], np.asarray(row[1])[chosen])
+        np.testing.assert_array_equal(routed.segment_ids_M[group][routed.valid_M[group]], np.asarray(row[2])[chosen])
     without: Any = jax.eval_shape(lambda p: decoder.apply({"params": p}, *row), params)
     assert without.keys_values is None
 
@@ -339,6 +343,71 @@ def test_stochastic_routing_without_a_key_says_so(
     decoder, params = Decoder(model, routing), random_params(model, routing)
     with pytest.raises(ValueError, match="needs a key"):
         decoder.apply({"params": params}, jnp.zeros(4, jnp.int32))
+
+
+def test_it_is_causal_unless_told_otherwise_with_the_slots_of_generation_whatever_the_texts_length(
+    model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
+) -> None:
+    """A library user's perplexity must not see the future, not even how long the text is."""
+    routing = replace(routing, capacity=1 / 12, headroom=1.0)  # two slots; of 12 tokens it would be one
+    decoder, params = Decoder(model, routing), random_params(model, routing, seed=2)
+    tokens = tiny_batch["tokens"][0]
+    changed = changed_by_later_tokens(decoder, params, tokens)
+    assert not np.any(np.tril(changed, -1))
+    whole, half = jax.jit(lambda p: [decoder.apply({"params": p}, tokens[:n]) for n in (24, 12)])(params)
+    np.testing.assert_array_equal(half.trace.selected, whole.trace.selected[:, :12])  # type: ignore[union-attr]
+    np.testing.assert_allclose(half.hidden, whole.hidden[:12], rtol=2e-5, atol=2e-5)  # type: ignore[union-attr]
+    assert np.all(np.sum(whole.trace.selected, -1) == 2)  # type: ignore[union-attr]
+    assert np.any(np.sum(half.trace.selected, -1) == 2)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("layers", "fields", "said"),
+    [
+        (5, {}, r"^model\.layers = 5: must be a multiple of routing\.every = 2"),
+        (4, {"every": 3}, r"^model\.layers = 4: must be a multiple of routing\.every = 3"),
+        (4, {"capacity_tokens": 25}, r"^routing\.capacity_tokens = 25: must be at most model\.context = 24"),
+    ],
+)
+def test_what_makes_no_network_is_refused_wherever_it_comes_from(
+    layers: int, fields: dict[str, Any], said: str, model: ModelConfig, routing: RoutingConfig
+) -> None:
+    model, routing = replace(model, layers=layers), replace(routing, **fields)
+    for make in (RunConfig, Decoder, group_count):
+        with pytest.raises(InputError, match=said):
+            make(model, routing)
+    RunConfig(model, replace(routing, every=0))
+    assert group_count(model, replace(routing, every=0)) == layers
+
+
+DOCUMENTS = [[4], [8], [16], [32], [64], [20, 30], []]
+COUNTS = [1, 1, 2, 4, 8, 6, 0]
+
+
+@pytest.mark.parametrize("fields", [{}, {"selection": "stochastic"}, {"capacity": 1.0}, {"capacity_tokens": 6}])
+def test_padding_has_no_share_in_the_capacity(
+    fields: dict[str, Any], routed_run: RunConfig, random_params: RandomParams, make_batch: Any
+) -> None:
+    """Documents of 4 to 64 tokens in sequences of 64, as without packing, and two packed ones with padding."""
+    model, routing = replace(routed_run.model, context=64), replace(routed_run.routing, **{"capacity": 0.125} | fields)
+    decoder, params = Decoder(model, routing), random_params(model, routing)
+    key = jax.random.key(0) if routing.selection == "stochastic" else None
+    run = jax.jit(lambda params, batch: apply(decoder, params, batch, key=key))
+    batch = make_batch(DOCUMENTS, 64, 29)
+    output = run(params, batch)
+    selected, valid = np.asarray(output.trace.selected[:, 0]), np.asarray(batch["segment_ids"]) > 0  # type: ignore[union-attr]
+    tokens = valid.sum(1)
+    expected = {"capacity": tokens, "capacity_tokens": np.minimum(tokens, 6)}.get(next(iter(fields), ""), COUNTS)
+    np.testing.assert_array_equal(selected.sum(1), expected)
+    assert not np.any(selected & ~valid) and np.all(np.isfinite(output.hidden))
+    if fields:
+        return
+    # A document alone, without padding, is the same.
+    for row in (0, 3):
+        alone = {name: values[row : row + 1, : tokens[row]] for name, values in batch.items()}
+        unpadded = jax.jit(lambda params, batch: apply(decoder, params, batch))(params, alone)
+        np.testing.assert_array_equal(unpadded.trace.selected[0, 0], selected[row, : tokens[row]])  # type: ignore[union-attr]
+        np.testing.assert_allclose(output.hidden[row, : tokens[row]], unpadded.hidden[0], rtol=2e-4, atol=2e-4)
 
 
 def test_a_vocabulary_of_zero_is_refused(routing: RoutingConfig) -> None:

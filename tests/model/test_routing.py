@@ -13,6 +13,7 @@ from numpy_decoder import first_tokens, top_tokens
 from mod_star.config import RoutingConfig
 from mod_star.model.routing import (
     Selection,
+    capacities,
     capacity_of,
     causal_slots,
     combine,
@@ -21,6 +22,7 @@ from mod_star.model.routing import (
     noise_threshold,
     position_noise,
     select_first,
+    select_share,
     select_top,
 )
 
@@ -198,3 +200,21 @@ def test_stochastic_noise_is_standard_normal_by_position_and_its_threshold_route
         assert abs(routed - share) < 4 * np.sqrt(share * (1 - share) / 4000)
     everyone = noise_threshold(RoutingConfig(capacity=1.0), 4000)
     assert np.all(noise > everyone) and np.isfinite(everyone)
+
+
+def test_a_share_is_of_the_valid_tokens_and_of_a_full_sequence_what_it_was() -> None:
+    rng = np.random.default_rng(7)
+    for routing in (RoutingConfig(capacity=0.125), RoutingConfig(capacity=1.0), RoutingConfig(capacity_tokens=5)):
+        share = jax.jit(lambda scores, valid, routing=routing: select_share(scores, valid, routing))
+        for count in (0, 1, 4, 8, 11, 12, 16, 32, 63, 64):
+            scores = rng.normal(size=64).astype(np.float32)
+            valid = np.isin(np.arange(64), rng.permutation(64)[:count])
+            expected = min(count, 5) if routing.capacity_tokens else int(np.floor(routing.capacity * count + 0.5))
+            expected = max(expected, min(count, 1))
+            assert_is(share(scores, valid), top_tokens(scores, valid, expected))
+        whole = top(scores, np.ones(64, bool), capacity_of(routing, 64))
+        jax.tree.map(np.testing.assert_array_equal, share(scores, np.ones(64, bool)), whole)
+    for capacity, tokens in ((0.1, 300), (0.3, 300), (1 / 3, 300), (0.0001, 40)):
+        routing = RoutingConfig(capacity=capacity)
+        assert capacities(routing, tokens).tolist() == [0, *(capacity_of(routing, n) for n in range(1, tokens + 1))]
+    assert capacities(RoutingConfig(capacity_tokens=3), 5).tolist() == [0, 1, 2, 3, 3, 3]

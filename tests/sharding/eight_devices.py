@@ -77,7 +77,7 @@ def train(kind: str, name: str, out: Path) -> None:
     if kind == "routed":
 
         def selected(params: Any, batch: Any) -> Any:
-            return forward(decoder, params, batch, None).trace.selected  # type: ignore[union-attr]
+            return forward(decoder, params, batch, None, "top_k").trace.selected  # type: ignore[union-attr]
 
         with use_mesh(mesh):
             found["selected"] = np.asarray(jax.jit(selected)(state.params, batch)).tolist()

@@ -24,7 +24,7 @@ from mod_star.thinking.objective import (
     place_count,
     predicted,
     talk_loss,
-    talk_totals,
+    talk_total,
 )
 from mod_star.thinking.parameters import mixing_init, thinking_init
 from mod_star.thinking.sample import Thought
@@ -129,7 +129,7 @@ def naive_loss(thinker: Thinker, params: Any, thoughts: Thought) -> jax.Array:
             policy_sum -= used * log_p_thoughts[m]
         talk_sum -= jnp.sum(rewards)
         predictions += len(ahead) * M
-    return thinking.talk_weight * talk_sum / predictions + thinking.policy_weight * policy_sum / (len(places) * M)
+    return (thinking.talk_weight * talk_sum + thinking.policy_weight * policy_sum) / predictions
 
 
 def test_value_and_gradients_equal_a_naive_loop(case: tuple[Thinker, Thought, int], gradient: Any) -> None:
@@ -169,7 +169,7 @@ def test_it_equals_the_formula_of_what_it_reports(
             policy_sum -= max(advantage, 0) * talk.log_probs_BxJxM[b, j, m]
             talk_sum -= rewards[m]
             predictions += sum(counts)
-    np.testing.assert_allclose(loss, talk_sum / predictions + policy_sum / (2 * filled.sum()), rtol=1e-5)
+    np.testing.assert_allclose(loss, (talk_sum + policy_sum) / predictions, rtol=1e-5)
 
 
 def test_a_batch_of_padding_and_of_documents_too_short_is_zero_and_finite(
@@ -196,7 +196,7 @@ def test_predictions_end_with_the_document() -> None:
     index, found = predicted(batch, places, thinking)
     np.testing.assert_array_equal(index, [[[0, 1, 2], [2, 3, 4], [3, 4, 5], [5, 6, 7]]])
     np.testing.assert_array_equal(found, [[[1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 0, 0]]])
-    assert [float(total) for total in talk_totals(batch, places, thinking)] == [16, 12]
+    assert float(talk_total(batch, places, thinking)) == 16
 
 
 def test_the_baseline_is_the_mean_of_all_or_of_the_others() -> None:
@@ -231,7 +231,7 @@ def test_a_new_mixing_head_changes_nothing(
         base, thought = (jnp.asarray(rng.normal(size=(50, 16)), dtype) for _ in range(2))
         weights = mixing_weight(new, base, thought)
         assert weights.dtype == jnp.float32 and not np.any(weights)
-        np.testing.assert_array_equal(mix(base, thought, weights), base, strict=True)
+        np.testing.assert_array_equal(mix(base, thought, weights), base.astype(jnp.float32), strict=True)
         assert np.any(mix(base, thought, weights + 0.5) != base)
     params = {**thinker.params, "thinking": {**thinker.params["thinking"], "mixing": new}}
     places, thoughts = thought_of
@@ -288,26 +288,28 @@ def test_all_positions_think_in_order_or_as_many_as_the_share_says(make_batch: A
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     entropy = -(p * np.log(p)).sum(-1)[:, :22]
     for row in range(2):
-        best = sorted(np.flatnonzero(eligible[row]), key=lambda i: -entropy[row, i])[:11]
-        np.testing.assert_array_equal(places.indices_BxJ[row], sorted(best))
-    assert np.all(places.filled_BxJ)
+        best = sorted(np.flatnonzero(eligible[row]), key=lambda i: -entropy[row, i])[: (10, 11)[row]]
+        np.testing.assert_array_equal(places.indices_BxJ[row][places.filled_BxJ[row]], sorted(best))
+    np.testing.assert_array_equal(places.filled_BxJ.sum(1), [10, 11], "half of 20, and of 22: padding has no share")
 
     draw = jax.jit(jax.vmap(lambda key: choose_places(batch, text_of(hidden), head, key, half, 10)))
     many = draw(jax.random.split(jax.random.key(0), 2000))
-    assert np.all(np.diff(many.indices_BxJ) > 0) and np.all(many.filled_BxJ)
+    assert np.all(np.diff(many.indices_BxJ) > 0) and np.all(np.sum(many.filled_BxJ, -1) == [10, 11])
     for row in range(2):
-        often = np.bincount(np.ravel(many.indices_BxJ[:, row]), minlength=22)
-        share = 11 / eligible[row].sum()
+        often = np.bincount(many.indices_BxJ[:, row][many.filled_BxJ[:, row]], minlength=22)
+        share = (10 + row) / eligible[row].sum()
         assert not np.any(often[~eligible[row]])
         deviations = (often[eligible[row]] - 2000 * share) / np.sqrt(2000 * share * (1 - share))
         assert np.all(np.abs(deviations) < 4.5) and np.std(deviations) > 0.5
     assert len({row.tobytes() for row in np.asarray(many.indices_BxJ[:, 0])}) > 1900
 
     short = make_batch([[4], []], 24, 29)
-    for thinking in (half, replace(half, think_where="entropy")):
+    whole = replace(half, think_fraction=1.0)
+    for thinking in (half, replace(half, think_where="entropy"), whole):
         places = choose_places(short, text_of(hidden), head, jax.random.key(0), thinking, 10)
-        np.testing.assert_array_equal(np.sum(places.filled_BxJ, 1), [3, 0])
-        np.testing.assert_array_equal(places.indices_BxJ[0][places.filled_BxJ[0]], [0, 1, 2])
+        chosen = places.indices_BxJ[0][places.filled_BxJ[0]].tolist()
+        assert not np.any(places.filled_BxJ[1]) and set(chosen) <= {0, 1, 2}
+        assert len(chosen) == (3 if thinking is whole else 2), "of four positions"
 
 
 def test_a_budget_does_not_change_what_is_thought_at_a_place(random_params: Any, make_batch: Any) -> None:
@@ -318,10 +320,11 @@ def test_a_budget_does_not_change_what_is_thought_at_a_place(random_params: Any,
 
     _, all_thoughts = think(UNBIASED)
     places, thoughts = think(replace(UNBIASED, think_fraction=0.5))
-    assert places.indices_BxJ.shape == (2, 4) and np.all(places.filled_BxJ)
-    at = (np.arange(2)[:, None], np.asarray(places.indices_BxJ))
+    assert places.indices_BxJ.shape == (2, 4) and places.filled_BxJ.sum(1).tolist() == [4, 3]
+    filled = np.asarray(places.filled_BxJ)
+    at = (np.nonzero(filled)[0], np.asarray(places.indices_BxJ)[filled])
     assert thoughts.decided_GxT is not None and all_thoughts.decided_GxT is not None
-    np.testing.assert_array_equal(thoughts.tokens_T, all_thoughts.tokens_T[at])
-    np.testing.assert_array_equal(thoughts.decided_GxT, all_thoughts.decided_GxT[at])
-    np.testing.assert_allclose(thoughts.log_probs_T, all_thoughts.log_probs_T[at], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(thoughts.tokens_T[filled], all_thoughts.tokens_T[at])
+    np.testing.assert_array_equal(thoughts.decided_GxT[filled], all_thoughts.decided_GxT[at])
+    np.testing.assert_allclose(thoughts.log_probs_T[filled], all_thoughts.log_probs_T[at], rtol=1e-5, atol=1e-5)
     assert len(np.unique(np.asarray(thoughts.tokens_T).reshape(-1, 2), axis=0)) > 12

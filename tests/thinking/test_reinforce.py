@@ -1,4 +1,7 @@
-"""REINFORCE with all outcomes enumerated: with the others' mean as baseline it is unbiased, exactly."""
+"""REINFORCE with all outcomes enumerated: with the others' mean as baseline it is unbiased, exactly.
+
+And it is on the scale of the NLL after thoughts.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from mod_star.thinking.sample import Thought
 V, M = 5, 2
 MODEL = ModelConfig(vocab_size=V, width=8, layers=1, heads=1, mlp_width=8, context=6)
 THINKING = ThinkingConfig(
-    thought_length=1, n_true=2, n_thoughts=M, talk_weight=0.0, policy_weight=2.0, baseline="leave_one_out",
+    thought_length=1, n_true=2, n_thoughts=M, talk_weight=0.0, policy_weight=3.0, baseline="leave_one_out",
     drop_negative=False,
 )  # fmt: skip
 # Two predictions follow the first place, one the second.
@@ -101,8 +104,8 @@ def test_its_expectation_is_the_gradient_of_the_expected_likelihood(toy: Thinker
             of_thought[place, token] = same[0]
 
     def objective(params: Any, tokens: jax.Array) -> jax.Array:
-        """-E_T[log p(text | T)], mean over places, differentiable through p(T) alone; times the weight."""
-        return -2.0 * jnp.mean(jnp.sum(jnp.exp(thought_log_p(toy, params, tokens)) * of_thought, -1))
+        """-E_T[log p(text | T)] per prediction (there are three), differentiable through p(T) alone; weighted."""
+        return -3.0 * jnp.sum(jnp.exp(thought_log_p(toy, params, tokens)) * of_thought) / 3
 
     exact = flat(jax.jit(jax.grad(objective))(toy.params, toy.batch["tokens"][0]))
     scale = np.abs(exact).max()
@@ -112,6 +115,34 @@ def test_its_expectation_is_the_gradient_of_the_expected_likelihood(toy: Thinker
     # below the baseline it is another one.
     biased = flat(estimate(drop_negative=True)[0])
     assert np.abs(biased - exact / 2).max() > 0.05 * scale and np.abs(biased - exact).max() > 0.05 * scale
+
+
+def test_with_the_talk_loss_its_expectation_is_the_gradient_of_the_expected_talk_loss(
+    toy: Thinker, policy: Any, estimate: Any
+) -> None:
+    """Weights 1 and 1. The expected loss is a sum over all outcomes, differentiated as a whole."""
+    found = flat(estimate(talk_weight=1.0, policy_weight=1.0)[0])
+    alone = replace(THINKING, talk_weight=1.0, policy_weight=0.0)
+
+    def expected_loss(params: Any, batch: Batch, outcomes: jax.Array) -> jax.Array:
+        text = replace(toy, batch=batch).read(params)
+        log_p = thought_log_p(toy, params, batch["tokens"][0])
+
+        def weighted(tokens: jax.Array) -> jax.Array:
+            zeros = jnp.zeros(tokens.shape)
+            thoughts = Thought(tokens, zeros, zeros, None)
+            loss, _ = talk_loss(toy.decoder, params, text, batch, PLACES, thoughts, alone, 10)
+            chances = jnp.take_along_axis(log_p, tokens[0, :, :, 0], 1)
+            return jnp.exp(jnp.sum(chances)) * loss
+
+        return jnp.sum(jax.vmap(weighted)(outcomes))
+
+    exact = flat(jax.jit(jax.grad(expected_loss))(toy.params, toy.batch, OUTCOMES))
+    # What REINFORCE has to add to the gradient for given thoughts is small beside it: the scale to be exact on.
+    given_thoughts = flat(estimate(talk_weight=1.0, policy_weight=0.0)[0])
+    scale = np.abs(exact - given_thoughts).max()
+    assert scale > 0.004
+    np.testing.assert_allclose(found, exact, atol=1e-3 * scale)
 
 
 def test_thoughts_of_a_place_are_drawn_independently_from_the_model(toy: Thinker, policy: Any) -> None:

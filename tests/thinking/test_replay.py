@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,15 +14,24 @@ import pytest
 from thinking_models import Thinker, thinking_params
 
 from mod_star.config import RunConfig, ThinkingConfig
-from mod_star.model import Decoder
+from mod_star.data import ByteTokenizer
+from mod_star.decoding import Generator, Sampling
+from mod_star.decoding.think import Think
+from mod_star.evaluation import scoring
+from mod_star.model import Decoder, transformer
 from mod_star.model.layers import swiglu, swiglu_init
 from mod_star.model.parts import Part, Parts
 from mod_star.model.rows import rows_at_once
 from mod_star.model.transformer import head_matrix
+from mod_star.thinking import sample
+from mod_star.thinking import score as score_module
 from mod_star.thinking.objective import Places, contexts, sample_thoughts
 from mod_star.thinking.sample import Thought, thought_slots
 from mod_star.thinking.score import Scored, score_thought
+from mod_star.thoughts import thoughts_of
 from mod_star.training.next_token import forward
+from mod_star.training.quiet_star import make_examples, make_quiet_star_eval, make_quiet_star_loss
+from mod_star.training.run_dir import LoadedRun
 
 calls: Counter[str] = Counter()
 
@@ -94,6 +104,49 @@ def test_scoring_repeats_log_probs_and_routing_of_sampling(
     # ... but not if it is asked.
     _, trace = scoring(changed, replace(thoughts, decided_GxT=-jnp.ones_like(thoughts.decided_GxT)))
     assert np.mean(trace.selected[filled][..., :T] != decided) > 0.2
+
+
+@pytest.mark.parametrize(("fields", "capacity", "slots"), [((8, 4), 0.125, 3), ((16, 9), 0.5, 20)])
+def test_a_thought_has_as_many_slots_in_evaluation_and_generation_as_in_training(
+    fields: tuple[int, int], capacity: float, slots: int, routed_run: RunConfig, random_params: Any, make_batch: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Evaluation predicts one token after a thought, generation none: slots for so few would be 2, and 14."""
+    thinking = ThinkingConfig(thought_length=fields[0], n_true=fields[1], n_thoughts=2)
+    run = replace(
+        routed_run,
+        model=replace(routed_run.model, context=32),
+        routing=replace(routed_run.routing, capacity=capacity),
+        train=replace(routed_run.train, objective="quiet_star"),
+        thinking=thinking,
+    )
+    params = thinking_params(run, random_params(run.model, run.routing))
+    decoder, batch, key, one = Decoder(run.model, run.routing), make_batch([[32]], 32, 29), jax.random.key(0), 1.0
+    generator = Generator(decoder, params, thinking=thinking)
+    loaded = LoadedRun(run, ByteTokenizer(), decoder, params, 0)
+    pairs = [([1, 2], [3])]
+    doors: dict[str, Any] = {
+        "training": lambda: jax.eval_shape(make_quiet_star_loss(decoder, run), params, batch, key, one, one),
+        "evaluation": lambda: jax.eval_shape(make_quiet_star_eval(decoder, run), params, batch, key),
+        "log": lambda: jax.eval_shape(make_examples(decoder, run), params, batch, key),
+        "generation": lambda: generator.generate([[1, 2, 3]], 4, Sampling(), think=Think("always")),
+        "thoughts": lambda: thoughts_of(loaded, "a"),
+        "scoring": lambda: scoring.score(decoder, params, pairs, thinking=thinking, think=Think("always")),
+    }
+    for door, through in list(doors.items())[: 6 if slots == 3 else 2]:
+        found: set[int] = set()
+
+        def counting(*args: Any, slots: int, found: set[int] = found, **options: Any) -> Any:
+            found.add(slots)
+            if door in ("generation", "thoughts", "scoring"):  # traced is enough  # noqa: B023
+                raise InterruptedError
+            return transformer.run(*args, slots=slots, **options)
+
+        for module in (sample, score_module):
+            monkeypatch.setattr(module, "run", counting)
+        with suppress(InterruptedError):
+            through()
+        assert found == {slots}, door
 
 
 def counted_swiglu(params: Any, x_NxD: jax.Array) -> jax.Array:

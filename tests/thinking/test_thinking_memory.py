@@ -24,7 +24,8 @@ FIELDS: dict[str, Any] = {"thought_length": 8, "n_true": 2, "n_thoughts": 2, "ch
 @functools.cache
 def compiled(**changed: Any) -> tuple[int, int]:
     """Bytes of temporary memory of the gradient of the loss, and elements of its largest array."""
-    model = ModelConfig(vocab_size=V, width=8, layers=1, heads=1, mlp_width=8, context=S)
+    dtype = changed.pop("dtype", "float32")
+    model = ModelConfig(vocab_size=V, width=8, layers=1, heads=1, mlp_width=8, context=S, dtype=dtype)
     train = TrainConfig(objective="quiet_star", batch_size=1, loss_chunk=32)
     run = RunConfig(model, RoutingConfig(every=0), train=train, thinking=ThinkingConfig(**FIELDS | changed))
     decoder = Decoder(model, run.routing)
@@ -55,3 +56,4 @@ def test_neither_attention_nor_logits_of_all_thought_tokens_exist() -> None:
     _, largest = compiled(think_fraction=1.0)
     assert largest == (S - 1) * 2 * V
     assert largest < min(S * S * 8, (S - 1) * 8 * V)
+    assert compiled(think_fraction=1.0, dtype="bfloat16")[1] == largest, "nor where two products' logits are mixed"

@@ -180,7 +180,8 @@ def test_held_out_loss_thinks_where_training_would(greedy: tuple[RunConfig, Any]
     np.testing.assert_allclose(record["eval_talk_loss"], talk[counts].mean(), rtol=1e-5)
     mixed = np.array(base)
     for row in range(2):
-        candidates = sorted(np.flatnonzero(counts[row]), key=lambda i: -entropy[row, i])[:12]
+        # Half of the positions that two tokens can follow, be they padding: of 23, and of 19 tokens.
+        candidates = sorted(np.flatnonzero(counts[row]), key=lambda i: -entropy[row, i])[: (12, 10)[row]]
         mixed[row, candidates] = talk[row, np.asarray(candidates)]
     np.testing.assert_allclose(record["eval_loss"], mixed[counts].mean(), rtol=1e-5)
     assert record["eval_loss"] not in (record["eval_base_loss"], record["eval_talk_loss"])
@@ -202,9 +203,9 @@ def test_the_predictor_goes_on_learning_what_top_k_would_take_and_costs_the_lang
     expected = 0.0
     for row, valid in enumerate(np.asarray(tiny_batch["segment_ids"]) > 0):
         logits, scores = (np.asarray(a[row, 0], np.float64) for a in (trace.logits, trace.scores))
-        top = sorted(np.flatnonzero(valid), key=lambda i: -scores[i])[:6]
+        top = sorted(np.flatnonzero(valid), key=lambda i: -scores[i])[: (6, 6, 5, 1)[row]]
         expected += sum(np.logaddexp(0, -logits[i] if i in top else logits[i]) for i in np.flatnonzero(valid))
-        assert set(top) != set(np.flatnonzero(trace.selected[row, 0])) or row == 3
+        assert set(top) != set(np.flatnonzero(trace.selected[row, 0]))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path)

@@ -17,7 +17,7 @@ import pytest
 
 from mod_star import presets
 from mod_star.commands.train import _defaults
-from mod_star.config import RunConfig
+from mod_star.config import RunConfig, ThinkingConfig
 from mod_star.data import train_batches
 from mod_star.errors import InputError
 from mod_star.flops import training_flops
@@ -27,9 +27,11 @@ from mod_star.training.base_run import load_base
 from mod_star.training.checkpoints import restore_state, saved_steps
 from mod_star.training.interrupt import Interrupted
 from mod_star.training.metrics import MetricsWriter, read_metrics
+from mod_star.training.next_token import make_eval_step, make_loss
+from mod_star.training.quiet_star import make_examples, make_quiet_star_eval, make_quiet_star_loss
 from mod_star.training.stages import config_at, plan_stages
 from mod_star.training.state import init_state
-from mod_star.training.step import make_train_step
+from mod_star.training.step import make_train_step, objective_of
 from mod_star.training.train import TrainSummary, train
 
 STEPS, CONTEXT = 8, 16
@@ -171,6 +173,53 @@ def test_one_program_per_stage_and_a_line_about_it(
     # The last step of a stage is recorded, so that all steps between two records cost the same.
     assert [r["step"] for r in read_metrics(path) if "loss" in r] == [2, 4, 8]
     assert summary.steps == STEPS and summary.evaluation["capacity"] == 0.25
+
+
+def test_a_step_made_by_hand_is_of_one_stage(random_state: Any, make_batch: Any) -> None:
+    """All of the run's would be trained at the last capacity, without a word."""
+    run = make_run()
+    decoder = Decoder(run.model, run.routing)
+    for make in (make_loss, make_eval_step, objective_of, make_quiet_star_loss, make_quiet_star_eval, make_examples):
+        with pytest.raises(
+            InputError, match=r"^routing\.stages = \(1\.0, 0\.5\): a step or a loss is of one capacity; make"
+        ):
+            make(decoder, run)  # type: ignore[operator]
+    with pytest.raises(InputError, match=r"^routing\.stages = .*plan_stages\(run\)\.stages"):
+        make_train_step(decoder, run, STEPS)
+    # What the message says works.
+    batch, plan = make_batch([[16], [9]], CONTEXT, 29), plan_stages(run)
+    params = random_state(plan.stages[0].run).params
+    for stage, routed in ((plan.stages[0], 25), (plan.stages[-1], 4 + 2)):
+        own = Decoder(stage.run.model, stage.run.routing)
+        assert callable(make_train_step(own, stage.run, plan.steps))
+        loss = jax.jit(make_loss(own, stage.run))
+        assert loss(params, batch, jax.random.key(0), 25.0, 25.0)[1]["routed"].tolist() == [routed]
+    dense = replace(run, routing=replace(run.routing, every=0))  # which has no capacities
+    make_train_step(Decoder(dense.model, dense.routing), dense, STEPS)
+
+
+def test_a_step_is_made_with_the_decoder_that_the_run_describes(tmp_path: Path) -> None:
+    run = make_run()
+    run = replace(run, routing=replace(run.routing, stages=()))
+    for model, routing, said in (
+        (
+            run.model,
+            replace(run.routing, capacity=0.5),
+            r"^decoder's routing\.capacity = 0\.5: must be the run's, 0\.25",
+        ),
+        (replace(run.model, remat="full"), run.routing, r"^decoder's model\.remat = 'full': must be the run's, 'none'"),
+    ):
+        with pytest.raises(InputError, match=said):
+            make_train_step(Decoder(model, routing), run, STEPS)
+    decoder = Decoder(run.model, run.routing)
+    make_train_step(decoder, replace(run, model=replace(run.model, vocab_size=0)), STEPS)  # the tokenizer's, then
+    with pytest.raises(InputError, match=r"^parts = 'own\.py:parts': must be None, or the decoder's"):
+        make_train_step(decoder, replace(run, parts="own.py:parts"), STEPS)
+    with pytest.raises(InputError, match=r"^thinking\.n_true = 16: must be below model\.context = 16"):
+        make_quiet_star_loss(decoder, replace(run, thinking=ThinkingConfig(n_true=16)))
+    by_chance = replace(run, routing=replace(run.routing, selection="stochastic"))
+    with pytest.raises(InputError, match=r"^routing\.selection = 'stochastic': must be learned"):
+        make_quiet_star_loss(Decoder(by_chance.model, by_chance.routing), by_chance)
 
 
 def stopping(monkeypatch: pytest.MonkeyPatch, when: Callable[[int, Any], bool]) -> None:

@@ -1,0 +1,59 @@
+"""What is drawn for one purpose tells nothing about what is drawn for another, whatever seeds they were given."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoding_models import Model, make_prompts
+
+from mod_star import streams
+from mod_star.decoding import Generator
+from mod_star.model.transformer import stochastic_noise
+
+POSITIONS = 400
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    return np.argsort(np.argsort(values)).astype(float)
+
+
+def spearman(a: jax.Array, b: jax.Array) -> float:
+    return float(np.corrcoef(ranks(np.asarray(a)), ranks(np.asarray(b)))[0, 1])
+
+
+@pytest.mark.parametrize("given", [None, 0, 3], ids=["default key", "key of seed 0", "key of seed 3"])
+def test_stochastic_routing_and_draws_of_tokens_are_independent(given: int | None) -> None:
+    """As `mod-star sample` does it: the seed gives the routing key and the rows' keys. Step and position go along."""
+    model, seed = Model({"selection": "stochastic", "every": 1}), given or 0
+    key = None if given is None else jax.random.key(given)
+    generator = Generator(model.decoder, model.params, routing_key=key)
+    state = generator.start(make_prompts((3, 5)), 4, seed=seed, branches=2)
+    steps = jnp.arange(POSITIONS, dtype=jnp.int32)
+    uniform = jax.jit(
+        lambda key: jax.vmap(lambda step: jax.random.uniform(jax.random.fold_in(key, step), (), jnp.float32))(steps)
+    )
+    noise = jax.jit(lambda key: stochastic_noise(key, steps, model.routing))
+    assert generator._routing_key is not None
+    by_block = [noise(jax.random.fold_in(generator._routing_key, block)) for block in range(4)]
+    thoughts = jax.random.fold_in(state.keys_B[0], streams.THOUGHTS)
+    for drawn in (*(uniform(row) for row in state.keys_B), uniform(thoughts)):
+        for block in by_block:
+            for ahead in range(3):
+                found = spearman(block[ahead:], drawn[: POSITIONS - ahead])
+                assert abs(found) < 0.2, "chance gives 0.05"
+    # Blocks and rows are independent of one another too.
+    rows = [uniform(row) for row in state.keys_B]
+    for each in (rows, by_block):
+        for i, one in enumerate(each):
+            assert all(abs(spearman(one, other)) < 0.2 for other in each[:i])
+
+
+def test_words_of_streams_differ_and_are_above_any_index() -> None:
+    of_keys = [streams.THOUGHTS, streams.ROUTING_NOISE, streams.PLACES, streams.EXAMPLES]
+    of_runs = [streams.TRAINING, streams.EVALUATION, streams.THINKING_PARAMETERS, streams.UPCYCLING]
+    assert len({int(word) for word in of_keys}) == 4 and min(of_keys) > 2**32 - 16
+    assert len(set(of_runs)) == 4
+    keys = {jax.random.key_data(jax.random.fold_in(jax.random.key(0), word)).tobytes() for word in of_keys}
+    assert len(keys) == 4
