@@ -16,7 +16,6 @@ import pytest
 from fork_server import succeed
 
 from mod_star.cli import main
-from mod_star.decoding import Generator
 
 PROMPT = "The é"
 OPTIONS = ("--new-tokens", "24", "--seed", "3", "--temperature", "2")
@@ -94,7 +93,7 @@ def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def trace(*_: Any, **__: Any) -> None:
         raise AssertionError("bad input must be found before anything is compiled")
 
-    monkeypatch.setattr(Generator, "_prefill_fn", trace)
+    monkeypatch.setattr("mod_star.decoding.programs.prefill", trace)
     monkeypatch.setattr("mod_star.commands.sample.keep_compiled_programs", lambda: None)  # it would stay set
 
 

@@ -13,17 +13,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
+from mod_star.config import ThinkingConfig
 from mod_star.data.tokenizers import Tokenizer
 from mod_star.decoding.generate import NEVER, Generator
 from mod_star.decoding.generated import Generated
+from mod_star.decoding.programs import think_in
 from mod_star.decoding.sampling import log_prob_and_gap
 from mod_star.decoding.state import DecodeState, reorder
 from mod_star.decoding.step import decode_step
 from mod_star.decoding.text import Completion, completion_of, encode_prompts
 from mod_star.decoding.think import Think
 from mod_star.errors import require
+from mod_star.model import Decoder
 from mod_star.model.transformer import logits_of
 from mod_star.sharding import use_mesh
 
@@ -76,7 +80,8 @@ class _Search:
 
 
 class BeamSearch:
-    """Beam search with one model. Compiles once per (number of prompts, padded prompt length, room).
+    """Beam search with one model. Compiles once per (number of prompts, prompt length, room), all rounded up as for the
+    generator, and for all generators of equal networks.
 
     In each step every beam may end, which makes it a candidate for the W best ended texts, and the W most probable
     continuations that don't end go on. Ended texts and those that the limit cut are ranked together. The search is over
@@ -98,10 +103,10 @@ class BeamSearch:
         V = generator.decoder.config.vocab_size
         require(beams <= V, "beams", beams, f"must be at most the vocabulary, {V}")
         generator._check_thinking(think)
-        self._generator, self._width, self._think = generator, beams, think
-        self._ends = [end for end in generator._end_ids if 0 <= end < V]
-        self._length_penalty = length_penalty
-        self._run = jax.jit(self._run_fn, donate_argnames="search")
+        self._generator, self._width = generator, beams
+        self._threshold = think.threshold or 0.0
+        ends = tuple(end for end in generator._end_ids if 0 <= end < V)
+        self._rules = _Rules(generator.decoder, generator.thinking, replace(think, threshold=0.0), ends, length_penalty)
 
     def search(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[Hypothesis]]:
         """The best texts of each prompt, best first: W of them, or fewer if there aren't more.
@@ -111,41 +116,59 @@ class BeamSearch:
         """
         W = self._width
         state = self._generator.start(prompts, new_tokens, branches=W)
-        Q = len(prompts)
-        # All beams are the same before the first token: one of them stands for all.
-        live_QxW = jnp.tile(jnp.where(jnp.arange(W) == 0, 0.0, -jnp.inf), (Q, 1))
-        tokens = jnp.full((Q, W, new_tokens), -1, jnp.int32)
-        scores = jnp.full((Q, W), -jnp.inf, jnp.float32)
-        log_probs, gaps = (jnp.zeros((Q, W, new_tokens), jnp.float32) for _ in range(2))
-        search = _Search(state, live_QxW, tokens, log_probs, gaps, scores)
         with use_mesh(self._generator._mesh):
-            search = self._run(self._generator.params, search=search)
-        return self._hypotheses(search, new_tokens)
+            generator = self._generator
+            search = _run(self._rules, W, generator.params, state, np.float32(self._threshold), generator._routing_key)
+        return self._rules.hypotheses(search, new_tokens)
 
-    def _run_fn(self, params: dict[str, Any], search: _Search) -> _Search:
-        T = search.state.tokens_BxT.shape[1]
 
-        def unfinished(search: _Search) -> jax.Array:
-            # Log-probabilities only fall, so the most that a beam can come to is what it has over the greatest length.
-            reachable_Q = jnp.max(search.live_QxW, -1) / T**self._length_penalty
-            return (search.state.step < T) & jnp.any(search.scores_QxW[:, -1] < reachable_Q)
+@dataclass(frozen=True)
+class _Rules:
+    """What a search is compiled for."""
 
-        return jax.lax.while_loop(unfinished, functools.partial(self._one_token, params), search)
+    decoder: Decoder
+    thinking: ThinkingConfig
+    think: Think
+    """Its threshold is data."""
+    ends: tuple[int, ...]
+    length_penalty: float
 
-    def _one_token(self, params: dict[str, Any], search: _Search) -> _Search:
-        state, generator = search.state, self._generator
+    def begin(self, state: DecodeState, W: int) -> _Search:
+        """The search before the first token."""
+        B, T = state.tokens_BxT.shape
+        Q = B // W
+        # All beams are the same before the first token: one of them stands for all. There is none of prompts that only
+        # fill up the batch.
+        is_live = (jnp.arange(W) == 0) & (jnp.arange(Q) < state.count)[:, None]
+        tokens = jnp.full((Q, W, T), -1, jnp.int32)
+        scores = jnp.full((Q, W), -jnp.inf, jnp.float32)
+        log_probs, gaps = (jnp.zeros((Q, W, T), jnp.float32) for _ in range(2))
+        return _Search(state, jnp.where(is_live, 0.0, -jnp.inf), tokens, log_probs, gaps, scores)
+
+    def is_unfinished(self, search: _Search) -> jax.Array:
+        """Whether there may be a better text."""
+        # Log-probabilities only fall, so the most that a beam can come to is what it has over the greatest length.
+        limit = search.state.limit
+        reachable_Q = jnp.max(search.live_QxW, -1) / limit.astype(jnp.float32) ** self.length_penalty
+        return (search.state.step < limit) & jnp.any(search.scores_QxW[:, -1] < reachable_Q)
+
+    def one_token(
+        self, params: dict[str, Any], threshold: jax.Array, routing_key: jax.Array | None, search: _Search
+    ) -> _Search:
+        """The search after one more token."""
+        state = search.state
         Q, W = search.live_QxW.shape
         record = None
-        if self._think.when == "never":
+        if self.think.when == "never":
             logits_BxV = logits_of(params, state.hidden_BxD)
         else:
-            logits_BxV, record = generator._think(params, state, self._think, self._think.threshold or 0.0)
+            logits_BxV, record = think_in(self.decoder, self.thinking, params, state, self.think, threshold)
         log_p_QxWxV = jax.nn.log_softmax(logits_BxV.astype(jnp.float32)).reshape(Q, W, -1)
         V = log_p_QxWxV.shape[-1]
         _, gaps_B = log_prob_and_gap(logits_BxV, jnp.zeros(Q * W, jnp.int32))
         search = self._end(search, log_p_QxWxV, gaps_B)
 
-        ends = jnp.isin(jnp.arange(V), jnp.array(self._ends, jnp.int32))
+        ends = jnp.isin(jnp.arange(V), jnp.array(self.ends, jnp.int32))
         total_QxWxV = jnp.where(ends, -jnp.inf, search.live_QxW[:, :, None] + log_p_QxWxV)
         live_QxW, chosen_QxW = jax.lax.top_k(total_QxWxV.reshape(Q, -1), W)
         rows_B = (jnp.arange(Q)[:, None] * W + chosen_QxW // V).reshape(-1)
@@ -160,8 +183,8 @@ class BeamSearch:
         state = replace(state, gaps_BxT=write(state.gaps_BxT, gaps_B))
         state = reorder(state, rows_B)
         hidden_BxD, caches = decode_step(
-            generator.decoder, params, state.caches, tokens_B, state.lengths_B, state.step,
-            (live_QxW > -jnp.inf).reshape(-1), state.branches, generator._routing_key,
+            self.decoder, params, state.caches, tokens_B, state.lengths_B, state.step,
+            (live_QxW > -jnp.inf).reshape(-1), state.branches, routing_key,
         )  # fmt: skip
         state = replace(
             state,
@@ -185,11 +208,11 @@ class BeamSearch:
             return jnp.where(here, values.reshape(Q, W, 1), buffer_BxT.reshape(Q, W, T))
 
         kept = [(search.scores_QxW, search.tokens_QxWxT, search.log_probs_QxWxT, search.gaps_QxWxT)]
-        for end in self._ends:
+        for end in self.ends:
             log_p_QxW = log_p_QxWxV[:, :, end]
             kept.append(
                 (
-                    (search.live_QxW + log_p_QxW) / length**self._length_penalty,
+                    (search.live_QxW + log_p_QxW) / length**self.length_penalty,
                     with_end(state.tokens_BxT, jnp.full((Q, W), end, jnp.int32)),
                     with_end(state.log_probs_BxT, log_p_QxW),
                     with_end(state.gaps_BxT, gaps_B),
@@ -202,13 +225,14 @@ class BeamSearch:
             search, tokens_QxWxT=tokens, log_probs_QxWxT=log_probs, gaps_QxWxT=gaps, scores_QxW=best_QxW
         )  # fmt: skip
 
-    def _hypotheses(self, search: _Search, new_tokens: int) -> list[list[Hypothesis]]:
+    def hypotheses(self, search: _Search, new_tokens: int) -> list[list[Hypothesis]]:
+        """What was found for each prompt that counts."""
         state = jax.device_get(search.state)
         ended = jax.device_get((search.tokens_QxWxT, search.log_probs_QxWxT, search.gaps_QxWxT, search.scores_QxW))
         live_QxW = jax.device_get(search.live_QxW)
-        Q, W = live_QxW.shape
+        W = live_QxW.shape[1]
         results = []
-        for q in range(Q):
+        for q in range(int(state.count)):
             found = []
             for w in range(W):
                 tokens, log_probs, gaps, score = (array[q, w] for array in ended)
@@ -217,12 +241,22 @@ class BeamSearch:
                     made = (tokens[:count].tolist(), log_probs[:count].tolist(), gaps[:count].tolist())
                     found.append(Hypothesis(*made, True, float(score)))
                 if state.step == new_tokens and live_QxW[q, w] > -math.inf:
-                    row, score = q * W + w, float(live_QxW[q, w]) / new_tokens**self._length_penalty
-                    rows = (state.tokens_BxT[row], state.log_probs_BxT[row], state.gaps_BxT[row])
+                    row, score = q * W + w, float(live_QxW[q, w]) / new_tokens**self.length_penalty
+                    buffers = (state.tokens_BxT, state.log_probs_BxT, state.gaps_BxT)
+                    rows = [buffer_BxT[row, :new_tokens] for buffer_BxT in buffers]
                     made = (rows[0].tolist(), rows[1].tolist(), rows[2].tolist())
                     found.append(Hypothesis(*made, False, score))
             results.append(sorted(found, key=lambda each: -each.score)[:W])
         return results
+
+
+@functools.partial(jax.jit, static_argnames=("rules", "width"), donate_argnames="state")
+def _run(
+    rules: _Rules, width: int, params: dict[str, Any], state: DecodeState, threshold: jax.Array,
+    routing_key: jax.Array | None,
+) -> _Search:  # fmt: skip
+    one_token = functools.partial(rules.one_token, params, threshold, routing_key)
+    return jax.lax.while_loop(rules.is_unfinished, one_token, rules.begin(state, width))
 
 
 def check_beams(beams: int, length_penalty: float) -> None:
@@ -262,17 +296,8 @@ def beam_search(
     """
     require(all(stop), "stop", tuple(stop), "must not be an empty string")
     ids = encode_prompts(tokenizer, prompts) if encoded is None else encoded
-    found = _search_of(generator, beams, length_penalty, think).search(ids, new_tokens)
+    found = BeamSearch(generator, beams, length_penalty, think).search(ids, new_tokens)
     return [
         [completion_of(tokenizer, prompt, each.generated(), new_tokens, stop) for each in hypotheses]
         for prompt, hypotheses in zip(prompts, found, strict=True)
     ]
-
-
-def _search_of(generator: Generator, beams: int, length_penalty: float, think: Think) -> BeamSearch:
-    """One search object for equal arguments, which lives as long as the generator: the next batch compiles nothing."""
-    known: dict[Any, BeamSearch] = vars(generator).setdefault("_beam_searches", {})
-    arguments = (beams, length_penalty, think)
-    if arguments not in known:
-        known[arguments] = BeamSearch(generator, *arguments)
-    return known[arguments]
