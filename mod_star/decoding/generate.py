@@ -114,10 +114,10 @@ class Generator:
             row[: len(prompt)] = prompt
         lengths = np.array([len(prompt) for prompt in filled], np.int32)
         rows = (first[:, None] * branches + np.arange(branches)).reshape(-1).astype(np.uint32)
+        tokens_QxP, lengths_Q, rows_B = self._shared_out((tokens, lengths, rows))
         made = programs.Prompts(
-            *self._shared_out((tokens, lengths, rows)), np.int32(len(prompts)), np.int32(new_tokens),
-            jax.random.key(seed),
-        )  # fmt: skip
+            tokens_QxP, lengths_Q, rows_B, np.int32(len(prompts)), np.int32(new_tokens), jax.random.key(seed)
+        )
         with use_mesh(self._mesh):
             return programs.prefill(
                 self.decoder, self._recorded, self.params, made, self._routing_key, room=room, branches=branches

@@ -29,21 +29,25 @@ THOUGHTS = 2**32 - 1
 """Folded into a row's key for the draws of its thoughts, so that its tokens are drawn the same without any."""
 
 
+Data = Any
+"""An array, of NumPy outside of programs and of JAX inside."""
+
+
 @struct.dataclass
 class Prompts:
     """A batch of prompts, padded; the last ones may be there to fill it up alone."""
 
-    tokens_QxP: jax.Array
+    tokens_QxP: Data
     """int32."""
-    lengths_Q: jax.Array
+    lengths_Q: Data
     """int32, at least 1."""
-    rows_B: jax.Array
+    rows_B: Data
     """uint32 number of each row, which its random key comes from."""
-    count: jax.Array
+    count: Data
     """int32 prompts that count."""
-    limit: jax.Array
+    limit: Data
     """int32 most new tokens per row."""
-    seed: jax.Array
+    seed: Data
     """The key that all rows' keys come from."""
 
 
@@ -51,15 +55,15 @@ class Prompts:
 class Bounds:
     """What a call of `advance` is told as data."""
 
-    until: jax.Array
+    until: Data
     """int32 tokens per row."""
-    threshold: jax.Array
+    threshold: Data
     """float32, in place of `Think.threshold`."""
-    temperature: jax.Array
+    temperature: Data
     """float32, in place of `Sampling.temperature` where that is not 0."""
-    top_p: jax.Array
+    top_p: Data
     """float32, in place of `Sampling.top_p` where that is not 1."""
-    ends_E: jax.Array
+    ends_E: Data
     """int32 tokens that end a row; -1, which no token is, fills it up."""
 
 

@@ -59,7 +59,7 @@ def own_params(decoder: Decoder, params: dict[str, Any], donate: bool = False) -
     types = jax.tree.leaves(narrowed(decoder, params))
     own = [take(leaf, dtype, path[0].key == "groups") for (path, leaf), dtype in zip(leaves, types, strict=True)]
     found = jax.tree.unflatten(tree, own)
-    blocks = jax.tree.structure(params["groups"])
+    blocks: Any = jax.tree.structure(params["groups"])
     by_leaf = blocks.flatten_up_to(found["groups"])
     return {**found, "groups": tuple(blocks.unflatten([leaf[i] for leaf in by_leaf]) for i in range(count))}
 

@@ -85,7 +85,8 @@ def program_counts() -> tuple[int, int]:
 
 def lowered_advance(generator: Generator, state: Any, sampling: Sampling) -> Any:
     """The program that generates, of a model without thoughts, for a state's shapes."""
-    bounds = programs.Bounds(np.int32(1), *[np.float32(1)] * 3, np.full(8, -1, np.int32))  # type: ignore[arg-type]
+    one = np.float32(1)
+    bounds = programs.Bounds(np.int32(1), one, one, one, np.full(8, -1, np.int32))
     return programs.advance_program().lower(
         generator.decoder, None, generator.params, state, bounds, generator._routing_key,
         sampling=compiled_for(sampling), think=Think(),
