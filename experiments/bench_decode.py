@@ -29,6 +29,7 @@ from rich.console import Console
 from experiments.bench_mod import read_bandwidth
 from experiments.timing import in_turns
 from mod_star.decoding import Generator, Sampling
+from mod_star.decoding.lengths import PROMPT, ROOM, rounded_up
 from mod_star.errors import require
 from mod_star.model import Decoder
 from mod_star.pretrained.importing import import_model, open_source
@@ -108,8 +109,8 @@ def question_and_batch(run: LoadedRun, prompt: list[int], rounds: int) -> tuple[
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches) if leaf.ndim == 4)
     config = run.config.model
     per_token = 2 * config.layers * config.key_heads * config.head_size * 4
-    padded = -(-len(prompt) // 32) * 32
-    return times["cot"], times["plain"], float(held), float(per_token * (padded + BRANCHES * room))
+    padded, slots = rounded_up(len(prompt), PROMPT, config.context), rounded_up(room, ROOM, config.context)
+    return times["cot"], times["plain"], float(held), float(per_token * (padded + BRANCHES * slots))
 
 
 def command_seconds(*words: str | Path) -> float:

@@ -22,6 +22,7 @@ COMMANDS = {
     "upcycle": "make a dense model a Mixture-of-Depths model that computes the same, to lower its capacity in training",
     "import": "make a run of a pretrained model: a Hugging Face directory, a hub name or a GGUF file",
     "export": "write a dense model as a Hugging Face directory, for transformers",
+    "verify": "compare every file of a run's checkpoints with its checksum",
     "sample": "generate text with a trained model",
     "routes": "show which tokens of a text each routed block computes",
     "calibrate": "choose how unsure a thinking model must be to think, for sample --think auto",

@@ -11,7 +11,7 @@ import pytest
 from fork_server import succeed
 
 from mod_star.cli import main
-from mod_star.decoding import Completion, Generator
+from mod_star.decoding import Completion
 from mod_star.decoding.answers import EVEN_ODD, HarnessNumber, LastNumber, Phrase
 from mod_star.decoding.branches import Branches, read_branch
 
@@ -154,7 +154,7 @@ def test_what_cannot_be(capsys: pytest.CaptureFixture[str], trained_run: Path, m
     def trace(*_: Any, **__: Any) -> None:
         raise AssertionError("bad input must be found before anything is compiled")
 
-    monkeypatch.setattr(Generator, "_prefill_fn", trace)
+    monkeypatch.setattr("mod_star.decoding.programs.prefill", trace)
     cot, votes = ("--decoding", "cot"), ("--decoding", "self-consistency")
     for argv, message in (
         (("--branches", "3"), "--branches: goes with --decoding cot, self-consistency, beam, and --decoding is temper"),

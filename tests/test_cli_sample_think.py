@@ -134,7 +134,7 @@ def test_bad_ways_of_thinking_are_one_line_before_anything_is_compiled(
     def trace(*_: Any, **__: Any) -> None:
         raise AssertionError("bad input must be found before anything is compiled")
 
-    monkeypatch.setattr(Generator, "_prefill_fn", trace)
+    monkeypatch.setattr("mod_star.decoding.programs.prefill", trace)
     monkeypatch.setattr("mod_star.commands.sample.keep_compiled_programs", lambda: None)  # it would stay set
     cannot = f"{trained_run} can't, its train.objective is next_token"
     for argv, message in (

@@ -197,7 +197,7 @@ def run(argv: Sequence[str]) -> None:
     if options.headroom is not None:
         decoder = decoder.clone(routing=dataclasses.replace(decoder.routing, headroom=options.headroom))
     subject = Subject(
-        decoder, loaded.params, loaded.tokenizer, prompts, loaded.config.thinking, think, mesh=mesh
+        decoder, loaded.params, loaded.tokenizer, prompts, loaded.config.thinking, think, mesh=mesh, donate=True
     )  # fmt: skip
     protocol.check(subject, asked)
     keep_compiled_programs()

@@ -235,7 +235,8 @@ def _sample(
     if options.headroom is not None:
         decoder = decoder.clone(routing=dataclasses.replace(decoder.routing, headroom=options.headroom))
     key, thinking = jax.random.key(options.seed), loaded.config.thinking
-    generator = Generator(decoder, loaded.params, tokenizer.end_ids, key, thinking, loaded.mesh)
+    # Nothing but the generator needs the parameters: the weights exist once.
+    generator = Generator(decoder, loaded.params, tokenizer.end_ids, key, thinking, loaded.mesh, donate=True)
     asked = [tokenizer.apply_chat([{"role": "user", "content": each}]) for each in prompts] if options.chat else prompts
     encoded = encode_prompts(tokenizer, asked)
     new_tokens = options.new_tokens

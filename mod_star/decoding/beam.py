@@ -17,15 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from mod_star.config import ThinkingConfig
 from mod_star.data.tokenizers import Tokenizer
 from mod_star.decoding.generate import NEVER, Generator
 from mod_star.decoding.generated import Generated
+from mod_star.decoding.programs import think_in
 from mod_star.decoding.sampling import log_prob_and_gap
 from mod_star.decoding.state import DecodeState, reorder
 from mod_star.decoding.step import decode_step
 from mod_star.decoding.text import Completion, StopWatch, completion_of, encode_prompts
 from mod_star.decoding.think import Think
 from mod_star.errors import require
+from mod_star.model import Decoder
 from mod_star.model.transformer import logits_of
 from mod_star.sharding import use_mesh
 
@@ -99,7 +102,8 @@ class _Candidates:
 
 
 class BeamSearch:
-    """Beam search with one model. Compiles once per (number of prompts, padded prompt length, room).
+    """Beam search with one model. Compiles once per (number of prompts, prompt length, room), all rounded up as for the
+    generator, and for all generators of equal networks.
 
     In each step every beam may end, which makes it a candidate for the W best ended texts, and the W most probable
     continuations that don't end go on. A continuation that completes a stop string ends there, too: of the 2W most
@@ -124,14 +128,10 @@ class BeamSearch:
         V = generator.decoder.config.vocab_size
         require(beams <= V, "beams", beams, f"must be at most the vocabulary, {V}")
         generator._check_thinking(think)
-        self._generator, self._width, self._think = generator, beams, think
-        self._ends = [end for end in generator._end_ids if 0 <= end < V]
-        self._length_penalty = length_penalty
-        self._run = jax.jit(self._run_fn, donate_argnames="search")
-        self._unfinished = jax.jit(self._unfinished_fn)
-        self._propose = jax.jit(self._propose_fn, static_argnames="count", donate_argnames="search")
-        self._go_on = jax.jit(self._go_on_fn, donate_argnames="search")
-        self._end_stopped = jax.jit(self._end_stopped_fn, donate_argnames="search")
+        self._generator, self._width = generator, beams
+        self._data = np.float32(think.threshold or 0.0), generator._routing_key
+        ends = tuple(end for end in generator._end_ids if 0 <= end < V)
+        self._rules = _Rules(generator.decoder, generator.thinking, replace(think, threshold=0.0), ends, length_penalty)
 
     def search(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, watches: Sequence[StopWatch] = ()
@@ -148,41 +148,27 @@ class BeamSearch:
         """
         W = self._width
         state = self._generator.start(prompts, new_tokens, branches=W)
-        Q = len(prompts)
-        # All beams are the same before the first token: one of them stands for all.
-        live_QxW = jnp.full((Q, W), -jnp.inf, jnp.float32).at[:, 0].set(0.0)
-        tokens = jnp.full((Q, W, new_tokens), -1, jnp.int32)
-        scores = jnp.full((Q, W), -jnp.inf, jnp.float32)
-        log_probs, gaps = (jnp.zeros((Q, W, new_tokens), jnp.float32) for _ in range(2))
-        search = _Search(state, live_QxW, tokens, log_probs, gaps, scores)
         with use_mesh(self._generator._mesh):
             if watches:
-                search = self._run_watched(self._generator.params, search, watches)
+                search = self._run_watched(state, watches)
             else:
-                search = self._run(self._generator.params, search=search)
-        return self._hypotheses(search, new_tokens)
+                search = _run(self._rules, W, self._generator.params, state, *self._data)
+        return self._rules.hypotheses(search, new_tokens)
 
-    def _run_fn(self, params: dict[str, Any], search: _Search) -> _Search:
-        return jax.lax.while_loop(self._unfinished_fn, functools.partial(self._one_token, params), search)
-
-    def _unfinished_fn(self, search: _Search) -> jax.Array:
-        # Log-probabilities only fall, so the most that a beam can come to is what it has over the greatest length.
-        T = search.state.tokens_BxT.shape[1]
-        reachable_Q = jnp.max(search.live_QxW, -1) / T**self._length_penalty
-        return (search.state.step < T) & jnp.any(search.scores_QxW[:, -1] < reachable_Q)
-
-    def _run_watched(self, params: dict[str, Any], search: _Search, watches: Sequence[StopWatch]) -> _Search:
+    def _run_watched(self, state: DecodeState, watches: Sequence[StopWatch]) -> _Search:
         """The search token by token, so that the host can tell which texts have come to a stop string."""
-        W = self._width
-        count = min(2 * W, W * self._generator.decoder.config.vocab_size)
+        W, params, rules = self._width, self._generator.params, self._rules
+        threshold, routing_key = self._data
+        count = min(2 * W, W * rules.decoder.config.vocab_size)
         watched = [[watch] * W for watch in watches]
-        while bool(self._unfinished(search)):
-            search, candidates = self._propose(params, search=search, count=count)
+        search = _begin(rules, W, state)
+        while bool(_is_unfinished(rules, search)):
+            search, candidates = _propose(rules, count, params, search, threshold)
             totals, beams, tokens = jax.device_get(
                 (candidates.totals_QxK, candidates.beams_QxK, candidates.tokens_QxK)
             )  # fmt: skip
             stopped_QxK = np.zeros(totals.shape, bool)
-            picks_QxW = np.full((len(watches), W), -1, np.int32)
+            picks_QxW = np.full((totals.shape[0], W), -1, np.int32)  # none of prompts that only fill up the batch
             for q, of_prompt in enumerate(watched):
                 going_on: list[StopWatch] = []
                 for k in np.flatnonzero(totals[q] > -math.inf):
@@ -193,23 +179,53 @@ class BeamSearch:
                         going_on.append(after)
                 watched[q] = going_on + of_prompt[:1] * (W - len(going_on))
             if stopped_QxK.any():
-                search = self._end_stopped(search, candidates, jnp.asarray(stopped_QxK))
-            search = self._go_on(params, search, candidates, jnp.asarray(picks_QxW))
+                search = _end_stopped(rules, search, candidates, jnp.asarray(stopped_QxK))
+            search = _go_on(rules, params, search, candidates, jnp.asarray(picks_QxW), routing_key)
         return search
 
-    def _one_token(self, params: dict[str, Any], search: _Search) -> _Search:
-        search, candidates = self._propose_fn(params, search, self._width)
-        return self._go_on_fn(params, search, candidates)
 
-    def _propose_fn(self, params: dict[str, Any], search: _Search, count: int) -> tuple[_Search, _Candidates]:
-        """Thinks if it is to, ends every beam where it is, and finds what it may go on with."""
-        state, generator = search.state, self._generator
+@dataclass(frozen=True)
+class _Rules:
+    """What a search is compiled for."""
+
+    decoder: Decoder
+    thinking: ThinkingConfig
+    think: Think
+    """Its threshold is data."""
+    ends: tuple[int, ...]
+    length_penalty: float
+
+    def begin(self, state: DecodeState, W: int) -> _Search:
+        """The search before the first token."""
+        B, T = state.tokens_BxT.shape
+        Q = B // W
+        # All beams are the same before the first token: one of them stands for all. There is none of prompts that only
+        # fill up the batch.
+        is_first, counts = jnp.arange(W, dtype=jnp.int32) == 0, jnp.arange(Q, dtype=jnp.int32) < state.count
+        live_QxW = jnp.where(is_first & counts[:, None], jnp.float32(0), jnp.float32(-jnp.inf))
+        tokens = jnp.full((Q, W, T), -1, jnp.int32)
+        scores = jnp.full((Q, W), -jnp.inf, jnp.float32)
+        log_probs, gaps = (jnp.zeros((Q, W, T), jnp.float32) for _ in range(2))
+        return _Search(state, live_QxW, tokens, log_probs, gaps, scores)
+
+    def is_unfinished(self, search: _Search) -> jax.Array:
+        """Whether there may be a better text."""
+        # Log-probabilities only fall, so the most that a beam can come to is what it has over the greatest length.
+        limit = search.state.limit
+        reachable_Q = jnp.max(search.live_QxW, -1) / limit.astype(jnp.float32) ** self.length_penalty
+        return (search.state.step < limit) & jnp.any(search.scores_QxW[:, -1] < reachable_Q)
+
+    def propose(
+        self, params: dict[str, Any], search: _Search, count: int, threshold: jax.Array
+    ) -> tuple[_Search, _Candidates]:
+        """Thinks if it is to, ends every beam where it is, and finds the `count` best ways to go on."""
+        state = search.state
         Q, W = search.live_QxW.shape
         record = None
-        if self._think.when == "never":
+        if self.think.when == "never":
             logits_BxV = logits_of(params, state.hidden_BxD)
         else:
-            logits_BxV, record = generator._think(params, state, self._think, self._think.threshold or 0.0)
+            logits_BxV, record = think_in(self.decoder, self.thinking, params, state, self.think, threshold)
         log_p_QxWxV = jax.nn.log_softmax(logits_BxV.astype(jnp.float32)).reshape(Q, W, -1)
         V = log_p_QxWxV.shape[-1]
         _, gaps_B = log_prob_and_gap(logits_BxV, jnp.zeros(Q * W, jnp.int32))
@@ -220,18 +236,19 @@ class BeamSearch:
 
         if record is not None:
             search = replace(search, state=replace(state, record=jax.tree.map(write, state.record, record)))
-        ends = jnp.isin(jnp.arange(V, dtype=jnp.int32), jnp.array(self._ends, jnp.int32))
+        ends = jnp.isin(jnp.arange(V, dtype=jnp.int32), jnp.array(self.ends, jnp.int32))
         total_QxWxV = jnp.where(ends, -jnp.inf, search.live_QxW[:, :, None] + log_p_QxWxV)
         totals_QxK, chosen_QxK = jax.lax.top_k(total_QxWxV.reshape(Q, -1), count)
         beams_QxK, tokens_QxK = chosen_QxK // V, chosen_QxK % V
         log_probs_QxK = jnp.take_along_axis(log_p_QxWxV.reshape(Q, -1), chosen_QxK, 1)
         return search, _Candidates(totals_QxK, beams_QxK, tokens_QxK, log_probs_QxK, gaps_B.reshape(Q, W))
 
-    def _go_on_fn(
-        self, params: dict[str, Any], search: _Search, candidates: _Candidates, picks_QxW: jax.Array | None = None
-    ) -> _Search:
+    def go_on(
+        self, params: dict[str, Any], search: _Search, candidates: _Candidates, picks_QxW: jax.Array | None,
+        routing_key: jax.Array | None,
+    ) -> _Search:  # fmt: skip
         """The candidates picked become the beams; -1: none, None: they are the W candidates."""
-        state, generator = search.state, self._generator
+        state = search.state
         Q, W = search.live_QxW.shape
         live_QxW, beams_QxW, tokens_QxW, log_probs_QxW = (
             values if picks_QxW is None else jnp.take_along_axis(values, jnp.maximum(picks_QxW, 0), 1)
@@ -250,8 +267,8 @@ class BeamSearch:
         state = replace(state, gaps_BxT=write(state.gaps_BxT, candidates.gaps_QxW.reshape(-1)))
         state = reorder(state, rows_B)
         hidden_BxD, caches = decode_step(
-            generator.decoder, params, state.caches, tokens_B, state.lengths_B, state.step,
-            (live_QxW > -jnp.inf).reshape(-1), state.branches, generator._routing_key,
+            self.decoder, params, state.caches, tokens_B, state.lengths_B, state.step,
+            (live_QxW > -jnp.inf).reshape(-1), state.branches, routing_key,
         )  # fmt: skip
         state = replace(
             state,
@@ -275,11 +292,11 @@ class BeamSearch:
             return jnp.where(here, values.reshape(Q, W, 1), buffer_BxT.reshape(Q, W, T))
 
         ended = []
-        for end in self._ends:
+        for end in self.ends:
             log_p_QxW = log_p_QxWxV[:, :, end]
             ended.append(
                 (
-                    (search.live_QxW + log_p_QxW) / length**self._length_penalty,
+                    (search.live_QxW + log_p_QxW) / length**self.length_penalty,
                     with_end(state.tokens_BxT, jnp.full((Q, W), end, jnp.int32)),
                     with_end(state.log_probs_BxT, log_p_QxW),
                     with_end(state.gaps_BxT, gaps_B),
@@ -287,7 +304,7 @@ class BeamSearch:
             )
         return _with_ended(search, ended)
 
-    def _end_stopped_fn(self, search: _Search, candidates: _Candidates, stopped_QxK: jax.Array) -> _Search:
+    def end_stopped(self, search: _Search, candidates: _Candidates, stopped_QxK: jax.Array) -> _Search:
         """The candidates that complete a stop string, among the ended texts if they are good enough."""
         state = search.state
         Q, W = search.live_QxW.shape
@@ -301,31 +318,33 @@ class BeamSearch:
 
         gaps_QxK = jnp.take_along_axis(candidates.gaps_QxW, beams_QxK, 1)
         stopped = (
-            jnp.where(stopped_QxK, candidates.totals_QxK / length**self._length_penalty, -jnp.inf),
+            jnp.where(stopped_QxK, candidates.totals_QxK / length**self.length_penalty, -jnp.inf),
             with_last(state.tokens_BxT, candidates.tokens_QxK.astype(jnp.int32)),
             with_last(state.log_probs_BxT, candidates.log_probs_QxK),
             with_last(state.gaps_BxT, gaps_QxK),
         )
         return _with_ended(search, [stopped])
 
-    def _hypotheses(self, search: _Search, new_tokens: int) -> list[list[Hypothesis]]:
+    def hypotheses(self, search: _Search, new_tokens: int) -> list[list[Hypothesis]]:
+        """What was found for each prompt that counts."""
         state = jax.device_get(search.state)
         ended = jax.device_get((search.tokens_QxWxT, search.log_probs_QxWxT, search.gaps_QxWxT, search.scores_QxW))
         live_QxW = jax.device_get(search.live_QxW)
-        Q, W = live_QxW.shape
+        W = live_QxW.shape[1]
         results = []
-        for q in range(Q):
+        for q in range(int(state.count)):
             found = []
             for w in range(W):
                 tokens, log_probs, gaps, score = (array[q, w] for array in ended)
                 count = int((tokens >= 0).sum())
                 if score > -math.inf:
                     made = (tokens[:count].tolist(), log_probs[:count].tolist(), gaps[:count].tolist())
-                    finished = made[0][-1] in self._ends
+                    finished = made[0][-1] in self.ends
                     found.append(Hypothesis(*made, finished, float(score), not finished))
                 if state.step == new_tokens and live_QxW[q, w] > -math.inf:
-                    row, score = q * W + w, float(live_QxW[q, w]) / new_tokens**self._length_penalty
-                    rows = (state.tokens_BxT[row], state.log_probs_BxT[row], state.gaps_BxT[row])
+                    row, score = q * W + w, float(live_QxW[q, w]) / new_tokens**self.length_penalty
+                    buffers = (state.tokens_BxT, state.log_probs_BxT, state.gaps_BxT)
+                    rows = [buffer_BxT[row, :new_tokens] for buffer_BxT in buffers]
                     made = (rows[0].tolist(), rows[1].tolist(), rows[2].tolist())
                     found.append(Hypothesis(*made, False, score))
             results.append(sorted(found, key=lambda each: -each.score)[:W])
@@ -339,6 +358,50 @@ def _with_ended(search: _Search, ended: Sequence[tuple[jax.Array, ...]]) -> _Sea
     best_QxW, order_QxW = jax.lax.top_k(scores, search.scores_QxW.shape[1])
     tokens, log_probs, gaps = (jnp.take_along_axis(each, order_QxW[:, :, None], 1) for each in values)
     return replace(search, tokens_QxWxT=tokens, log_probs_QxWxT=log_probs, gaps_QxWxT=gaps, scores_QxW=best_QxW)
+
+
+@functools.partial(jax.jit, static_argnames=("rules", "width"), donate_argnames="state")
+def _run(
+    rules: _Rules, width: int, params: dict[str, Any], state: DecodeState, threshold: jax.Array,
+    routing_key: jax.Array | None,
+) -> _Search:  # fmt: skip
+    """The whole search, where there are no stop strings."""
+
+    def one_token(search: _Search) -> _Search:
+        search, candidates = rules.propose(params, search, width, threshold)
+        return rules.go_on(params, search, candidates, None, routing_key)
+
+    return jax.lax.while_loop(rules.is_unfinished, one_token, rules.begin(state, width))
+
+
+@functools.partial(jax.jit, static_argnames=("rules", "width"), donate_argnames="state")
+def _begin(rules: _Rules, width: int, state: DecodeState) -> _Search:
+    return rules.begin(state, width)
+
+
+@functools.partial(jax.jit, static_argnames="rules")
+def _is_unfinished(rules: _Rules, search: _Search) -> jax.Array:
+    return rules.is_unfinished(search)
+
+
+@functools.partial(jax.jit, static_argnames=("rules", "count"), donate_argnames="search")
+def _propose(
+    rules: _Rules, count: int, params: dict[str, Any], search: _Search, threshold: jax.Array
+) -> tuple[_Search, _Candidates]:  # fmt: skip
+    return rules.propose(params, search, count, threshold)
+
+
+@functools.partial(jax.jit, static_argnames="rules", donate_argnames="search")
+def _go_on(
+    rules: _Rules, params: dict[str, Any], search: _Search, candidates: _Candidates, picks_QxW: jax.Array,
+    routing_key: jax.Array | None,
+) -> _Search:  # fmt: skip
+    return rules.go_on(params, search, candidates, picks_QxW, routing_key)
+
+
+@functools.partial(jax.jit, static_argnames="rules", donate_argnames="search")
+def _end_stopped(rules: _Rules, search: _Search, candidates: _Candidates, stopped_QxK: jax.Array) -> _Search:
+    return rules.end_stopped(search, candidates, stopped_QxK)
 
 
 def check_beams(beams: int, length_penalty: float) -> None:
@@ -379,17 +442,8 @@ def beam_search(
     require(all(stop), "stop", tuple(stop), "must not be an empty string")
     ids = encode_prompts(tokenizer, prompts) if encoded is None else encoded
     watches = [StopWatch(tokenizer, prompt, stop) for prompt in prompts] if stop else []
-    found = _search_of(generator, beams, length_penalty, think).search(ids, new_tokens, watches)
+    found = BeamSearch(generator, beams, length_penalty, think).search(ids, new_tokens, watches)
     return [
         [completion_of(tokenizer, prompt, each.generated(), new_tokens, stop) for each in hypotheses]
         for prompt, hypotheses in zip(prompts, found, strict=True)
     ]
-
-
-def _search_of(generator: Generator, beams: int, length_penalty: float, think: Think) -> BeamSearch:
-    """One search object for equal arguments, which lives as long as the generator: the next batch compiles nothing."""
-    known: dict[Any, BeamSearch] = vars(generator).setdefault("_beam_searches", {})
-    arguments = (beams, length_penalty, think)
-    if arguments not in known:
-        known[arguments] = BeamSearch(generator, *arguments)
-    return known[arguments]

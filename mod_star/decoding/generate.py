@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,30 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mod_star import streams
 from mod_star.config import ThinkingConfig
-from mod_star.decoding.caches import Cache, full_cache, in_place_options, routed_cache, text_of
+from mod_star.decoding import programs
 from mod_star.decoding.generated import Generated, results_of
-from mod_star.decoding.sampling import Sampling, draw, log_prob_and_gap, ranked_tokens
+from mod_star.decoding.lengths import PROMPT, ROOM, ROOM_OF_MANY, rounded_up
+from mod_star.decoding.sampling import Sampling, compiled_for
 from mod_star.decoding.state import DecodeState, take_prompts
-from mod_star.decoding.step import decode_step, narrowed, unstack
-from mod_star.decoding.think import Think, ThoughtRecord, empty_record, think_step
+from mod_star.decoding.step import own_params
+from mod_star.decoding.think import Think
 from mod_star.errors import InputError, require
 from mod_star.model import Decoder
-from mod_star.model.routing import causal_slots
-from mod_star.model.transformer import block_names, group_count, logits_of
 from mod_star.sharding import batch_sharding, replicated, use_mesh
 
-PROMPT_MULTIPLE = 32
-"""Prompts are padded to a multiple of this, so that few programs are compiled for prompts of many lengths."""
-MANY_MULTIPLE = 128
-"""The same for collections of prompts, where compilation costs more than padding."""
 NEVER = Think()
 Stop = Callable[[list[Generated]], Sequence[bool]]
+ENDS = 8
+"""End tokens are data, filled up to a multiple of this."""
 
 
 class Generator:
-    """Generates with one model. Compiles once per (batch size, padded prompt length, room, sampling, way of thinking).
+    """Generates with one model. Batch sizes, prompt lengths and room are rounded up, see `mod_star.decoding.lengths`;
+    for each combination that comes up, one program is compiled for prompts and one for new tokens, for all generators.
+
+    It holds the weights once, unstacked and in memory of its own: what becomes of `params` later, it does not matter.
 
     Args:
       decoder: the model.
@@ -45,6 +43,8 @@ class Generator:
       thinking: length and kind of thoughts, for a model that can think; `params` then has the entry "thinking".
       mesh: where `params` lie, if on several devices. Prompts and their rows are shared out over data and fsdp where
         their number allows.
+      donate: `params` are given away: their arrays are deleted while they are taken over, so that the weights never
+        exist twice.
     """
 
     def __init__(
@@ -55,23 +55,23 @@ class Generator:
         routing_key: jax.Array | None = None,
         thinking: ThinkingConfig | None = None,
         mesh: Mesh | None = None,
+        donate: bool = False,
     ) -> None:
         self.decoder, self._mesh = decoder, mesh
         self.thinking = ThinkingConfig() if thinking is None else thinking
         self._can_think = thinking is not None and "thinking" in params
-        self._stacked = narrowed(decoder, params)
-        self.params = unstack(decoder, self._stacked)
+        self.params = own_params(decoder, params, donate)
         self._end_ids = tuple(end_ids)
+        self._ends_E = np.full(-(-max(1, len(self._end_ids)) // ENDS) * ENDS, -1, np.int32)
+        self._ends_E[: len(self._end_ids)] = self._end_ids
         self._routing_key = None
         if decoder.routing.selection == "stochastic":
             self._routing_key = jax.random.key(0) if routing_key is None else routing_key
-        self._prefill = jax.jit(self._prefill_fn, static_argnames=("room", "slots", "branches"))
-        self._advance = jax.jit(
-            self._advance_fn,
-            static_argnames=("sampling", "think"),
-            donate_argnames=("state",),
-            compiler_options=in_place_options(),
-        )
+
+    @property
+    def _recorded(self) -> ThinkingConfig | None:
+        """What thoughts are recorded of; None for a model that can't think."""
+        return self.thinking if self._can_think else None
 
     def start(
         self,
@@ -80,18 +80,16 @@ class Generator:
         seed: int = 0,
         branches: int = 1,
         numbers: Sequence[int] | None = None,
-        multiple: int = PROMPT_MULTIPLE,
     ) -> DecodeState:
         """Runs the prompts and returns the state before the first new token.
 
         Args:
           prompts: token ids, at least one per prompt; lengths may differ.
-          new_tokens: the most tokens to generate per row (T).
+          new_tokens: the most tokens to generate per row.
           seed: of the rows' random keys.
           branches: rows per prompt. They share its keys/values, which are computed once.
           numbers: of the prompts in a larger collection: with one seed, rows of one number draw the same wherever
             they are. 0, 1, ... by default.
-          multiple: prompts are padded to a multiple of this, as far as the context allows.
 
         Raises:
           InputError: a prompt is empty, holds an id that the model doesn't have, or leaves no room for `new_tokens` in
@@ -99,23 +97,31 @@ class Generator:
         """
         self._check(prompts, new_tokens)
         require(branches >= 1, "branches", branches, "must be at least 1")
-        context = self.decoder.config.context
-        longest = max(map(len, prompts))
-        padded = min(-(-longest // multiple) * multiple, context - new_tokens)
-        tokens = np.zeros((len(prompts), padded), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
+        room = rounded_up(new_tokens, ROOM, self.decoder.config.context)
+        batch = rounded_up(len(prompts), 1, 2 * len(prompts))
+        numbers = range(len(prompts)) if numbers is None else numbers
+        return self._start(prompts, new_tokens, seed, branches, numbers, batch, room)
+
+    def _start(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, seed: int, branches: int, numbers: Sequence[int],
+        batch: int, room: int,
+    ) -> DecodeState:  # fmt: skip
+        """`start`, in a batch of that many prompts and with that much room; copies of the last prompt fill it up."""
+        filled = [*prompts, *[prompts[-1]] * (batch - len(prompts))]
+        first = np.asarray([*numbers, *[numbers[-1]] * (batch - len(prompts))])
+        tokens = np.zeros((batch, rounded_up(max(map(len, filled)), PROMPT, self.decoder.config.context)), np.int32)
+        for row, prompt in zip(tokens, filled, strict=True):
             row[: len(prompt)] = prompt
-        first = np.arange(len(prompts)) if numbers is None else np.asarray(numbers)
-        rows = (first[:, None] * branches + np.arange(branches)).reshape(-1)
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.asarray(rows, jnp.uint32))
-        lengths = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
-        # The slots do not depend on how prompts are padded, so neither does what is generated.
-        slots = causal_slots(self.decoder.routing, context)
-        prompts_QxP, lengths, keys = self._shared_out((jnp.asarray(tokens), lengths, keys))
+        lengths = np.array([len(prompt) for prompt in filled], np.int32)
+        rows = (first[:, None] * branches + np.arange(branches)).reshape(-1).astype(np.uint32)
+        tokens_QxP, lengths_Q, rows_B = self._shared_out((tokens, lengths, rows))
+        made = programs.Prompts(
+            tokens_QxP, lengths_Q, rows_B, np.int32(len(prompts)), np.int32(new_tokens), jax.random.key(seed)
+        )
         with use_mesh(self._mesh):
-            return self._prefill(
-                self._stacked, prompts_QxP, lengths, keys, room=new_tokens, slots=slots, branches=branches
-            )  # fmt: skip
+            return programs.prefill(
+                self.decoder, self._recorded, self.params, made, self._routing_key, room=room, branches=branches
+            )
 
     def _shared_out(self, arrays: Any) -> Any:
         """Arrays with a leading axis of prompts or rows, on the mesh."""
@@ -140,46 +146,6 @@ class Generator:
             if not 0 <= min(prompt) <= max(prompt) < V:
                 raise InputError(f"prompt {number}: token ids must lie in [0, {V}), has {min(prompt)} to {max(prompt)}")
 
-    def _prefill_fn(
-        self, params: dict[str, Any], tokens_QxP: jax.Array, lengths_Q: jax.Array, keys_B: jax.Array, room: int,
-        slots: int, branches: int = 1,
-    ) -> DecodeState:  # fmt: skip
-        Q, P = tokens_QxP.shape
-        B = Q * branches
-        segment_ids_QxP = (jnp.arange(P, dtype=jnp.int32) < lengths_Q[:, None]).astype(jnp.int32)
-        positions_P = jnp.arange(P, dtype=jnp.int32)
-
-        def run(tokens_P: jax.Array, segment_ids_P: jax.Array) -> Any:
-            return self.decoder.apply(
-                {"params": params}, tokens_P, positions_P, segment_ids_P, mode="causal", slots=slots,
-                key=self._routing_key, keep_keys_values=True,
-            )  # fmt: skip
-
-        output = jax.vmap(run)(tokens_QxP, segment_ids_QxP)
-        caches: list[Cache] = []
-        for group in range(group_count(self.decoder.config, self.decoder.routing)):
-            for name in block_names(self.decoder.routing):
-                prompt = jax.tree.map(lambda leaf, group=group: leaf[:, group], output.keys_values[name])
-                if name == "routed":
-                    overflow_Q = jnp.sum(output.trace.overflow[:, group], -1, dtype=jnp.int32)
-                    caches.append(routed_cache(prompt, overflow_Q, slots, room, branches))
-                else:
-                    caches.append(full_cache(prompt, room, branches))
-        last_QxD = jnp.take_along_axis(output.hidden, (lengths_Q - 1)[:, None, None], 1)[:, 0]
-        return DecodeState(
-            caches=tuple(caches),
-            hidden_BxD=jnp.repeat(last_QxD, branches, 0),
-            tokens_BxT=jnp.full((B, room), -1, jnp.int32),
-            log_probs_BxT=jnp.zeros((B, room), jnp.float32),
-            gaps_BxT=jnp.zeros((B, room), jnp.float32),
-            step=jnp.zeros((), jnp.int32),
-            done_B=jnp.zeros(B, bool),
-            lengths_B=jnp.repeat(lengths_Q, branches),
-            keys_B=keys_B,
-            record=empty_record(B, room, self.thinking) if self._can_think else None,
-            branches=branches,
-        )
-
     def advance(self, state: DecodeState, until: int, sampling: Sampling, think: Think = NEVER) -> DecodeState:
         """Generates until `until` tokens per row exist or every row is finished. Consumes `state`.
 
@@ -187,12 +153,17 @@ class Generator:
           InputError: the model is asked to think and can't.
         """
         self._check_thinking(think)
-        until = min(until, state.tokens_BxT.shape[1])
-        # The threshold is data: a new one is no new program.
-        threshold, fixed = jnp.float32(think.threshold or 0.0), replace(think, threshold=0.0)
-        fixed = NEVER if think.when == "never" else fixed
+        fixed = NEVER if think.when == "never" else replace(think, threshold=0.0)
+        bounds = programs.Bounds(
+            np.int32(until), np.float32(think.threshold or 0.0), np.float32(sampling.temperature),
+            np.float32(sampling.top_p), self._ends_E,
+        )  # fmt: skip
         with use_mesh(self._mesh):
-            return self._advance(self.params, state, jnp.int32(until), threshold, sampling=sampling, think=fixed)
+            advanced: DecodeState = programs.advance_program()(
+                self.decoder, self._recorded, self.params, state, bounds, self._routing_key,
+                sampling=compiled_for(sampling), think=fixed,
+            )  # fmt: skip
+        return advanced
 
     def _check_sampling(self, sampling: Sampling, think: Think, branches: int) -> None:
         """Raises InputError for what can't be, before anything is compiled."""
@@ -204,67 +175,6 @@ class Generator:
     def _check_thinking(self, think: Think) -> None:
         possible = self._can_think or think.when == "never"
         require(possible, "think.when", think.when, "must be never, the model has not learned to think")
-
-    def _advance_fn(
-        self,
-        params: dict[str, Any],
-        state: DecodeState,
-        until: jax.Array,
-        threshold: jax.Array | float = 0.0,
-        *,
-        sampling: Sampling,
-        think: Think = NEVER,
-    ) -> DecodeState:
-        def unfinished(state: DecodeState) -> jax.Array:
-            return (state.step < until) & ~jnp.all(state.done_B)
-
-        def one_token(state: DecodeState) -> DecodeState:
-            keys_B = jax.vmap(lambda key: jax.random.fold_in(key, state.step))(state.keys_B)
-            if think.when == "never":
-                logits_BxV, thoughts = logits_of(params, state.hidden_BxD), None
-            else:
-                logits_BxV, thoughts = self._think(params, state, think, threshold)
-            tokens_B = jax.vmap(functools.partial(draw, sampling=sampling))(keys_B, logits_BxV)
-            if sampling.branch:
-                ranked = functools.partial(ranked_tokens, logits_BxV, state.branches)
-                tokens_B = jax.lax.cond(state.step == 0, ranked, lambda: tokens_B)
-            log_probs_B, gaps_B = log_prob_and_gap(logits_BxV, tokens_B)
-            ends_B = functools.reduce(jnp.logical_or, [tokens_B == i for i in self._end_ids], state.done_B)
-            hidden_BxD, caches = decode_step(
-                self.decoder, params, state.caches, tokens_B, state.lengths_B, state.step, ~ends_B,
-                state.branches, self._routing_key,
-            )  # fmt: skip
-
-            def write(buffer: jax.Array, values: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_update_slice_in_dim(buffer, values[:, None], state.step, 1)
-
-            def column(buffer: jax.Array, values_B: jax.Array, none: float) -> jax.Array:
-                return write(buffer, jnp.where(state.done_B, none, values_B).astype(buffer.dtype))
-
-            return replace(
-                state,
-                caches=caches,
-                hidden_BxD=hidden_BxD,
-                tokens_BxT=column(state.tokens_BxT, tokens_B, -1),
-                log_probs_BxT=column(state.log_probs_BxT, log_probs_B, 0.0),
-                gaps_BxT=column(state.gaps_BxT, gaps_B, 0.0),
-                step=state.step + 1,
-                done_B=ends_B,
-                record=state.record if thoughts is None else jax.tree.map(write, state.record, thoughts),
-            )
-
-        return jax.lax.while_loop(unfinished, one_token, state)
-
-    def _think(
-        self, params: dict[str, Any], state: DecodeState, think: Think, threshold: jax.Array | float
-    ) -> tuple[jax.Array, ThoughtRecord]:
-        """Logits and record of one step, see `think_step`."""
-        fold = lambda key: jax.random.fold_in(jax.random.fold_in(key, streams.THOUGHTS), state.step)  # noqa: E731
-        text = text_of(self.decoder.routing, state.caches, state.lengths_B, state.step)
-        return think_step(
-            self.decoder, params, self.thinking, think, threshold, state.hidden_BxD, text,
-            state.lengths_B + state.step - 1, jax.vmap(fold)(state.keys_B), ~state.done_B, state.branches,
-        )  # fmt: skip
 
     def results(self, state: DecodeState) -> list[Generated]:
         """What has been generated up to now, row by row."""
@@ -300,7 +210,7 @@ class Generator:
             state = self.advance(state, until, sampling, think)
             results = self.results(state)
             if stop is not None:
-                state = replace(state, done_B=state.done_B | jnp.asarray(stop(results), bool))
+                state = replace(state, done_B=_ended(state, stop(results)))
             yield results
             if bool(jnp.all(state.done_B)):
                 return
@@ -356,35 +266,34 @@ class Generator:
         self._check(prompts, new_tokens)
         self._check_sampling(sampling, think, branches)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        at_once = min(rows // branches, len(order))
+        at_once = min(rows // branches, rounded_up(len(order), 1, 2 * len(order)))
+        room = min(-(-new_tokens // ROOM_OF_MANY) * ROOM_OF_MANY, self.decoder.config.context)
         for first in range(0, len(order), at_once):
             batch = order[first : first + at_once]
-            # The last batch is filled up, with rows that are finished from the start: no program for it alone.
-            filled = batch + batch[-1:] * (at_once - len(batch))
-            drawn = filled if numbers is None else [numbers[i] for i in filled]
-            state = self.start([prompts[i] for i in filled], new_tokens, seed, branches, drawn)
-            absent = np.repeat(np.arange(at_once) >= len(batch), branches)
-            state = replace(state, done_B=jnp.asarray(absent))
-            yield from self._finish_batch(state, np.array(filled), len(batch), sampling, burst, stop, think)
+            drawn = batch if numbers is None else [numbers[i] for i in batch]
+            # The last batch is filled up: no program for it alone.
+            state = self._start([prompts[i] for i in batch], new_tokens, seed, branches, drawn, at_once, room)
+            yield from self._finish_batch(state, np.array(batch), new_tokens, sampling, burst, stop, think)
 
     def _finish_batch(
-        self, state: DecodeState, numbers_Q: np.ndarray, real: int, sampling: Sampling, burst: int,
+        self, state: DecodeState, numbers_N: np.ndarray, new_tokens: int, sampling: Sampling, burst: int,
         stop: Callable[[int, list[Generated]], Sequence[bool]] | None, think: Think,
     ) -> Iterator[tuple[int, list[Generated]]]:  # fmt: skip
-        """Runs a batch to its end. Only the first `real` of its prompts count."""
-        k, room = state.branches, state.tokens_BxT.shape[1]
-        told_Q = np.arange(len(numbers_Q)) >= real
-        sizes = (-(-len(numbers_Q) // 4), -(-len(numbers_Q) // 2))
-        for until in range(burst, room + burst, burst):
+        """Runs a batch to its end. The first N of its prompts have these numbers and count, the others fill it up."""
+        k, Q = state.branches, len(state.lengths_B) // state.branches
+        numbers_Q = np.pad(numbers_N, (0, Q - len(numbers_N)), constant_values=-1)
+        told_Q = numbers_Q < 0
+        sizes = (-(-Q // 4), -(-Q // 2))
+        for until in range(burst, new_tokens + burst, burst):
             state = self.advance(state, until, sampling, think)
             results = self.results(state)
-            of_prompt = [results[q * k : (q + 1) * k] for q in range(len(numbers_Q))]
+            of_prompt = [results[first : first + k] for first in range(0, len(results), k)]
             done_QxK = np.array(state.done_B).reshape(-1, k)
             if stop is not None:
                 for q in np.flatnonzero(~told_Q):
                     done_QxK[q] |= np.asarray(stop(int(numbers_Q[q]), of_prompt[q]), bool)
                 state = replace(state, done_B=jnp.asarray(done_QxK.reshape(-1)))
-            for q in np.flatnonzero(~told_Q & (done_QxK.all(1) | (until >= room))):
+            for q in np.flatnonzero(~told_Q & (done_QxK.all(1) | (until >= new_tokens))):
                 told_Q[q] = True
                 yield int(numbers_Q[q]), of_prompt[q]
             if told_Q.all():
@@ -405,3 +314,10 @@ class Generator:
         """Compiles what generating with these arguments takes, so that the next call can be timed. Draws no token."""
         self._check_sampling(sampling, think, branches)
         jax.block_until_ready(self.advance(self.start(prompts, new_tokens, branches=branches), 0, sampling, think))
+
+
+def _ended(state: DecodeState, told: Sequence[bool]) -> jax.Array:
+    """Which rows are finished when some have been told to end; `told` leaves out the rows that fill up the batch."""
+    ended_B = np.ones(len(state.done_B), bool)
+    ended_B[: len(told)] = told
+    return state.done_B | jnp.asarray(ended_B)

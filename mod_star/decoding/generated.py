@@ -44,16 +44,16 @@ class Generated:
 
 
 def results_of(state: DecodeState, end_ids: Sequence[int]) -> list[Generated]:
-    """What has been generated up to now, row by row."""
-    tokens, log_probs, gaps, lengths = jax.device_get(
-        (state.tokens_BxT, state.log_probs_BxT, state.gaps_BxT, state.lengths_B)
+    """What has been generated up to now, row by row; rows that only fill up the batch are left out."""
+    tokens, log_probs, gaps, lengths, count = jax.device_get(
+        (state.tokens_BxT, state.log_probs_BxT, state.gaps_BxT, state.lengths_B, state.count)
     )
     record = jax.device_get(state.record)
     routed = [c for c in state.caches if isinstance(c, RoutedCache)]
     counts = np.array(jax.device_get([cache.count_B for cache in routed])).reshape(len(routed), len(tokens))
     overflow = np.array(jax.device_get([cache.overflow_B for cache in routed])).reshape(len(routed), len(tokens))
     results = []
-    for row in range(len(tokens)):
+    for row in range(int(count) * state.branches):
         new = tokens[row][tokens[row] >= 0].tolist()
         ended = bool(new) and new[-1] in end_ids
         seen = int(lengths[row]) + len(new) - ended

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -33,25 +33,43 @@ class Sampling:
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
 
 
-def restrict(logits_V: jax.Array, sampling: Sampling) -> jax.Array:
-    """Float32 logits over the temperature, -inf for tokens that may not be drawn."""
-    logits_V = logits_V.astype(jnp.float32) / sampling.temperature
+Numbers = tuple[jax.Array | float, jax.Array | float]
+"""Temperature and top_p, where a program takes them as data."""
+
+
+def compiled_for(sampling: Sampling) -> Sampling:
+    """What of `sampling` a program depends on: equal for all that differ in numbers which can be data."""
+    if sampling.temperature == 0:
+        return Sampling(0.0, branch=sampling.branch)
+    return replace(sampling, temperature=1.0, top_p=0.5 if sampling.top_p < 1 else 1.0)
+
+
+def restrict(logits_V: jax.Array, sampling: Sampling, numbers: Numbers | None = None) -> jax.Array:
+    """Float32 logits over the temperature, -inf for tokens that may not be drawn.
+
+    `numbers` take the place of those in `sampling`, which then only says whether they are in force.
+    """
+    temperature, top_p = (sampling.temperature, sampling.top_p) if numbers is None else numbers
+    logits_V = logits_V.astype(jnp.float32) / temperature
     if sampling.top_k and sampling.top_k < logits_V.shape[0]:
         smallest = jax.lax.top_k(logits_V, sampling.top_k)[0][-1]
         logits_V = jnp.where(logits_V < smallest, -jnp.inf, logits_V)
     if sampling.top_p < 1:
         falling = jnp.sort(logits_V, descending=True)
         before = jnp.cumsum(jax.nn.softmax(falling)) - jax.nn.softmax(falling)
-        smallest = jnp.min(jnp.where(before < sampling.top_p, falling, jnp.inf))
+        smallest = jnp.min(jnp.where(before < top_p, falling, jnp.inf))
         logits_V = jnp.where(logits_V < smallest, -jnp.inf, logits_V)
     return logits_V
 
 
-def draw(key: jax.Array, logits_V: jax.Array, sampling: Sampling) -> jax.Array:
-    """The next token, int32; the most probable one (the lowest id of several) when greedy."""
+def draw(key: jax.Array, logits_V: jax.Array, sampling: Sampling, numbers: Numbers | None = None) -> jax.Array:
+    """The next token, int32; the most probable one (the lowest id of several) when greedy.
+
+    `numbers` as for `restrict`.
+    """
     if sampling.temperature == 0:
         return jnp.argmax(logits_V).astype(jnp.int32)
-    return draw_token(key, restrict(logits_V, sampling), 1.0)
+    return draw_token(key, restrict(logits_V, sampling, numbers), 1.0)
 
 
 def ranked_tokens(logits_BxV: jax.Array, branches: int) -> jax.Array:

@@ -18,7 +18,7 @@ from mod_star.decoding.think import ThoughtRecord
 class DecodeState:
     """Everything that changes while decoding a batch of B rows with room for T new tokens.
 
-    Row q * branches + i is branch i of prompt q.
+    Row q * branches + i is branch i of prompt q. T and B may be more than was asked for: see `limit` and `count`.
     """
 
     caches: tuple[Cache, ...]
@@ -34,6 +34,10 @@ class DecodeState:
     """float32 probability of the best token less that of the second best, in the same distribution."""
     step: jax.Array
     """int32 number of tokens generated in each unfinished row."""
+    limit: jax.Array
+    """int32 most tokens to generate in each row, at most T."""
+    count: jax.Array
+    """int32 prompts that count; the ones after them fill up the batch and are finished from the start."""
     done_B: jax.Array
     """bool; the row has generated an end token, or `stream` was told to end it."""
     lengths_B: jax.Array
@@ -56,14 +60,17 @@ def reorder(state: DecodeState, rows_B: jax.Array) -> DecodeState:
     return _take_rows(state, tuple(reorder_cache(cache, rows_B) for cache in state.caches), rows_B)
 
 
-def take_prompts(state: DecodeState, prompts: npt.NDArray[np.int32]) -> DecodeState:
+@jax.jit
+def take_prompts(state: DecodeState, prompts: jax.Array | npt.NDArray[np.int32]) -> DecodeState:
     """The state of some of the prompts, in the order given; all their branches come along."""
     k = state.branches
-    rows = jnp.asarray((prompts[:, None] * k + np.arange(k)).reshape(-1), jnp.int32)
-    caches = tuple(take_prompts_of_cache(cache, jnp.asarray(prompts), rows) for cache in state.caches)
-    return _take_rows(state, caches, rows)
+    prompts = jnp.asarray(prompts, jnp.int32)
+    rows = (prompts[:, None] * k + jnp.arange(k, dtype=jnp.int32)).reshape(-1)
+    caches = tuple(take_prompts_of_cache(cache, prompts, rows) for cache in state.caches)
+    return replace(_take_rows(state, caches, rows), count=jnp.int32(prompts.shape[0]))
 
 
 def _take_rows(state: DecodeState, caches: tuple[Cache, ...], rows: jax.Array) -> DecodeState:
-    by_row = replace(state, caches=(), step=None)  # type: ignore[arg-type]
-    return replace(jax.tree.map(lambda leaf: leaf[rows], by_row), caches=caches, step=state.step)
+    by_row = replace(state, caches=(), step=None, limit=None, count=None)  # type: ignore[arg-type]
+    taken = jax.tree.map(lambda leaf: leaf[rows], by_row)
+    return replace(taken, caches=caches, step=state.step, limit=state.limit, count=state.count)

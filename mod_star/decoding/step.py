@@ -38,25 +38,68 @@ def unstack(decoder: Decoder, params: dict[str, Any]) -> dict[str, Any]:
     return {**params, "groups": groups}
 
 
+def own_params(decoder: Decoder, params: dict[str, Any], donate: bool = False) -> dict[str, Any]:
+    """Params as decoding takes them, in memory that nobody else holds: unstacked, and narrow where `narrowed` says so.
+
+    Args:
+      decoder: the model.
+      params: as trained (stacked).
+      donate: delete the arrays of `params` one by one as they have been taken over, so that the weights never exist
+        twice. Nobody can use those arrays afterwards.
+    """
+    count = group_count(decoder.config, decoder.routing)
+    taken: dict[int, Any] = {}  # an array that is there twice, as tied weights may be, is taken over once
+
+    def take(leaf: Any, dtype: Any, stacked: bool) -> Any:
+        if id(leaf) not in taken:
+            taken[id(leaf)] = _taken_over(leaf, dtype, count if stacked else None, donate)
+        return taken[id(leaf)]
+
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    types = jax.tree.leaves(narrowed(decoder, params))
+    own = [take(leaf, dtype, path[0].key == "groups") for (path, leaf), dtype in zip(leaves, types, strict=True)]
+    found = jax.tree.unflatten(tree, own)
+    blocks: Any = jax.tree.structure(params["groups"])
+    by_leaf = blocks.flatten_up_to(found["groups"])
+    return {**found, "groups": tuple(blocks.unflatten([leaf[i] for leaf in by_leaf]) for i in range(count))}
+
+
+def _taken_over(leaf: Any, dtype: Any, slices: int | None, donate: bool) -> Any:
+    """A copy of an array, or a tuple of copies of its slices; the array itself if it is donated and needs no change."""
+    source = leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
+    if slices is not None:
+        own: Any = tuple(source[i].astype(dtype) for i in range(slices))
+    elif source.dtype != dtype:
+        own = source.astype(dtype)
+    elif donate or source is not leaf:
+        return source
+    else:
+        own = jnp.copy(source)
+    if donate and isinstance(leaf, jax.Array):
+        leaf.delete()
+    return own
+
+
 def narrowed(decoder: Decoder, params: dict[str, Any]) -> dict[str, Any]:
-    """Params with the weights of matrix products in the compute type, which they are rounded to at every use anyway.
+    """The type that each of the params is kept in for decoding: weights of matrix products in the compute type, which
+    they are rounded to at every use anyway.
 
     A decoding step spends its time reading them. What computes in float32 (norms, router, predictor, mixing head) stays
     as it is, and so do parts of the user's own.
     """
     dtype, parts = decoder.config.dtype, decoder.parts
     if dtype == "float32":
-        return params
+        return jax.tree.map(lambda leaf: leaf.dtype, params)
     names: set[str] = set()
     if parts.block is DEFAULT_PARTS.block:
         names |= {"query", "key", "value", "output"}
     if parts.feed_forward is DEFAULT_PARTS.feed_forward:
         names |= {"gate", "up", "down"}
 
-    def narrow(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        keys = [entry.key for entry in path]
+    def narrow(path: tuple[Any, ...], leaf: jax.Array) -> Any:
+        keys = [getattr(entry, "key", None) for entry in path]
         top = len(keys) == 1 and keys[0] in ("embedding", "head")
-        return leaf.astype(dtype) if top or ("block" in keys and keys[-1] in names) else leaf
+        return jnp.dtype(dtype) if top or ("block" in keys and keys[-1] in names) else leaf.dtype
 
     return jax.tree_util.tree_map_with_path(narrow, params)
 
@@ -76,7 +119,7 @@ def decode_step(
 
     Args:
       decoder: the model.
-      params: from `unstack`.
+      params: from `own_params` (or `unstack`).
       caches: one per block, in order.
       tokens_B: int32 the rows' tokens.
       lengths_B: int32 prompt lengths; the token's position is this plus `step`.

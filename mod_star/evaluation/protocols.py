@@ -43,11 +43,13 @@ class Subject:
     routing_key: jax.Array | None = None
     mesh: Mesh | None = None
     """Where `params` lie, if on several devices."""
+    donate: bool = False
+    """Whether the first generator takes `params` over, see `Generator`: for a subject that is asked once."""
 
     def generator(self) -> Generator:
         """To generate with."""
         end_ids = self.tokenizer.end_ids
-        return Generator(self.decoder, self.params, end_ids, self.routing_key, self.thinking, self.mesh)
+        return Generator(self.decoder, self.params, end_ids, self.routing_key, self.thinking, self.mesh, self.donate)
 
 
 Numbered = tuple[int, Item]

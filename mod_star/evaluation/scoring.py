@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from mod_star.config import ThinkingConfig
 from mod_star.decoding.generate import NEVER
+from mod_star.decoding.lengths import PROMPT, rounded_up
 from mod_star.decoding.step import unstack
 from mod_star.decoding.think import Think
 from mod_star.errors import InputError, require
@@ -28,6 +29,8 @@ from mod_star.model import Decoder
 from mod_star.sharding import batch_sharding, use_mesh
 
 Pair = tuple[Sequence[int], Sequence[int]]
+MANY_BATCHES = 32
+"""From which on less padding is worth more programs."""
 
 
 @dataclass(frozen=True)
@@ -255,12 +258,17 @@ def _routing_key(decoder: Decoder, key: jax.Array | None) -> jax.Array | None:
 
 
 def padded_length(tokens: int, context: int, steps: int = 8) -> int:
-    """Length that a text is padded to, so that few programs are compiled for texts of all lengths.
+    """Length that a text is padded to where many batches follow: with 8 steps at most a quarter is padding.
 
-    A multiple of 1 / steps of the next power of two, but at least of 32: with 8 steps at most a quarter is padding.
+    A multiple of 1 / steps of the next power of two, but at least of 32. For few batches, `lengths.rounded_up` needs
+    fewer programs.
     """
     step = max(32, (1 << (tokens - 1).bit_length()) // steps)
     return min(-(-tokens // step) * step, context)
+
+
+def _few_lengths(tokens: int, context: int) -> int:
+    return rounded_up(tokens, PROMPT, context)
 
 
 def _stream(
@@ -282,17 +290,21 @@ def _stream(
     threshold = jnp.float32(think.threshold or 0.0)
     fixed = replace(think, threshold=0.0) if think.when == "auto" else think  # a new threshold is no new program
     shares = shares_of(mesh)
-    batch_size = min(batch_size, -(-max(1, len(texts)) // shares) * shares)
+    enough = rounded_up(max(1, len(texts)), 1, 2 * len(texts) + 1)
+    batch_size = min(batch_size, -(-enough // shares) * shares)
     starts = range(0, len(texts), batch_size)
     plans = [_plan(texts[start : start + batch_size]) for start in starts]
     most = max((len(plan) for plan in plans), default=0)
     rows = HEAD_ROWS if thinking is None else min(-(-most // (8 * shares)) * 8, THOUGHT_ROWS)
-    # Thinking takes long to compile, the text is the smaller part of its work: fewer programs, more padding.
-    steps = 8 if thinking is None else 1
+    context = decoder.config.context
     done = 0
     for start, plan in zip(starts, plans, strict=True):
         batch = texts[start : start + batch_size]
-        S = padded_length(len(batch[0].tokens), decoder.config.context, steps)
+        longest = len(batch[0].tokens)
+        if thinking is not None:  # takes long to compile, and the text is the smaller part of its work
+            S = padded_length(max(longest, min(PROMPT, context)), context, 1)
+        else:
+            S = (padded_length if len(starts) >= MANY_BATCHES else _few_lengths)(longest, context)
         tokens, lengths = np.zeros((batch_size, S), np.int32), np.ones(batch_size, np.int32)
         for row, text in enumerate(batch):
             tokens[row, : len(text.tokens)], lengths[row] = text.tokens, len(text.tokens)

@@ -8,7 +8,8 @@
 
 Orbax writes aside and renames when everything is there, the checksums included: a checkpoint exists wholly or not at
 all. Orbax itself doesn't notice a flipped bit in an array, therefore the checksums. A model that was imported or
-upcycled has parameters only, and those in another form: see `mod_star.training.params_file`.
+upcycled has parameters only, and those in another form: see `mod_star.training.params_file`. Loading compares the
+checksums of what it reads: of everything to train on, of the parameters alone to sample. `mod-star verify` reads all.
 
 In a bucket (a directory is an `epath.Path` of gs:// then) nothing can be renamed: a checkpoint exists when Orbax has
 added its last, empty file. There are no checksums of ours, see `mod_star.buckets`; nor are there in a directory that it
@@ -24,7 +25,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ from mod_star.training.plain_paths import plain_path
 from mod_star.training.state import TrainState
 
 SUMS_FILE = "SHA256SUMS"
+PARAMS_ITEM = "params"
+"""What of a checkpoint sampling reads; a folder of its own, which shares no file with the rest."""
 # Orbax rewrites these two after our checksums are made: its time stamps, and an empty marker.
 COMMIT_FILE = "commit_success.txt"
 ORBAX_FILES = ("_CHECKPOINT_METADATA", COMMIT_FILE)
@@ -175,16 +178,18 @@ def saved_steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
-def choose_checkpoint(directory: Path, step: int | None, option: str | None) -> int | None:
+def choose_checkpoint(directory: Path, step: int | None, option: str | None, item: str | None = None) -> int | None:
     """The checkpoint to load: the one asked for, else the newest; None if there is none at all.
 
     Args:
       directory: RUN/checkpoints.
       step: which one; None: the newest.
       option: name of the command's option that chooses a step, for the error message; None: it has none.
+      item: what of it will be read, such as `PARAMS_ITEM`; None: everything.
 
     Raises:
-      InputError: the step doesn't exist, or its checkpoint is damaged. An older one is offered, never taken silently.
+      InputError: the step doesn't exist, or what will be read of its checkpoint is damaged. An older one is offered,
+        never taken silently.
     """
     steps = saved_steps(directory)
     if step is None and not steps:
@@ -195,8 +200,8 @@ def choose_checkpoint(directory: Path, step: int | None, option: str | None) -> 
         raise InputError(
             f"{option} = {step}: {directory} has {'checkpoints ' if steps else 'no checkpoints'}{steps or ''}"
         )
-    if damage := find_damage(directory / str(step)):
-        older = [earlier for earlier in steps if earlier < step and not find_damage(directory / str(earlier))]
+    if damage := find_damage(directory / str(step), item):
+        older = [earlier for earlier in steps if earlier < step and not find_damage(directory / str(earlier), item)]
         take = f"{option} {older[-1]} takes" if option and older else "delete it to take"
         offer = f"{take} the one before it" if older else "there is no intact one before it"
         raise InputError(f"checkpoint {directory / str(step)} is damaged ({damage}); {offer}")
@@ -212,30 +217,49 @@ def params_digest(directory: Path, step: int) -> str | None:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None. Reads all of them, but for those in a bucket."""
+def has_checksums(checkpoint: Path) -> bool:
+    """Whether `find_damage` can compare contents: not in a bucket, nor in a copy of one."""
+    return not is_address(checkpoint) and (checkpoint / SUMS_FILE).exists()
+
+
+def find_damage(checkpoint: Path, item: str | None = None) -> str | None:
+    """The first of `damages`, or None."""
+    return next(damages(checkpoint, item), None)
+
+
+def damages(
+    checkpoint: Path, item: str | None = None, read: Callable[[int], object] = lambda count: None
+) -> Iterator[str]:
+    """What is wrong with a checkpoint's files, one after the other. Reads all of them, but for those in a bucket.
+
+    Args:
+      checkpoint: RUN/checkpoints/STEP.
+      item: the folder to look at, such as `PARAMS_ITEM`; None: all of them.
+      read: called with numbers of bytes that have been read.
+    """
     try:
         by_orbax = not (checkpoint / PARAMS_NAME).is_file()
         for name in ORBAX_FILES if by_orbax else ():
             if not (checkpoint / name).is_file():
-                return f"{name} is missing"
+                yield f"{name} is missing"
         if is_address(checkpoint) or (by_orbax and not (checkpoint / SUMS_FILE).exists()):
-            return None
+            return
         lines = (checkpoint / SUMS_FILE).read_text().split("\n")
         sums = {name: expected for expected, _, name in (line.partition("  ") for line in lines[:-1])}
         if lines[-1] or not sums:
-            return f"{SUMS_FILE} is cut off"
-        found = _files(checkpoint)
+            yield f"{SUMS_FILE} is cut off"
+            return
+        sums = {name: expected for name, expected in sums.items() if item is None or name.startswith(f"{item}/")}
+        found = _files(checkpoint, item)
         for name in sorted(sums.keys() ^ set(found)):
-            return f"{name} is missing" if name in sums else f"{name} is not in {SUMS_FILE}"
+            yield f"{name} is missing" if name in sums else f"{name} is not in {SUMS_FILE}"
         for name in found:
-            if _sha256(checkpoint / name) != sums[name]:
-                return f"{name} has changed since it was written"
+            if name in sums and _sha256(checkpoint / name, read) != sums[name]:
+                yield f"{name} has changed since it was written"
     except FileNotFoundError:
-        return f"{SUMS_FILE} is missing"
+        yield f"{SUMS_FILE} is missing"
     except (OSError, UnicodeDecodeError) as error:
-        return str(error)
-    return None
+        yield str(error)
 
 
 def require_training(directory: Path) -> None:
@@ -422,9 +446,15 @@ def _placed(like: Any, mesh: Mesh | None) -> Any:
     return placed_shapes(mesh, like)
 
 
-def _files(checkpoint: Path) -> list[str]:
+def checkpoint_bytes(checkpoint: Path) -> int:
+    """Size of the files that have checksums."""
+    return sum((checkpoint / name).stat().st_size for name in _files(checkpoint))
+
+
+def _files(checkpoint: Path, item: str | None = None) -> list[str]:
     """Paths of the files that have checksums, relative and sorted. Hidden ones are none of ours."""
-    files = [path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file()]
+    folder = checkpoint if item is None else checkpoint / item
+    files = [path.relative_to(checkpoint) for path in folder.rglob("*") if path.is_file()]
     return sorted(
         str(path) for path in files if str(path) not in (*ORBAX_FILES, SUMS_FILE) and not path.name.startswith(".")
     )
@@ -435,6 +465,10 @@ def _write_sums(checkpoint: Path) -> None:
     (checkpoint / SUMS_FILE).write_text("".join(lines))
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path, read: Callable[[int], object] = lambda count: None) -> str:
+    found = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+            read(len(block))
+    return found.hexdigest()

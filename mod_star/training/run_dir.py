@@ -47,7 +47,7 @@ from mod_star.locks import LOCK_FILE, locked
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.sharding import require_model_fits
-from mod_star.training.checkpoints import choose_checkpoint, restore_params
+from mod_star.training.checkpoints import PARAMS_ITEM, choose_checkpoint, restore_params
 from mod_star.training.plain_paths import require_showable
 from mod_star.training.stages import config_at
 from mod_star.training.state import initial_params
@@ -116,7 +116,8 @@ def load_run(
     parameters lie there as they do in training.
 
     Raises:
-      InputError: the directory isn't a run, has no checkpoint, or the checkpoint is damaged (an older one is named).
+      InputError: the directory isn't a run, has no checkpoint, or the checkpoint's parameters are damaged (an older one
+        is named). The rest of it, the optimizer's state, is not looked at.
     """
     path = working_copy(directory)
     run = read_config(path)
@@ -125,7 +126,7 @@ def load_run(
     checkpoints = checkpoints_of(path)
     with ThreadPoolExecutor(1) as pool:  # a large tokenizer takes as long as the checksums of 135M parameters
         loading = pool.submit(load_saved_tokenizer, path / TOKENIZER_DIRECTORY, run.data.tokenizer)
-        chosen = choose_checkpoint(checkpoints, step, option)
+        chosen = choose_checkpoint(checkpoints, step, option, PARAMS_ITEM)
         if chosen is None:
             raise InputError(f"{path}: has no checkpoint yet")
         tokenizer = loading.result()

@@ -12,7 +12,8 @@ import numpy as np
 from conftest import random_params
 
 from mod_star.config import ModelConfig, RoutingConfig
-from mod_star.decoding import Generator
+from mod_star.decoding import Generator, Sampling, Think, programs
+from mod_star.decoding.sampling import compiled_for
 from mod_star.model import Decoder
 from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.model.routing import causal_slots
@@ -74,6 +75,22 @@ class Model:
             return jnp.dot(output.hidden, head.T, preferred_element_type=jnp.float32), output.trace
 
         return jax.jit(run)
+
+
+def program_counts() -> tuple[int, int]:
+    """How many programs this process has compiled by now, of prefill and of decoding."""
+    prefill: Any = programs.prefill
+    return prefill._cache_size(), programs.advance_program()._cache_size()
+
+
+def lowered_advance(generator: Generator, state: Any, sampling: Sampling) -> Any:
+    """The program that generates, of a model without thoughts, for a state's shapes."""
+    one = np.float32(1)
+    bounds = programs.Bounds(np.int32(1), one, one, one, np.full(8, -1, np.int32))
+    return programs.advance_program().lower(
+        generator.decoder, None, generator.params, state, bounds, generator._routing_key,
+        sampling=compiled_for(sampling), think=Think(),
+    )  # fmt: skip
 
 
 def make_prompts(lengths: tuple[int, ...] = PROMPT_LENGTHS, seed: int = 0) -> list[list[int]]:

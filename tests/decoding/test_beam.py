@@ -15,7 +15,7 @@ from decoding_models import VOCAB, make_prompts
 from symbols import END_IDS, SYMBOLS, Subject, SymbolTokenizer
 
 from mod_star.decoding import Think
-from mod_star.decoding.beam import LENGTH_PENALTY, BeamSearch, Hypothesis, beam_search
+from mod_star.decoding.beam import LENGTH_PENALTY, BeamSearch, Hypothesis, _run, beam_search
 from mod_star.decoding.branches import path_log_prob
 from mod_star.decoding.text import StopWatch
 from mod_star.errors import InputError
@@ -156,9 +156,8 @@ def test_texts_come_best_first_and_cut_at_stop_strings(subjects: dict[str, Subje
             assert beam.finished == ("end" if each.finished else "length")
             assert len(beam.gaps) == len(beam.log_probs) == len(beam.tokens) == len(each.tokens) - each.finished
             assert (beam.end_log_prob is not None) == each.finished
-    (search,) = vars(generator)["_beam_searches"].values()
-    compiled: Any = search._run
-    assert compiled._cache_size() == 1
+    compiled: Any = _run
+    known = compiled._cache_size()
     longest = max(itertools.chain(*found), key=lambda beam: len(beam.text)).text
     stop = longest[2]
     for beams in beam_search(
@@ -167,6 +166,8 @@ def test_texts_come_best_first_and_cut_at_stop_strings(subjects: dict[str, Subje
         assert all(stop not in beam.text for beam in beams)
         scores = [path_log_prob(beam)[1] for beam in beams]
         assert scores == sorted(scores, reverse=True), "ranked without what a cut text would have gone on with"
+    beam_search(generator, tokenizer, prompts, NEW, beams=W, length_penalty=1.0, encoded=encoded)
+    assert compiled._cache_size() == known, "the same search again compiles nothing"
     assert LENGTH_PENALTY == 1.0, "as in transformers"
 
 

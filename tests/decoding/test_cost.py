@@ -13,16 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import AS_SHIPPED
-from decoding_models import Model, make_prompts
+from decoding_models import Model, lowered_advance, make_prompts
 
 from mod_star.config import ModelConfig, RoutingConfig
-from mod_star.decoding import Generator, Sampling
+from mod_star.decoding import Sampling, programs
 from mod_star.decoding.caches import FullCache, RoutedCache, cache_bytes
 from mod_star.decoding.state import DecodeState
+from mod_star.decoding.step import own_params
 from mod_star.model import Decoder
 from mod_star.model.layers import swiglu, swiglu_init
 from mod_star.model.parts import Part, Parts
-from mod_star.model.routing import causal_slots, routed_share
+from mod_star.model.routing import routed_share
 from mod_star.model.rows import rows_at_once
 from mod_star.training.state import init_params
 
@@ -56,7 +57,9 @@ class Counting:
 
     def steps(self, batch: int, shift: float = 0.0) -> Iterator[Step]:
         """Decodes step by step with `shift` added to the logit of the causal rule."""
-        state = self.generator.start(make_prompts((5, 9, 2, 7, 4)[:batch]), NEW)
+        self.generator.params = self.params
+        prompts = make_prompts((5, 9, 2, 7, 4)[:batch])
+        state = self.generator._start(prompts, NEW, 0, 1, range(batch), batch, NEW)  # no row fills the batch up
         groups = tuple(
             {"routed": {**group["routed"], "predictor": {**group["routed"]["predictor"], "shift": jnp.float32(shift)}}}
             for group in self.params["groups"]
@@ -117,7 +120,7 @@ def test_chunks_are_sized_by_the_capacity_in_force() -> None:
 def test_each_routed_block_is_a_branch_of_the_compiled_step(every: int) -> None:
     generator = Model({"every": every}, layers=4).generator()
     state = jax.eval_shape(lambda: generator.start(make_prompts((5,)), NEW))
-    lowered = generator._advance.lower(generator.params, state, jnp.int32(1), sampling=GREEDY)
+    lowered = lowered_advance(generator, state, GREEDY)
     assert str(lowered.compile(AS_SHIPPED).as_text()).count(" conditional(") == (2 if every else 0)
 
 
@@ -125,14 +128,15 @@ def cache_sizes(model: ModelConfig, routing: RoutingConfig, prompt: int) -> tupl
     """Bytes of each block's cache, and the routed caches' shapes, without computing anything."""
     decoder = Decoder(model, routing)
     shapes = jax.eval_shape(lambda: init_params(decoder, 0))
-    new, slots = model.context - prompt, causal_slots(routing, model.context)
+    new = model.context - prompt
 
-    def prefill(params: Any) -> DecodeState:
-        generator = Generator(decoder, params)
-        tokens, keys = jnp.zeros((3, prompt), jnp.int32), jax.random.split(jax.random.key(0), 3)
-        return generator._prefill_fn(params, tokens, jnp.full(3, prompt), keys, new, slots)
+    def prefilled(params: Any) -> DecodeState:
+        tokens, rows = jnp.zeros((3, prompt), jnp.int32), jnp.arange(3, dtype=jnp.uint32)
+        limits = jnp.int32(3), jnp.int32(new)
+        prompts = programs.Prompts(tokens, jnp.full(3, prompt), rows, *limits, jax.random.key(0))
+        return programs.prefill(decoder, None, own_params(decoder, params), prompts, None, room=new)
 
-    caches = jax.eval_shape(prefill, shapes).caches
+    caches = jax.eval_shape(prefilled, shapes).caches
     assert [type(cache) for cache in caches] == [FullCache, RoutedCache] * (model.layers // 2)
     return [cache_bytes(cache) for cache in caches], [cache for cache in caches if isinstance(cache, RoutedCache)]
 

@@ -15,7 +15,7 @@ from sentence_piece import sentence_piece
 from symbols import END_IDS, SYMBOLS, Subject, SymbolTokenizer
 
 from mod_star.data import begin
-from mod_star.decoding import Generated, Generator, Sampling, Think
+from mod_star.decoding import Generated, Sampling, Think
 from mod_star.decoding.answers import LastNumber, Phrase
 from mod_star.decoding.branches import Branches
 from mod_star.decoding.cot import ANSWER_TOKENS, continue_texts, cot_decode, read_branches, self_consistency
@@ -226,7 +226,7 @@ def test_bad_requests_are_refused_before_anything_is_compiled(
     def compiles(*_: Any, **__: Any) -> None:
         raise AssertionError("bad input must be found before anything is compiled")
 
-    monkeypatch.setattr(Generator, "_prefill_fn", compiles)
+    monkeypatch.setattr("mod_star.decoding.programs.prefill", compiles)
     room = CONTEXT - 30 - 3 - ANSWER_TOKENS
     cases: list[tuple[dict[str, Any], str]] = [
         ({"branches": VOCAB + 1}, f"branches = {VOCAB + 1}: must be at most the vocabulary, {VOCAB}"),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import AS_SHIPPED
-from decoding_models import VOCAB, Model, log_softmax, make_prompts
+from decoding_models import CONTEXT, VOCAB, Model, log_softmax, lowered_advance, make_prompts
 from thinking_models import thinking_params
 
 from mod_star.config import RunConfig, ThinkingConfig
@@ -90,25 +90,26 @@ def test_branches_of_a_thinking_model_think(when: Any) -> None:
 
 
 def test_the_prompt_is_held_once_and_never_copied(generator: Generator) -> None:
-    prompt, new, branches = make_prompts((31,)), 6, 5  # padded to 32
-    state = jax.eval_shape(lambda: generator.start(prompt, new, branches=branches))
+    prompt, new, branches = make_prompts((31,)), 6, 5  # padded to the context
+    state = jax.eval_shape(lambda: generator._start(prompt, new, 0, branches, [0], 1, room=new))
     config = generator.decoder.config
     per_token = 2 * config.key_heads * config.head_size * 4
     for cache in state.caches:
         sizes = [leaf.size * 4 for leaf in jax.tree.leaves(cache) if leaf.ndim == 4]
-        assert sum(sizes) <= per_token * (32 + branches * (new + 1))  # + 1: a routed block's spare slot
-    lowered = generator._advance.lower(generator.params, state, jnp.int32(1), sampling=BRANCHING)
+        assert sum(sizes) <= per_token * (CONTEXT + branches * (new + 1))  # + 1: a routed block's spare slot
+    lowered = lowered_advance(generator, state, BRANCHING)
     text = lowered.compile(AS_SHIPPED).as_text()
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", str(text))}
-    assert (config.key_heads, 32, config.head_size) in shapes or (1, config.key_heads, 32, config.head_size) in shapes
-    copies = {shape for shape in shapes if math.prod(shape) >= branches * config.key_heads * 32 * config.head_size}
-    assert not {shape for shape in copies if shape[-1] == config.head_size and 32 in shape}
+    held = (config.key_heads, CONTEXT, config.head_size)
+    assert held in shapes or (1, *held) in shapes
+    copies = {shape for shape in shapes if math.prod(shape) >= branches * math.prod(held)}
+    assert not {shape for shape in copies if shape[-1] == config.head_size and CONTEXT in shape}
 
 
 def test_no_step_copies_the_cache_of_generated_tokens(generator: Generator) -> None:
     prompt, new = make_prompts((7,)), 23
     state = jax.eval_shape(lambda: generator.start(prompt, new, branches=2))
-    lowered = generator._advance.lower(generator.params, state, jnp.int32(1), sampling=BRANCHING)
+    lowered = lowered_advance(generator, state, BRANCHING)
     full = next(cache for cache in state.caches if isinstance(cache, FullCache))
     shape = re.escape(f"f32[{','.join(map(str, full.keys_BxKxTxE.shape))}]")
     text = str(lowered.compile(AS_SHIPPED).as_text())

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding_models import VOCAB, Model, draw_naively, log_softmax, make_prompts
+from decoding_models import VOCAB, Model, draw_naively, log_softmax, make_prompts, program_counts
 from numpy_decoder import decode, float64
 from thinking_models import thinking_params
 
@@ -137,11 +137,10 @@ def test_a_row_alone_thinks_as_in_a_batch(thinker: Thinker, auto: Think, sometim
 
 @pytest.mark.parametrize("thinker", [2], indirect=True, ids=["routed"])
 def test_an_infinite_threshold_is_never_or_always(thinker: Thinker, auto: Think, always: list[Generated]) -> None:
-    compiled: Any = thinker.generator._advance
-    before = compiled._cache_size()
+    _, before = program_counts()
     none = thinker.generator.generate(PROMPTS, NEW, SAMPLED, SEED, replace(auto, threshold=math.inf))
     every = thinker.generator.generate(PROMPTS, NEW, SAMPLED, SEED, replace(auto, threshold=-math.inf))
-    assert compiled._cache_size() <= before + 1, "a threshold is data"
+    assert program_counts()[1] <= before + 1, "a threshold is data"
     never = thinker.generator.generate(PROMPTS, NEW, SAMPLED, SEED)
     for found, expected in zip(none, never, strict=True):
         assert (found.tokens, found.routed_fraction) == (expected.tokens, expected.routed_fraction)
@@ -189,9 +188,9 @@ def test_a_stream_with_an_end(thinker: Thinker, always: list[Generated]) -> None
     end = always[0].tokens[2]
     generator = Generator(thinker.model.decoder, thinker.params, (end,), thinking=THINKING)
     generator.warm_up(PROMPTS, NEW, SAMPLED, ALWAYS)
+    compiled = program_counts()
     bursts = list(generator.stream(PROMPTS, NEW, SAMPLED, SEED, burst=4, think=ALWAYS))
-    compiled: Any = generator._advance
-    assert compiled._cache_size() == 1
+    assert program_counts() == compiled
     assert len(bursts) == 2
     for row, whole in enumerate(always):
         last = whole.tokens.index(end) if end in whole.tokens else NEW
@@ -203,8 +202,8 @@ def test_a_stream_with_an_end(thinker: Thinker, always: list[Generated]) -> None
     state = generator.advance(generator.start(PROMPTS, NEW, SEED), NEW, SAMPLED, ALWAYS)
     assert state.record is not None
     first = always[0].tokens.index(end)
-    assert np.asarray(state.record.thinks_BxT[0]).tolist() == [step <= first for step in range(NEW)]
-    assert np.asarray(state.record.asked_BxT[0]).tolist() == [step <= first for step in range(NEW)]
+    assert np.asarray(state.record.thinks_BxT[0, :NEW]).tolist() == [step <= first for step in range(NEW)]
+    assert np.asarray(state.record.asked_BxT[0, :NEW]).tolist() == [step <= first for step in range(NEW)]
     assert not np.any(state.record.entropies_BxT[0, first + 1 :])
 
 
@@ -226,7 +225,7 @@ def test_bad_ways_of_thinking_are_refused(values: dict[str, Any], message: str) 
 def test_a_model_that_cannot_think_says_so_before_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model({"every": 0})
     generator = Generator(model.decoder, model.params, thinking=THINKING)
-    monkeypatch.setattr(generator, "_prefill", None)
+    monkeypatch.setattr("mod_star.decoding.programs.prefill", None)
     for ask in (generator.generate, generator.warm_up):
         with pytest.raises(InputError, match=r"^think\.when = 'always': must be never, the model has not learned to"):
             ask(PROMPTS, NEW, SAMPLED, think=ALWAYS)  # type: ignore[operator]

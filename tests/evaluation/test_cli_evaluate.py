@@ -15,7 +15,6 @@ from fork_server import shared_server, succeed
 
 from mod_star.calibration import Calibration, write_calibration
 from mod_star.cli import main
-from mod_star.decoding import Generator
 from mod_star.decoding.answers import HarnessNumber
 from mod_star.errors import InputError
 from mod_star.evaluation.intervals import accuracy
@@ -222,7 +221,7 @@ def test_bad_input(
     def trace(*_: Any, **__: Any) -> None:
         raise AssertionError("bad input must be found before anything is compiled")
 
-    monkeypatch.setattr(Generator, "_prefill_fn", trace)
+    monkeypatch.setattr("mod_star.decoding.programs.prefill", trace)
     monkeypatch.setattr("mod_star.commands.evaluate.keep_compiled_programs", lambda: None)
     good = ("--question", "{q}", "--answer", "{a}", "--kind", "number", "--new-tokens", "12")
     (tmp_path / "full").mkdir()

@@ -16,7 +16,7 @@ from conftest import make_batch, random_params
 from thinking_models import thinking_params
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
-from mod_star.decoding import Generator
+from mod_star.decoding import Generator, programs
 from mod_star.decoding.sampling import Sampling
 from mod_star.decoding.think import Think
 from mod_star.evaluation.score_batch import score_batch
@@ -118,14 +118,20 @@ class Programs:
 
     @cached_property
     def _prefilled(self) -> Any:
-        tokens, lengths = jnp.zeros((2, 8), jnp.int32), jnp.array([3, 8], jnp.int32)
-        prefill = jax.jit(self.generator._prefill_fn, static_argnames=("room", "slots", "branches"))
-        keys = jax.random.split(jax.random.key(0), 4)
-        return prefill.trace(self.generator._stacked, tokens, lengths, keys, room=4, slots=9, branches=2)
+        lengths, rows = np.array([3, 8], np.int32), np.arange(4, dtype=np.uint32)
+        prompts = programs.Prompts(
+            np.zeros((2, 8), np.int32), lengths, rows, np.int32(2), np.int32(4), jax.random.key(0)
+        )  # fmt: skip
+        model = (self.decoder, self.run.thinking, self.generator.params)
+        return programs.prefill.trace(*model, prompts, None, room=4, branches=2)  # type: ignore[attr-defined]
 
     def _decoding(self, think: Think) -> list[Product]:
-        advance = jax.jit(self.generator._advance_fn, static_argnames=("sampling", "think"))
-        arrays = (self.generator.params, self._prefilled.out_info, jnp.int32(4), jnp.float32(0))
+        static = ("decoder", "thinking", "sampling", "think")
+        advance = jax.jit(programs._advance, static_argnames=static)
+        number = np.float32(1)
+        bounds = programs.Bounds(np.int32(4), np.float32(0), number, number, np.full(8, -1, np.int32))
+        model = (self.decoder, self.run.thinking, self.generator.params)
+        arrays = (*model, self._prefilled.out_info, bounds, None)
         traced = advance.trace(*arrays, sampling=Sampling(top_k=3), think=think)
         return list(products(traced.lower(lowering_platforms=(self.platform,)).as_text()))
 
