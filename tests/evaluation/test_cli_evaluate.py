@@ -295,4 +295,4 @@ def test_an_evaluation_that_was_moved_goes_on(
     refused = evaluate(second, second.parent / data.name)
     assert "another configuration: " in refused and "data_sha256: " in refused
     refused = evaluate(second, data, "--step", "6")
-    assert "--step: null → 6" in refused and "checkpoint_sha256: " in refused
+    assert "--step: 12 → 6" in refused and "checkpoint_sha256: " in refused
