@@ -1,19 +1,21 @@
 """The command `mod-star`: finds the subcommand, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 training failed or what it needs can't be had now, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done, 1 training failed or what it needs can't be had now, 2 bad input, 129 SIGHUP, 130 Ctrl-C, 141 nobody
+reads its output any more, 143 SIGTERM.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 import mod_star
 from mod_star.errors import InputError
+from mod_star.streams import OutputError, usable_streams
 
 # A subcommand is a module of `mod_star.commands`, by the same name, and a line here.
 COMMANDS = {
@@ -47,16 +49,26 @@ Every command explains itself: mod-star COMMAND --help
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs `mod-star` with these arguments (None: the process's own) and exits."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        _run(argv)
-    except InputError as error:
-        _leave(error.exit_code, f"error: {_with_addresses(str(error))}")
-    except KeyboardInterrupt:
-        _leave(130, "aborted; what was saved before is kept")
-    except BrokenPipeError:  # as in `mod-star train --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    sys.exit(0)
+    with usable_streams() as output:
+        try:
+            try:
+                _run(argv)
+            finally:
+                output.flush()
+        except InputError as error:
+            _leave(error.exit_code, f"error: {_with_addresses(str(error))}")
+        except OutputError as error:  # as in `mod-star train --help | head`
+            _leave(141) if error.is_closed else _leave(1, f"error: {error}")
+        except OSError as error:  # of a file that nobody has said more about
+            where = f"{error.filename}: " if error.filename else ""
+            _leave(1, f"error: {_with_addresses(where)}{error.strerror or error}")
+        except KeyboardInterrupt:
+            _leave(130, "aborted; what was saved before is kept")
+        except Exception as error:
+            if (reason := _out_of_memory(error)) is None:
+                raise
+            _leave(1, f"error: out of memory: {reason}; mod-star plan says what a training needs")
+        sys.exit(0)
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -83,11 +95,20 @@ def _run(argv: Sequence[str]) -> None:
             _leave(1, f"error: {error.filename}: {error.strerror}")
 
 
+def _out_of_memory(error: Exception) -> str | None:
+    """What Python or XLA couldn't allocate, on one line; None: it is another error."""
+    if isinstance(error, MemoryError):
+        return str(error) or "of this machine"
+    exhausted = re.match(r"RESOURCE_EXHAUSTED: *([^\n]*)", str(error))
+    return exhausted[1] if exhausted and type(error).__name__ == "JaxRuntimeError" else None
+
+
 def _with_addresses(message: str) -> str:
     buckets = sys.modules.get("mod_star.buckets")
     return buckets.with_addresses(message) if buckets else message
 
 
-def _leave(code: int, message: str) -> NoReturn:
-    print(message, file=sys.stderr)
+def _leave(code: int, message: str = "") -> NoReturn:
+    if message:
+        print(message, file=sys.stderr)
     sys.exit(code)

@@ -34,9 +34,9 @@ class TrainOptions:
       mod-star train runs/fine --init-from runs/mine --data.source 'mail/*.txt' --optimizer.learning-rate 3e-4
       mod-star train runs/large --preset base --mesh.fsdp 4 --mesh.tensor 2
 
-    Interrupt it with Ctrl-C or SIGTERM: it finishes the step, saves, and the same command goes on from there, as if it
-    had never stopped. Every field below is part of the run: another value means another directory. Only --mesh and
-    --processes are not: a run may go on with other devices. With several processes, start the same command in each.
+    Interrupt it with Ctrl-C, SIGTERM or SIGHUP: it finishes the step, saves, and the same command goes on from there,
+    as if it had never stopped. Every field below is part of the run: another value means another directory. Only --mesh
+    and --processes are not: a run may go on with other devices. With several processes, start the same command in each.
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]

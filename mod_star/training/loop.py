@@ -91,8 +91,6 @@ class Sitting:
         """Trains what is left to train, evaluates, saves, draws the curves."""
         try:
             return self._run_to_end()
-        except BrokenPipeError:  # nobody reads what is printed any more: the command line's to deal with
-            raise
         except OSError as error:  # the disk is full, most likely
             raise TrainingError(
                 f"{error.filename or self.path}: {error.strerror or error}; {self._last_good()}. "
