@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import tyro
 
 from mod_star.errors import InputError, require
+from mod_star.home import cache_root
 
 Options = TypeVar("Options")
 
@@ -86,7 +87,9 @@ def keep_compiled_programs() -> None:
 
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX reads it itself
         return
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    root = cache_root()
+    if root is None:
+        return
     # A program compiled for one processor may not run on another that shares the home directory.
     processor = hashlib.sha256(_processor().encode()).hexdigest()[:12]
     directory = root / "mod_star" / f"jax-{jax.__version__}-{processor}"

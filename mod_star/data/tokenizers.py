@@ -23,6 +23,7 @@ from mod_star.data.special_tokens import (
 )
 from mod_star.data.templates import unicode_text
 from mod_star.errors import InputError, require
+from mod_star.home import expanded
 
 SAVED_NAME = "tokenizer.json"
 """Name of a tokenizer inside a run directory."""
@@ -163,7 +164,7 @@ class HuggingFaceTokenizer:
             content = source.content
         else:
             name = name or f"data.tokenizer = {str(source)!r}"
-            file = Path(source).expanduser()
+            file = expanded(source)
             file = file / SAVED_NAME if file.is_dir() else file
             # The files beside it belong to the one that has the usual name.
             directory = file.parent if file.name == SAVED_NAME else None

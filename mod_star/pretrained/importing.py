@@ -10,6 +10,7 @@ from typing import Literal
 
 from mod_star.config import DataConfig, RunConfig
 from mod_star.errors import InputError, require
+from mod_star.home import expanded
 from mod_star.pretrained.build import DENSE, build_params, check_source
 from mod_star.pretrained.hf_directory import download, open_hf
 from mod_star.pretrained.params_run import require_free, write_params_run
@@ -25,7 +26,7 @@ def open_source(spec: str) -> Source:
     Raises:
       InputError: it is none of these, damaged, or of a kind that is not supported.
     """
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if path.is_dir():
         return open_hf(path)
     if path.is_file():
