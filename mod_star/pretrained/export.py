@@ -13,6 +13,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 import tokenizers
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from mod_star.data import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
@@ -91,6 +92,8 @@ def export_model(
         _write_json(beside / "generation_config.json", tokens)
         _write_json(beside / CONFIG_NAME, hf_config(family, loaded.config.model) | tokens | {"torch_dtype": dtype})
         os.rename(beside, path)
+    except SafetensorError as error:  # what its `save_file` makes of an OSError
+        raise InputError(f"{path}: cannot be written: {error}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
