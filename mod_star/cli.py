@@ -10,6 +10,7 @@ import difflib
 import importlib
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -60,14 +61,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         except OutputError as error:  # as in `mod-star train --help | head`
             _leave(141) if error.is_closed else _leave(1, f"error: {error}")
         except OSError as error:  # of a file that nobody has said more about
-            where = f"{error.filename}: " if error.filename else ""
-            _leave(1, f"error: {_with_addresses(where)}{error.strerror or error}")
+            _leave(1, f"error: {_with_addresses(_described(error))}")
         except KeyboardInterrupt:
             _leave(130, "aborted; what was saved before is kept")
         except Exception as error:
-            if (reason := _out_of_memory(error)) is None:
-                raise
-            _leave(1, f"error: out of memory: {reason}; mod-star plan says what a training needs")
+            if reason := _out_of_memory(error):
+                _leave(1, f"error: out of memory: {reason}; mod-star plan says what a training needs")
+            if isinstance(error, ValueError) and _raised_in(error).endswith("jax/_src/config.py"):
+                _leave(2, f"error: {error}")  # a variable of JAX's, such as JAX_ENABLE_X64=maybe
+            raise
         sys.exit(0)
 
 
@@ -95,12 +97,25 @@ def _run(argv: Sequence[str]) -> None:
             _leave(1, f"error: {error.filename}: {error.strerror}")
 
 
+def _described(error: OSError) -> str:
+    """File and reason on one line."""
+    if isinstance(error, FileNotFoundError) and not error.filename:  # by getcwd(2), which a relative path asks
+        return "the current directory has been deleted"
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
 def _out_of_memory(error: Exception) -> str | None:
     """What Python or XLA couldn't allocate, on one line; None: it is another error."""
     if isinstance(error, MemoryError):
         return str(error) or "of this machine"
-    exhausted = re.match(r"RESOURCE_EXHAUSTED: *([^\n]*)", str(error))
-    return exhausted[1] if exhausted and type(error).__name__ == "JaxRuntimeError" else None
+    exhausted = re.search(r"RESOURCE_EXHAUSTED: *([^\n]*)|(Out of memory [^\n]*)", str(error))
+    return exhausted[1] or exhausted[2] if exhausted and type(error).__name__ == "JaxRuntimeError" else None
+
+
+def _raised_in(error: Exception) -> str:
+    """The file of the line that raised it."""
+    return traceback.extract_tb(error.__traceback__)[-1].filename
 
 
 def _with_addresses(message: str) -> str:

@@ -60,7 +60,7 @@ def all_devices() -> list[jax.Device]:
     try:
         return list(jax.devices())
     except Exception as error:  # a RuntimeError; where it has tried nothing an AssertionError, without asserts any
-        platforms = jax.config.jax_platforms
+        platforms = getattr(jax.config, "jax_platforms", None)
         named = f"JAX_PLATFORMS = {platforms!r}" if platforms else "JAX"
         reason = " ".join(str(error).split())[:300] if isinstance(error, RuntimeError) else ""
         reason = reason or "nothing that JAX has installed gives it such a device"

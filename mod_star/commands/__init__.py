@@ -25,6 +25,9 @@ from mod_star.home import cache_root
 
 Options = TypeVar("Options")
 
+LEAST_COLUMNS = 40
+"""Of help."""
+
 
 def parse_options(kind: type[Options], argv: Sequence[str], prog: str, default: Any = None) -> Options:
     """Reads a dataclass from a command line: its docstring is the help, its fields the options.
@@ -43,7 +46,7 @@ def parse_options(kind: type[Options], argv: Sequence[str], prog: str, default: 
     """
     errors = io.StringIO()
     # tyro draws boxes as wide as the terminal; without line breaks they are easy to make one line of.
-    with contextlib.redirect_stderr(errors), _environment(COLUMNS=None if _wants_help(argv) else "10000"):
+    with contextlib.redirect_stderr(errors), _environment(COLUMNS=_columns(_wants_help(argv))):
         try:
             return tyro.cli(
                 kind,
@@ -104,6 +107,14 @@ def _processor() -> str:
         wanted = ("model name", "flags", "Features", "CPU part")
         return "".join(sorted({line for line in file if line.startswith(wanted)}))
     return f"{platform.machine()} {platform.processor()}"
+
+
+def _columns(helping: bool) -> str | None:
+    """What COLUMNS is to be; None: what it is. tyro takes minutes over help in boxes of a column or two."""
+    if not helping:
+        return "10000"
+    given = os.environ.get("COLUMNS", "")
+    return str(LEAST_COLUMNS) if given.isdecimal() and 0 < int(given) < LEAST_COLUMNS else None
 
 
 def _wants_help(argv: Sequence[str]) -> bool:

@@ -96,8 +96,8 @@ def _steps(text: str) -> range:
 
 def _show_unraisable(others: Callable[[Any], object], error: Any) -> None:
     """Leaves out what says nothing: tensorstore tells every write that ends after one has failed (the disk is full) to
-    an event loop that is gone."""
-    if str(error.exc_value) != "Event loop is closed":
+    an event loop that is gone; and one that could not be made (too many files are open) fails again when it goes."""
+    if str(error.exc_value) != "Event loop is closed" and "'_ssock'" not in str(error.exc_value):
         others(error)
 
 

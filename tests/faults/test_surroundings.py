@@ -47,7 +47,7 @@ def straight(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return straight_run(server, tmp_path_factory.mktemp("runs") / "straight", RUN)
 
 
-@pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP", "ENOSYS", "EIO"])
+@pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP"])
 def test_a_file_system_without_locks(server: Server, straight: Path, tmp_path: Path, name: str) -> None:
     run, number = tmp_path / "run", getattr(errno, name)
     finished = server.run("train", str(run), *RUN, before=NO_LOCKS.format(number=number))
@@ -89,18 +89,54 @@ def test_where_home_and_caches_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     for named in ("", "not/absolute"):
         monkeypatch.setenv("HOME", named)
-        monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])
+        monkeypatch.setattr("pwd.getpwuid", dict[int, object]().__getitem__)
         assert home() is cache_root() is None
 
 
 @pytest.mark.parametrize("words", [[], ["-O"]], ids=["asserts", "-O"])
-def test_a_platform_that_is_not_there(trained_run: Path, words: list[str]) -> None:
-    command = [sys.executable, *words, "-m", "mod_star", "routes", str(trained_run), "--text", "a"]
+def test_a_platform_that_is_not_there(trained_run: Path, tmp_path: Path, words: list[str]) -> None:
+    routes, train = ["routes", str(trained_run), "--text", "a"], ["train", str(tmp_path / "run"), *RUN]
+    command = [sys.executable, *words, "-m", "mod_star", *(routes if words else train)]
     environment = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("error: JAX_PLATFORMS = 'cuda': cannot be used here: ")
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_a_current_directory_that_is_gone(server: Server, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    finished = server.run("train", "run", *RUN, before=f"os.chdir({str(gone)!r}); os.rmdir({str(gone)!r})")
+    assert (finished.code, finished.err) == (1, "error: the current directory has been deleted\n")
+
+
+def test_variables_that_nobody_understands(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mod_star", "routes", str(tmp_path), "--text", "a"]
+    environment = os.environ | {"JAX_ENABLE_X64": "maybe", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    told = "error: invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "wide"])
+def test_help_on_a_terminal_of_any_width(server: Server, columns: str) -> None:
+    finished = server.run("sample", "--help", environment={"COLUMNS": columns})
+    assert (finished.code, finished.err) == (0, "") and "--new-tokens" in finished.out
+
+
+def test_out_of_memory(server: Server, tmp_path: Path) -> None:
+    exhausted = (
+        "import mod_star.training.train as t, jax\ndef fail(*_, **__): raise {error}\nt.Sitting.run_to_end = fail"
+    )
+    for error, told in (
+        ("jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of 8 TB.\\n\\ndetails')", "Out of 8 TB."),
+        ("jax.errors.JaxRuntimeError('INTERNAL: x: Out of memory for 9 B.')", "Out of memory for 9 B."),
+        ("MemoryError()", "of this machine"),
+    ):
+        finished = server.run("train", tmp_path / "run", *RUN, before=exhausted.format(error=error))
+        told = f"error: out of memory: {told}; mod-star plan says what a training needs\n"
+        assert (finished.code, finished.err) == (1, told)
 
 
 def test_why_there_are_no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
