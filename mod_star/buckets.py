@@ -13,7 +13,6 @@ own, for which everything would have to be read back (Google keeps its own, of e
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -26,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from mod_star.errors import InputError, UnavailableError
-from mod_star.locks import LOCK_FILE, is_locked
+from mod_star.home import cache_root
+from mod_star.locks import LOCK_FILE, is_locked, wait_for_lock
 from mod_star.training.stored_config import (
     CONFIG_FILE,
     DATA_FILE,
@@ -161,7 +161,9 @@ def working_copy(path: str | Path) -> Path:
         shown = " ".join(repr(character)[1:-1] for character in dict.fromkeys(odd))
         raise InputError(f"{address!r}: has {shown} in it, which stand for a pattern there; choose another name")
     files = file_system(address)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    cache = cache_root()
+    if cache is None:
+        raise InputError(f"{address}: needs a directory for a working copy: set HOME or XDG_CACHE_HOME")
     local = cache / "mod_star" / "runs" / hashlib.sha256(address.encode()).hexdigest()[:12] / address.rpartition("/")[2]
     with bucket_input(address):
         local.mkdir(parents=True, exist_ok=True)
@@ -283,7 +285,7 @@ def _version(about: dict[str, Any]) -> str:
 def _alone(local: Path) -> Iterator[None]:
     """Keeps other processes from fetching or bringing back this working copy meanwhile."""
     with (local / FETCHING_FILE).open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        wait_for_lock(file, str(local))
         yield
 
 

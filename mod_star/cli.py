@@ -1,19 +1,22 @@
 """The command `mod-star`: finds the subcommand, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 training failed or what it needs can't be had now, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done, 1 training failed or what it needs can't be had now, 2 bad input, 129 SIGHUP, 130 Ctrl-C, 141 nobody
+reads its output any more, 143 SIGTERM.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import os
+import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 import mod_star
 from mod_star.errors import InputError
+from mod_star.standard_streams import OutputError, usable_streams
 
 # A subcommand is a module of `mod_star.commands`, by the same name, and a line here.
 COMMANDS = {
@@ -48,16 +51,27 @@ Every command explains itself: mod-star COMMAND --help
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs `mod-star` with these arguments (None: the process's own) and exits."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        _run(argv)
-    except InputError as error:
-        _leave(error.exit_code, f"error: {_with_addresses(str(error))}")
-    except KeyboardInterrupt:
-        _leave(130, "aborted; what was saved before is kept")
-    except BrokenPipeError:  # as in `mod-star train --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    sys.exit(0)
+    with usable_streams() as output:
+        try:
+            try:
+                _run(argv)
+            finally:
+                output.flush()
+        except InputError as error:
+            _leave(error.exit_code, f"error: {_with_addresses(str(error))}")
+        except OutputError as error:  # as in `mod-star train --help | head`
+            _leave(141) if error.is_closed else _leave(1, f"error: {error}")
+        except OSError as error:  # of a file that nobody has said more about
+            _leave(1, f"error: {_with_addresses(_described(error))}")
+        except KeyboardInterrupt:
+            _leave(130, "aborted; what was saved before is kept")
+        except Exception as error:
+            if reason := _out_of_memory(error):
+                _leave(1, f"error: out of memory: {reason}; mod-star plan says what a training needs")
+            if isinstance(error, ValueError) and _raised_in(error).endswith("jax/_src/config.py"):
+                _leave(2, f"error: {error}")  # a variable of JAX's, such as JAX_ENABLE_X64=maybe
+            raise
+        sys.exit(0)
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -84,11 +98,33 @@ def _run(argv: Sequence[str]) -> None:
             _leave(1, f"error: {error.filename}: {error.strerror}")
 
 
+def _described(error: OSError) -> str:
+    """File and reason on one line."""
+    if isinstance(error, FileNotFoundError) and not error.filename:  # by getcwd(2), which a relative path asks
+        return "the current directory has been deleted"
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """What Python or XLA couldn't allocate, on one line; None: it is another error."""
+    if isinstance(error, MemoryError):
+        return str(error) or "of this machine"
+    exhausted = re.search(r"RESOURCE_EXHAUSTED: *([^\n]*)|(Out of memory [^\n]*)", str(error))
+    return exhausted[1] or exhausted[2] if exhausted and type(error).__name__ == "JaxRuntimeError" else None
+
+
+def _raised_in(error: Exception) -> str:
+    """The file of the line that raised it."""
+    return traceback.extract_tb(error.__traceback__)[-1].filename
+
+
 def _with_addresses(message: str) -> str:
     buckets = sys.modules.get("mod_star.buckets")
     return buckets.with_addresses(message) if buckets else message
 
 
-def _leave(code: int, message: str) -> NoReturn:
-    print(message, file=sys.stderr)
+def _leave(code: int, message: str = "") -> NoReturn:
+    if message:
+        print(message, file=sys.stderr)
     sys.exit(code)

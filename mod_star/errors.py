@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class InputError(ValueError):
     """Bad input from the user: a configuration value, a file, a checkpoint.
@@ -20,6 +24,15 @@ class UnavailableError(InputError):
     """
 
     exit_code = 1
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Makes an UnavailableError that names the file of an OSError: a full disk, a quota, a right that is missing."""
+    try:
+        yield
+    except OSError as error:
+        raise UnavailableError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def require(condition: bool, field: str, value: object, allowed: str) -> None:

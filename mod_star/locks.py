@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from mod_star.errors import InputError
 
@@ -21,6 +23,8 @@ def locked(path: Path, doing: str = "training", name: str | None = None) -> Iter
       doing: what the other process would be doing, for the error message.
       name: what the message calls the directory; None: its path.
 
+    Where the file system has no locks, a note on standard error says so, and nothing is kept out.
+
     Raises:
       InputError: another process holds it, or the directory isn't writable.
     """
@@ -32,8 +36,10 @@ def locked(path: Path, doing: str = "training", name: str | None = None) -> Iter
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # over NFS it is the lock of fcntl(2), which may be refused so
             raise InputError(f"{name}: another process is {doing} here") from None
+        except OSError as error:
+            _tell_of_no_locks(name, error, f"nothing keeps a second process from {doing} here at the same time")
         yield
 
 
@@ -44,6 +50,26 @@ def is_locked(path: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         return True
+    except OSError:  # no locks here
+        return False
     return False
+
+
+def wait_for_lock(file: IO[str], name: str) -> None:
+    """Waits until no other process holds an open file, and holds it until it is closed.
+
+    Args:
+      file: open for writing.
+      name: what the note calls it if there are no locks on its file system.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        _tell_of_no_locks(name, error, "nothing keeps other processes from writing to it at the same time")
+
+
+def _tell_of_no_locks(name: str, error: OSError, consequence: str) -> None:
+    """Says what is missing: some network file systems, and FUSE, have no locks (ENOLCK, EOPNOTSUPP, ENOSYS)."""
+    print(f"note: {name}: its file system has no locks ({error.strerror}): {consequence}", file=sys.stderr)

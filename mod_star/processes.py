@@ -125,7 +125,11 @@ def leave(code: int) -> NoReturn:
     With several processes at once: on a usual exit JAX would wait for the others, which wait for this one. They notice
     that it is gone after `HEARTBEAT_SECONDS`.
     """
-    if jax.process_count() == 1:
+    try:
+        alone = jax.process_count() == 1
+    except Exception:  # that is the error: JAX has no devices, whatever it raises then
+        alone = not jax.distributed.is_initialized()
+    if alone:
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -23,7 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mod_star.config import ModelConfig, RunConfig
 from mod_star.devices_config import MeshConfig
-from mod_star.errors import InputError
+from mod_star.errors import InputError, UnavailableError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -51,13 +51,29 @@ that no rule speaks of (a user's own parts) are cut up along their largest dimen
 """
 
 
+def all_devices() -> list[jax.Device]:
+    """The devices of all processes. Starts JAX's backend, if nothing has.
+
+    Raises:
+      UnavailableError: JAX can't use the platform that JAX_PLATFORMS names, or none.
+    """
+    try:
+        return list(jax.devices())
+    except Exception as error:  # a RuntimeError; where it has tried nothing an AssertionError, without asserts any
+        platforms = getattr(jax.config, "jax_platforms", None)
+        named = f"JAX_PLATFORMS = {platforms!r}" if platforms else "JAX"
+        reason = " ".join(str(error).split())[:300] if isinstance(error, RuntimeError) else ""
+        reason = reason or "nothing that JAX has installed gives it such a device"
+        raise UnavailableError(f"{named}: cannot be used here: {reason}") from error
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all the devices (those of all processes by default), neighbours along tensor close to one another.
 
     Raises:
       InputError: the axes don't multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     count, inner = len(devices), config.fsdp * config.tensor
     asked = f"data {config.data or '?'} x fsdp {config.fsdp} x tensor {config.tensor}"
     data = config.data or count // inner
@@ -77,7 +93,7 @@ def make_small_mesh(config: MeshConfig) -> Mesh | None:
     Raises:
       InputError: there are too few devices.
     """
-    devices = jax.devices()
+    devices: Sequence[jax.Device] = all_devices()
     if config.data:
         devices = devices[: config.data * config.fsdp * config.tensor]
     mesh = make_mesh(config, devices)

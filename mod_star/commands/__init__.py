@@ -21,8 +21,12 @@ from typing import Any, TypeVar
 import tyro
 
 from mod_star.errors import InputError, require
+from mod_star.home import cache_root
 
 Options = TypeVar("Options")
+
+LEAST_COLUMNS = 40
+"""Of help."""
 
 
 def parse_options(kind: type[Options], argv: Sequence[str], prog: str, default: Any = None) -> Options:
@@ -42,7 +46,7 @@ def parse_options(kind: type[Options], argv: Sequence[str], prog: str, default: 
     """
     errors = io.StringIO()
     # tyro draws boxes as wide as the terminal; without line breaks they are easy to make one line of.
-    with contextlib.redirect_stderr(errors), _environment(COLUMNS=None if _wants_help(argv) else "10000"):
+    with contextlib.redirect_stderr(errors), _environment(COLUMNS=_columns(_wants_help(argv))):
         try:
             return tyro.cli(
                 kind,
@@ -86,7 +90,9 @@ def keep_compiled_programs() -> None:
 
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX reads it itself
         return
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    root = cache_root()
+    if root is None:
+        return
     # A program compiled for one processor may not run on another that shares the home directory.
     processor = hashlib.sha256(_processor().encode()).hexdigest()[:12]
     directory = root / "mod_star" / f"jax-{jax.__version__}-{processor}"
@@ -101,6 +107,14 @@ def _processor() -> str:
         wanted = ("model name", "flags", "Features", "CPU part")
         return "".join(sorted({line for line in file if line.startswith(wanted)}))
     return f"{platform.machine()} {platform.processor()}"
+
+
+def _columns(helping: bool) -> str | None:
+    """What COLUMNS is to be; None: what it is. tyro takes minutes over help in boxes of a column or two."""
+    if not helping:
+        return "10000"
+    given = os.environ.get("COLUMNS", "")
+    return str(LEAST_COLUMNS) if given.isdecimal() and 0 < int(given) < LEAST_COLUMNS else None
 
 
 def _wants_help(argv: Sequence[str]) -> bool:

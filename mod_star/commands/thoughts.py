@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from mod_star.commands import keep_compiled_programs, parse_options, require_writable, with_working_copy
-from mod_star.errors import InputError, require
+from mod_star.errors import InputError, require, writing
 
 HTML_FILE = "thoughts.html"
 
@@ -65,7 +65,8 @@ def run(argv: Sequence[str]) -> None:
         thoughts = thoughts_of(loaded, text, options.temperature, options.seed)
     console = Console(highlight=False)
     console.print(thoughts_text(thoughts))
-    page.parent.mkdir(parents=True, exist_ok=True)
     title = f"Thoughts of {options.run.absolute().name}, step {loaded.step}"
-    page.write_text(thoughts_html(thoughts, title), encoding="utf-8")
+    with writing(page):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(thoughts_html(thoughts, title), encoding="utf-8")
     console.print(f"page: {page}", markup=False, soft_wrap=True)

@@ -34,9 +34,9 @@ class TrainOptions:
       mod-star train runs/fine --init-from runs/mine --data.source 'mail/*.txt' --optimizer.learning-rate 3e-4
       mod-star train runs/large --preset base --mesh.fsdp 4 --mesh.tensor 2
 
-    Interrupt it with Ctrl-C or SIGTERM: it finishes the step, saves, and the same command goes on from there, as if it
-    had never stopped. Every field below is part of the run: another value means another directory. Only --mesh and
-    --processes are not: a run may go on with other devices. With several processes, start the same command in each.
+    Interrupt it with Ctrl-C, SIGTERM or SIGHUP: it finishes the step, saves, and the same command goes on from there,
+    as if it had never stopped. Every field below is part of the run: another value means another directory. Only --mesh
+    and --processes are not: a run may go on with other devices. With several processes, start the same command in each.
     More --train.steps make a run longer, where the learning rate so far did not depend on their number: constant, or
     wsd before its decay. Data that has changed is told, and refused.
     """
@@ -102,8 +102,8 @@ def _steps(text: str) -> range:
 
 def _show_unraisable(others: Callable[[Any], object], error: Any) -> None:
     """Leaves out what says nothing: tensorstore tells every write that ends after one has failed (the disk is full) to
-    an event loop that is gone."""
-    if str(error.exc_value) != "Event loop is closed":
+    an event loop that is gone; and one that could not be made (too many files are open) fails again when it goes."""
+    if str(error.exc_value) != "Event loop is closed" and "'_ssock'" not in str(error.exc_value):
         others(error)
 
 

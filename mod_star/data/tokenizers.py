@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from mod_star.data.tokenizer_files import (
     read_tokenizer_directory,
 )
 from mod_star.errors import InputError, require
+from mod_star.home import expanded
 
 SAVED_NAME = "tokenizer.json"
 """Name of a tokenizer inside a run directory."""
@@ -175,7 +175,7 @@ class HuggingFaceTokenizer:
             content = source.content
         else:
             name = name or f"data.tokenizer = {str(source)!r}"
-            file = Path(os.path.expanduser(source))
+            file = expanded(source)
             file = file / SAVED_NAME if file.is_dir() else file
             # The files beside it belong to the one that has the usual name.
             directory = file.parent if file.name == SAVED_NAME else None

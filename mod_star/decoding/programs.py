@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mod_star import streams
+from mod_star import random_streams
 from mod_star.config import ThinkingConfig
 from mod_star.decoding.caches import Cache, full_cache, in_place_options, routed_cache, text_of
 from mod_star.decoding.sampling import Sampling, draw, log_prob_and_gap, ranked_tokens
@@ -213,7 +213,7 @@ def think_in(
     """Logits and record of the next step, see `think_step`."""
 
     def key_of(key: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(key, streams.THOUGHTS), state.step)
+        return jax.random.fold_in(jax.random.fold_in(key, random_streams.THOUGHTS), state.step)
 
     text = text_of(decoder.routing, state.caches, state.lengths_B, state.step)
     return think_step(

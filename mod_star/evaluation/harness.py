@@ -37,6 +37,17 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names of the most new tokens in generation_kwargs; the first that is there counts."""
 DRAWS = ("do_sample", "temperature", "top_k", "top_p")
+ONE_VALUE: dict[str, float] = {
+    "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "n": 1, "best_of": 1, "diversity_penalty": 0,
+    "repetition_penalty": 1, "encoder_repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0,
+    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "penalty_alpha": 0, "min_length": 0,
+    "min_new_tokens": 0, "min_tokens": 0,
+}  # fmt: skip
+"""Options of transformers and vLLM whose value that changes nothing is taken; we have nothing for the others."""
+OF_DRAWS: dict[str, float] = {"min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
+"""The same of options that only draws ask for: where nothing is drawn any value changes nothing."""
+WITHOUT_EFFECT = ("use_cache", "pad_token_id", "length_penalty", "early_stopping")
+"""Options that change no text of a single beam."""
 _log = logging.getLogger(__name__)
 
 
@@ -229,15 +240,16 @@ class HarnessModel:
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        options = [generation_options(requests[indices[0]].args[1], self._max_gen_toks) for indices in groups.values()]
+        for _, new_tokens, _ in options:  # of all of them, before hours go into the first
+            allowed = f"must be below the longest text, {self._max_length} tokens"
+            require(new_tokens < self._max_length, "max_gen_toks", new_tokens, allowed)
         results = [""] * len(requests)
         done = 0
         with _Bar("texts", len(requests), disable_tqdm) as bar:
-            for indices in groups.values():
+            for indices, (stop, new_tokens, sampling) in zip(groups.values(), options, strict=True):
                 given = requests[indices[0]].args[1]
-                stop, new_tokens, sampling = generation_options(given, self._max_gen_toks)
                 room = self._max_length - new_tokens
-                allowed = f"must be below the longest text, {self._max_length} tokens"
-                require(room >= 1, "max_gen_toks", new_tokens, allowed)
                 prompts = [requests[index].args[0] for index in indices]
                 encoded = [self.tok_encode(prompt) for prompt in prompts]
                 self._tell_of_cuts(len(ids) + new_tokens for ids in encoded)
@@ -277,26 +289,44 @@ def generation_options(given: Mapping[str, Any], max_gen_toks: int) -> tuple[lis
     """Stop strings, most new tokens and way of drawing from a task's `generation_kwargs`.
 
     do_sample false is greedy whatever the temperature; without do_sample a temperature above 0 samples; with it the
-    temperature is 1 if none is given.
+    temperature is 1 if none is given. An option that is None is not given.
 
     Raises:
-      InputError: an option that is not known, or its value is no good.
+      InputError: an option that is not known, or its value is no good or asks for what we don't have.
     """
+    given = {name: value for name, value in given.items() if value is not None}
     known = ("until", *LENGTHS, *DRAWS)
-    if odd := [name for name in given if name not in known]:
+    fixed = {name: value for name, value in (ONE_VALUE | OF_DRAWS).items() if name in given}
+    if odd := [name for name in given if name not in (*known, *fixed, *WITHOUT_EFFECT)]:
         raise InputError(f"generation_kwargs.{odd[0]} = {given[odd[0]]!r}: unknown; there are {', '.join(known)}")
     until = given.get("until") or []
     stop = [until] if isinstance(until, str) else list(until)
     fine = all(isinstance(text, str) and text for text in stop)
     require(fine, "generation_kwargs.until", until, "must be texts that are not empty")
-    length = next((given[name] for name in LENGTHS if given.get(name) is not None), max_gen_toks)
-    fine = isinstance(length, int) and length >= 1
-    require(fine, "generation_kwargs.max_gen_toks", length, "must be a positive integer")
+    named = next((name for name in LENGTHS if name in given), "max_gen_toks")
+    length = given.get(named, max_gen_toks)
+    fine = isinstance(length, int) and not isinstance(length, bool) and length >= 1
+    require(fine, f"generation_kwargs.{named}", length, "must be a positive integer")
     do_sample = given.get("do_sample")
+    require(do_sample in (None, True, False), "generation_kwargs.do_sample", do_sample, "must be true or false")
+    for name in ("temperature", "top_k", "top_p"):
+        _require_number(name, given.get(name, 0))
     temperature = float(given.get("temperature", 1.0 if do_sample else 0.0))
-    if do_sample is False or temperature == 0:
+    greedy = (do_sample is not None and not do_sample) or temperature == 0
+    for name, value in fixed.items():
+        _require_number(name, given[name])
+        if not (greedy and name in OF_DRAWS):
+            require(given[name] == value, f"generation_kwargs.{name}", given[name], f"must be {value}")
+    if greedy:
         return stop, length, Sampling(temperature=0)
-    return stop, length, Sampling(temperature, int(given.get("top_k") or 0), float(given.get("top_p") or 1.0))
+    top_k = int(given.get("top_k", 0))
+    # vLLM calls all tokens -1.
+    return stop, length, Sampling(temperature, 0 if top_k == -1 else top_k, float(given.get("top_p", 1.0)))
+
+
+def _require_number(name: str, value: Any) -> None:
+    fine = isinstance(value, int | float) and not isinstance(value, bool)
+    require(fine, f"generation_kwargs.{name}", value, "must be a number")
 
 
 class _Bar(Progress):

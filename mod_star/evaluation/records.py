@@ -13,11 +13,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mod_star.errors import InputError
+from mod_star.errors import InputError, writing
 from mod_star.locks import LOCK_FILE, locked
 
 CONFIG_FILE, RECORDS_FILE, RESULTS_FILE = "config.json", "records.jsonl", "results.json"
@@ -43,13 +43,15 @@ class Records:
         """Appends a record, which has an "id" that none before it has."""
         if record["id"] in self.by_id:
             raise ValueError(f"there is a record of {record['id']!r} already")
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(_json(record) + "\n")
+            self._file.flush()
         self.by_id[record["id"]] = record
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with suppress(OSError):  # of a record that could not be written, which has been told
+            self._file.close()
 
     def _read(self) -> None:
         data = self._path.read_bytes()
@@ -76,7 +78,8 @@ def open_records(directory: Path, config: Mapping[str, Any]) -> Iterator[Records
 
     Raises:
       InputError: the directory holds an evaluation of another configuration (the message says what differs), something
-        else, or a record that can't be read; it can't be written, or another process is evaluating there.
+        else, or a record that can't be read; another process is evaluating there; or it can't be written, now or when
+        a record is added.
     """
     require_evaluation(directory, config)
     name = f"--out = {str(directory)!r}"
@@ -145,8 +148,15 @@ def _lies_in(directory: Path, run: Path) -> bool:
 def write_json(path: Path, content: Any) -> None:
     """Writes a file aside and moves it into place."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    with writing(path):
+        beside.write_text(_json(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+
+
+def _json(content: Any, indent: int | None = None) -> str:
+    """JSON in UTF-8, but for what has no place there, such as the name of a file that is no text: that is escaped."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _value(config: Mapping[str, Any], name: str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from flax import struct
 
-from mod_star import streams
+from mod_star import random_streams
 from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.model.layers import Params, fan_in_normal
 from mod_star.model.linear import linear
@@ -181,7 +181,7 @@ def position_noise(key: jax.Array, positions_S: jax.Array) -> jax.Array:
 
     From a stream of its own: whatever else is drawn from `key`, or from a key of the same seed, tells nothing of it.
     """
-    key = jax.random.fold_in(key, streams.ROUTING_NOISE)
+    key = jax.random.fold_in(key, random_streams.ROUTING_NOISE)
 
     def noise(position: jax.Array) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(key, position), (), jnp.float32)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,14 +22,22 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from mod_star.errors import InputError
+from mod_star.home import expanded
 
 LONGEST_HEADER = 64 * 2**20
 """Bytes. Vocabularies of 256k tokens with their merges take about 12 MiB; more than this is damage."""
 _MAGIC = b"GGUF"
+_OLDER = {b"lmgg": "GGML", b"fmgg": "GGMF", b"tjgg": "GGJT", b"algg": "GGLA"}
+"""First bytes of the formats before GGUF, which no longer are written."""
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "|b1", 10: "<u8", 11: "<i8", 12: "<f8"
 }  # fmt: skip
+_REMOVED = {
+    4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+}  # fmt: skip
+"""Types that files once had: llama.cpp gave them up, and nothing reads them any more."""
 _MAX_DIMENSIONS = 4
 _LEAST_ENTRY, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8  # bytes that an entry, a tensor's description take at least
 
@@ -65,10 +72,11 @@ def read_gguf(path: str | Path) -> GgufFile:
     """Opens a GGUF file and reads its header.
 
     Raises:
-      InputError: there is no such file, it is no GGUF file, or it is damaged: cut short, or a count, length, offset,
-        type or name that can't be. Takes little more memory than the header has bytes, whatever it says.
+      InputError: there is no such file; it is no GGUF file; a type in it was given up or isn't known yet; or it is
+        damaged: cut short, or a count, length, offset or name that can't be. Takes little more memory than the header
+        has bytes, whatever it says.
     """
-    path = Path(os.path.expanduser(path))
+    path = expanded(path)
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -104,6 +112,10 @@ class _Cursor:
 
     def fail(self, reason: str) -> InputError:
         return InputError(f"{self._path}: damaged GGUF file: {reason}")
+
+    def refuse(self, reason: str) -> InputError:
+        """For what may be right and can't be read here."""
+        return InputError(f"{self._path}: {reason}")
 
     def check(self, count: int, what: str) -> None:
         """Raises InputError unless `count` more bytes are there."""
@@ -160,13 +172,15 @@ class _Cursor:
         if kind in _SCALARS:
             return self._numbers(kind, 1, what)[0].item()
         if kind != _ARRAY:
-            raise self.fail(f"{what} has the unknown type {kind}")
+            raise self.refuse(f"{what} has the unknown type {kind}: the file is of a newer format, or damaged")
         kind, count = self.number("<u4", what), self.number("<u8", what)
         if kind == _STRING:
             return self.strings(count, what)
         if kind in _SCALARS:
             return self._numbers(kind, count, what)
-        raise self.fail(f"{what} is an array of {'arrays' if kind == _ARRAY else f'the unknown type {kind}'}")
+        if kind == _ARRAY:
+            raise self.refuse(f"{what} is an array of arrays, which is not supported")
+        raise self.refuse(f"{what} is an array of the unknown type {kind}: the file is of a newer format, or damaged")
 
     def _numbers(self, kind: int, count: int, what: str) -> np.ndarray:
         dtype = np.dtype(_SCALARS[kind])
@@ -179,12 +193,14 @@ class _Cursor:
 def _check_magic(cursor: _Cursor) -> None:
     magic = cursor.take(min(4, cursor.size), "the magic number")
     if magic != _MAGIC:
-        raise InputError(f"{cursor._path}: is not a GGUF file (it begins with {magic!r}, not {_MAGIC!r})")
+        if magic in _OLDER:
+            raise cursor.refuse(f"is a {_OLDER[magic]} file, from before GGUF: convert the model's original anew")
+        raise cursor.refuse(f"is not a GGUF file (it begins with {magic!r}, not {_MAGIC!r})")
     version = cursor.number("<u4", "the version")
     if version & 0xFFFF == 0 and version:
-        raise InputError(f"{cursor._path}: is a big-endian GGUF file, which is not supported (little-endian is)")
+        raise cursor.refuse("is a big-endian GGUF file, which is not supported (little-endian is)")
     if version not in (2, 3):
-        raise InputError(f"{cursor._path}: is of GGUF version {version}, which is not supported (2 and 3 are)")
+        raise cursor.refuse(f"is of GGUF version {version}, which is not supported (2 and 3 are)")
 
 
 def _describe(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
@@ -211,7 +227,7 @@ def _place(
             kind = GGMLQuantizationType(kind_number)
             block, block_bytes = GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError):
-            raise cursor.fail(f"{what} has the unknown type {kind_number}") from None
+            raise cursor.refuse(_unknown_type(what, kind_number)) from None
         if 0 in shape or shape[-1] % block:
             raise cursor.fail(f"{what} has shape {shape}, which {kind.name} can't have (its blocks are of {block})")
         size = math.prod(shape) // block * block_bytes  # Python's numbers do not overflow
@@ -228,6 +244,14 @@ def _place(
         if before.start + before.size > after.start:
             raise cursor.fail(f"tensors {_short(before.name)} and {_short(after.name)} overlap")
     return tensors
+
+
+def _unknown_type(what: str, number: int) -> str:
+    if name := _REMOVED.get(number):
+        return f"{what} has type {name} ({number}), which llama.cpp has removed: convert the model's original anew"
+    known = max(GGMLQuantizationType)
+    newest = f"the package gguf knows types up to {known.value} ({known.name})"
+    return f"{what} has the unknown type {number}: {newest}; the file is of a newer format, or damaged"
 
 
 def _short(value: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Literal
 from mod_star.config import DataConfig, RunConfig
 from mod_star.data import HuggingFaceTokenizer
 from mod_star.errors import InputError, require
+from mod_star.home import expanded
 from mod_star.pretrained.build import DENSE, build_params, check_source
 from mod_star.pretrained.fit_tokenizer import token_without_row
 from mod_star.pretrained.hf_config import CONFIG_NAME
@@ -29,7 +29,7 @@ def open_source(spec: str) -> Source:
     Raises:
       InputError: it is none of these, damaged, or of a kind that is not supported.
     """
-    path = Path(os.path.expanduser(spec))
+    path = expanded(spec)
     if path.is_dir():
         if not (path / CONFIG_NAME).is_file() and (files := sorted(path.glob("*.gguf"))):
             names = ", ".join(file.name for file in files[:3])

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mod_star import streams
+from mod_star import random_streams
 from mod_star.config import RoutingConfig, RunConfig
 from mod_star.errors import InputError, require
 from mod_star.model.parts import DEFAULT_PARTS
@@ -94,7 +94,7 @@ def upcycled_params(params: dict[str, Any], run: RunConfig) -> dict[str, Any]:
         name: jax.tree.map(lambda leaf, i=i: leaf[i :: len(names)], dense)  # type: ignore[misc]
         for i, name in enumerate(names)
     }
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(run.train.seed), streams.UPCYCLING), G)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(run.train.seed), random_streams.UPCYCLING), G)
     predictor = jax.vmap(lambda key: predictor_init(key, model, routing))(keys)
     groups["routed"] |= {
         "router": {"weight": jnp.zeros((G, model.width), jnp.float32)},

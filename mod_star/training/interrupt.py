@@ -1,4 +1,4 @@
-"""Why a training ends before its last step: SIGTERM and Ctrl-C, as a wish to stop after the current step; errors."""
+"""Why a training ends early: SIGTERM, SIGHUP and Ctrl-C, as a wish to stop after the current step; errors."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C ended training after a whole step; everything is saved.
+    """SIGTERM, SIGHUP or Ctrl-C ended training after a whole step; everything is saved.
 
     Attributes:
       signal: number of the signal.
@@ -40,9 +40,13 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
             raise KeyboardInterrupt
         received.append(number)
         if number == signal.SIGINT:  # someone is watching. Not print: a handler may interrupt one.
-            os.write(2, b"\nstopping after this step; Ctrl-C again aborts at once\n")
+            with suppress(OSError):  # or nobody any more
+                os.write(2, b"\nstopping after this step; Ctrl-C again aborts at once\n")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it: the terminal may go
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield lambda: received[0] if received else None
     finally:

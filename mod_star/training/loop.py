@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from mod_star import streams
+from mod_star import random_streams
 from mod_star.buckets import bring_back, checkpoints_of, copied_from
 from mod_star.data import Batch, prefetch_to_device
 from mod_star.data.identity import fingerprint
@@ -106,8 +106,6 @@ class Sitting:
         """Trains what is left to train, evaluates, saves, draws the curves."""
         try:
             return self._run_to_end()
-        except BrokenPipeError:  # nobody reads what is printed any more: the command line's to deal with
-            raise
         except OSError as error:  # the disk is full, most likely
             raise TrainingError(
                 f"{error.filename or self.path}: {error.strerror or error}; {self._last_good()}. "
@@ -284,7 +282,7 @@ class Sitting:
             added = jax.tree.map(lambda *values: np.sum(np.asarray(values, np.float64), axis=0), *sums)
             self._write(step, self.summarise(added))
             if self.thoughts is not None:
-                examples_key = jax.random.fold_in(self._eval_key(), streams.EXAMPLES)
+                examples_key = jax.random.fold_in(self._eval_key(), random_streams.EXAMPLES)
                 self.thoughts.write(step, state.params, self.inputs.held_out[0], examples_key)
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
@@ -375,7 +373,7 @@ class Sitting:
 
     def _eval_key(self) -> jax.Array:
         """Random key of evaluations: the same every time, and apart from training's."""
-        return jax.random.fold_in(jax.random.key(self.run.train.seed), streams.EVALUATION)
+        return jax.random.fold_in(jax.random.key(self.run.train.seed), random_streams.EVALUATION)
 
     def _seconds(self) -> float:
         """Time in training steps up to now, over all sittings."""

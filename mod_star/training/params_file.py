@@ -26,10 +26,17 @@ PARAMS_NAME = "params/params.safetensors"
 
 
 def write_params_file(checkpoint: Path, params: Mapping[str, Any]) -> None:
-    """Writes the file into a checkpoint's directory. Arrays in host memory are not copied."""
+    """Writes the file into a checkpoint's directory. Arrays in host memory are not copied.
+
+    Raises:
+      OSError: it can't be written.
+    """
     file = checkpoint / PARAMS_NAME
     file.parent.mkdir(parents=True)
-    save_file({name: np.ascontiguousarray(leaf) for name, leaf in _named(params).items()}, file)
+    try:
+        save_file({name: np.ascontiguousarray(leaf) for name, leaf in _named(params).items()}, file)
+    except SafetensorError as error:
+        raise OSError(f"{file}: {error}") from error
     shutil.copymode(file.parent, file)  # `save_file` leaves it to its owner alone
     os.chmod(file, file.stat().st_mode & 0o666)
     _require_holds(file, {name: tuple(leaf.shape) for name, leaf in _named(params).items()})

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from flax import struct
 
-from mod_star import streams
+from mod_star import random_streams
 from mod_star.config import RunConfig, ThinkingConfig
 from mod_star.data import Tokenizer
 from mod_star.model import Decoder, Trace
@@ -192,8 +192,8 @@ def make_quiet_star_eval(decoder: Decoder, run: RunConfig) -> Callable[..., Metr
         nll, base_BxS = cross_entropy_by_token(text.hidden, head, batch["targets"], batch["weights"], chunk)
         entropy_BxS = token_entropy(text.hidden, head, chunk)
         # All positions think, and greedily: what is drawn here decides nothing but their order of choice.
-        places = choose_places(batch, text, head, jax.random.fold_in(key, streams.PLACES), thinking, chunk)
-        draws_key = jax.random.fold_in(key, streams.THOUGHTS)
+        places = choose_places(batch, text, head, jax.random.fold_in(key, random_streams.PLACES), thinking, chunk)
+        draws_key = jax.random.fold_in(key, random_streams.THOUGHTS)
         thoughts = sample_thoughts(
             decoder, params, text, batch, places, draws_key, thinking, temperature=0.0, slots=slots
         )  # fmt: skip

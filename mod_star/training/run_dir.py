@@ -46,7 +46,7 @@ from mod_star.errors import InputError, require
 from mod_star.locks import LOCK_FILE, locked
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
-from mod_star.sharding import require_model_fits
+from mod_star.sharding import all_devices, require_model_fits
 from mod_star.training.checkpoints import PARAMS_ITEM, choose_checkpoint, restore_params
 from mod_star.training.plain_paths import require_showable
 from mod_star.training.stages import config_at
@@ -121,6 +121,7 @@ def load_run(
     """
     path = working_copy(directory)
     run = read_config(path)
+    all_devices()  # or it is told why not, rather than by whatever asks for one first
     if mesh is not None:
         require_model_fits(run.model, mesh)
     checkpoints = checkpoints_of(path)

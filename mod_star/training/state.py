@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from mod_star import streams
+from mod_star import random_streams
 from mod_star.config import RunConfig
 from mod_star.data import Tokenizer
 from mod_star.model import Decoder
@@ -57,7 +57,7 @@ def initial_params(
         return {name: value for name, value in params.items() if name != "thinking"}
     if "thinking" in params:
         return params
-    key = jax.random.fold_in(jax.random.key(run.train.seed), streams.THINKING_PARAMETERS)
+    key = jax.random.fold_in(jax.random.key(run.train.seed), random_streams.THINKING_PARAMETERS)
     start, end = (tokenizer.encode(text) for text in (run.thinking.start_text, run.thinking.end_text))
     return {**params, "thinking": thinking_init(key, run.model, params["embedding"], start, end)}
 
@@ -73,7 +73,7 @@ def init_state(decoder: Decoder, run: RunConfig, total_steps: int, params: dict[
     """
     params = init_params(decoder, run.train.seed) if params is None else params
     opt_state = make_optimizer(run, total_steps).init(params)
-    key = jax.random.fold_in(jax.random.key(run.train.seed), streams.TRAINING)
+    key = jax.random.fold_in(jax.random.key(run.train.seed), random_streams.TRAINING)
     # Three arrays, not one: a donated buffer may appear once only.
     step, skipped, streak = (jnp.zeros((), jnp.int32) for _ in range(3))
     return TrainState(step, params, opt_state, key, skipped, streak)

@@ -17,6 +17,7 @@ from mod_star.devices_config import MeshConfig
 from mod_star.errors import InputError, require
 from mod_star.processes import decide_first, is_first
 from mod_star.sharding import make_mesh
+from mod_star.standard_streams import lasting_output
 from mod_star.training import checkpoints, run_dir
 from mod_star.training.base_run import load_base
 from mod_star.training.extension import require_extendable
@@ -68,14 +69,15 @@ def train(
       TrainingError: `train.max_skipped` steps in a row had a non-finite loss or gradient; the disk is full, or the
         bucket can't be written.
       LostProcess: another process is gone.
-      Interrupted: SIGTERM or Ctrl-C (in the main thread); call again to go on.
+      Interrupted: SIGTERM, SIGHUP or Ctrl-C (in the main thread); call again to go on.
     """
     path = working_copy(directory)
     if copied_from(path) is None:
         plain_path(checkpoints_of(path))  # refused now, if ever
     name = copied_from(path) or str(path)
-    console = Console(quiet=quiet or not is_first())
     devices = make_mesh(MeshConfig() if mesh is None else mesh)
+    printed = lasting_output("training goes on and prints no progress")
+    console = Console(file=printed, quiet=quiet or not is_first())
     placed = None if devices.size == 1 else devices
     with ExitStack() as stack:
         if decide_first(lambda: run_dir.is_run(path)):

@@ -152,7 +152,8 @@ def test_results_are_kept_as_they_come(trained_run: Path, loaded: LoadedRun) -> 
     assert [entry[0] for entry in ours.cache_hook.kept] == ["generate_until", "loglikelihood", "loglikelihood_rolling"]
     assert [entry[2] for entry in ours.cache_hook.kept] == [texts[0], (value, False), rolling]
     with pytest.raises(InputError, match="max_gen_toks = 256: must be below the longest text, 20 tokens"):
-        ours.generate_until(requests[1:], disable_tqdm=True)
+        ours.generate_until(requests, disable_tqdm=True)
+    assert len(ours.cache_hook.kept) == 3  # it was told before anything was generated
 
 
 def test_a_thinking_run_thinks_before_what_is_scored(thinking_run: Path) -> None:
@@ -228,13 +229,35 @@ def test_generation_options() -> None:
     assert generation_options({"do_sample": True, "top_k": None}, 9)[2] == Sampling(1.0)
     assert generation_options({"do_sample": True, "temperature": 0.0}, 9)[2] == greedy
     for given, message in (
-        ({"num_beams": 4}, "generation_kwargs.num_beams = 4: unknown"),
+        ({"num_beams": 4}, "generation_kwargs.num_beams = 4: must be 1"),
+        ({"repetition_penalty": 1.1}, r"generation_kwargs.repetition_penalty = 1.1: must be 1"),
+        ({"do_sample": True, "min_p": 0.05}, r"generation_kwargs.min_p = 0.05: must be 0"),
+        ({"mirostat": 2}, "generation_kwargs.mirostat = 2: unknown; there are until, "),
+        ({"num_beams": "1"}, "generation_kwargs.num_beams = '1': must be a number"),
+        ({"temperature": "hot"}, "generation_kwargs.temperature = 'hot': must be a number"),
+        ({"do_sample": "no"}, "generation_kwargs.do_sample = 'no': must be true or false"),
+        ({"do_sample": True, "top_p": 0}, r"top_p = 0.0: must lie in \(0, 1\]"),
+        ({"max_new_tokens": True}, "generation_kwargs.max_new_tokens = True: must be a positive integer"),
         ({"until": [""]}, "generation_kwargs.until"),
         ({"max_gen_toks": 0}, "max_gen_toks = 0"),
         ({"temperature": -1.0}, "temperature = -1.0"),
     ):
         with pytest.raises(InputError, match=message):
             generation_options(given, 9)
+
+
+def test_options_that_ask_for_what_we_do_are_taken() -> None:
+    greedy = {"until": ["\n"], "do_sample": False, "num_beams": 1, "max_gen_toks": 8}  # as many tasks have it
+    assert generation_options(greedy, 9) == (["\n"], 8, Sampling(temperature=0))
+    as_transformers_has_it = {
+        "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "num_beams": 1, "num_return_sequences": 1,
+        "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": 0.05, "typical_p": 0.9, "length_penalty": 2.0,
+        "early_stopping": True, "use_cache": True, "pad_token_id": 0, "eos_token_id": None, "min_length": 0,
+    }  # fmt: skip
+    assert generation_options(as_transformers_has_it, 9) == ([], 9, Sampling(temperature=0))
+    as_vllm_has_it = {"temperature": 0.6, "top_k": -1, "top_p": 0.95, "presence_penalty": 0.0, "n": 1, "min_p": 0}
+    assert generation_options(as_vllm_has_it, 9)[2] == Sampling(0.6, 0, 0.95)
+    assert generation_options({"temperature": None, "do_sample": True, "top_p": None}, 9)[2] == Sampling(1.0)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,30 @@ def test_files_that_may_not_grow(server: Server, uninterrupted: Path, tmp_path: 
     require_intact(run, uninterrupted)
 
 
+def test_other_commands_on_a_full_disk(server: Server, trained_run: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """One line, and nothing half-made is left; what an evaluation has is kept."""
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))"
+    full += "; import warnings; warnings.simplefilter('ignore')"  # JAX's of its cache; standard error is a file, too
+    data, out = tmp_path / "sums.jsonl", tmp_path / "out"
+    data.write_text('{"q": "1 + 1?", "a": "2"}\n')
+    evaluate: list[str | Path] = ["evaluate", trained_run, "--data", data, "--question", "{q}", "--answer", "{a}"]
+    evaluate += ["--kind", "number", "--new-tokens", "2", "--out", out]
+    for argv, where in (
+        (["export", uninterrupted, tmp_path / "exported"], f"{tmp_path}/exported"),
+        (
+            ["upcycle", uninterrupted, tmp_path / "upcycled", "--every", "1", "--capacity", "0.5"],
+            rf"{tmp_path}/\.upcycled\.new",  # which becomes it when all is there
+        ),
+        (evaluate, rf"{out}/results\.json"),
+    ):
+        stopped = server.run(*argv, before=full)
+        last = stopped.err.splitlines()[-1]  # an evaluation says how far it is before
+        assert stopped.code in (1, 2) and re.fullmatch(rf"error: {where}: .*File too large.*", last), stopped
+        assert "Traceback" not in stopped.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sums.jsonl"]
+    assert (out / "records.jsonl").read_text().count("\n") == 1
+
+
 def test_read_only_directory(server: Server, uninterrupted: Path, disk: Path) -> None:
     seen = server.mount(disk, "size=8m")
     shutil.copytree(uninterrupted, seen / "run")

@@ -16,6 +16,7 @@ import pytest
 from gguf_files import write_gguf, write_model
 
 from mod_star.errors import InputError
+from mod_star.pretrained import gguf_header
 from mod_star.pretrained.gguf_header import read_gguf
 from mod_star.pretrained.gguf_source import open_gguf
 
@@ -146,6 +147,37 @@ def test_damaged_headers_are_one_line(tmp_path: Path, content: bytes, message: s
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        *(
+            (
+                header((), (tensor(b"t", (64,), kind=number),)),
+                f"tensor 't' has type {name} ({number}), which llama.cpp has removed: convert the model's original",
+            )
+            for number, name in {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4"}.items()
+        ),
+        (header((), (tensor(b"t", (64,), kind=1000),)), "tensor 't' has the unknown type 1000: the package gguf knows"),
+        (header((entry(b"k", 99, b""),)), "metadata 'k' has the unknown type 99: the file is of a newer format, or"),
+        (header((entry(b"k", 9, NESTED),)), "metadata 'k' is an array of arrays, which is not supported"),
+        (b"tjgg" + struct.pack("<II", 3, 0), "is a GGJT file, from before GGUF: convert the model's original anew"),
+    ],
+)
+def test_what_was_given_up_or_is_newer_is_not_called_damaged(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "other.gguf"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        open_gguf(path)
+    assert str(error.value).startswith(f"{path}: {message}")
+
+
+def test_a_type_is_removed_or_known() -> None:
+    """No number is both; a gap among the package's types is one that was removed."""
+    known = {kind.value for kind in gguf.GGMLQuantizationType}
+    assert not known & gguf_header._REMOVED.keys()
+    assert set(range(max(known))) - known <= gguf_header._REMOVED.keys()
 
 
 def test_a_header_has_a_longest_length(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from decoding_models import Model, make_prompts
 
-from mod_star import streams
+from mod_star import random_streams
 from mod_star.decoding import Generator
 from mod_star.model.transformer import stochastic_noise
 
@@ -37,7 +37,7 @@ def test_stochastic_routing_and_draws_of_tokens_are_independent(given: int | Non
     noise = jax.jit(lambda key: stochastic_noise(key, steps, model.routing))
     assert generator._routing_key is not None
     by_block = [noise(jax.random.fold_in(generator._routing_key, block)) for block in range(4)]
-    thoughts = jax.random.fold_in(state.keys_B[0], streams.THOUGHTS)
+    thoughts = jax.random.fold_in(state.keys_B[0], random_streams.THOUGHTS)
     for drawn in (*(uniform(row) for row in state.keys_B), uniform(thoughts)):
         for block in by_block:
             for ahead in range(3):
@@ -51,8 +51,14 @@ def test_stochastic_routing_and_draws_of_tokens_are_independent(given: int | Non
 
 
 def test_words_of_streams_differ_and_are_above_any_index() -> None:
-    of_keys = [streams.THOUGHTS, streams.ROUTING_NOISE, streams.PLACES, streams.EXAMPLES]
-    of_runs = [streams.TRAINING, streams.EVALUATION, streams.THINKING_PARAMETERS, streams.UPCYCLING]
+    names = ("THOUGHTS", "ROUTING_NOISE", "PLACES", "EXAMPLES")
+    of_keys = [getattr(random_streams, name) for name in names]
+    of_runs = [
+        random_streams.TRAINING,
+        random_streams.EVALUATION,
+        random_streams.THINKING_PARAMETERS,
+        random_streams.UPCYCLING,
+    ]
     assert len({int(word) for word in of_keys}) == 4 and min(of_keys) > 2**32 - 16
     assert len(set(of_runs)) == 4
     keys = {jax.random.key_data(jax.random.fold_in(jax.random.key(0), word)).tobytes() for word in of_keys}
