@@ -61,17 +61,8 @@ def test_a_training_needs_no_streams_at_all(server: Server, uninterrupted: Path,
 
 def test_other_commands_end(server: Server, trained_run: Path, data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     asking = (
-        "--question",
-        "{q}",
-        "--answer",
-        "{a}",
-        "--kind",
-        "number",
-        "--new-tokens",
-        "2",
-        "--out",
-        tmp_path / "out",
-    )
+        "--question", "{q}", "--answer", "{a}", "--kind", "number", "--new-tokens", "2", "--out", tmp_path / "out",
+    )  # fmt: skip
     sample = ("sample", trained_run, "--prompt", "a", "--new-tokens", "2")
     for fault, argv in (
         (UNREAD, (*sample, "--json")),
@@ -110,17 +101,8 @@ def test_characters_that_the_encoding_lacks(
     shown = server.run("routes", trained_run, "--text", "aΩ", "--png", tmp_path / "routes.png", before=before)
     assert shown.code == 0 and "#" * 30 in shown.out, shown
     asking = (
-        "--question",
-        "{q}",
-        "--answer",
-        "{a}",
-        "--kind",
-        "number",
-        "--new-tokens",
-        "2",
-        "--out",
-        tmp_path / "out",
-    )
+        "--question", "{q}", "--answer", "{a}", "--kind", "number", "--new-tokens", "2", "--out", tmp_path / "out",
+    )  # fmt: skip
     asked = server.run("evaluate", trained_run, "--data", data, *asking, before=before)
     assert asked.code == 0 and "0.0 - " in asked.out, asked
 
