@@ -25,3 +25,5 @@ PLACES = np.uint32(2**32 - 3)
 """Of an evaluation: where to think."""
 EXAMPLES = np.uint32(2**32 - 4)
 """Of evaluations: the thoughts that are written down to be read."""
+ROUTING_PARAMETERS = np.uint32(2**32 - 5)
+"""Of a routed block's parameters: its router's and its predictor's."""

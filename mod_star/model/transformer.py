@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mod_star import random_streams
 from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.errors import InputError, require
 from mod_star.model.attention import Segment
@@ -91,7 +92,7 @@ def group_init(key: jax.Array, config: ModelConfig, routing: RoutingConfig, part
     for name, block_key in zip(block_names(routing), jax.random.split(key, len(block_names(routing))), strict=True):
         params[name] = {"block": parts.block.init(block_key, config, parts)}
         if name == "routed":
-            router, predictor = jax.random.split(jax.random.fold_in(block_key, 1))
+            router, predictor = jax.random.split(jax.random.fold_in(block_key, random_streams.ROUTING_PARAMETERS))
             params[name]["router"] = parts.router.init(router, config)
             if routing.selection == "learned" and routing.causal_rule == "predictor":
                 params[name]["predictor"] = predictor_init(predictor, config, routing)

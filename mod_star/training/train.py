@@ -107,7 +107,7 @@ def train(
                     "documents are held out. Bring back what it was, or --data-changed accept goes on with what it is"
                 )
             _require_profile(profile, inputs.plan.steps)
-            _show_notes(inputs.notes, console)
+            _show_notes((*inputs.notes, *_changed_since(path, stored)), console)
             sitting = Sitting(inputs, path, resume_from, console, base, profile)
             decide_first(lambda: _record_changes(path, inputs, sitting.start, same_length))
             if changed:
@@ -142,6 +142,19 @@ def _show_notes(notes: tuple[str, ...], console: Console) -> None:
     errors = Console(stderr=True, quiet=console.quiet)
     for note in notes:
         errors.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _changed_since(path: Path, run: RunConfig) -> list[str]:
+    """What a run that version 0.1 made is trained otherwise from here on, a line each; told once."""
+    if read_data(path) is not None:  # as every later version records
+        return []
+    found, made = [], "version 0.1, which made this run"
+    if run.train.objective == "quiet_star" and run.thinking.policy_weight > 0 and run.thinking.n_true > 1:
+        n_true = run.thinking.n_true
+        found.append(f"REINFORCE weighs about 1/{n_true} of what it weighed in {made}: it is a mean, like the NLL")
+    if run.routing.every and not run.data.pack:
+        found.append(f"capacity is a share of the tokens without padding from here on; {made}, counted padding in")
+    return found
 
 
 def _require_moved(path: Path, stored: RunConfig, asked: RunConfig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,10 @@ import pytest
 from decoding_models import Model, make_prompts
 
 from mod_star import random_streams
+from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.decoding import Generator
-from mod_star.model.transformer import stochastic_noise
+from mod_star.model.parts import DEFAULT_PARTS, Part, Parts
+from mod_star.model.transformer import group_init, stochastic_noise
 
 POSITIONS = 400
 
@@ -51,7 +55,7 @@ def test_stochastic_routing_and_draws_of_tokens_are_independent(given: int | Non
 
 
 def test_words_of_streams_differ_and_are_above_any_index() -> None:
-    names = ("THOUGHTS", "ROUTING_NOISE", "PLACES", "EXAMPLES")
+    names = ("THOUGHTS", "ROUTING_NOISE", "PLACES", "EXAMPLES", "ROUTING_PARAMETERS")
     of_keys = [getattr(random_streams, name) for name in names]
     of_runs = [
         random_streams.TRAINING,
@@ -59,7 +63,27 @@ def test_words_of_streams_differ_and_are_above_any_index() -> None:
         random_streams.THINKING_PARAMETERS,
         random_streams.UPCYCLING,
     ]
-    assert len({int(word) for word in of_keys}) == 4 and min(of_keys) > 2**32 - 16
+    assert len({int(word) for word in of_keys}) == 5 and min(of_keys) > 2**32 - 16
     assert len(set(of_runs)) == 4
     keys = {jax.random.key_data(jax.random.fold_in(jax.random.key(0), word)).tobytes() for word in of_keys}
     assert len(keys) == 4
+
+
+def test_no_two_initialisers_of_a_block_draw_from_one_key() -> None:
+    """Splitting a key gives what folding 0, 1, ... into it gives: a small word beside a split is one of its keys."""
+    drawn: list[tuple[int, ...]] = []
+
+    def init(key: jax.Array, *_: Any) -> dict[str, jax.Array]:
+        drawn.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
+        return {"weight": jnp.zeros(1, jnp.float32)}
+
+    def block(key: jax.Array, config: ModelConfig, parts: Parts) -> dict[str, Any]:
+        return {str(i): init(each) for i, each in enumerate(jax.random.split(key, 5))}
+
+    parts = Parts(router=Part(init, DEFAULT_PARTS.router.apply), block=Part(block, DEFAULT_PARTS.block.apply))
+    key = jax.random.key(3)
+    group_init(key, ModelConfig(vocab_size=8), RoutingConfig(every=1), parts)
+    (block_key,) = jax.random.split(key, 1)
+    parents = [jax.random.fold_in(block_key, random_streams.ROUTING_PARAMETERS)]
+    drawn += [tuple(np.asarray(jax.random.key_data(each)).tolist()) for each in parents]
+    assert len(drawn) == len(set(drawn)) == 7

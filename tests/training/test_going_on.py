@@ -23,7 +23,7 @@ from mod_star.training.extension import require_extendable
 from mod_star.training.metrics import read_metrics
 from mod_star.training.run_dir import load_run, read_config
 from mod_star.training.stored_config import read_data
-from mod_star.training.train import train
+from mod_star.training.train import _changed_since, train
 
 
 def short(source: Path | None = None, **changed: int) -> RunConfig:
@@ -197,6 +197,18 @@ def test_stages_need_the_number_of_steps() -> None:
     for redraw in (False, True):
         with pytest.raises(InputError, match=r"routing.stages = \(1.0, 0.5\) needs their number"):
             require_extendable(old, new, 26, redraw=redraw)
+
+
+def test_what_an_earlier_version_trained_otherwise_is_told_once(texts_run: Path, tmp_path: Path) -> None:
+    run = replace(tiny(), data=DataConfig(pack=False))
+    thinks = replace(run, train=replace(run.train, objective="quiet_star"))
+    shutil.copytree(texts_run / "run", tmp_path / "run")
+    assert _changed_since(tmp_path / "run", thinks) == []
+    (tmp_path / "run/data.json").unlink()  # as version 0.1 left it
+    told = _changed_since(tmp_path / "run", thinks)
+    assert [line.split()[0] for line in told] == ["REINFORCE", "capacity"] and "1/4" in told[0]
+    assert len(_changed_since(tmp_path / "run", run)) == 1
+    assert _changed_since(tmp_path / "run", replace(run, routing=replace(run.routing, every=0))) == []
 
 
 def test_what_identifies_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
