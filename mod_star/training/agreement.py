@@ -32,7 +32,7 @@ def require_agreement(decoder: Decoder, run: RunConfig) -> None:
         model = replace(model, vocab_size=decoder.config.vocab_size)
     _require_same("model", decoder.config, model)
     _require_same("routing", decoder.routing, run.routing)
-    own = run.parts is None or decoder.parts != DEFAULT_PARTS
+    own = run.parts is None or decoder.parts is not DEFAULT_PARTS  # a file's may equal the built-in ones
     require(own, "parts", run.parts, "must be None, or the decoder's: Decoder(model, routing, load_parts(run.parts))")
 
 

@@ -83,7 +83,8 @@ def test_files_that_may_not_grow(server: Server, uninterrupted: Path, tmp_path: 
 
 def test_other_commands_on_a_full_disk(server: Server, trained_run: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """One line, and nothing half-made is left; what an evaluation has is kept."""
-    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))"
+    # An evaluation has room for its config.json, and none for its results.json, which repeats it.
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1536, 1536))"
     # Cut off entries in the cache that all tests share would make JAX warn wherever they are read.
     full += "; import jax; jax.config.update('jax_enable_compilation_cache', False)"
     data, out = tmp_path / "sums.jsonl", tmp_path / "out"

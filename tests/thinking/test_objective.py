@@ -293,7 +293,7 @@ def test_all_positions_think_in_order_or_as_many_as_the_share_says(make_batch: A
     np.testing.assert_array_equal(places.filled_BxJ.sum(1), [10, 11], "half of 20, and of 22: padding has no share")
 
     draw = jax.jit(jax.vmap(lambda key: choose_places(batch, text_of(hidden), head, key, half, 10)))
-    many = draw(jax.random.split(jax.random.key(0), 2000))
+    many = jax.tree.map(np.asarray, draw(jax.random.split(jax.random.key(0), 2000)))
     assert np.all(np.diff(many.indices_BxJ) > 0) and np.all(np.sum(many.filled_BxJ, -1) == [10, 11])
     for row in range(2):
         often = np.bincount(many.indices_BxJ[:, row][many.filled_BxJ[:, row]], minlength=22)
