@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -145,22 +146,23 @@ def test_beams_end_at_stop_strings_and_are_ranked_by_their_mean(
 ) -> None:
     monkeypatch.setattr("mod_star.commands.evaluate.keep_compiled_programs", lambda: None)
     beam = (trained_run, "--data", data, *NUMBERS, "--limit", "3", "--decoding", "beam", "--branches", "3")
-    evaluate(capsys, *beam, "--new-tokens", "12", "--stop", "e", "--stop", "t", "--out", tmp_path / "a")
-    evaluate(
-        capsys, *beam, "--new-tokens", "12", "--stop", "e", "--stop", "t", "--length-penalty", "0", "--out",
-        tmp_path / "b",
-    )  # fmt: skip
+    evaluate(capsys, *beam, "--new-tokens", "12", "--out", tmp_path / "free")
+    texts = [branch["text"] for record in records_of(tmp_path / "free").values() for branch in record["branches"]]
+    (stop, _), *_ = Counter(text[5] for text in texts if len(text) > 5).most_common(1)
+    stops = ("--new-tokens", "12", "--stop", stop, "--stop", "QZ")
+    evaluate(capsys, *beam, *stops, "--out", tmp_path / "a")
+    evaluate(capsys, *beam, *stops, "--length-penalty", "0", "--out", tmp_path / "b")
     ends = []
     for name, score in (("a", "normalised_log_prob"), ("b", "log_prob")):
         for record in records_of(tmp_path / name).values():
             scores = [branch[score] for branch in record["branches"]]
             assert scores == sorted(scores, reverse=True), "nothing after a stop string is in its score"
             for branch in record["branches"]:
-                assert not set("et") & set(branch["text"])
+                assert stop not in branch["text"]
                 ends.append((branch["finished"], branch["tokens"] < 12))
     assert ("stop", True) in ends
     config = json.loads((tmp_path / "b" / "results.json").read_text())["config"]
-    assert config["--length-penalty"] == 0 and config["stop strings"] == ["e", "t"]
+    assert config["--length-penalty"] == 0 and config["stop strings"] == [stop, "QZ"]
 
 
 def test_defaults_that_belong_to_the_template_and_the_context_are_told(

@@ -83,23 +83,26 @@ def test_files_that_may_not_grow(server: Server, uninterrupted: Path, tmp_path: 
 
 def test_other_commands_on_a_full_disk(server: Server, trained_run: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """One line, and nothing half-made is left; what an evaluation has is kept."""
-    # An evaluation has room for its config.json, and none for its results.json, which repeats it.
-    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1536, 1536))"
+    full = "import resource, sys; limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))"
     # Cut off entries in the cache that all tests share would make JAX warn wherever they are read.
     full += "; import jax; jax.config.update('jax_enable_compilation_cache', False)"
+    at_once = full + "; limit()"
+    hook = "lambda event, args: limit() if event == 'open' and str(args[0]).endswith('results.json.new') else None"
+    for_results = full + f"; sys.addaudithook({hook})"
     data, out = tmp_path / "sums.jsonl", tmp_path / "out"
     data.write_text('{"q": "1 + 1?", "a": "2"}\n')
     evaluate: list[str | Path] = ["evaluate", trained_run, "--data", data, "--question", "{q}", "--answer", "{a}"]
     evaluate += ["--kind", "number", "--new-tokens", "2", "--out", out]
-    for argv, where in (
-        (["export", uninterrupted, tmp_path / "exported"], f"{tmp_path}/exported"),
+    for argv, where, before in (
+        (["export", uninterrupted, tmp_path / "exported"], f"{tmp_path}/exported", at_once),
         (
             ["upcycle", uninterrupted, tmp_path / "upcycled", "--every", "1", "--capacity", "0.5"],
             rf"{tmp_path}/\.upcycled\.new",  # which becomes it when all is there
+            at_once,
         ),
-        (evaluate, rf"{out}/results\.json"),
+        (evaluate, rf"{out}/results\.json", for_results),
     ):
-        stopped = server.run(*argv, before=full)
+        stopped = server.run(*argv, before=before)
         last = stopped.err.splitlines()[-1]  # an evaluation says how far it is before
         assert stopped.code in (1, 2) and re.fullmatch(rf"error: {where}: .*File too large.*", last), stopped
         assert "Traceback" not in stopped.err
