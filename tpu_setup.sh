@@ -118,7 +118,7 @@ print(len(chips), hosts, host, agreed)'
 result_program='
 import json, math, sys
 
-from mod_star.buckets import working_copy
+from mod_star.runs.buckets import working_copy
 
 result = json.loads((working_copy(sys.argv[1]) / "summary.json").read_text(encoding="utf-8"))
 loss, skipped = result["evaluation"]["eval_loss"], result["skipped"]

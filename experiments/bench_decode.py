@@ -33,8 +33,8 @@ from mod_star.decoding.lengths import PROMPT, ROOM, rounded_up
 from mod_star.errors import require
 from mod_star.model import Decoder
 from mod_star.pretrained.importing import import_model, open_source
+from mod_star.runs.directory import LoadedRun, load_run
 from mod_star.terminal import result_table
-from mod_star.training.run_dir import LoadedRun, load_run
 
 QUESTION = "Tom has 3 apples and buys 2 bags with 5 apples each. How many apples does he have now?"
 CONTEXT, BURST, BURSTS = 512, 16, 6

@@ -123,11 +123,11 @@ def ask(options: Options, console: Console) -> None:
     """Generates and keeps what is missing."""
     import dataclasses
 
-    from mod_star.buckets import checkpoints_of
     from mod_star.commands import keep_compiled_programs
     from mod_star.decoding import Generator
-    from mod_star.training.checkpoints import params_digest
-    from mod_star.training.run_dir import load_run
+    from mod_star.runs.buckets import checkpoints_of
+    from mod_star.runs.checkpoints import params_digest
+    from mod_star.runs.directory import load_run
 
     todo = list(chunks(options))
     keep_compiled_programs()

@@ -37,9 +37,9 @@ from mod_star.model.routing import capacity_of
 from mod_star.pictures import try_to_draw
 from mod_star.plots import plot_curves, plot_routes
 from mod_star.routes import routes_of
+from mod_star.runs.directory import LoadedRun, load_run
 from mod_star.terminal import Cell, duration, result_table, routes_text, short_number
 from mod_star.training.interrupt import Interrupted
-from mod_star.training.run_dir import LoadedRun, load_run
 from mod_star.training.train import TrainingError, TrainSummary, train
 
 PROMPT = "When a function is called, "

@@ -132,7 +132,7 @@ def compare(run: str, stored: str) -> None:
 
     from mod_star.data import begin
     from mod_star.model.transformer import head_matrix
-    from mod_star.training.run_dir import load_run
+    from mod_star.runs.directory import load_run
 
     loaded, found = load_run(run), np.load(stored)
     ids = begin(loaded.tokenizer, TEXT)

@@ -33,8 +33,8 @@ from rich.console import Console
 from experiments.reporting import markdown, spread
 from mod_star.config import OptimizerConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.errors import InputError
+from mod_star.runs.stored_config import is_run, read_config
 from mod_star.terminal import result_table
-from mod_star.training.stored_config import is_run, read_config
 from mod_star.training.train import SUMMARY_FILE, train
 
 # policy_weight is n_true: measured when rewards, sums over n_true tokens, were divided by the number of thoughts.

@@ -53,9 +53,9 @@ from mod_star.evaluation.protocols import Subject
 from mod_star.evaluation.records import RECORDS_FILE, open_records
 from mod_star.evaluation.tasks import load_task
 from mod_star.model import Decoder
+from mod_star.runs.directory import LoadedRun, load_run
+from mod_star.runs.stored_config import is_run, read_config
 from mod_star.training.interrupt import Interrupted
-from mod_star.training.run_dir import LoadedRun, load_run
-from mod_star.training.stored_config import is_run, read_config
 from mod_star.training.train import train
 
 THINKING = ThinkingConfig(

@@ -14,8 +14,8 @@ from mod_star.evaluation.intervals import Estimate, paired_difference
 from mod_star.evaluation.protocols import measures
 from mod_star.pictures import as_shipped, save_figure, try_to_draw
 from mod_star.plots import COLOURS
+from mod_star.runs.metrics import read_metrics
 from mod_star.terminal import result_table
-from mod_star.training.metrics import read_metrics
 from mod_star.training.train import SUMMARY_FILE
 
 TITLES = {"gsm8k": "GSM8K", "csqa": "CommonsenseQA"}

@@ -92,7 +92,7 @@ def _run(argv: Sequence[str]) -> None:
         command.run(rest)
     finally:  # what it has written beside a run in a bucket; also after an error or an interruption
         try:
-            if buckets := sys.modules.get("mod_star.buckets"):
+            if buckets := sys.modules.get("mod_star.runs.buckets"):
                 buckets.bring_back_all()
         except OSError as error:
             _leave(1, f"error: {error.filename}: {error.strerror}")
@@ -120,7 +120,7 @@ def _raised_in(error: Exception) -> str:
 
 
 def _with_addresses(message: str) -> str:
-    buckets = sys.modules.get("mod_star.buckets")
+    buckets = sys.modules.get("mod_star.runs.buckets")
     return buckets.with_addresses(message) if buckets else message
 
 

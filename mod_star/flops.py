@@ -131,7 +131,7 @@ def scoring_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> 
 def training_step_flops(run: RunConfig, parts: Parts | None = None) -> float:
     """Operations of one optimizer step of a run, at `routing.capacity` (AdamW's own, a few per parameter, left out).
 
-    Where the capacity falls in stages, `mod_star.training.stages` counts each at its own.
+    Where the capacity falls in stages, `mod_star.stages` counts each at its own.
     """
     parts = load_parts(run.parts) if parts is None else parts
     tokens = run.model.context

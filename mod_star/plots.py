@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mod_star.pictures import as_shipped, save_figure
+from mod_star.runs.metrics import read_metrics
 from mod_star.terminal import check_routes, visible
-from mod_star.training.metrics import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

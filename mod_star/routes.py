@@ -14,7 +14,7 @@ from mod_star.data.tokenizers import StreamDecoder, Tokenizer, begin
 from mod_star.errors import InputError
 from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import RoutingMode
-from mod_star.training.run_dir import LoadedRun
+from mod_star.runs.directory import LoadedRun
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import logits_of
 from mod_star.routes import token_pieces
+from mod_star.runs.directory import LoadedRun
 from mod_star.thinking.mixing import mixed_logits, mixing_weight
 from mod_star.thinking.objective import contexts
 from mod_star.thinking.sample import sample_thought
 from mod_star.thoughts_view import TextThoughts
-from mod_star.training.run_dir import LoadedRun
 
 POSITIONS_AT_ONCE = 32
 """Texts are padded to a multiple of this, so that few programs are compiled for texts of many lengths."""

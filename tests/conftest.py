@@ -44,12 +44,12 @@ from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConf
 from mod_star.model import Decoder
 from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.presets import tiny
+from mod_star.runs.directory import read_config
 from mod_star.thinking.objective import Places, Talk
 from mod_star.thinking.sample import Thought
 from mod_star.training import loop
 from mod_star.training.compiled import lower_eval_step, lower_train_step
 from mod_star.training.optimizer import make_optimizer
-from mod_star.training.run_dir import read_config
 from mod_star.training.state import TrainState, init_params
 from mod_star.training.train import train
 

@@ -27,7 +27,7 @@ from mod_star.calibration import (
 from mod_star.cli import main
 from mod_star.errors import InputError
 from mod_star.model import Decoder
-from mod_star.training.run_dir import LoadedRun, load_run
+from mod_star.runs.directory import LoadedRun, load_run
 
 EXAMPLE = Calibration(1.25, 0.5, 0.48, 3, 1000)
 

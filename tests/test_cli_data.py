@@ -17,9 +17,9 @@ from fork_server import succeed
 from mod_star.cli import main
 from mod_star.data import held_out_batches
 from mod_star.model.transformer import head_matrix
-from mod_star.training.metrics import read_metrics
+from mod_star.runs.directory import load_run
+from mod_star.runs.metrics import read_metrics
 from mod_star.training.next_token import forward
-from mod_star.training.run_dir import load_run
 
 SMALL = (
     "--preset", "tiny", "--model.width", "8", "--model.heads", "1", "--model.layers", "1", "--model.mlp-width", "8",

@@ -20,7 +20,7 @@ from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import RoutingMode
 from mod_star.routes import routes_of, token_pieces
-from mod_star.training.run_dir import LoadedRun, load_run
+from mod_star.runs.directory import LoadedRun, load_run
 
 TEXT = "The é of\ntokens, and a few more words."
 TOKENS = 1 + len(TEXT.encode())

@@ -16,8 +16,8 @@ from fork_server import succeed
 from mod_star.calibration import calibrated, calibration_batches, entropies, read_calibration, write_calibration
 from mod_star.cli import main
 from mod_star.decoding import Completion, Generator
+from mod_star.runs.directory import load_run
 from mod_star.sample_view import Growing
-from mod_star.training.run_dir import load_run
 
 PROMPT = "The é"
 OPTIONS = ("--new-tokens", "16", "--seed", "3", "--temperature", "2")

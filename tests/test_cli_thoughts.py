@@ -22,9 +22,9 @@ from mod_star.decoding import Generator, Sampling, Think
 from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
+from mod_star.runs.directory import LoadedRun, load_run
 from mod_star.thoughts import thoughts_of
 from mod_star.thoughts_view import Floats, TextThoughts
-from mod_star.training.run_dir import LoadedRun, load_run
 
 TEXT = "The é of\ntokens, and a few more words."
 TOKENS = 1 + len(TEXT.encode())

@@ -17,8 +17,8 @@ from fork_server import succeed
 from mod_star import presets
 from mod_star.cli import main
 from mod_star.config import RunConfig, to_dict
-from mod_star.training.metrics import read_metrics
-from mod_star.training.run_dir import load_run, read_config
+from mod_star.runs.directory import load_run, read_config
+from mod_star.runs.metrics import read_metrics
 
 COMMAND = [sys.executable, "-m", "mod_star"]
 # Such that a process that imports JAX all the same fails.

@@ -13,9 +13,9 @@ import pytest
 from fork_server import shared_server, succeed
 
 from mod_star.errors import InputError
-from mod_star.training import checkpoints
-from mod_star.training.checkpoints import checkpoint_bytes, damages
-from mod_star.training.run_dir import load_run, read_config
+from mod_star.runs import checkpoints
+from mod_star.runs.checkpoints import checkpoint_bytes, damages
+from mod_star.runs.directory import load_run, read_config
 from mod_star.training.train import train
 
 

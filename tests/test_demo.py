@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.demo import main, verdict
-from mod_star.training.run_dir import load_run
+from mod_star.runs.directory import load_run
 from mod_star.training.train import TrainSummary
 
 

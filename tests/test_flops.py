@@ -27,11 +27,11 @@ from mod_star.model.layers import fan_in_normal
 from mod_star.model.linear import linear
 from mod_star.model.parts import DEFAULT_PARTS, Part, Parts
 from mod_star.model.transformer import head_matrix
+from mod_star.stages import plan_stages
 from mod_star.thinking.objective import Places, sample_thoughts, talk_loss
 from mod_star.thinking.parameters import thinking_init
 from mod_star.thinking.sample import Thought
 from mod_star.training.next_token import forward, make_loss
-from mod_star.training.stages import plan_stages
 from mod_star.training.state import init_params
 from mod_star.training.train import train
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from mod_star.errors import InputError
-from mod_star.training.metrics import MetricsWriter, read_metrics
+from mod_star.runs.metrics import MetricsWriter, read_metrics
 from mod_star.training.progress import TrainingProgress
 
 

@@ -65,9 +65,9 @@ def parse_options(kind: type[Options], argv: Sequence[str], prog: str, default: 
 def with_working_copy(options: Options) -> Options:
     """The options with RUN (the field `run`), if it is in a bucket, replaced by its working copy on this machine.
 
-    What the command writes there is brought back when it ends. Errors as for `mod_star.buckets.working_copy`.
+    What the command writes there is brought back when it ends. Errors as for `mod_star.runs.buckets.working_copy`.
     """
-    from mod_star.buckets import bring_back_at_end, working_copy
+    from mod_star.runs.buckets import bring_back_at_end, working_copy
 
     run = working_copy(options.run)  # type: ignore[attr-defined]
     bring_back_at_end(run)

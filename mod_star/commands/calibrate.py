@@ -50,8 +50,8 @@ def run(argv: Sequence[str]) -> None:
     from mod_star.calibration import calibrated, calibration_batches, entropies, require_share, write_calibration
     from mod_star.data.identity import changes, identify
     from mod_star.errors import InputError
-    from mod_star.training.run_dir import load_run
-    from mod_star.training.stored_config import read_data
+    from mod_star.runs.directory import load_run
+    from mod_star.runs.stored_config import read_data
 
     require_share(options.share)
     loaded = load_run(options.run, options.step)

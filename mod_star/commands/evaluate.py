@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from mod_star.buckets import bring_back_all, checkpoints_of, copied_from
 from mod_star.commands import keep_compiled_programs, parse_options, require_writable, with_working_copy
 from mod_star.devices_config import MeshConfig
 from mod_star.errors import InputError, require
+from mod_star.runs.buckets import bring_back_all, checkpoints_of, copied_from
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -163,9 +163,9 @@ def run(argv: Sequence[str]) -> None:
     from mod_star.evaluation.records import open_records, require_evaluation
     from mod_star.evaluation.scoring import require_shareable
     from mod_star.evaluation.tasks import load_task
+    from mod_star.runs.checkpoints import params_digest
+    from mod_star.runs.directory import load_run
     from mod_star.sharding import make_small_mesh
-    from mod_star.training.checkpoints import params_digest
-    from mod_star.training.run_dir import load_run
 
     how = _task(options)
     task = load_task(how, options.data)

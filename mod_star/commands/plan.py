@@ -18,7 +18,7 @@ from mod_star.devices_config import MeshConfig
 from mod_star.errors import InputError
 from mod_star.planning.topologies import parse_topology, prepare_environment
 from mod_star.presets import PRESETS
-from mod_star.training.stored_config import is_run, read_config
+from mod_star.runs.stored_config import is_run, read_config
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -53,8 +53,8 @@ def run(argv: Sequence[str]) -> None:
     from mod_star.pictures import try_to_draw
     from mod_star.plots import plot_routes
     from mod_star.routes import routes_of
+    from mod_star.runs.directory import load_run
     from mod_star.terminal import routes_text
-    from mod_star.training.run_dir import load_run
 
     text = read_text(str(options.text_file)) if options.text is None else options.text
     loaded = load_run(options.run, options.step)

@@ -21,7 +21,7 @@ from mod_star.sample_view import completion_record, summary, write_completions, 
 if TYPE_CHECKING:
     from mod_star.commands.sample_branches import Answering
     from mod_star.decoding import Sampling, Think
-    from mod_star.training.run_dir import LoadedRun
+    from mod_star.runs.directory import LoadedRun
 
 DEFAULT_NEW_TOKENS = 200
 
@@ -132,8 +132,8 @@ def run(argv: Sequence[str]) -> None:
     # Only now, when the command line is known to be good: JAX takes seconds to import.
     from mod_star.commands.sample_branches import ways_to_answer
     from mod_star.decoding import Sampling, Think
+    from mod_star.runs.directory import load_run
     from mod_star.sharding import make_small_mesh
-    from mod_star.training.run_dir import load_run
 
     temperature = {"temperature": 0.8, "self-consistency": 0.7}.get(options.decoding, 0.0)
     temperature = temperature if options.temperature is None else options.temperature

@@ -14,13 +14,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mod_star.buckets import holds_run, with_addresses, working_copy
 from mod_star.commands import keep_compiled_programs, parse_options
 from mod_star.config import RunConfig
 from mod_star.devices_config import MeshConfig, ProcessesConfig
 from mod_star.errors import InputError, require
 from mod_star.presets import PRESETS
-from mod_star.training.stored_config import read_base_config, read_config, read_starting_config
+from mod_star.runs.buckets import holds_run, with_addresses, working_copy
+from mod_star.runs.stored_config import read_base_config, read_config, read_starting_config
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ def run(argv: Sequence[str]) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from mod_star.buckets import checkpoints_of, is_address
+    from mod_star.runs.buckets import checkpoints_of, is_address
+    from mod_star.runs.checkpoints import checkpoint_bytes, damages, has_checksums, saved_steps
+    from mod_star.runs.stored_config import read_config
     from mod_star.terminal import result_table, short_number
-    from mod_star.training.checkpoints import checkpoint_bytes, damages, has_checksums, saved_steps
-    from mod_star.training.stored_config import read_config
 
     read_config(options.run)
     directory = checkpoints_of(options.run)

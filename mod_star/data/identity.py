@@ -24,11 +24,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mod_star.buckets import file_system, is_address, read_file
 from mod_star.config import DataConfig
 from mod_star.data import sources
 from mod_star.data.files import file_type
 from mod_star.errors import InputError
+from mod_star.runs.buckets import file_system, is_address, read_file
 
 BLOCK = 2**16
 """Bytes of a block that is read of a large file."""

@@ -32,7 +32,6 @@ from typing import Any
 from urllib import error as url_error
 from urllib import request
 
-from mod_star.buckets import find_files, is_address
 from mod_star.data.conversations import FIELDS, Conversation, conversation_of, is_conversation
 from mod_star.data.files import (
     file_type,
@@ -45,6 +44,7 @@ from mod_star.data.files import (
 )
 from mod_star.data.templates import Template, unescape, unicode_text
 from mod_star.errors import InputError
+from mod_star.runs.buckets import find_files, is_address
 
 Document = str | Conversation
 Tell = Callable[[str], None]

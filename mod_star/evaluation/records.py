@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mod_star.errors import InputError, writing
-from mod_star.locks import LOCK_FILE, locked
+from mod_star.runs.locks import LOCK_FILE, locked
 
 CONFIG_FILE, RECORDS_FILE, RESULTS_FILE = "config.json", "records.jsonl", "results.json"
 

@@ -27,8 +27,8 @@ from mod_star.planning.memory import Memory, arguments, memory_of
 from mod_star.planning.program_cost import Cost, program_cost
 from mod_star.planning.topologies import Topology, devices_of
 from mod_star.sharding import make_mesh, require_fits
+from mod_star.stages import plan_stages
 from mod_star.training.compiled import lower_train_step, state_shapes
-from mod_star.training.stages import plan_stages
 
 Watch = Callable[[str], AbstractContextManager[Any]]
 

@@ -24,7 +24,7 @@ from mod_star.pretrained.families import FAMILIES, family_of
 from mod_star.pretrained.hf_config import CONFIG_NAME, hf_config
 from mod_star.pretrained.hf_directory import TOKENIZER_NAME
 from mod_star.pretrained.safetensors_files import INDEX_NAME, SINGLE_NAME
-from mod_star.training.run_dir import LoadedRun, place_beside, require_creatable
+from mod_star.runs.directory import LoadedRun, place_beside, require_creatable
 
 ExportType = Literal["float32", "bfloat16", "float16"]
 SHARD_BYTES = 2 * 1024**3

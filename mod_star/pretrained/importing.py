@@ -18,7 +18,7 @@ from mod_star.pretrained.hf_config import CONFIG_NAME
 from mod_star.pretrained.hf_directory import download, open_hf
 from mod_star.pretrained.params_run import require_free, write_params_run
 from mod_star.pretrained.source import Source
-from mod_star.training.run_dir import require_vocabulary
+from mod_star.runs.directory import require_vocabulary
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

@@ -10,8 +10,8 @@ from typing import Any
 from mod_star.config import RunConfig
 from mod_star.data import Tokenizer
 from mod_star.errors import InputError
-from mod_star.training.checkpoints import save_params
-from mod_star.training.run_dir import (
+from mod_star.runs.checkpoints import save_params
+from mod_star.runs.directory import (
     CHECKPOINTS_DIRECTORY,
     LOCK_FILE,
     created,

@@ -27,7 +27,7 @@ from mod_star.model.routing import predictor_init
 from mod_star.model.transformer import block_names, group_count
 from mod_star.parts import load_parts
 from mod_star.pretrained.params_run import require_free, write_params_run
-from mod_star.training.run_dir import load_run, read_config
+from mod_star.runs.directory import load_run, read_config
 
 PREDICTOR_SHIFT = 0.1
 """What the predictor's logit starts as: positive, so that it takes every token, and small, so that it learns to refuse

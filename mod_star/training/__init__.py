@@ -1,5 +1,5 @@
 """Training: the pure step, the loop around it, and what a run leaves on disk.
 
-`mod_star.training.train.train(run, directory)` is the library call, `mod_star.training.run_dir.load_run(directory)`
+`mod_star.training.train.train(run, directory)` is the library call, `mod_star.runs.directory.load_run(directory)`
 gives a trained model back.
 """

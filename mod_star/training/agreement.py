@@ -24,7 +24,7 @@ def require_agreement(decoder: Decoder, run: RunConfig) -> None:
     if run.routing.every and run.routing.stages:
         raise InputError(
             f"routing.stages = {run.routing.stages}: a step or a loss is of one capacity; make one for each of "
-            "mod_star.training.stages.plan_stages(run).stages, with Decoder(stage.run.model, stage.run.routing) and "
+            "mod_star.stages.plan_stages(run).stages, with Decoder(stage.run.model, stage.run.routing) and "
             "stage.run"
         )
     model = run.model

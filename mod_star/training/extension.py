@@ -11,8 +11,8 @@ import numpy as np
 
 from mod_star.config import RunConfig
 from mod_star.errors import InputError
+from mod_star.stages import StagePlan, plan_stages
 from mod_star.training.optimizer import make_schedule
-from mod_star.training.stages import StagePlan, plan_stages
 
 
 def require_extendable(old: RunConfig, new: RunConfig, done: int, redraw: bool) -> None:

@@ -16,9 +16,9 @@ from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.processes import gather
+from mod_star.runs.directory import require_vocabulary
 from mod_star.sharding import require_fits, rows_of_process
-from mod_star.training.run_dir import require_vocabulary
-from mod_star.training.stages import StagePlan, plan_stages
+from mod_star.stages import StagePlan, plan_stages
 
 
 @dataclass(frozen=True)

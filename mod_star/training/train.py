@@ -9,24 +9,25 @@ from typing import Literal
 
 from rich.console import Console
 
-from mod_star.buckets import bring_back, checkpoints_of, copied_from, working_copy
 from mod_star.config import RunConfig
 from mod_star.data import HuggingFaceTokenizer, load_saved_tokenizer, load_tokenizer
 from mod_star.data.identity import changes, identify
 from mod_star.devices_config import MeshConfig
 from mod_star.errors import InputError, require
 from mod_star.processes import decide_first, is_first
+from mod_star.runs import checkpoints
+from mod_star.runs import directory as run_dir
+from mod_star.runs.base_run import load_base
+from mod_star.runs.buckets import bring_back, checkpoints_of, copied_from, working_copy
+from mod_star.runs.plain_paths import plain_path
+from mod_star.runs.stored_config import change_config, read_data, write_data
+from mod_star.runs.summary import SUMMARY_FILE, TrainSummary, describe, read_summary
 from mod_star.sharding import make_mesh
 from mod_star.standard_streams import lasting_output
-from mod_star.training import checkpoints, run_dir
-from mod_star.training.base_run import load_base
 from mod_star.training.extension import require_extendable
 from mod_star.training.inputs import Inputs, load_inputs
 from mod_star.training.interrupt import LostProcess, TrainingError
 from mod_star.training.loop import CURVES_FILE, Sitting, draw_curves
-from mod_star.training.plain_paths import plain_path
-from mod_star.training.stored_config import change_config, read_data, write_data
-from mod_star.training.summary import SUMMARY_FILE, TrainSummary, describe, read_summary
 
 __all__ = ["SUMMARY_FILE", "LostProcess", "TrainSummary", "TrainingError", "describe", "train"]
 
@@ -49,7 +50,7 @@ def train(
 
     Args:
       run: what to train. `model.vocab_size` 0 is filled in from the tokenizer, or from the run that it starts from.
-      directory: where the run is kept, see `mod_star.training.run_dir`; or gs://BUCKET/NAME, see `mod_star.buckets`.
+      directory: where the run is kept, see `mod_star.runs.directory`; or gs://BUCKET/NAME, see `mod_star.runs.buckets`.
         It may hold the same run, interrupted, also on another mesh or by another number of processes. All processes
         must see it.
       mesh: how to use several devices; copies of the model on all of them by default.

@@ -23,7 +23,7 @@ from mod_star.errors import InputError
 from mod_star.evaluation import harness
 from mod_star.evaluation.harness import HarnessModel, generation_options
 from mod_star.evaluation.scoring import rolling_windows, score
-from mod_star.training.run_dir import LoadedRun, load_run
+from mod_star.runs.directory import LoadedRun, load_run
 
 ROOT = Path(__file__).parents[2]
 INSTALLED = importlib.util.find_spec("lm_eval") is not None

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mod_star.training.checkpoints import find_damage, saved_steps
+from mod_star.runs.checkpoints import find_damage, saved_steps
 
 # A dense block of width 8: a process of it is mostly start-up.
 SMALLEST = shlex.split(

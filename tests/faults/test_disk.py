@@ -11,7 +11,7 @@ import pytest
 from fault_runs import arrays, differences, fresh_seed, newest, options, result
 from fork_server import Server, shared_server, straight_run
 
-from mod_star.training.checkpoints import find_damage, saved_steps
+from mod_star.runs.checkpoints import find_damage, saved_steps
 
 STEPS, EVERY = 12, 2
 RUN = options(steps=STEPS, checkpoint_every=EVERY, keep_checkpoints=6, eval_every=0)

@@ -15,7 +15,7 @@ from fork_server import Server, shared_server
 
 from mod_star.config import DataConfig
 from mod_star.data import load_tokenizer, train_batches
-from mod_star.training.checkpoints import saved_steps
+from mod_star.runs.checkpoints import saved_steps
 
 STEPS = 30
 

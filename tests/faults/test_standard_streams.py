@@ -10,7 +10,7 @@ import pytest
 from fault_runs import differences, newest, options, result
 from fork_server import Server, shared_server, straight_run
 
-from mod_star.training.checkpoints import saved_steps
+from mod_star.runs.checkpoints import saved_steps
 
 STEPS = 4
 RUN = options(steps=STEPS, checkpoint_every=2, eval_every=0)

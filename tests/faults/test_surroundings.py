@@ -15,7 +15,7 @@ from fork_server import Server, shared_server, straight_run
 
 from mod_star.errors import UnavailableError
 from mod_star.home import cache_root, expanded, home
-from mod_star.locks import is_locked
+from mod_star.runs.locks import is_locked
 from mod_star.sharding import all_devices
 
 ROOT = Path(__file__).parents[2]

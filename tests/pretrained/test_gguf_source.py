@@ -26,7 +26,7 @@ from mod_star.pretrained.gguf_config import read_gguf_config
 from mod_star.pretrained.gguf_header import read_gguf
 from mod_star.pretrained.gguf_source import dequantised, open_gguf
 from mod_star.pretrained.importing import import_model, open_source
-from mod_star.training.run_dir import load_run
+from mod_star.runs.directory import load_run
 
 
 def half(raw: bytes) -> float:

@@ -23,8 +23,8 @@ from mod_star.pretrained.build import DENSE
 from mod_star.pretrained.byte_tokenizer import byte_tokenizer_json
 from mod_star.pretrained.export import export_model
 from mod_star.pretrained.importing import import_model, open_source
-from mod_star.training.checkpoints import find_damage
-from mod_star.training.run_dir import LoadedRun, load_run
+from mod_star.runs.checkpoints import find_damage
+from mod_star.runs.directory import LoadedRun, load_run
 from mod_star.training.train import train
 
 
@@ -118,7 +118,7 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mod_star.pretrained.export.save_file", full)
-    monkeypatch.setattr("mod_star.training.params_file.save_file", full)
+    monkeypatch.setattr("mod_star.runs.params_file.save_file", full)
     with pytest.raises(InputError, match="exported: cannot be written: No space left on device"):
         export_model(run, tmp_path / "exported")
     good = open_source(str(write_model(tmp_path / "good", CONFIGS["llama"])))

@@ -25,10 +25,10 @@ from mod_star.model import Decoder
 from mod_star.model.transformer import head_matrix
 from mod_star.pretrained.params_run import write_params_run
 from mod_star.pretrained.upcycle import default_stages, upcycle, upcycled_config, upcycled_params
+from mod_star.runs.directory import load_run, read_config
+from mod_star.runs.metrics import read_metrics
 from mod_star.thinking.objective import predicted
-from mod_star.training.metrics import read_metrics
 from mod_star.training.next_token import make_loss
-from mod_star.training.run_dir import load_run, read_config
 from mod_star.training.train import train
 
 DENSE = RunConfig(

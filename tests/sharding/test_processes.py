@@ -20,8 +20,8 @@ from mod_star.config import RunConfig
 from mod_star.devices_config import ProcessesConfig
 from mod_star.errors import InputError
 from mod_star.presets import dense, tiny
-from mod_star.training.metrics import read_metrics
-from mod_star.training.run_dir import load_run
+from mod_star.runs.directory import load_run
+from mod_star.runs.metrics import read_metrics
 from mod_star.training.train import train
 
 STEPS = 100

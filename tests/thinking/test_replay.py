@@ -23,6 +23,7 @@ from mod_star.model.layers import swiglu, swiglu_init
 from mod_star.model.parts import Part, Parts
 from mod_star.model.rows import rows_at_once
 from mod_star.model.transformer import head_matrix
+from mod_star.runs.directory import LoadedRun
 from mod_star.thinking import sample
 from mod_star.thinking import score as score_module
 from mod_star.thinking.objective import Places, contexts, sample_thoughts
@@ -31,7 +32,6 @@ from mod_star.thinking.score import Scored, score_thought
 from mod_star.thoughts import thoughts_of
 from mod_star.training.next_token import forward
 from mod_star.training.quiet_star import make_examples, make_quiet_star_eval, make_quiet_star_loss
-from mod_star.training.run_dir import LoadedRun
 
 calls: Counter[str] = Counter()
 

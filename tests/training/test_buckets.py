@@ -24,14 +24,13 @@ from etils import epath
 from fork_server import succeed
 from pyarrow import parquet
 
-from mod_star import buckets
-from mod_star.buckets import address_of, bring_back, is_address, working_copy
 from mod_star.cli import main
 from mod_star.data import read_sources
 from mod_star.errors import InputError
 from mod_star.evaluation.tasks import load_task
-from mod_star.training import checkpoints
-from mod_star.training.run_dir import load_run
+from mod_star.runs import buckets, checkpoints
+from mod_star.runs.buckets import address_of, bring_back, is_address, working_copy
+from mod_star.runs.directory import load_run
 
 RUN = "gs://bucket/runs/mine"
 OPTIONS = (
@@ -215,7 +214,7 @@ def test_what_was_not_brought_back_yet_is_kept(here: Bucket) -> None:
 
 READS_AND_WRITES = """
 import sys
-from mod_star.buckets import bring_back, working_copy
+from mod_star.runs.buckets import bring_back, working_copy
 for number in range(8):
     copy = working_copy("gs://bucket/runs/shared")
     assert (copy / "config.json").read_text() == "{}"

@@ -16,8 +16,8 @@ import optax
 import pytest
 
 from mod_star.errors import InputError
-from mod_star.training import checkpoints
-from mod_star.training.checkpoints import CheckpointWriter
+from mod_star.runs import checkpoints
+from mod_star.runs.checkpoints import CheckpointWriter
 from mod_star.training.state import TrainState
 
 

@@ -19,10 +19,10 @@ from mod_star.data import identity
 from mod_star.data.identity import changes, fingerprint, identify
 from mod_star.errors import InputError
 from mod_star.presets import tiny
+from mod_star.runs.directory import load_run, read_config
+from mod_star.runs.metrics import read_metrics
+from mod_star.runs.stored_config import read_data
 from mod_star.training.extension import require_extendable
-from mod_star.training.metrics import read_metrics
-from mod_star.training.run_dir import load_run, read_config
-from mod_star.training.stored_config import read_data
 from mod_star.training.train import _changed_since, train
 
 

@@ -21,12 +21,12 @@ from mod_star.config import RunConfig
 from mod_star.data import load_tokenizer, train_batches, train_bpe
 from mod_star.errors import InputError
 from mod_star.model import Decoder
-from mod_star.training import run_dir
-from mod_star.training.base_run import load_base
-from mod_star.training.checkpoints import CheckpointWriter, restore_state, saved_steps
+from mod_star.runs import directory as run_dir
+from mod_star.runs.base_run import load_base
+from mod_star.runs.checkpoints import CheckpointWriter, restore_state, saved_steps
+from mod_star.runs.metrics import MetricsWriter, read_metrics
 from mod_star.training.interrupt import Interrupted
 from mod_star.training.loop import Sitting
-from mod_star.training.metrics import MetricsWriter, read_metrics
 from mod_star.training.state import init_params, init_state
 from mod_star.training.train import TrainSummary, train
 

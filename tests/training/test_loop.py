@@ -18,10 +18,10 @@ from mod_star.config import RunConfig
 from mod_star.data import train_batches
 from mod_star.errors import InputError
 from mod_star.flops import training_step_flops
-from mod_star.training import run_dir
-from mod_star.training.checkpoints import restore_state, saved_steps
+from mod_star.runs import directory as run_dir
+from mod_star.runs.checkpoints import restore_state, saved_steps
+from mod_star.runs.metrics import MetricsWriter, read_metrics
 from mod_star.training.interrupt import Interrupted, stop_signals
-from mod_star.training.metrics import MetricsWriter, read_metrics
 from mod_star.training.state import init_state
 from mod_star.training.train import TrainingError, TrainSummary, train
 

@@ -12,12 +12,12 @@ import chex
 import pytest
 from fork_server import Finished, shared_server, succeed
 
-from mod_star.buckets import working_copy
 from mod_star.data.sources import read_sources
 from mod_star.errors import InputError
 from mod_star.pretrained.params_run import write_params_run
-from mod_star.training.plain_paths import plain_path
-from mod_star.training.run_dir import load_run
+from mod_star.runs.buckets import working_copy
+from mod_star.runs.directory import load_run
+from mod_star.runs.plain_paths import plain_path
 
 FEW = "--preset tiny --model.width 16 --model.layers 1 --model.heads 2 --model.mlp-width 24 --routing.every 0"
 OPTIONS = [*FEW.split(), "--train.steps", "4", "--train.batch-size", "2", "--train.eval-batches", "1"]
@@ -92,7 +92,7 @@ def test_a_made_model_is_opened_before_it_is_said_to_be_written(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_run(trained_run)
-    monkeypatch.setattr("mod_star.training.params_file.save_file", lambda arrays, path: path.write_bytes(b"\0" * 99))
+    monkeypatch.setattr("mod_star.runs.params_file.save_file", lambda arrays, path: path.write_bytes(b"\0" * 99))
     with pytest.raises(InputError, match="cannot be written: cannot be opened after it was written"):
         write_params_run(tmp_path / "made", loaded.config, loaded.tokenizer, loaded.params)
     assert list(tmp_path.iterdir()) == []

@@ -21,10 +21,10 @@ from mod_star.data import load_tokenizer
 from mod_star.model import Decoder
 from mod_star.model.cross_entropy import cross_entropy_by_token, token_entropy
 from mod_star.model.transformer import head_matrix
+from mod_star.runs.checkpoints import saved_steps
+from mod_star.runs.metrics import MetricsWriter, read_metrics
 from mod_star.thinking.objective import Places, sample_thoughts, talk_loss
-from mod_star.training.checkpoints import saved_steps
 from mod_star.training.interrupt import Interrupted
-from mod_star.training.metrics import MetricsWriter, read_metrics
 from mod_star.training.next_token import forward
 from mod_star.training.optimizer import make_optimizer
 from mod_star.training.quiet_star import (

@@ -20,8 +20,8 @@ from mod_star.config import RunConfig, from_dict, to_dict
 from mod_star.data import load_tokenizer
 from mod_star.errors import InputError
 from mod_star.model import Decoder
-from mod_star.training import run_dir
-from mod_star.training.checkpoints import CheckpointWriter
+from mod_star.runs import directory as run_dir
+from mod_star.runs.checkpoints import CheckpointWriter
 from mod_star.training.state import init_state
 
 BYTES = load_tokenizer("bytes")

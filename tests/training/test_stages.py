@@ -22,14 +22,15 @@ from mod_star.data import train_batches
 from mod_star.errors import InputError
 from mod_star.flops import training_flops
 from mod_star.model import Decoder
-from mod_star.training import compiled, run_dir
-from mod_star.training.base_run import load_base
-from mod_star.training.checkpoints import restore_state, saved_steps
+from mod_star.runs import directory as run_dir
+from mod_star.runs.base_run import load_base
+from mod_star.runs.checkpoints import restore_state, saved_steps
+from mod_star.runs.metrics import MetricsWriter, read_metrics
+from mod_star.stages import config_at, plan_stages
+from mod_star.training import compiled
 from mod_star.training.interrupt import Interrupted
-from mod_star.training.metrics import MetricsWriter, read_metrics
 from mod_star.training.next_token import make_eval_step, make_loss
 from mod_star.training.quiet_star import make_examples, make_quiet_star_eval, make_quiet_star_loss
-from mod_star.training.stages import config_at, plan_stages
 from mod_star.training.state import init_state
 from mod_star.training.step import make_train_step, objective_of
 from mod_star.training.train import TrainSummary, train

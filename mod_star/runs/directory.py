@@ -4,7 +4,7 @@
         tokenizer/       copy of the tokenizer
         data.json        what identifies the data, see `mod_star.data.identity`
         parts.py         copy of the user's own parts, if any: a run needs nothing but its directory
-        checkpoints/     see `mod_star.training.checkpoints`
+        checkpoints/     see `mod_star.runs.checkpoints`
         metrics.jsonl    what was measured; tensorboard/ and curves.png show the same
         summary.json     the result, once training is complete
         .lock            held by the process that trains
@@ -30,7 +30,7 @@ import jax
 from jax.sharding import Mesh
 
 import mod_star
-from mod_star.buckets import (
+from mod_star.runs.buckets import (
     CHECKPOINTS_DIRECTORY,
     COPY_FILE,
     FETCHING_FILE,
@@ -43,15 +43,15 @@ from mod_star.config import RunConfig, to_dict
 from mod_star.data import Tokenizer, load_saved_tokenizer, load_tokenizer, save_tokenizer
 from mod_star.data.identity import Identity
 from mod_star.errors import InputError, require
-from mod_star.locks import LOCK_FILE, locked
+from mod_star.runs.locks import LOCK_FILE, locked
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.sharding import all_devices, require_model_fits
-from mod_star.training.checkpoints import PARAMS_ITEM, choose_checkpoint, restore_params
-from mod_star.training.plain_paths import require_showable
-from mod_star.training.stages import config_at
+from mod_star.runs.checkpoints import PARAMS_ITEM, choose_checkpoint, restore_params
+from mod_star.runs.plain_paths import require_showable
+from mod_star.stages import config_at
 from mod_star.training.state import initial_params
-from mod_star.training.stored_config import (
+from mod_star.runs.stored_config import (
     BASE,
     CONFIG_FILE,
     DATA_FILE,

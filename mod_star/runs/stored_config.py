@@ -13,7 +13,7 @@ from mod_star.errors import InputError
 
 CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
-"""The result of a run; there once it is complete, see `mod_star.training.summary`."""
+"""The result of a run; there once it is complete, see `mod_star.runs.summary`."""
 PARTS_FILE = "parts.py"
 TOKENIZER_DIRECTORY = "tokenizer"
 DATA_FILE = "data.json"

@@ -25,7 +25,7 @@ from typing import Any, Self, TextIO
 import numpy as np
 
 from mod_star.errors import InputError
-from mod_star.training.events import EventFile
+from mod_star.runs.tensorboard import EventFile
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"

@@ -8,11 +8,11 @@
 
 Orbax writes aside and renames when everything is there, the checksums included: a checkpoint exists wholly or not at
 all. Orbax itself doesn't notice a flipped bit in an array, therefore the checksums. A model that was imported or
-upcycled has parameters only, and those in another form: see `mod_star.training.params_file`. Loading compares the
+upcycled has parameters only, and those in another form: see `mod_star.runs.params_file`. Loading compares the
 checksums of what it reads: of everything to train on, of the parameters alone to sample. `mod-star verify` reads all.
 
 In a bucket (a directory is an `epath.Path` of gs:// then) nothing can be renamed: a checkpoint exists when Orbax has
-added its last, empty file. There are no checksums of ours, see `mod_star.buckets`; nor are there in a directory that it
+added its last, empty file. There are no checksums of ours, see `mod_star.runs.buckets`; nor are there in a directory that it
 was copied to, where a checkpoint without any counts as whole.
 """
 
@@ -36,14 +36,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from mod_star.buckets import bucket_errors, find_files, is_address, read_file
+from mod_star.runs.buckets import bucket_errors, find_files, is_address, read_file
 from mod_star.data import merge_states
 from mod_star.errors import InputError
 from mod_star.processes import gather
 from mod_star.sharding import place, placed_shapes, shardings
 from mod_star.training.interrupt import TrainingError
-from mod_star.training.params_file import PARAMS_NAME, read_params_file, write_params_file
-from mod_star.training.plain_paths import plain_path
+from mod_star.runs.params_file import PARAMS_NAME, read_params_file, write_params_file
+from mod_star.runs.plain_paths import plain_path
 from mod_star.training.state import TrainState
 
 SUMS_FILE = "SHA256SUMS"
@@ -158,7 +158,7 @@ def save_params(directory: Path, params: dict[str, Any]) -> None:
 
     Args:
       directory: RUN/checkpoints; made if absent.
-      params: float32 arrays of JAX or NumPy; see `mod_star.training.params_file`.
+      params: float32 arrays of JAX or NumPy; see `mod_star.runs.params_file`.
     """
     beside = directory / "0.new"
     shutil.rmtree(beside, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Checkpoints that hold parameters only, of models that were made, not trained here: one safetensors file.
 
     RUN/checkpoints/0/params/params.safetensors   parameters, by their paths in the tree: "groups/full_0/block/query"
-                      SHA256SUMS                  see `mod_star.training.checkpoints`
+                      SHA256SUMS                  see `mod_star.runs.checkpoints`
 
 Orbax, which writes the checkpoints of training, copies all arrays before it writes them and compresses them: twice the
 memory, and four times the time to load a model of 135M parameters.

@@ -26,8 +26,8 @@ from typing import Any
 
 from mod_star.errors import InputError, UnavailableError
 from mod_star.home import cache_root
-from mod_star.locks import LOCK_FILE, is_locked, wait_for_lock
-from mod_star.training.stored_config import (
+from mod_star.runs.locks import LOCK_FILE, is_locked, wait_for_lock
+from mod_star.runs.stored_config import (
     CONFIG_FILE,
     DATA_FILE,
     PARTS_FILE,
@@ -36,7 +36,7 @@ from mod_star.training.stored_config import (
 )
 
 CHECKPOINTS_DIRECTORY = "checkpoints"
-"""Of a run; see `mod_star.training.checkpoints`."""
+"""Of a run; see `mod_star.runs.checkpoints`."""
 COPY_FILE = "working_copy.json"
 """In a working copy: the run's address; of each file size and time when it was last the same there, and its version."""
 FETCHING_FILE = ".fetching"

@@ -10,7 +10,7 @@ from typing import Any
 
 from mod_star.errors import InputError
 from mod_star.terminal import duration, short_number
-from mod_star.training.stored_config import SUMMARY_FILE
+from mod_star.runs.stored_config import SUMMARY_FILE
 
 __all__ = ["SUMMARY_FILE", "TrainSummary", "describe", "read_summary", "write_summary"]
 
