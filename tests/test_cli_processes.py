@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import pytest
 
-from mod_star import processes
 from mod_star.cli import main
-from mod_star.devices_config import ProcessesConfig
+from mod_star.distributed import processes
+from mod_star.distributed.options import ProcessesConfig
 from mod_star.errors import InputError, UnavailableError
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mod_star.commands import keep_compiled_programs, parse_options, require_writable, with_working_copy
-from mod_star.devices_config import MeshConfig
+from mod_star.distributed.options import MeshConfig
 from mod_star.errors import InputError, require
 from mod_star.runs.buckets import bring_back_all, checkpoints_of, copied_from
 
@@ -157,6 +157,7 @@ def run(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from mod_star.commands.sample import chosen_think
+    from mod_star.distributed.sharding import make_small_mesh
     from mod_star.evaluation.generation import GeneratedAnswer
     from mod_star.evaluation.prompts import Prompts, few_shot, subset
     from mod_star.evaluation.protocols import Subject
@@ -165,7 +166,6 @@ def run(argv: Sequence[str]) -> None:
     from mod_star.evaluation.tasks import load_task
     from mod_star.runs.checkpoints import params_digest
     from mod_star.runs.directory import load_run
-    from mod_star.sharding import make_small_mesh
 
     how = _task(options)
     task = load_task(how, options.data)

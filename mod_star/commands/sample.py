@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 import tyro
 
 from mod_star.commands import keep_compiled_programs, parse_options, with_working_copy
-from mod_star.devices_config import MeshConfig
+from mod_star.distributed.options import MeshConfig
 from mod_star.errors import InputError, require
 from mod_star.sample_view import completion_record, summary, write_completions, write_stream
 
@@ -132,8 +132,8 @@ def run(argv: Sequence[str]) -> None:
     # Only now, when the command line is known to be good: JAX takes seconds to import.
     from mod_star.commands.sample_branches import ways_to_answer
     from mod_star.decoding import Sampling, Think
+    from mod_star.distributed.sharding import make_small_mesh
     from mod_star.runs.directory import load_run
-    from mod_star.sharding import make_small_mesh
 
     temperature = {"temperature": 0.8, "self-consistency": 0.7}.get(options.decoding, 0.0)
     temperature = temperature if options.temperature is None else options.temperature

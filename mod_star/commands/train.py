@@ -16,7 +16,7 @@ import tyro
 
 from mod_star.commands import keep_compiled_programs, parse_options
 from mod_star.config import RunConfig
-from mod_star.devices_config import MeshConfig, ProcessesConfig
+from mod_star.distributed.options import MeshConfig, ProcessesConfig
 from mod_star.errors import InputError, require
 from mod_star.presets import PRESETS
 from mod_star.runs.buckets import holds_run, with_addresses, working_copy
@@ -70,7 +70,7 @@ def run(argv: Sequence[str]) -> None:
     options = parse_options(TrainOptions, argv, "mod-star train", start)
     profile = None if options.profile is None else _steps(options.profile)
     # Only now, when the command line is known to be good: JAX takes seconds to import.
-    from mod_star.processes import join_processes, leave
+    from mod_star.distributed.processes import join_processes, leave
     from mod_star.training.interrupt import Interrupted
     from mod_star.training.train import TrainingError, train
 

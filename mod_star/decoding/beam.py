@@ -27,10 +27,10 @@ from mod_star.decoding.state import DecodeState, reorder
 from mod_star.decoding.step import decode_step
 from mod_star.decoding.text import Completion, StopWatch, completion_of, encode_prompts
 from mod_star.decoding.think import Think
+from mod_star.distributed.sharding import use_mesh
 from mod_star.errors import require
 from mod_star.model import Decoder
 from mod_star.model.transformer import logits_of
-from mod_star.sharding import use_mesh
 
 LENGTH_PENALTY = 1.0
 """The default of transformers, vLLM and fairseq: texts are ranked by the mean log-probability of their tokens."""

@@ -19,9 +19,9 @@ from mod_star.decoding.sampling import Sampling, compiled_for
 from mod_star.decoding.state import DecodeState, take_prompts
 from mod_star.decoding.step import own_params
 from mod_star.decoding.think import Think
+from mod_star.distributed.sharding import batch_sharding, replicated, use_mesh
 from mod_star.errors import InputError, require
 from mod_star.model import Decoder
-from mod_star.sharding import batch_sharding, replicated, use_mesh
 
 NEVER = Think()
 Stop = Callable[[list[Generated]], Sequence[bool]]

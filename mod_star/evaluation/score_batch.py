@@ -16,10 +16,10 @@ import jax.numpy as jnp
 
 from mod_star.config import ThinkingConfig
 from mod_star.decoding.think import Think, think_step
+from mod_star.distributed.sharding import BATCH_AXES, axis_size, batch_vmap, constrain
 from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import block_names, group_count, head_matrix, logits_of
-from mod_star.sharding import BATCH_AXES, axis_size, batch_vmap, constrain
 
 HEAD_ROWS = 64
 """Positions whose logits exist at one time, for each share of a batch."""

@@ -23,10 +23,10 @@ from mod_star.decoding.generate import NEVER
 from mod_star.decoding.lengths import PROMPT, rounded_up
 from mod_star.decoding.step import unstack
 from mod_star.decoding.think import Think
+from mod_star.distributed.sharding import batch_sharding, use_mesh
 from mod_star.errors import InputError, require
 from mod_star.evaluation.score_batch import HEAD_ROWS, THOUGHT_ROWS, score_batch
 from mod_star.model import Decoder
-from mod_star.sharding import batch_sharding, use_mesh
 
 Pair = tuple[Sequence[int], Sequence[int]]
 MANY_BATCHES = 32

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mod_star.distributed.sharding import constrain
 from mod_star.model.precision import precision_of
-from mod_star.sharding import constrain
 
 
 def cross_entropy(

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mod_star.config import ModelConfig
+from mod_star.distributed.sharding import axis_size, constrain
 from mod_star.model.linear import linear
-from mod_star.sharding import axis_size, constrain
 
 Params = dict[str, jax.Array]
 

@@ -16,6 +16,7 @@ from flax import struct
 
 from mod_star import random_streams
 from mod_star.config import ModelConfig, RoutingConfig
+from mod_star.distributed.sharding import constrain
 from mod_star.errors import InputError, require
 from mod_star.model.attention import Segment
 from mod_star.model.layers import fan_in_normal, lookup, rms_norm
@@ -36,7 +37,6 @@ from mod_star.model.routing import (
 )
 from mod_star.model.rows import compute_if
 from mod_star.network_config import require_network
-from mod_star.sharding import constrain
 
 RoutingMode = Literal["top_k", "causal"]
 
@@ -261,7 +261,7 @@ def run(
                 delta, keys_values[name] = decoder.parts.compute_block(
                     params[name]["block"], x_NxD, positions_N, segment_ids_N, segment_ids_N > 0, before, config
                 )
-            # Said once per block, so that tokens stay where they are and weights move: see `mod_star.sharding`.
+            # Said once per block, so that tokens stay where they are and weights move: see `mod_star.distributed.sharding`.
             x_NxD = constrain(x_NxD + delta, None, None)
         return x_NxD, (trace, keys_values if keep_keys_values else None)
 

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 
 from mod_star.config import RunConfig
 from mod_star.data import ByteTokenizer, load_tokenizer
-from mod_star.devices_config import MeshConfig
+from mod_star.distributed.options import MeshConfig
+from mod_star.distributed.sharding import make_mesh, require_fits
 from mod_star.errors import require
 from mod_star.flops import parameter_count, training_step_flops
 from mod_star.model import Decoder
@@ -26,7 +27,6 @@ from mod_star.planning.hlo import parse
 from mod_star.planning.memory import Memory, arguments, memory_of
 from mod_star.planning.program_cost import Cost, program_cost
 from mod_star.planning.topologies import Topology, devices_of
-from mod_star.sharding import make_mesh, require_fits
 from mod_star.stages import plan_stages
 from mod_star.training.compiled import lower_train_step, state_shapes
 

@@ -39,8 +39,8 @@ from jax.sharding import Mesh
 from mod_star.runs.buckets import bucket_errors, find_files, is_address, read_file
 from mod_star.data import merge_states
 from mod_star.errors import InputError
-from mod_star.processes import gather
-from mod_star.sharding import place, placed_shapes, shardings
+from mod_star.distributed.processes import gather
+from mod_star.distributed.sharding import place, placed_shapes, shardings
 from mod_star.training.interrupt import TrainingError
 from mod_star.runs.params_file import PARAMS_NAME, read_params_file, write_params_file
 from mod_star.runs.plain_paths import plain_path

@@ -46,7 +46,7 @@ from mod_star.errors import InputError, require
 from mod_star.runs.locks import LOCK_FILE, locked
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
-from mod_star.sharding import all_devices, require_model_fits
+from mod_star.distributed.sharding import all_devices, require_model_fits
 from mod_star.runs.checkpoints import PARAMS_ITEM, choose_checkpoint, restore_params
 from mod_star.runs.plain_paths import require_showable
 from mod_star.stages import config_at

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mod_star.distributed.sharding import constrain
 from mod_star.model.cross_entropy import chunked, cross_entropy_by_token, head_product, unchunked
-from mod_star.sharding import constrain
 from mod_star.thinking.mixing import mix
 
 

@@ -23,12 +23,12 @@ import numpy as np
 from flax import struct
 
 from mod_star.config import ThinkingConfig
+from mod_star.distributed.sharding import batch_vmap
 from mod_star.errors import require
 from mod_star.model import Decoder, Output
 from mod_star.model.cross_entropy import chunked, cross_entropy_by_token, token_entropy, unchunked
 from mod_star.model.routing import select_top
 from mod_star.model.transformer import head_matrix
-from mod_star.sharding import batch_vmap
 from mod_star.thinking.mixed_cross_entropy import mixed_cross_entropy_by_token
 from mod_star.thinking.mixing import mixing_weight
 from mod_star.thinking.sample import Thought, sample_thought

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from mod_star.config import RunConfig
 from mod_star.data import Tokenizer
+from mod_star.distributed.sharding import batch_sharding, placed_shapes, replicated, shardings, use_mesh
 from mod_star.model import Decoder
-from mod_star.sharding import batch_sharding, placed_shapes, replicated, shardings, use_mesh
 from mod_star.training.state import TrainState, init_state, initial_params
 from mod_star.training.step import make_train_step, objective_of
 
@@ -50,7 +50,7 @@ def lower_train_step(
       state: from `state_shapes`.
       mesh: None: one device.
       platforms: what to lower for, such as ("cuda",); None: the platform of the devices.
-      asked: `shapes` of `mod_star.processes.SharedStop`.
+      asked: `shapes` of `mod_star.distributed.processes.SharedStop`.
     """
     places = None if mesh is None else (shardings(mesh, state), replicated(mesh))
     compute = make_train_step(decoder, run, total_steps)

@@ -25,18 +25,18 @@ from rich.console import Console
 from mod_star import random_streams
 from mod_star.data import Batch, prefetch_to_device
 from mod_star.data.identity import fingerprint
+from mod_star.distributed.processes import SharedStop, decide_first, is_first
+from mod_star.distributed.sharding import batch_sharding, place, shardings, use_mesh
 from mod_star.errors import InputError
 from mod_star.flops import parameter_count
 from mod_star.model import Decoder
 from mod_star.pictures import try_to_draw
 from mod_star.plots import plot_curves
-from mod_star.processes import SharedStop, decide_first, is_first
 from mod_star.runs import checkpoints
 from mod_star.runs.buckets import bring_back, checkpoints_of, copied_from
 from mod_star.runs.directory import LoadedRun
 from mod_star.runs.metrics import MetricsWriter, read_metrics
 from mod_star.runs.summary import SUMMARY_FILE, TrainSummary, describe, write_summary
-from mod_star.sharding import batch_sharding, place, shardings, use_mesh
 from mod_star.stages import Stage
 from mod_star.terminal import short_number
 from mod_star.training.compiled import lower_eval_step, lower_train_step, state_shapes

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 
 from mod_star.config import RoutingConfig, RunConfig
+from mod_star.distributed.sharding import batch_vmap
 from mod_star.model import Decoder, Output, Trace
 from mod_star.model.cross_entropy import cross_entropy
 from mod_star.model.transformer import RoutingMode, head_matrix
-from mod_star.sharding import batch_vmap
 from mod_star.training.agreement import require_agreement
 
 Batch = dict[str, jax.Array]

@@ -12,9 +12,10 @@ from rich.console import Console
 from mod_star.config import RunConfig
 from mod_star.data import HuggingFaceTokenizer, load_saved_tokenizer, load_tokenizer
 from mod_star.data.identity import changes, identify
-from mod_star.devices_config import MeshConfig
+from mod_star.distributed.options import MeshConfig
+from mod_star.distributed.processes import decide_first, is_first
+from mod_star.distributed.sharding import make_mesh
 from mod_star.errors import InputError, require
-from mod_star.processes import decide_first, is_first
 from mod_star.runs import checkpoints
 from mod_star.runs import directory as run_dir
 from mod_star.runs.base_run import load_base
@@ -22,7 +23,6 @@ from mod_star.runs.buckets import bring_back, checkpoints_of, copied_from, worki
 from mod_star.runs.plain_paths import plain_path
 from mod_star.runs.stored_config import change_config, read_data, write_data
 from mod_star.runs.summary import SUMMARY_FILE, TrainSummary, describe, read_summary
-from mod_star.sharding import make_mesh
 from mod_star.standard_streams import lasting_output
 from mod_star.training.extension import require_extendable
 from mod_star.training.inputs import Inputs, load_inputs

@@ -13,10 +13,10 @@ import pytest
 from fault_runs import differences, options, result
 from fork_server import Server, shared_server, straight_run
 
+from mod_star.distributed.sharding import all_devices
 from mod_star.errors import UnavailableError
 from mod_star.home import cache_root, expanded, home
 from mod_star.runs.locks import is_locked
-from mod_star.sharding import all_devices
 
 ROOT = Path(__file__).parents[2]
 RUN = options(steps=2, eval_every=0)

@@ -37,7 +37,7 @@ from mod_star.errors import InputError
 from mod_star.planning.plan import plan_training
 from mod_star.planning.report import plan_record
 from mod_star.presets import tiny
-from mod_star.sharding import MeshConfig
+from mod_star.distributed.sharding import MeshConfig
 
 run = tiny()
 run = replace(

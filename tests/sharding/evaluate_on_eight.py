@@ -19,12 +19,12 @@ from eight_devices import MESHES, make_run, make_state
 from mod_star.cli import main
 from mod_star.decoding import Think
 from mod_star.decoding.step import unstack
-from mod_star.devices_config import MeshConfig
+from mod_star.distributed.options import MeshConfig
+from mod_star.distributed.sharding import batch_sharding, make_mesh, place, shardings, use_mesh
 from mod_star.errors import InputError
 from mod_star.evaluation.harness import HarnessModel
 from mod_star.evaluation.score_batch import THOUGHT_ROWS, score_batch
 from mod_star.model import Decoder
-from mod_star.sharding import batch_sharding, make_mesh, place, shardings, use_mesh
 
 MIXED = (2, 2, 2)
 WAYS: dict[str, tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]] = {

@@ -18,10 +18,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mod_star.config import RunConfig
-from mod_star.devices_config import MeshConfig
+from mod_star.distributed.options import MeshConfig
+from mod_star.distributed.sharding import make_mesh, require_fits, rows_of_process, spec_of
 from mod_star.errors import InputError
 from mod_star.presets import tiny
-from mod_star.sharding import make_mesh, require_fits, rows_of_process, spec_of
 
 MESHES = ("data", "fsdp", "tensor", "mixed")
 CASES = [(kind, mesh) for kind in ("dense", "routed", "quiet_star") for mesh in MESHES] + [("accumulated", "mixed")]

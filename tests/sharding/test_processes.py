@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mod_star.config import RunConfig
-from mod_star.devices_config import ProcessesConfig
+from mod_star.distributed.options import ProcessesConfig
 from mod_star.errors import InputError
 from mod_star.presets import dense, tiny
 from mod_star.runs.directory import load_run
