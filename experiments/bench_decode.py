@@ -34,7 +34,7 @@ from mod_star.errors import require
 from mod_star.model import Decoder
 from mod_star.pretrained.importing import import_model, open_source
 from mod_star.runs.directory import LoadedRun, load_run
-from mod_star.terminal import result_table
+from mod_star.views.terminal import result_table
 
 QUESTION = "Tom has 3 apples and buys 2 bags with 5 apples each. How many apples does he have now?"
 CONTEXT, BURST, BURSTS = 512, 16, 6

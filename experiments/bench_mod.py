@@ -33,10 +33,10 @@ from mod_star.model import Decoder
 from mod_star.model.cross_entropy import cross_entropy
 from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import head_matrix
-from mod_star.terminal import result_table
 from mod_star.training.next_token import forward
 from mod_star.training.state import init_params, init_state
 from mod_star.training.step import make_train_step
+from mod_star.views.terminal import result_table
 
 DENSE, MOD = RoutingConfig(every=0), RoutingConfig(every=2, capacity=0.125)
 ARMS = {"dense": DENSE, "mod": MOD}

@@ -64,11 +64,11 @@ from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConf
 from mod_star.data import ByteTokenizer, train_batches
 from mod_star.model import Decoder
 from mod_star.runs.checkpoints import CheckpointWriter
-from mod_star.terminal import result_table
 from mod_star.training import loop
 from mod_star.training.compiled import lower_train_step, state_shapes
 from mod_star.training.state import TrainState, init_state, initial_params
 from mod_star.training.train import train
+from mod_star.views.terminal import result_table
 
 PLANS = ("v5p:2x2x4", "v5p:4x8x8")
 """16 chips and 256."""

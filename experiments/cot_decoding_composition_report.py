@@ -12,8 +12,8 @@ import numpy as np
 from rich.console import Console
 
 from experiments.reporting import markdown, spread
-from mod_star.pictures import as_shipped, save_figure, try_to_draw
-from mod_star.terminal import result_table
+from mod_star.views.pictures import as_shipped, save_figure, try_to_draw
+from mod_star.views.terminal import result_table
 
 SHOWN_K = (1, 2, 3, 5, 10)
 ONCE = ("greedy", "sampling 0.7", "sampling 1")

@@ -15,9 +15,9 @@ from mod_star.decoding.branches import Branches, Ranking
 from mod_star.evaluation.branch_records import RANKING_NAMES, branches_of
 from mod_star.evaluation.intervals import Estimate, accuracy, paired_difference
 from mod_star.evaluation.records import RECORDS_FILE, write_json
-from mod_star.pictures import as_shipped, save_figure, try_to_draw
-from mod_star.plots import COLOURS, GREY
-from mod_star.terminal import result_table
+from mod_star.views.pictures import as_shipped, save_figure, try_to_draw
+from mod_star.views.plots import COLOURS, GREY
+from mod_star.views.terminal import result_table
 
 KS = (1, 2, 5, 10)
 # Whether a right answer is there to be chosen at all; texts cut by the limit can't be.

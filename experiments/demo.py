@@ -34,13 +34,13 @@ from mod_star.decoding import Completion, Generator, Sampling, complete, encode_
 from mod_star.errors import InputError
 from mod_star.flops import forward_flops
 from mod_star.model.routing import capacity_of
-from mod_star.pictures import try_to_draw
-from mod_star.plots import plot_curves, plot_routes
 from mod_star.routes import routes_of
 from mod_star.runs.directory import LoadedRun, load_run
-from mod_star.terminal import Cell, duration, result_table, routes_text, short_number
 from mod_star.training.interrupt import Interrupted
 from mod_star.training.train import TrainingError, TrainSummary, train
+from mod_star.views.pictures import try_to_draw
+from mod_star.views.plots import plot_curves, plot_routes
+from mod_star.views.terminal import Cell, duration, result_table, routes_text, short_number
 
 PROMPT = "When a function is called, "
 SAMPLING = Sampling(temperature=0.6)

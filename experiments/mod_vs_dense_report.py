@@ -16,12 +16,12 @@ from rich.console import Console
 from experiments.reporting import markdown, spread
 from mod_star.flops import training_step_flops
 from mod_star.model.routing import capacity_of
-from mod_star.pictures import as_shipped, save_figure, try_to_draw
-from mod_star.plots import COLOURS, DOTTED, DPI, GREY, INK, PALE, SOLID
 from mod_star.runs.directory import is_run, read_config
 from mod_star.runs.metrics import METRICS_FILE, read_metrics
-from mod_star.terminal import result_table, short_number
 from mod_star.training.train import SUMMARY_FILE
+from mod_star.views.pictures import as_shipped, save_figure, try_to_draw
+from mod_star.views.plots import COLOURS, DOTTED, DPI, GREY, INK, PALE, SOLID
+from mod_star.views.terminal import result_table, short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

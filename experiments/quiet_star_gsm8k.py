@@ -34,8 +34,8 @@ from experiments.reporting import markdown, spread
 from mod_star.config import OptimizerConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.errors import InputError
 from mod_star.runs.stored_config import is_run, read_config
-from mod_star.terminal import result_table
 from mod_star.training.train import SUMMARY_FILE, train
+from mod_star.views.terminal import result_table
 
 # policy_weight is n_true: measured when rewards, sums over n_true tokens, were divided by the number of thoughts.
 QUIET_STAR = ThinkingConfig(policy_weight=4.0, baseline="leave_one_out", drop_negative=False, embedding_rate=10.0)

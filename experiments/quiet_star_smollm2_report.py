@@ -12,11 +12,11 @@ from rich.console import Console
 from experiments.reporting import markdown
 from mod_star.evaluation.intervals import Estimate, paired_difference
 from mod_star.evaluation.protocols import measures
-from mod_star.pictures import as_shipped, save_figure, try_to_draw
-from mod_star.plots import COLOURS
 from mod_star.runs.metrics import read_metrics
-from mod_star.terminal import result_table
 from mod_star.training.train import SUMMARY_FILE
+from mod_star.views.pictures import as_shipped, save_figure, try_to_draw
+from mod_star.views.plots import COLOURS
+from mod_star.views.terminal import result_table
 
 TITLES = {"gsm8k": "GSM8K", "csqa": "CommonsenseQA"}
 MEASURES = ("expected probability", "argmax", "greedy")

@@ -11,12 +11,12 @@ from rich.console import Console
 from experiments.reporting import markdown
 from mod_star.errors import InputError
 from mod_star.flops import forward_flops
-from mod_star.pictures import as_shipped, save_figure, try_to_draw
-from mod_star.plots import COLOURS, DASHED, DPI, GREY, PALE, SOLID
 from mod_star.runs.metrics import METRICS_FILE, read_metrics
 from mod_star.runs.stored_config import SUMMARY_FILE, is_run, read_config
 from mod_star.stages import StagePlan, plan_stages
-from mod_star.terminal import result_table, short_number
+from mod_star.views.pictures import as_shipped, save_figure, try_to_draw
+from mod_star.views.plots import COLOURS, DASHED, DPI, GREY, PALE, SOLID
+from mod_star.views.terminal import result_table, short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,7 +21,7 @@ from mod_star.runs.directory import LoadedRun
 from mod_star.thinking.mixing import mixed_logits, mixing_weight
 from mod_star.thinking.objective import contexts
 from mod_star.thinking.sample import sample_thought
-from mod_star.thoughts_view import TextThoughts
+from mod_star.views.thoughts import TextThoughts
 
 POSITIONS_AT_ONCE = 32
 """Texts are padded to a multiple of this, so that few programs are compiled for texts of many lengths."""

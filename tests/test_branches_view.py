@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mod_star.branches_view import SPAN, beam_record, beams_table, branches_record, branches_table, excerpt, outcome
 from mod_star.decoding import Completion
 from mod_star.decoding.answers import LastNumber
 from mod_star.decoding.branches import Branches, read_branch
+from mod_star.views.branches import SPAN, beam_record, beams_table, branches_record, branches_table, excerpt, outcome
 
 LONG = "First, " + "there are many words before it. " * 12 + "So 5 + 2 = 7 in all" + ", and many after it" * 12 + "."
 

@@ -98,7 +98,7 @@ def test_the_picture_stands_in_the_run_if_nothing_else_is_said(
     trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn: list[Path] = []
-    monkeypatch.setattr("mod_star.plots.plot_routes", lambda path, *_, **__: drawn.append(path))
+    monkeypatch.setattr("mod_star.views.plots.plot_routes", lambda path, *_, **__: drawn.append(path))
     with pytest.raises(SystemExit) as left:
         main(["routes", str(trained_run), "--text", TEXT, "--step", "6"])
     assert left.value.code == 0

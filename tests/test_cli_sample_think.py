@@ -17,7 +17,7 @@ from mod_star.calibration import calibrated, calibration_batches, entropies, rea
 from mod_star.cli import main
 from mod_star.decoding import Completion, Generator
 from mod_star.runs.directory import load_run
-from mod_star.sample_view import Growing
+from mod_star.views.sample import Growing
 
 PROMPT = "The é"
 OPTIONS = ("--new-tokens", "16", "--seed", "3", "--temperature", "2")

@@ -24,7 +24,7 @@ from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
 from mod_star.runs.directory import LoadedRun, load_run
 from mod_star.thoughts import thoughts_of
-from mod_star.thoughts_view import Floats, TextThoughts
+from mod_star.views.thoughts import Floats, TextThoughts
 
 TEXT = "The é of\ntokens, and a few more words."
 TOKENS = 1 + len(TEXT.encode())

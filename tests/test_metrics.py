@@ -12,7 +12,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from mod_star.errors import InputError
 from mod_star.runs.metrics import MetricsWriter, read_metrics
-from mod_star.training.progress import TrainingProgress
+from mod_star.views.progress import TrainingProgress
 
 
 def tensorboard_events(run_dir: Path) -> list[Event]:

@@ -12,8 +12,8 @@ import pytest
 from fork_server import succeed
 from PIL import Image
 
-from mod_star.pictures import save_figure, try_to_draw
-from mod_star.plots import plot_curves
+from mod_star.views.pictures import save_figure, try_to_draw
+from mod_star.views.plots import plot_curves
 
 RECORDS = [{"step": step, "loss": 9 / step, "eval_loss": 8 / step} for step in (1, 2, 3)]
 FORGET = (
@@ -25,7 +25,7 @@ FORGET = (
 
 def drawn(words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Draws curves.png in a process of its own, whose working directory is `folder`."""
-    code = f"from mod_star.plots import plot_curves; plot_curves({{'a': {RECORDS!r}}}, 'curves.png'); {words}"
+    code = f"from mod_star.views.plots import plot_curves; plot_curves({{'a': {RECORDS!r}}}, 'curves.png'); {words}"
     root = str(Path(__file__).parents[1])
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False, cwd=folder,

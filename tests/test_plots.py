@@ -8,9 +8,9 @@ from PIL import Image
 from rich.console import Console, RenderableType
 
 from mod_star.errors import InputError
-from mod_star.plots import plot_curves, plot_routes
 from mod_star.runs.metrics import MetricsWriter
-from mod_star.terminal import duration, result_table, routes_text, short_number, visible
+from mod_star.views.plots import plot_curves, plot_routes
+from mod_star.views.terminal import duration, result_table, routes_text, short_number, visible
 
 BLUE = np.array([0x00, 0x72, 0xB2])
 

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console, RenderableType
 from rich.style import Style
 
-from mod_star.terminal import visible
-from mod_star.thoughts_view import (
+from mod_star.views.terminal import visible
+from mod_star.views.thoughts import (
     LEAST_SCALE,
     TextThoughts,
     gain_style,

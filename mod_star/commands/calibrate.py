@@ -86,7 +86,7 @@ def quantile_table(entropies_N: Any) -> Table:
     """How uncertain the predictions are: the entropies that given shares of them lie above."""
     import numpy as np
 
-    from mod_star.terminal import result_table
+    from mod_star.views.terminal import result_table
 
     rows = [(f"{share:.0%}", f"{np.quantile(entropies_N, 1 - share):.3f}") for share in QUANTILES]
     title = f"Entropy of {len(entropies_N):,} predictions without a thought"

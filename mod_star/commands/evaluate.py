@@ -349,7 +349,7 @@ def _report(
     """Writes results.json and prints the table."""
     from mod_star.evaluation.protocols import measures
     from mod_star.evaluation.records import RESULTS_FILE, write_json
-    from mod_star.terminal import result_table
+    from mod_star.views.terminal import result_table
 
     found = measures(list(records.by_id.values()))
     results = {

@@ -73,7 +73,7 @@ def run(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from mod_star.planning.plan import plan_training
-    from mod_star.planning.report import plan_record, plan_report
+    from mod_star.views.plan import plan_record, plan_report
 
     with _watching(Console(stderr=True)) as watch:
         plan = plan_training(config, topology, options.mesh, watch)

@@ -50,11 +50,11 @@ def run(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from mod_star.data.files import read_text
-    from mod_star.pictures import try_to_draw
-    from mod_star.plots import plot_routes
     from mod_star.routes import routes_of
     from mod_star.runs.directory import load_run
-    from mod_star.terminal import routes_text
+    from mod_star.views.pictures import try_to_draw
+    from mod_star.views.plots import plot_routes
+    from mod_star.views.terminal import routes_text
 
     text = read_text(str(options.text_file)) if options.text is None else options.text
     loaded = load_run(options.run, options.step)

@@ -16,7 +16,7 @@ import tyro
 from mod_star.commands import keep_compiled_programs, parse_options, with_working_copy
 from mod_star.distributed.options import MeshConfig
 from mod_star.errors import InputError, require
-from mod_star.sample_view import completion_record, summary, write_completions, write_stream
+from mod_star.views.sample import completion_record, summary, write_completions, write_stream
 
 if TYPE_CHECKING:
     from mod_star.commands.sample_branches import Answering

@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> None:
     from mod_star.data.files import read_text
     from mod_star.runs.directory import load_run
     from mod_star.thoughts import thoughts_of
-    from mod_star.thoughts_view import thoughts_html, thoughts_text
+    from mod_star.views.thoughts import thoughts_html, thoughts_text
 
     text = read_text(str(options.text_file)) if options.text is None else options.text
     loaded = load_run(options.run, options.step)

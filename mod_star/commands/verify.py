@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> None:
     from mod_star.runs.buckets import checkpoints_of, is_address
     from mod_star.runs.checkpoints import checkpoint_bytes, damages, has_checksums, saved_steps
     from mod_star.runs.stored_config import read_config
-    from mod_star.terminal import result_table, short_number
+    from mod_star.views.terminal import result_table, short_number
 
     read_config(options.run)
     directory = checkpoints_of(options.run)

@@ -15,8 +15,8 @@ import pytest
 from mod_star import presets
 from mod_star.config import RunConfig
 from mod_star.training import loop
-from mod_star.training.progress import TrainingProgress
 from mod_star.training.train import train
+from mod_star.views.progress import TrainingProgress
 
 STEPS = 12
 

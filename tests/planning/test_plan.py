@@ -35,7 +35,7 @@ from mod_star.planning.topologies import parse_topology, prepare_environment
 prepare_environment()
 from mod_star.errors import InputError
 from mod_star.planning.plan import plan_training
-from mod_star.planning.report import plan_record
+from mod_star.views.plan import plan_record
 from mod_star.presets import tiny
 from mod_star.distributed.sharding import MeshConfig
 

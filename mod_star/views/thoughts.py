@@ -21,7 +21,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from mod_star.terminal import result_table, visible
+from mod_star.views.terminal import result_table, visible
 
 Numbers = np.ma.MaskedArray[Any, np.dtype[np.float64]]
 Floats = Sequence[float | None] | npt.NDArray[np.floating] | Numbers

@@ -12,7 +12,7 @@ from mod_star.config import to_dict
 from mod_star.planning.advice import size
 from mod_star.planning.collectives import Collective
 from mod_star.planning.plan import Plan
-from mod_star.terminal import Cell, duration, result_table, short_number
+from mod_star.views.terminal import Cell, duration, result_table, short_number
 
 
 def plan_report(plan: Plan, name: str) -> Group:

@@ -15,7 +15,7 @@ from rich.text import Text
 from mod_star.decoding import Completion
 from mod_star.decoding.answers import Span
 from mod_star.decoding.branches import RANKINGS, Branch, Branches, Ranking, path_log_prob
-from mod_star.terminal import visible
+from mod_star.views.terminal import visible
 
 NAMES: dict[Ranking, str] = {"delta": "Δ", "log_prob": "log p", "normalised_log_prob": "log p/tok"}
 DIM, WON, SPAN = Style(dim=True), Style(color="green", bold=True), Style(bold=True, reverse=True)

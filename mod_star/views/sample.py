@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mod_star.terminal import visible
+from mod_star.views.terminal import visible
 
 if TYPE_CHECKING:
     from mod_star.decoding import Completion, Think

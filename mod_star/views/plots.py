@@ -1,6 +1,6 @@
 """The pictures of a run: loss curves, and which tokens each routed block computed.
 
-matplotlib is imported when a picture is drawn, not before; see `mod_star.pictures`.
+matplotlib is imported when a picture is drawn, not before; see `mod_star.views.pictures`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mod_star.pictures import as_shipped, save_figure
 from mod_star.runs.metrics import read_metrics
-from mod_star.terminal import check_routes, visible
+from mod_star.views.pictures import as_shipped, save_figure
+from mod_star.views.terminal import check_routes, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,1 @@
+"""Everything that draws: tables, coloured text, progress bars, pictures. Imports no JAX."""
