@@ -33,8 +33,8 @@ from mod_star.data import held_out_batches
 from mod_star.decoding import Completion, Generator, Sampling, complete, encode_prompts
 from mod_star.errors import InputError
 from mod_star.flops import forward_flops
+from mod_star.inspection.routes import routes_of
 from mod_star.model.routing import capacity_of
-from mod_star.routes import routes_of
 from mod_star.runs.directory import LoadedRun, load_run
 from mod_star.training.interrupt import Interrupted
 from mod_star.training.train import TrainingError, TrainSummary, train

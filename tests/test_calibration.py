@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from fork_server import succeed
 
-from mod_star.calibration import (
+from mod_star.cli import main
+from mod_star.errors import InputError
+from mod_star.inspection.calibration import (
     Calibration,
     calibrated,
     calibration_batches,
@@ -24,8 +26,6 @@ from mod_star.calibration import (
     read_calibration,
     write_calibration,
 )
-from mod_star.cli import main
-from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.runs.directory import LoadedRun, load_run
 

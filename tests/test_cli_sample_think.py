@@ -13,9 +13,15 @@ import numpy as np
 import pytest
 from fork_server import succeed
 
-from mod_star.calibration import calibrated, calibration_batches, entropies, read_calibration, write_calibration
 from mod_star.cli import main
 from mod_star.decoding import Completion, Generator
+from mod_star.inspection.calibration import (
+    calibrated,
+    calibration_batches,
+    entropies,
+    read_calibration,
+    write_calibration,
+)
 from mod_star.runs.directory import load_run
 from mod_star.views.sample import Growing
 

@@ -20,10 +20,10 @@ from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfi
 from mod_star.data import ByteTokenizer
 from mod_star.decoding import Generator, Sampling, Think
 from mod_star.errors import InputError
+from mod_star.inspection.thoughts import thoughts_of
 from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
 from mod_star.runs.directory import LoadedRun, load_run
-from mod_star.thoughts import thoughts_of
 from mod_star.views.thoughts import Floats, TextThoughts
 
 TEXT = "The é of\ntokens, and a few more words."
@@ -151,7 +151,7 @@ def test_the_page_stands_in_the_run_if_nothing_else_is_said(
     thinking_run: Path, thoughts: TextThoughts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written: list[Path] = []
-    monkeypatch.setattr("mod_star.thoughts.thoughts_of", lambda *_: thoughts)
+    monkeypatch.setattr("mod_star.inspection.thoughts.thoughts_of", lambda *_: thoughts)
     monkeypatch.setattr(Path, "write_text", lambda path, *_, **__: written.append(path))
     with pytest.raises(SystemExit) as left:
         main(["thoughts", str(thinking_run), "--text", TEXT])

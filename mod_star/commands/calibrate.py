@@ -47,9 +47,15 @@ def run(argv: Sequence[str]) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    from mod_star.calibration import calibrated, calibration_batches, entropies, require_share, write_calibration
     from mod_star.data.identity import changes, identify
     from mod_star.errors import InputError
+    from mod_star.inspection.calibration import (
+        calibrated,
+        calibration_batches,
+        entropies,
+        require_share,
+        write_calibration,
+    )
     from mod_star.runs.directory import load_run
     from mod_star.runs.stored_config import read_data
 

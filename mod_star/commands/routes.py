@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from mod_star.data.files import read_text
-    from mod_star.routes import routes_of
+    from mod_star.inspection.routes import routes_of
     from mod_star.runs.directory import load_run
     from mod_star.views.pictures import try_to_draw
     from mod_star.views.plots import plot_routes

@@ -199,8 +199,8 @@ class ThinkOptions(Protocol):
 
 def chosen_think(loaded: LoadedRun, options: ThinkOptions) -> Think:
     """When to think. Raises InputError if the model hasn't learned to, or isn't calibrated."""
-    from mod_star.calibration import read_calibration
     from mod_star.decoding import Think
+    from mod_star.inspection.calibration import read_calibration
 
     if options.think == "never":
         return Think()

@@ -53,8 +53,8 @@ def run(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from mod_star.data.files import read_text
+    from mod_star.inspection.thoughts import thoughts_of
     from mod_star.runs.directory import load_run
-    from mod_star.thoughts import thoughts_of
     from mod_star.views.thoughts import thoughts_html, thoughts_text
 
     text = read_text(str(options.text_file)) if options.text is None else options.text

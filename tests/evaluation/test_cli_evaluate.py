@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from fork_server import shared_server, succeed
 
-from mod_star.calibration import Calibration, write_calibration
 from mod_star.cli import main
 from mod_star.decoding.answers import HarnessNumber
 from mod_star.errors import InputError
 from mod_star.evaluation.intervals import accuracy
 from mod_star.evaluation.records import require_evaluation
+from mod_star.inspection.calibration import Calibration, write_calibration
 
 OPTIONS = (
     "--question", "{q}", "--answer", "{a}", "--kind", "number", "--limit", "60", "--decoding", "self-consistency",

@@ -20,13 +20,13 @@ from mod_star.decoding import Generator, programs
 from mod_star.decoding.sampling import Sampling
 from mod_star.decoding.think import Think
 from mod_star.evaluation.score_batch import score_batch
+from mod_star.inspection.thoughts import _think_everywhere
 from mod_star.model import Decoder
 from mod_star.model.cross_entropy import token_entropy
 from mod_star.model.linear import linear
 from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.model.transformer import head_matrix
 from mod_star.parts import load_parts
-from mod_star.thoughts import _think_everywhere
 from mod_star.training.compiled import lower_eval_step, lower_train_step
 from mod_star.training.next_token import forward
 from mod_star.training.state import init_state

@@ -14,6 +14,7 @@ from thinking_models import Thinker, thinking_params
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig
 from mod_star.decoding.think import Think
 from mod_star.evaluation.scoring import score
+from mod_star.inspection.thoughts import _think_everywhere
 from mod_star.model import Decoder
 from mod_star.model.cross_entropy import cross_entropy_by_token
 from mod_star.model.transformer import head_matrix
@@ -22,7 +23,6 @@ from mod_star.thinking.mixing import mix, mixed_logits
 from mod_star.thinking.objective import Places, contexts, predicted
 from mod_star.thinking.sample import Thought
 from mod_star.thinking.score import score_thought
-from mod_star.thoughts import _think_everywhere
 
 RUN = RunConfig(
     ModelConfig(vocab_size=29, width=16, layers=1, heads=2, kv_heads=1, mlp_width=24, context=24, dtype="bfloat16"),

@@ -18,6 +18,7 @@ from mod_star.data import ByteTokenizer
 from mod_star.decoding import Generator, Sampling
 from mod_star.decoding.think import Think
 from mod_star.evaluation import scoring
+from mod_star.inspection.thoughts import thoughts_of
 from mod_star.model import Decoder, transformer
 from mod_star.model.layers import swiglu, swiglu_init
 from mod_star.model.parts import Part, Parts
@@ -29,7 +30,6 @@ from mod_star.thinking import score as score_module
 from mod_star.thinking.objective import Places, contexts, sample_thoughts
 from mod_star.thinking.sample import Thought, thought_slots
 from mod_star.thinking.score import Scored, score_thought
-from mod_star.thoughts import thoughts_of
 from mod_star.training.next_token import forward
 from mod_star.training.quiet_star import make_examples, make_quiet_star_eval, make_quiet_star_loss
 

@@ -13,10 +13,10 @@ from mod_star.config import ThinkingConfig
 from mod_star.data.tokenizers import begin
 from mod_star.decoding.think import Think
 from mod_star.errors import InputError, require
+from mod_star.inspection.routes import token_pieces
 from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import logits_of
-from mod_star.routes import token_pieces
 from mod_star.runs.directory import LoadedRun
 from mod_star.thinking.mixing import mixed_logits, mixing_weight
 from mod_star.thinking.objective import contexts
