@@ -32,8 +32,8 @@ from mod_star.model import Decoder
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.objective import choose_places, sample_thoughts, talk_loss
 from mod_star.thinking.parameters import thinking_init
-from mod_star.training.next_token import forward
-from mod_star.training.quiet_star import make_quiet_star_loss
+from mod_star.training.objectives.next_token import forward
+from mod_star.training.objectives.quiet_star import make_quiet_star_loss
 from mod_star.training.state import init_params, init_state
 from mod_star.training.step import make_train_step
 from mod_star.views.terminal import result_table

@@ -58,7 +58,7 @@ from mod_star.model.routing import select_top
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.objective import choose_places, place_count, sample_thoughts, talk_loss
 from mod_star.thinking.parameters import thinking_init
-from mod_star.training.next_token import forward
+from mod_star.training.objectives.next_token import forward
 from mod_star.training.state import init_state
 from mod_star.training.step import make_train_step
 

@@ -47,7 +47,7 @@ from mod_star.runs.checkpoints import saved_steps
 from mod_star.runs.directory import LoadedRun, load_run
 from mod_star.runs.stored_config import is_run, read_config
 from mod_star.stages import plan_stages
-from mod_star.training.next_token import make_eval_step, summarise_eval
+from mod_star.training.objectives.next_token import make_eval_step, summarise_eval
 from mod_star.training.train import SUMMARY_FILE, train
 
 TEMPLATE = "Q: {question}\nA: {answer}"

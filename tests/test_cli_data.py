@@ -19,7 +19,7 @@ from mod_star.data import held_out_batches
 from mod_star.model.transformer import head_matrix
 from mod_star.runs.directory import load_run
 from mod_star.runs.metrics import read_metrics
-from mod_star.training.next_token import forward
+from mod_star.training.objectives.next_token import forward
 
 SMALL = (
     "--preset", "tiny", "--model.width", "8", "--model.heads", "1", "--model.layers", "1", "--model.mlp-width", "8",

@@ -31,7 +31,7 @@ from mod_star.stages import plan_stages
 from mod_star.thinking.objective import Places, sample_thoughts, talk_loss
 from mod_star.thinking.parameters import thinking_init
 from mod_star.thinking.sample import Thought
-from mod_star.training.next_token import forward, make_loss
+from mod_star.training.objectives.next_token import forward, make_loss
 from mod_star.training.state import init_params
 from mod_star.training.train import train
 

@@ -14,7 +14,7 @@ from mod_star.model import Decoder, Output
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.objective import Places, Talk, choose_places, sample_thoughts, talk_loss
 from mod_star.thinking.sample import Thought
-from mod_star.training.next_token import forward
+from mod_star.training.objectives.next_token import forward
 
 Batch = dict[str, jax.Array]
 

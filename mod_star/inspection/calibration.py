@@ -24,7 +24,7 @@ from mod_star.errors import InputError, require
 from mod_star.model.cross_entropy import token_entropy
 from mod_star.model.transformer import head_matrix
 from mod_star.runs.directory import LoadedRun
-from mod_star.training.next_token import forward
+from mod_star.training.objectives.next_token import forward
 
 CALIBRATION_FILE = "thinking.json"
 BELOW_EVERYTHING = -1.0  # an entropy is never negative

@@ -1,7 +1,7 @@
 """What a run measured: one JSON record per line in metrics.jsonl, and the same numbers as TensorBoard events.
 
 Names of the values in a record (per-layer lists have one entry per routed block; those of a run that learns to think
-are listed with `mod_star.training.quiet_star.quiet_star_metrics` and `summarise_thinking`):
+are listed with `mod_star.training.objectives.quiet_star.quiet_star_metrics` and `summarise_thinking`):
 
   every `train.log_every` steps   loss, lm_loss, grad_norm, learning_rate, tokens_per_second, train_flops, skipped,
                                   predictor_accuracy, routed_fraction[], gate_mean[], gate_std[], routing_entropy[]

@@ -39,9 +39,9 @@ from mod_star.stages import Stage
 from mod_star.training.compiled import lower_eval_step, lower_train_step, state_shapes
 from mod_star.training.inputs import Inputs
 from mod_star.training.interrupt import Interrupted, LostProcess, TrainingError, stop_signals
+from mod_star.training.objectives.thoughts_log import ThoughtsLog
 from mod_star.training.state import TrainState, init_state, initial_params
 from mod_star.training.step import objective_of
-from mod_star.training.thoughts_log import ThoughtsLog
 from mod_star.views.pictures import try_to_draw
 from mod_star.views.plots import plot_curves
 from mod_star.views.progress import TrainingProgress

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mod_star.config import RunConfig
 from mod_star.model import Decoder
-from mod_star.training.next_token import (
+from mod_star.training.objectives.next_token import (
     Batch,
     Metrics,
     make_eval_step,
@@ -19,13 +19,13 @@ from mod_star.training.next_token import (
     next_token_metrics,
     summarise_eval,
 )
-from mod_star.training.optimizer import make_optimizer, make_schedule, split_norms
-from mod_star.training.quiet_star import (
+from mod_star.training.objectives.quiet_star import (
     make_quiet_star_eval,
     make_quiet_star_loss,
     quiet_star_metrics,
     summarise_thinking,
 )
+from mod_star.training.optimizer import make_optimizer, make_schedule, split_norms
 from mod_star.training.state import TrainState
 
 

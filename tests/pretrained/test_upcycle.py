@@ -28,7 +28,7 @@ from mod_star.pretrained.upcycle import default_stages, upcycle, upcycled_config
 from mod_star.runs.directory import load_run, read_config
 from mod_star.runs.metrics import read_metrics
 from mod_star.thinking.objective import predicted
-from mod_star.training.next_token import make_loss
+from mod_star.training.objectives.next_token import make_loss
 from mod_star.training.train import train
 
 DENSE = RunConfig(

@@ -15,7 +15,7 @@ from mod_star.config import RoutingConfig, RunConfig, ThinkingConfig
 from mod_star.model import Decoder
 from mod_star.thinking.objective import Places, Talk, predicted, talk_loss
 from mod_star.thinking.sample import Thought
-from mod_star.training.next_token import forward
+from mod_star.training.objectives.next_token import forward
 
 S, J, M, N, T = 24, 22, 2, 3, 3
 """Of `thinker`: tokens, places, thoughts at each, predictions after each, tokens of each."""

@@ -30,8 +30,8 @@ from mod_star.thinking import score as score_module
 from mod_star.thinking.objective import Places, contexts, sample_thoughts
 from mod_star.thinking.sample import Thought, thought_slots
 from mod_star.thinking.score import Scored, score_thought
-from mod_star.training.next_token import forward
-from mod_star.training.quiet_star import make_examples, make_quiet_star_eval, make_quiet_star_loss
+from mod_star.training.objectives.next_token import forward
+from mod_star.training.objectives.quiet_star import make_examples, make_quiet_star_eval, make_quiet_star_loss
 
 calls: Counter[str] = Counter()
 

@@ -14,7 +14,7 @@ from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfi
 from mod_star.model import Decoder
 from mod_star.thinking.objective import place_count
 from mod_star.thinking.parameters import thinking_init
-from mod_star.training.quiet_star import make_quiet_star_loss
+from mod_star.training.objectives.quiet_star import make_quiet_star_loss
 from mod_star.training.state import init_params
 
 S, V = 128, 256

@@ -25,9 +25,8 @@ from mod_star.runs.checkpoints import saved_steps
 from mod_star.runs.metrics import MetricsWriter, read_metrics
 from mod_star.thinking.objective import Places, sample_thoughts, talk_loss
 from mod_star.training.interrupt import Interrupted
-from mod_star.training.next_token import forward
-from mod_star.training.optimizer import make_optimizer
-from mod_star.training.quiet_star import (
+from mod_star.training.objectives.next_token import forward
+from mod_star.training.objectives.quiet_star import (
     Examples,
     describe_examples,
     gain_by_decile,
@@ -36,6 +35,7 @@ from mod_star.training.quiet_star import (
     quiet_star_metrics,
     summarise_thinking,
 )
+from mod_star.training.optimizer import make_optimizer
 from mod_star.training.train import train
 
 STEPS = 4

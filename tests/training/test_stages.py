@@ -29,8 +29,8 @@ from mod_star.runs.metrics import MetricsWriter, read_metrics
 from mod_star.stages import config_at, plan_stages
 from mod_star.training import compiled
 from mod_star.training.interrupt import Interrupted
-from mod_star.training.next_token import make_eval_step, make_loss
-from mod_star.training.quiet_star import make_examples, make_quiet_star_eval, make_quiet_star_loss
+from mod_star.training.objectives.next_token import make_eval_step, make_loss
+from mod_star.training.objectives.quiet_star import make_examples, make_quiet_star_eval, make_quiet_star_loss
 from mod_star.training.state import init_state
 from mod_star.training.step import make_train_step, objective_of
 from mod_star.training.train import TrainSummary, train

@@ -35,7 +35,7 @@ from mod_star.thinking.objective import (
 )
 from mod_star.thinking.sample import Thought, thought_slots
 from mod_star.training.agreement import require_thinker
-from mod_star.training.next_token import Batch, Metrics, forward, next_token_metrics, routing_sums
+from mod_star.training.objectives.next_token import Batch, Metrics, forward, next_token_metrics, routing_sums
 
 DECILES = 10
 EXAMPLES = 4

@@ -1,0 +1,1 @@
+"""What training minimises: next-token prediction and Quiet-STaR."""
