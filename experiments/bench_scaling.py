@@ -65,7 +65,7 @@ from mod_star.data import ByteTokenizer, train_batches
 from mod_star.model import Decoder
 from mod_star.runs.checkpoints import CheckpointWriter
 from mod_star.training import loop
-from mod_star.training.compiled import lower_train_step, state_shapes
+from mod_star.training.lowering import lower_train_step, state_shapes
 from mod_star.training.state import TrainState, init_state, initial_params
 from mod_star.training.train import train
 from mod_star.views.terminal import result_table

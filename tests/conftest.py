@@ -48,7 +48,7 @@ from mod_star.runs.directory import read_config
 from mod_star.thinking.objective import Places, Talk
 from mod_star.thinking.sample import Thought
 from mod_star.training import loop
-from mod_star.training.compiled import lower_eval_step, lower_train_step
+from mod_star.training.lowering import lower_eval_step, lower_train_step
 from mod_star.training.optimizer import make_optimizer
 from mod_star.training.state import TrainState, init_params
 from mod_star.training.train import train

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mod_star.config import RunConfig
-from mod_star.training.compiled import batch_shapes
+from mod_star.training.lowering import batch_shapes
 from mod_star.training.state import TrainState
 
 
@@ -44,7 +44,7 @@ def arguments(state: TrainState, run: RunConfig, mesh: Mesh) -> Memory:
     """What a step is given, by the shares that the mesh cuts it into.
 
     Args:
-      state: shapes and shardings, from `mod_star.training.compiled.state_shapes`.
+      state: shapes and shardings, from `mod_star.training.lowering.state_shapes`.
       run: for its batch.
       mesh: where it lies.
     """

@@ -28,7 +28,7 @@ from mod_star.planning.memory import Memory, arguments, memory_of
 from mod_star.planning.program_cost import Cost, program_cost
 from mod_star.planning.topologies import Topology, devices_of
 from mod_star.stages import plan_stages
-from mod_star.training.compiled import lower_train_step, state_shapes
+from mod_star.training.lowering import lower_train_step, state_shapes
 
 Watch = Callable[[str], AbstractContextManager[Any]]
 

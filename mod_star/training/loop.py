@@ -36,9 +36,9 @@ from mod_star.runs.directory import LoadedRun
 from mod_star.runs.metrics import MetricsWriter, read_metrics
 from mod_star.runs.summary import SUMMARY_FILE, TrainSummary, describe, write_summary
 from mod_star.stages import Stage
-from mod_star.training.compiled import lower_eval_step, lower_train_step, state_shapes
 from mod_star.training.inputs import Inputs
 from mod_star.training.interrupt import Interrupted, LostProcess, TrainingError, stop_signals
+from mod_star.training.lowering import lower_eval_step, lower_train_step, state_shapes
 from mod_star.training.objectives.thoughts_log import ThoughtsLog
 from mod_star.training.state import TrainState, init_state, initial_params
 from mod_star.training.step import objective_of

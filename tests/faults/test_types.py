@@ -20,7 +20,7 @@ from mod_star.decoding import Generator
 from mod_star.decoding.sampling import Sampling
 from mod_star.decoding.think import Think
 from mod_star.model import Decoder
-from mod_star.training.compiled import lower_train_step
+from mod_star.training.lowering import lower_train_step
 from mod_star.training.state import init_state
 
 STRICT = "import jax; jax.config.update('jax_enable_x64', True); jax.config.update('jax_debug_nans', True)"

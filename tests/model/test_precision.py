@@ -27,7 +27,7 @@ from mod_star.model.linear import linear
 from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.model.transformer import head_matrix
 from mod_star.parts import load_parts
-from mod_star.training.compiled import lower_eval_step, lower_train_step
+from mod_star.training.lowering import lower_eval_step, lower_train_step
 from mod_star.training.objectives.next_token import forward
 from mod_star.training.state import init_state
 

@@ -21,7 +21,7 @@ from mod_star.decoding import Generator, Sampling, Think
 from mod_star.distributed.options import MeshConfig
 from mod_star.distributed.sharding import batch_sharding, make_mesh, place, placed_shapes, shardings, use_mesh
 from mod_star.model import Decoder
-from mod_star.training.compiled import lower_eval_step, lower_train_step
+from mod_star.training.lowering import lower_eval_step, lower_train_step
 from mod_star.training.objectives.next_token import forward
 from mod_star.training.optimizer import make_optimizer
 from mod_star.training.state import TrainState

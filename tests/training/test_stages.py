@@ -27,7 +27,7 @@ from mod_star.runs.base_run import load_base
 from mod_star.runs.checkpoints import restore_state, saved_steps
 from mod_star.runs.metrics import MetricsWriter, read_metrics
 from mod_star.stages import config_at, plan_stages
-from mod_star.training import compiled
+from mod_star.training import lowering as compiled
 from mod_star.training.interrupt import Interrupted
 from mod_star.training.objectives.next_token import make_eval_step, make_loss
 from mod_star.training.objectives.quiet_star import make_examples, make_quiet_star_eval, make_quiet_star_loss
