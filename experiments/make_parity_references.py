@@ -5,7 +5,7 @@ transformers and torch stay out of this project's environment. In one of their o
     python -m venv HF && HF/bin/pip install torch transformers
     HF/bin/python -m experiments.make_parity_references
 
-It writes tests/pretrained/data/parity.json (configurations, some in the form of transformers 4, some in that of 5) and
+It writes tests/support/data/parity.json (configurations, some in the form of transformers 4, some in that of 5) and
 parity.npz (tokens and float32 logits). The weights follow from their names (`random_tensor`), so they need no file.
 The stored values are of transformers 5.24.0 with torch 2.13.0 on a CPU; seconds.
 
@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-DATA = Path(__file__).parent.parent / "tests/pretrained/data"
+DATA = Path(__file__).parent.parent / "tests/support/data"
 TOKENS = 24
 TEXT = "Janet’s ducks lay 16 eggs per day. naïve 日本語 😀\t\n  1234567890 def f(x):\n    return x\n" * 16
 

@@ -1,4 +1,4 @@
-"""Makes tests/pretrained/tokenizer_references.json: small vocabularies and the ids that others give to nasty texts.
+"""Makes tests/support/tokenizer_references.json: small vocabularies and the ids that others give to nasty texts.
 
     python experiments/make_tokenizer_references.py
 

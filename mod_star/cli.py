@@ -18,7 +18,7 @@ import mod_star
 from mod_star.errors import InputError
 from mod_star.standard_streams import OutputError, usable_streams
 
-# A subcommand is a module of `mod_star.commands`, by the same name, and a line here.
+# A subcommand is a module of `mod_star.commands`, by the same name (`import`: import_model), and a line here.
 COMMANDS = {
     "train": "train a Mixture-of-Depths model (or its dense twin), or go on with an interrupted run",
     "plan": "compile the training step for a TPU slice that isn't there: memory, FLOPs, communication; does it fit?",
@@ -87,7 +87,8 @@ def _run(argv: Sequence[str]) -> None:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         meant = f"; perhaps you meant {near[0]}" if near else ""
         raise InputError(f"unknown command {name!r}{meant}; there are {', '.join(COMMANDS)}, see mod-star --help")
-    command = importlib.import_module(f"mod_star.commands.{name}")
+    module = "import_model" if name == "import" else name  # `import` is a word of Python's
+    command = importlib.import_module(f"mod_star.commands.{module}")
     try:
         command.run(rest)
     finally:  # what it has written beside a run in a bucket; also after an error or an interruption

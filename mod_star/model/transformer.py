@@ -261,7 +261,7 @@ def run(
                 delta, keys_values[name] = decoder.parts.compute_block(
                     params[name]["block"], x_NxD, positions_N, segment_ids_N, segment_ids_N > 0, before, config
                 )
-            # Said once per block, so that tokens stay where they are and weights move: see `mod_star.distributed.sharding`.
+            # Said once per block, so that tokens stay where they are and weights move: `mod_star.distributed.sharding`.
             x_NxD = constrain(x_NxD + delta, None, None)
         return x_NxD, (trace, keys_values if keep_keys_values else None)
 

@@ -134,7 +134,7 @@ def thoughts_html(view: TextThoughts, title: str) -> str:
         # With every < spelt out, nothing in the data can end the script element or open a comment.
         "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    template = resources.files("mod_star").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    template = resources.files("mod_star.views").joinpath(TEMPLATE).read_text(encoding="utf-8")
     # In one pass: what is put in may itself hold braces.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], template)
 

@@ -26,7 +26,7 @@ FORGET = (
 def drawn(words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Draws curves.png in a process of its own, whose working directory is `folder`."""
     code = f"from mod_star.views.plots import plot_curves; plot_curves({{'a': {RECORDS!r}}}, 'curves.png'); {words}"
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False, cwd=folder,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": root, "HOME": str(folder)} | environment,
@@ -106,7 +106,7 @@ def test_a_training_keeps_its_results_where_no_picture_can_be(trained_run: Path,
 
 
 def test_nothing_draws_but_through_here() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     files = [path for folder in ("mod_star", "experiments") for path in (root / folder).rglob("*.py")]
     assert len(files) > 100
     for path in files:

@@ -32,8 +32,8 @@ TESTS = Path(__file__).parents[1]
 def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with what `eight_devices.py` found."""
     out = tmp_path_factory.mktemp("eight")
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    command = [sys.executable, str(TESTS / "sharding" / "eight_devices.py"), str(out)]
+    path = os.pathsep.join([str(TESTS), str(TESTS / "support"), str(TESTS.parent)])
+    command = [sys.executable, str(TESTS / "support" / "eight_devices.py"), str(out)]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path, "JAX_NUM_CPU_DEVICES": "8"})
     return out
 

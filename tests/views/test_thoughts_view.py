@@ -254,7 +254,7 @@ def test_weights_below_zero_get_a_scale_with_two_sides() -> None:
 
 
 def test_ink_is_readable_on_every_colour_of_the_page() -> None:
-    template = resources.files("mod_star").joinpath("thoughts_view.html").read_text(encoding="utf-8")
+    template = resources.files("mod_star.views").joinpath("thoughts_view.html").read_text(encoding="utf-8")
     schemes = re.findall(r":root \{(.*?)\}", template, re.DOTALL)
     assert len(schemes) == 2  # light and dark
     for scheme in schemes:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parent.parent / "tpu_setup.sh"
+SCRIPT = Path(__file__).parents[2] / "tpu_setup.sh"
 SYSTEM = "bash cat cp date dirname env git gzip id mkdir mktemp rm sed sh sort tail tar tee timeout touch"
 
 FAKES = {

@@ -19,8 +19,8 @@ CASES = ("choice-1x8x1", "choice-2x2x2", "expected-thinking-2x2x2", "cot-2x2x2",
 def eight(thinking_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Directory with what `evaluate_on_eight.py` found, and what it said on stdout and stderr."""
     out = tmp_path_factory.mktemp("eight")
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    command = [sys.executable, str(TESTS / "sharding" / "evaluate_on_eight.py"), str(thinking_run), str(out)]
+    path = os.pathsep.join([str(TESTS), str(TESTS / "support"), str(TESTS.parent)])
+    command = [sys.executable, str(TESTS / "support" / "evaluate_on_eight.py"), str(thinking_run), str(out)]
     environment = os.environ | {"PYTHONPATH": path, "JAX_NUM_CPU_DEVICES": "8"}
     done = subprocess.run(
         command, env=environment, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
