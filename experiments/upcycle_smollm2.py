@@ -61,7 +61,7 @@ class Options:
 
     model: Path = Path("runs/smollm2")
     """The dense model: a run, or what mod-star import reads (a GGUF file, a Hugging Face directory)."""
-    data: Path = Path("../shared/data")
+    data: Path = Path("data")
     """Directory with gsm8k_train.jsonl."""
     out: Path = Path("runs/upcycle_smollm2")
     """Where runs, tables and plot are kept."""

@@ -36,6 +36,17 @@ def test_importing_the_package_alone_imports_nothing_heavy() -> None:
     assert done.stdout.split() == []
 
 
+def test_every_public_name_is_there_and_has_documentation() -> None:
+    program = (
+        "import mod_star; print(*(n for n in mod_star.__all__ if not (getattr(mod_star, n).__doc__ or '').strip()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+    assert set(mod_star.__all__) <= set(dir(mod_star))
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = mod_star.trian
+
+
 def test_the_version_is_the_installed_one() -> None:
     assert importlib.metadata.version("mod-star") == mod_star.__version__
 

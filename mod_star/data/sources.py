@@ -303,7 +303,7 @@ def _array_record(spec: str, paths: list[str], template: Template, tell: Tell) -
         if re.fullmatch(r".*\[\d+:\d+\]", path, re.DOTALL):  # which the reader takes for a range of records
             raise InputError(f"{path}: an ArrayRecord file must not have a name that ends with [NUMBER:NUMBER]")
         if is_address(path):
-            raise InputError(f"{path}: ArrayRecord is read from disks only; mount the bucket, see the README")
+            raise InputError(f"{path}: ArrayRecord is read from disks only; mount the bucket (docs/how-to/buckets.md)")
         if not os.path.getsize(path):
             raise InputError(f"{path}: is empty")
     try:

@@ -224,9 +224,9 @@ def test_the_products_of_a_users_own_parts_are_float32_too(tmp_path: Path) -> No
         assert {each.precision for each in found if any(20 in shape for shape in each.shapes)} == {"DEFAULT"}
 
 
-def test_the_readmes_router_asks_for_it_itself(tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (source,) = re.findall(r"```python\n(# my_parts\.py.*?)```", readme, re.DOTALL)
+def test_the_documentations_router_asks_for_it_itself(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/how-to/extend.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(# my_parts\.py.*?)```", page, re.DOTALL)
     (tmp_path / "mine.py").write_text(source)
     router = load_parts(f"{tmp_path}/mine.py:parts").router
     params = router.init(jax.random.key(0), MODEL)

@@ -1,0 +1,107 @@
+"""Writes the pages of docs/reference that come from the code: every field of a run, every command's help."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+from mod_star.cli import COMMANDS
+from mod_star.config import RunConfig
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+
+
+def field_help(kind: type) -> dict[str, str]:
+    """The string under each field of a dataclass, which is also the help of its option."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for statement, following in zip(tree.body, tree.body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            found[statement.target.id] = " ".join(str(following.value.value).split())
+    return found
+
+
+def configuration_page() -> str:
+    """One section per group of fields: option, type, default, meaning."""
+    lines = ["# Configuration", "", "Every field of a run, generated from `mod_star.config`. A field is the option of"]
+    lines += ["`mod-star train` by the same name, with hyphens: `train.batch_size` is `--train.batch-size`.", ""]
+    defaults = RunConfig()
+    plain = []
+    for field in dataclasses.fields(RunConfig):
+        value = getattr(defaults, field.name)
+        if not dataclasses.is_dataclass(value):
+            plain.append(field.name)
+            continue
+        lines += [f"## {field.name}", "", str(inspect.getdoc(type(value))), ""]
+        lines += _table(type(value), [each.name for each in dataclasses.fields(value)], f"{field.name}.")
+    lines += ["## The run itself", "", *_table(RunConfig, plain, "")]
+    return "\n".join(lines) + "\n"
+
+
+def _table(kind: type, names: list[str], prefix: str) -> list[str]:
+    texts, defaults = field_help(kind), kind()
+    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
+    for name in names:
+        kind_text = types[name].replace("|", "\\|")
+        default: Any = getattr(defaults, name)
+        meaning = texts[name].replace("|", "\\|").replace("<", "\\<")
+        rows.append(f"| `{prefix}{name}` | `{kind_text}` | `{default!r}` | {meaning} |")
+    return [*rows, ""]
+
+
+def commands_page() -> str:
+    """What `mod-star COMMAND --help` prints, command by command."""
+    lines = ["# Command line", "", "What `mod-star COMMAND --help` prints. Exit codes: 0 done; 1 training failed, or"]
+    lines += ["something that is needed is not available now; 2 bad input; 130 Ctrl-C; 143 SIGTERM.", ""]
+    for name, summary in COMMANDS.items():
+        if name == "harness":  # its help is lm_eval's, which is an optional package
+            continue
+        said = subprocess.run(
+            [sys.executable, "-m", "mod_star", name, "--help"],
+            env=os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        lines += [
+            f"## mod-star {name}",
+            "",
+            f"{summary[0].upper()}{summary[1:]}.",
+            "",
+            "```text",
+            said.rstrip(),
+            "```",
+            "",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def write_pages(app: Sphinx) -> None:
+    """Writes them where they have changed, so that a second build is quick."""
+    del app
+    for name, text in (("configuration", configuration_page()), ("command_line", commands_page())):
+        page = REFERENCE / f"{name}.md"
+        if not page.exists() or page.read_text(encoding="utf-8") != text:
+            page.write_text(text, encoding="utf-8")
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Sphinx calls it."""
+    app.connect("builder-inited", write_pages)
+    return {"parallel_read_safe": True}
