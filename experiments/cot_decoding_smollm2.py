@@ -127,8 +127,8 @@ def ask(options: Options, console: Console) -> None:
     from mod_star.commands import keep_compiled_programs
     from mod_star.decoding import Generator
     from mod_star.runs.buckets import checkpoints_of
-    from mod_star.runs.checkpoints import params_digest
     from mod_star.runs.directory import load_run
+    from mod_star.runs.integrity import params_digest
 
     todo = list(chunks(options))
     keep_compiled_programs()

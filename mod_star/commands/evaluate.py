@@ -164,8 +164,8 @@ def run(argv: Sequence[str]) -> None:
     from mod_star.evaluation.records import open_records, require_evaluation
     from mod_star.evaluation.scoring import require_shareable
     from mod_star.evaluation.tasks import load_task
-    from mod_star.runs.checkpoints import params_digest
     from mod_star.runs.directory import load_run
+    from mod_star.runs.integrity import params_digest
 
     how = _task(options)
     task = load_task(how, options.data)

@@ -12,20 +12,19 @@ upcycled has parameters only, and those in another form: see `mod_star.runs.para
 checksums of what it reads: of everything to train on, of the parameters alone to sample. `mod-star verify` reads all.
 
 In a bucket (a directory is an `epath.Path` of gs:// then) nothing can be renamed: a checkpoint exists when Orbax has
-added its last, empty file. There are no checksums of ours, see `mod_star.runs.buckets`; nor are there in a directory that it
-was copied to, where a checkpoint without any counts as whole.
+added its last, empty file. There are no checksums of ours, see `mod_star.runs.buckets`; nor are there in a directory
+that it was copied to, where a checkpoint without any counts as whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,22 +35,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from mod_star.runs.buckets import bucket_errors, find_files, is_address, read_file
 from mod_star.data import merge_states
-from mod_star.errors import InputError
 from mod_star.distributed.processes import gather
 from mod_star.distributed.sharding import place, placed_shapes, shardings
-from mod_star.training.interrupt import TrainingError
+from mod_star.errors import InputError
+from mod_star.runs.buckets import bucket_errors, find_files, is_address, read_file
+from mod_star.runs.integrity import COMMIT_FILE, SUMS_FILE, find_damage, write_sums
 from mod_star.runs.params_file import PARAMS_NAME, read_params_file, write_params_file
 from mod_star.runs.plain_paths import plain_path
+from mod_star.training.interrupt import TrainingError
 from mod_star.training.state import TrainState
-
-SUMS_FILE = "SHA256SUMS"
-PARAMS_ITEM = "params"
-"""What of a checkpoint sampling reads; a folder of its own, which shares no file with the rest."""
-# Orbax rewrites these two after our checksums are made: its time stamps, and an empty marker.
-COMMIT_FILE = "commit_success.txt"
-ORBAX_FILES = ("_CHECKPOINT_METADATA", COMMIT_FILE)
 
 # After which Orbax gives up a save. It goes by the wall clock, which a laptop that slept in the middle of a save, or a
 # machine that has just been told the time, find to have jumped: more than any jump.
@@ -150,7 +143,7 @@ class CheckpointWriter:
         if is_address(self._directory):
             return
         for written in self._directory.glob(f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}*"):
-            _write_sums(written)
+            write_sums(written)
 
 
 def save_params(directory: Path, params: dict[str, Any]) -> None:
@@ -163,7 +156,7 @@ def save_params(directory: Path, params: dict[str, Any]) -> None:
     beside = directory / "0.new"
     shutil.rmtree(beside, ignore_errors=True)
     write_params_file(beside, params)
-    _write_sums(beside)
+    write_sums(beside)
     os.rename(beside, directory / "0")
 
 
@@ -206,60 +199,6 @@ def choose_checkpoint(directory: Path, step: int | None, option: str | None, ite
         offer = f"{take} the one before it" if older else "there is no intact one before it"
         raise InputError(f"checkpoint {directory / str(step)} is damaged ({damage}); {offer}")
     return step
-
-
-def params_digest(directory: Path, step: int) -> str | None:
-    """What identifies a checkpoint's parameters wherever the run stands, from their checksums; None: it has none."""
-    sums = directory / str(step) / SUMS_FILE
-    if is_address(directory) or not sums.is_file():
-        return None
-    lines = [line for line in sums.read_text().splitlines() if line.partition("  ")[2].startswith("params")]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def has_checksums(checkpoint: Path) -> bool:
-    """Whether `find_damage` can compare contents: not in a bucket, nor in a copy of one."""
-    return not is_address(checkpoint) and (checkpoint / SUMS_FILE).exists()
-
-
-def find_damage(checkpoint: Path, item: str | None = None) -> str | None:
-    """The first of `damages`, or None."""
-    return next(damages(checkpoint, item), None)
-
-
-def damages(
-    checkpoint: Path, item: str | None = None, read: Callable[[int], object] = lambda count: None
-) -> Iterator[str]:
-    """What is wrong with a checkpoint's files, one after the other. Reads all of them, but for those in a bucket.
-
-    Args:
-      checkpoint: RUN/checkpoints/STEP.
-      item: the folder to look at, such as `PARAMS_ITEM`; None: all of them.
-      read: called with numbers of bytes that have been read.
-    """
-    try:
-        by_orbax = not (checkpoint / PARAMS_NAME).is_file()
-        for name in ORBAX_FILES if by_orbax else ():
-            if not (checkpoint / name).is_file():
-                yield f"{name} is missing"
-        if is_address(checkpoint) or (by_orbax and not (checkpoint / SUMS_FILE).exists()):
-            return
-        lines = (checkpoint / SUMS_FILE).read_text().split("\n")
-        sums = {name: expected for expected, _, name in (line.partition("  ") for line in lines[:-1])}
-        if lines[-1] or not sums:
-            yield f"{SUMS_FILE} is cut off"
-            return
-        sums = {name: expected for name, expected in sums.items() if item is None or name.startswith(f"{item}/")}
-        found = _files(checkpoint, item)
-        for name in sorted(sums.keys() ^ set(found)):
-            yield f"{name} is missing" if name in sums else f"{name} is not in {SUMS_FILE}"
-        for name in found:
-            if name in sums and _sha256(checkpoint / name, read) != sums[name]:
-                yield f"{name} has changed since it was written"
-    except FileNotFoundError:
-        yield f"{SUMS_FILE} is missing"
-    except (OSError, UnicodeDecodeError) as error:
-        yield str(error)
 
 
 def require_training(directory: Path) -> None:
@@ -444,31 +383,3 @@ def _placed(like: Any, mesh: Mesh | None) -> Any:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), like)
     return placed_shapes(mesh, like)
-
-
-def checkpoint_bytes(checkpoint: Path) -> int:
-    """Size of the files that have checksums."""
-    return sum((checkpoint / name).stat().st_size for name in _files(checkpoint))
-
-
-def _files(checkpoint: Path, item: str | None = None) -> list[str]:
-    """Paths of the files that have checksums, relative and sorted. Hidden ones are none of ours."""
-    folder = checkpoint if item is None else checkpoint / item
-    files = [path.relative_to(checkpoint) for path in folder.rglob("*") if path.is_file()]
-    return sorted(
-        str(path) for path in files if str(path) not in (*ORBAX_FILES, SUMS_FILE) and not path.name.startswith(".")
-    )
-
-
-def _write_sums(checkpoint: Path) -> None:
-    lines = [f"{_sha256(checkpoint / name)}  {name}\n" for name in _files(checkpoint)]
-    (checkpoint / SUMS_FILE).write_text("".join(lines))
-
-
-def _sha256(path: Path, read: Callable[[int], object] = lambda count: None) -> str:
-    found = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-            read(len(block))
-    return found.hexdigest()

@@ -30,6 +30,13 @@ import jax
 from jax.sharding import Mesh
 
 import mod_star
+from mod_star.config import RunConfig, to_dict
+from mod_star.data import Tokenizer, load_saved_tokenizer, load_tokenizer, save_tokenizer
+from mod_star.data.identity import Identity
+from mod_star.distributed.sharding import all_devices, require_model_fits
+from mod_star.errors import InputError, require
+from mod_star.model import Decoder
+from mod_star.parts import load_parts
 from mod_star.runs.buckets import (
     CHECKPOINTS_DIRECTORY,
     COPY_FILE,
@@ -39,18 +46,10 @@ from mod_star.runs.buckets import (
     is_address,
     working_copy,
 )
-from mod_star.config import RunConfig, to_dict
-from mod_star.data import Tokenizer, load_saved_tokenizer, load_tokenizer, save_tokenizer
-from mod_star.data.identity import Identity
-from mod_star.errors import InputError, require
+from mod_star.runs.checkpoints import choose_checkpoint, restore_params
+from mod_star.runs.integrity import PARAMS_ITEM
 from mod_star.runs.locks import LOCK_FILE, locked
-from mod_star.model import Decoder
-from mod_star.parts import load_parts
-from mod_star.distributed.sharding import all_devices, require_model_fits
-from mod_star.runs.checkpoints import PARAMS_ITEM, choose_checkpoint, restore_params
 from mod_star.runs.plain_paths import require_showable
-from mod_star.stages import config_at
-from mod_star.training.state import initial_params
 from mod_star.runs.stored_config import (
     BASE,
     CONFIG_FILE,
@@ -63,6 +62,8 @@ from mod_star.runs.stored_config import (
     read_starting_config,
     write_data,
 )
+from mod_star.stages import config_at
+from mod_star.training.state import initial_params
 
 __all__ = [
     "CHECKPOINTS_DIRECTORY",

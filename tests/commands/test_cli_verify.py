@@ -13,9 +13,9 @@ import pytest
 from fork_server import shared_server, succeed
 
 from mod_star.errors import InputError
-from mod_star.runs import checkpoints
-from mod_star.runs.checkpoints import checkpoint_bytes, damages
+from mod_star.runs import integrity
 from mod_star.runs.directory import load_run, read_config
+from mod_star.runs.integrity import checkpoint_bytes, damages
 from mod_star.training.train import train
 
 
@@ -84,13 +84,13 @@ def test_loading_to_sample_reads_the_parameters_alone(run: Path, monkeypatch: py
     expected = load_run(run).params
     checkpoint = run / "checkpoints" / "12"
     hashed: list[str] = []
-    real: Any = checkpoints._sha256
+    real: Any = integrity._sha256
 
     def counted(path: Path, *rest: Any) -> str:
         hashed.append(str(path.relative_to(checkpoint)))
         return str(real(path, *rest))
 
-    monkeypatch.setattr(checkpoints, "_sha256", counted)
+    monkeypatch.setattr(integrity, "_sha256", counted)
     load_run(run)
     assert hashed and all(name.startswith("params/") for name in hashed)
     read: list[int] = []

@@ -26,6 +26,13 @@ from mod_star.errors import InputError
 RECORDS = [{"text": f"é {number}", "n": number} for number in range(3)]
 TEXTS = [record["text"] for record in RECORDS]
 CSV = "text,n\né 0,0\né 1,1\né 2,2\n".encode()
+
+
+def gzipped(content: bytes) -> bytes:
+    """Without the time: contents name the tests, whose names must be the same in all of pytest-xdist's workers."""
+    return gzip.compress(content, mtime=0)
+
+
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 
 
@@ -57,13 +64,13 @@ def fails(spec: Path | str, template: str | None = None, separator: str | None =
     ("name", "content"),
     [
         ("a.jsonl", LINES), ("a.ndjson", LINES), ("A.JSONL", LINES), ("a.jsonl-00000-of-00001", LINES),
-        ("a.ndjson-00000-of-00001.gz", gzip.compress(LINES)), ("a.jsonl.1", LINES), ("a-00000-of-00001.jsonl", LINES),
-        ("a.jsonl.gz", gzip.compress(LINES)), ("a.jsonl.gz", gzip.compress(LINES[:20]) + gzip.compress(LINES[20:])),
+        ("a.ndjson-00000-of-00001.gz", gzipped(LINES)), ("a.jsonl.1", LINES), ("a-00000-of-00001.jsonl", LINES),
+        ("a.jsonl.gz", gzipped(LINES)), ("a.jsonl.gz", gzipped(LINES[:20]) + gzipped(LINES[20:])),
         ("a.jsonl.zst", zstd(LINES)), ("a.NDJSON.ZST", zstd(LINES[:20]) + zstd(LINES[20:])),
         ("a.jsonl.bz2", bz2.compress(LINES)), ("a.json", json.dumps(RECORDS).encode()), ("a.json", LINES),
-        ("c4-train.00000-of-00001.json.gz", gzip.compress(LINES)),
+        ("c4-train.00000-of-00001.json.gz", gzipped(LINES)),
         ("a.json.zst", zstd(json.dumps({"r": RECORDS}).encode())), ("a.csv", CSV), ("a.csv.zst", zstd(CSV)),
-        ("a.tsv.gz", gzip.compress(CSV.replace(b",", b"\t"))),
+        ("a.tsv.gz", gzipped(CSV.replace(b",", b"\t"))),
         ("a.parquet", columns(RECORDS)), ("train-00000-of-00001-a1b2.parquet", columns(RECORDS)),
     ],
 )  # fmt: skip
@@ -106,14 +113,14 @@ def test_formats_with_compression_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("a.txt", gzip.compress(b"text"), "gzip-compressed data"), ("a.jsonl", zstd(LINES), "zstd-compressed data"),
+        ("a.txt", gzipped(b"text"), "gzip-compressed data"), ("a.jsonl", zstd(LINES), "zstd-compressed data"),
         ("a.txt", lzma.compress(b"text"), "xz-compressed data"),
         ("a.json", bz2.compress(LINES), "bzip2-compressed data"),
         ("a.unknown", b"%PDF-1.7\n%\xe2", "a PDF"), ("a", b"PK\x03\x04\x14", "a zip archive"),
         ("a.txt", "text".encode("utf-16"), "UTF-16"), ("a.jsonl", b"\xfe\xff\x00{", "UTF-16"),
         ("a.csv", "text".encode("utf-32"), "UTF-32"), ("a.txt", b"ELF\0\1\2", "binary data (byte 0x00 at 3)"),
-        ("a.txt.gz", gzip.compress(b"ELF\0\1\2"), "binary data (byte 0x00 at 3)"),
-        ("a.gz", gzip.compress(gzip.compress(b"text")), "gzip-compressed data"),
+        ("a.txt.gz", gzipped(b"ELF\0\1\2"), "binary data (byte 0x00 at 3)"),
+        ("a.gz", gzipped(gzipped(b"text")), "gzip-compressed data"),
         ("a.txt", "text".encode("utf-16-le"), "binary data (byte 0x00 at 1)"),
     ],
 )  # fmt: skip
@@ -154,7 +161,7 @@ def test_json_lines_named_json(tmp_path: Path) -> None:
 
 def test_text_that_looks_like_records_is_told(tmp_path: Path) -> None:
     for name in ("a.txt", "a.jsonl.bak", "a", "a.gz"):
-        content = {"a.gz": gzip.compress(LINES)}.get(name, LINES)
+        content = {"a.gz": gzipped(LINES)}.get(name, LINES)
         (tmp_path / name).write_bytes(content)
         documents, (line,) = read(tmp_path / name)
         assert documents == [LINES.decode()]
@@ -197,7 +204,7 @@ def test_missing_shards_are_told(tmp_path: Path) -> None:
 
 def test_a_file_and_its_compressed_copy_are_one(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzipped(LINES))
     assert "a document may come once only" in fails(tmp_path / "a.jsonl*")
 
 
@@ -290,7 +297,7 @@ def test_records_of_messages(tmp_path: Path, suffix: str) -> None:
             writer.close()
         else:
             lines = "".join(json.dumps(record) + "\n" for record in records)
-            path.write_bytes(columns(records) if suffix == "parquet" else gzip.compress(lines.encode()))
+            path.write_bytes(columns(records) if suffix == "parquet" else gzipped(lines.encode()))
 
     write(records)
     documents, told = read(path, "{messages}")

@@ -11,7 +11,8 @@ import pytest
 from fault_runs import arrays, differences, fresh_seed, newest, options, result
 from fork_server import Server, shared_server, straight_run
 
-from mod_star.runs.checkpoints import find_damage, saved_steps
+from mod_star.runs.checkpoints import saved_steps
+from mod_star.runs.integrity import find_damage
 
 STEPS, EVERY = 12, 2
 RUN = options(steps=STEPS, checkpoint_every=EVERY, keep_checkpoints=6, eval_every=0)

@@ -16,7 +16,8 @@ import pytest
 from fault_runs import differences, fresh_seed, newest, options, records, result
 from fork_server import Server, shared_server, straight_run
 
-from mod_star.runs.checkpoints import find_damage, saved_steps
+from mod_star.runs.checkpoints import saved_steps
+from mod_star.runs.integrity import find_damage
 
 STEPS, EVERY = 240, 10
 RUN = options(steps=STEPS, checkpoint_every=EVERY, eval_every=40)

@@ -23,8 +23,8 @@ from mod_star.pretrained.build import DENSE
 from mod_star.pretrained.byte_tokenizer import byte_tokenizer_json
 from mod_star.pretrained.export import export_model
 from mod_star.pretrained.importing import import_model, open_source
-from mod_star.runs.checkpoints import find_damage
 from mod_star.runs.directory import LoadedRun, load_run
+from mod_star.runs.integrity import find_damage
 from mod_star.training.train import train
 
 

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from mod_star.errors import InputError
-from mod_star.runs import checkpoints
+from mod_star.runs import checkpoints, integrity
 from mod_star.runs.checkpoints import CheckpointWriter
 from mod_star.training.state import TrainState
 
@@ -95,14 +95,14 @@ def test_every_damaged_file_is_noticed(
     files = [path for path in (directory / "4").rglob("*") if path.is_file()]
     assert len(files) > 15
     for path in files:
-        if path.parent == directory / "4" and path.name in checkpoints.ORBAX_FILES and damage(b"x") is not None:
+        if path.parent == directory / "4" and path.name in integrity.ORBAX_FILES and damage(b"x") is not None:
             continue  # time stamps and an empty marker: nothing that the state depends on
         good = path.read_bytes()
         bad = damage(good)
         path.unlink()
         if bad is not None:
             path.write_bytes(bad)
-        elif path.name == checkpoints.SUMS_FILE:  # as in a copy of a bucket's
+        elif path.name == integrity.SUMS_FILE:  # as in a copy of a bucket's
             assert checkpoints.choose_checkpoint(directory, None, "--resume-from") == 4
             path.write_bytes(good)
             continue

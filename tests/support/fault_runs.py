@@ -14,7 +14,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mod_star.runs.checkpoints import find_damage, saved_steps
+from mod_star.runs.checkpoints import saved_steps
+from mod_star.runs.integrity import find_damage
 
 # A dense block of width 8: a process of it is mostly start-up.
 SMALLEST = shlex.split(
