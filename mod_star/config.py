@@ -126,7 +126,7 @@ class TrainConfig:
     eval_every: int = 200
     """Steps between held-out evaluations; 0: only at the end."""
     eval_batches: int = 16
-    """Batches of a held-out evaluation at the most."""
+    """The most batches of a held-out evaluation."""
     checkpoint_every: int = 200
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 3

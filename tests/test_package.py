@@ -72,3 +72,15 @@ def test_the_lock_holds_every_dependency_and_no_address() -> None:
 def test_scripts_are_executable_and_sound(script: str) -> None:
     assert (ROOT / script).stat().st_mode & 0o111
     subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
+
+
+def test_words_that_readers_stumble_over_stay_away() -> None:
+    """See docs/glossary.md and CONTRIBUTING.md: one meaning per word, plain English."""
+    words = re.compile(r"has no use (with|for)|at the most\b(?! likely| probable)|at the least\b(?! certain)")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in [*ROOT.glob("mod_star/**/*.py"), *ROOT.glob("docs/**/*.md"), ROOT / "README.md"]
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if words.search(line)
+    ]
+    assert found == []

@@ -224,7 +224,7 @@ def _check(options: EvaluateOptions) -> None:
     given = [name for name in OF_CUSTOM if getattr(options, name) is not None]
     if options.task is not None and (given or options.choices or options.item_id is not None):
         name = _flag([*given, *(["choices"] if options.choices else []), "item_id"][0])
-        raise InputError(f"{name}: has no use with --task, which knows its file")
+        raise InputError(f"{name}: cannot be combined with --task, which knows its file")
     if options.task is None and len(given) < len(OF_CUSTOM):
         missing = next(name for name in OF_CUSTOM if name not in given)
         raise InputError(f"{_flag(missing)} is missing: give --task, or --question, --answer and --kind")
@@ -232,7 +232,7 @@ def _check(options: EvaluateOptions) -> None:
         for name in OF_GENERATE:
             if getattr(options, name) not in (None, (), False):
                 raise InputError(
-                    f"{_flag(name)}: has no use with --protocol {options.protocol}, which generates nothing"
+                    f"{_flag(name)}: cannot be combined with --protocol {options.protocol}, which generates nothing"
                 )
     require(not options.choice_texts or options.protocol == "choice", "--choice-texts", True, "needs --protocol choice")
     decoding = options.decoding or "greedy"
@@ -247,7 +247,7 @@ def _check(options: EvaluateOptions) -> None:
         for name in names:
             if getattr(options, name) not in (None, (), False) and decoding not in decodings:
                 raise InputError(
-                    f"{_flag(name)}: has no use with --decoding {decoding}, only with {', '.join(decodings)}"
+                    f"{_flag(name)}: cannot be combined with --decoding {decoding}, only with {', '.join(decodings)}"
                 )
 
 

@@ -38,7 +38,7 @@ class PlanOptions:
       mod-star plan base --topology h100:8 --mesh.fsdp 8
       mod-star plan tiny --topology cpu:4 --json
 
-    Shows memory by kind against what a chip has, FLOPs, communication, and how long a step takes at the least. For TPU
+    Shows memory by kind against what a chip has, FLOPs, communication, and how long a step takes at least. For TPU
     slices it needs jax[tpu], but no TPU. GPUs are lowered for, not compiled for, which leaves some of it unknown. cpu:N
     compiles for N stand-ins on this machine, and needs nothing. A 7B model takes minutes and some GB of memory here.
     """

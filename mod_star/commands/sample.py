@@ -55,7 +55,7 @@ class SampleOptions:
     """A file of prompts, one a line, in UTF-8; blank lines don't count. FILE.jsonl: a JSON string per line;
     FILE.json: a list of strings."""
     new_tokens: int | None = None
-    """Tokens to generate at the most. If not given 200, or as many as the context has room for."""
+    """The most tokens to generate. If not given 200, or as many as the context has room for."""
     chat: bool = False
     """Put each prompt to the model as a user's message, by the chat template that its tokenizer comes with."""
     decoding: Literal["greedy", "temperature", "beam", "self-consistency", "cot"] = "temperature"

@@ -127,7 +127,7 @@ def prefetch_to_device(
     Args:
         batches: Batches of this process.
         sharding: Where the global batch goes, of which `batches` holds this process's share. None: the default device.
-        buffer: Batches that wait on the device at the most.
+        buffer: The most batches that wait on the device.
 
     Returns:
         A dataset of dicts of `jax.Array`. Its iterator's state is that of the batch last taken, not of those ahead, and

@@ -337,7 +337,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Huggin
 
     Args:
         texts: What to train on: training documents only, if held-out loss is to be compared.
-        vocab_size: Ids at the most, with all 256 bytes and <|endoftext|> (its bos and eos); fewer if `texts` has fewer
+        vocab_size: The most ids, with all 256 bytes and <|endoftext|> (its bos and eos); fewer if `texts` has fewer
             pairs to merge.
         path: The file to write.
 

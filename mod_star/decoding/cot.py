@@ -59,7 +59,7 @@ def cot_decode(
         `SO_THE_ANSWER_IS`, and what the model answers is aligned back to its last place in the branch.
       stop: strings that end a branch.
       think: when to think; branches are then of the mixed distribution.
-      rows: of a batch, at the most, as for `complete_many`; None: all in one.
+      rows: the most of a batch, as for `complete_many`; None: all in one.
       encoded: the prompts' token ids, if they are not what `encode_prompts` makes of them.
 
     Returns:

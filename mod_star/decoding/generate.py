@@ -251,7 +251,7 @@ class Generator:
           prompts: as for `start`. What is drawn for a prompt depends on its number, not on its batch.
           new_tokens: as for `start`.
           sampling: how to draw.
-          rows: of a batch, at the most; at least `branches`.
+          rows: the most of a batch; at least `branches`.
           branches: as for `start`.
           seed: as for `start`.
           burst: tokens per row between two looks at what is finished.

@@ -76,7 +76,7 @@ class HarnessModel:
       step: of the checkpoint; the newest by default.
       think: never, always, or auto (above the threshold of `mod-star calibrate`): before scored and generated tokens.
       think_temperature: of the draws of thought tokens; 0: greedy.
-      max_length: most tokens of a text; by default, and at the most, the model's context.
+      max_length: most tokens of a text; by default the model's context, and never more.
       max_gen_toks: most new tokens where a task doesn't say.
       overlap: tokens before it that each token of a long text sees at least, see `rolling_windows`.
       seed: of draws.

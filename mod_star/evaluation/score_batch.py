@@ -24,7 +24,7 @@ from mod_star.model.transformer import block_names, group_count, head_matrix, lo
 HEAD_ROWS = 64
 """Positions whose logits exist at one time, for each share of a batch."""
 THOUGHT_ROWS = 32
-"""Thoughts that are computed side by side at the most: enough for the weights to be read seldom. For each share."""
+"""The most thoughts that are computed side by side: enough for the weights to be read seldom. For each share."""
 THOUGHT_BYTES = 2**28
 """Bytes of text keys/values that such thoughts may have copied for them; fewer think at once where texts are long."""
 

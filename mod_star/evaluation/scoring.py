@@ -148,7 +148,7 @@ def rolling_windows(tokens: Sequence[int], first: int, window: int, overlap: int
     Args:
       tokens: ids of the text.
       first: id that the first token is predicted from, such as bos.
-      window: most tokens that the model reads at a time, at the most its context.
+      window: most tokens that the model reads at a time, at most its context.
       overlap: tokens before it that a token sees at least, those at the text's beginning apart; 1 to `window`.
         1: windows side by side, the least work.
 

@@ -106,7 +106,7 @@ class CustomTask:
         if self.kind == "choice":
             require(len(self.choices) > 1, "--choices", self.choices, "must be at least two for --kind choice")
         else:
-            require(not self.choices, "--choices", self.choices, f"has no use for --kind {self.kind}")
+            require(not self.choices, "--choices", self.choices, f"cannot be combined with --kind {self.kind}")
         self.reader()
 
     def reader(self) -> Reader:

@@ -25,7 +25,7 @@ from mod_star.model.precision import HIGHEST
 
 
 def capacity_of(routing: RoutingConfig, tokens: int) -> int:
-    """C for a sequence of `tokens` tokens: the configured share rounded to the nearest count, 1 at the least."""
+    """C for a sequence of `tokens` tokens: the configured share rounded to the nearest count, at least 1."""
     if routing.capacity_tokens is not None:
         return min(tokens, routing.capacity_tokens)
     return min(tokens, max(1, math.floor(routing.capacity * tokens + 0.5)))

@@ -261,7 +261,7 @@ def _notes(topology: Topology, run: RunConfig, cost: Cost | None) -> Iterator[st
     if topology.kind == "cpu":
         yield (
             "compiled for CPUs: memory and collectives show how the work is shared out. A TPU or GPU takes other "
-            "temporaries, and has no use for these figures of bytes to the last digit"
+            "temporaries, and needs no figures of bytes to the last digit"
         )
     if topology.chip is not None and run.model.dtype == "float32":
         yield "the time floor by FLOPs is for bfloat16 products; those of model.dtype = 'float32' take longer"

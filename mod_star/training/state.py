@@ -50,7 +50,7 @@ def initial_params(
       run: its objective, its thinking and its seed.
       tokenizer: spells the texts that <start> and <end> begin as.
       base: parameters of another run to start from; None: random ones. Its thinking is kept if it has learned any, and
-        left out where the objective has no use for it.
+        left out where the objective does not need it.
     """
     params = init_params(decoder, run.train.seed) if base is None else base
     if run.train.objective != "quiet_star":

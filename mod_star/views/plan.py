@@ -106,8 +106,8 @@ def _floors_table(plan: Plan) -> RenderableType:
         ("FLOPs", f"{short_number(chip.flops)}FLOP/s", seconds(floors.flops)),
         ("memory bandwidth", f"{short_number(chip.hbm_bandwidth)}B/s", seconds(floors.hbm)),
         ("interconnect", f"{short_number(chip.interconnect)}B/s", seconds(floors.interconnect)),
-        ("a step, at the least", None, seconds(floors.seconds)),
-        ("tokens of text per second, at the most", None, short_number(plan.tokens / floors.seconds)),
+        ("a step, at least", None, seconds(floors.seconds)),
+        ("tokens of text per second, at most", None, short_number(plan.tokens / floors.seconds)),
     ]
     return result_table("time at the chip's published peaks", ("", "peak", "floor"), rows)
 

@@ -160,7 +160,7 @@ def test_wrong_files_of_any_form(tmp_path: Path) -> None:
         (lambda: CustomTask("{q}", "{a}", "choice", ("x", "{b}")), "--choices names 'b'"),
         (lambda: CustomTask("{q}", "{a}", "choice", ("x", "X")), "line 1: choices options = ('x', 'X'): must differ"),
         (lambda: CustomTask("{q}", "{a}", "choice", ("x",)), "--choices = ('x',): must be at least two"),
-        (lambda: CustomTask("{q}", "{a}", "text", ("x", "y")), "has no use for --kind text"),
+        (lambda: CustomTask("{q}", "{a}", "text", ("x", "y")), "cannot be combined with --kind text"),
         (lambda: CustomTask("question", "{a}", "text"), "--question = 'question': it names no field"),
         (lambda: CustomTask("{q}", "{a", "text"), "--answer = '{a'"),
         (lambda: CustomTask("{q}", "{a}", "numbers"), "--kind = 'numbers': must be one of number, choice, text"),  # type: ignore[arg-type]
