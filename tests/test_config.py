@@ -250,8 +250,9 @@ def test_what_is_observed_is_the_same_when_nothing_changes(
 
 
 def test_the_loop_reads_its_fields() -> None:
-    training = Path(__file__).parent.parent / "mod_star/training"
-    loop = "".join((training / name).read_text() for name in ("train.py", "loop.py", "inputs.py", "stages.py"))
+    package = Path(__file__).parent.parent / "mod_star"
+    places = ("training/train.py", "training/loop.py", "training/inputs.py", "stages.py")
+    loop = "".join((package / name).read_text() for name in places)
     assert {name for name in OF_THE_LOOP if not re.search(rf"\btrain\.{name}\b", loop)} == set()
     assert {f"train.{name}" for name in OF_THE_LOOP} <= set(FIELDS)
 
