@@ -15,7 +15,6 @@ config.json is written last: a directory without it is not a run.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -61,6 +60,7 @@ from mod_star.runs.stored_config import (
     read_config,
     read_starting_config,
     write_data,
+    write_json,
 )
 from mod_star.stages import config_at
 from mod_star.training.state import initial_params
@@ -341,7 +341,4 @@ def _write(path: Path, run: RunConfig, tokenizer: Tokenizer, base: RunConfig | N
     configs = {"config": to_dict(run)}
     if base is not None:  # its parts are the same, and the copy here outlives the one there
         configs[BASE] = to_dict(replace(base, parts=run.parts))
-    # Written aside and moved into place: this file makes the directory a run.
-    beside = path / (CONFIG_FILE + ".new")
-    beside.write_text(json.dumps(versions | configs, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path / CONFIG_FILE)
+    write_json(path / CONFIG_FILE, versions | configs)  # last: it makes the directory a run

@@ -80,7 +80,7 @@ def checkpoint_bytes(checkpoint: Path) -> int:
 
 
 def _files(checkpoint: Path, item: str | None = None) -> list[str]:
-    """Paths of the files that have checksums, relative and sorted. Hidden ones are none of ours."""
+    """Paths of the files that have checksums, relative and sorted. Hidden ones belong to others."""
     folder = checkpoint if item is None else checkpoint / item
     files = [path.relative_to(checkpoint) for path in folder.rglob("*") if path.is_file()]
     return sorted(

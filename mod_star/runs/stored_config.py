@@ -81,7 +81,7 @@ def write_data(path: Path, sources: list[dict[str, Any]], step: int = 0) -> None
     file = path / DATA_FILE
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     changes = [] if before is None else [*before.get(CHANGES, []), {"after_step": step, "sources": before["sources"]}]
-    _write_json(file, {"sources": sources} | ({CHANGES: changes} if changes else {}))
+    write_json(file, {"sources": sources} | ({CHANGES: changes} if changes else {}))
 
 
 def change_config(path: Path, run: RunConfig, step: int) -> None:
@@ -105,11 +105,11 @@ def change_config(path: Path, run: RunConfig, step: int) -> None:
                 stored["config"][group][name] = value
     if before:
         stored[CHANGES] = [*stored.get(CHANGES, []), {"after_step": step, "before": before}]
-        _write_json(path / CONFIG_FILE, stored)
+        write_json(path / CONFIG_FILE, stored)
 
 
-def _write_json(file: Path, content: Any) -> None:
-    """Writes a file aside and moves it into place."""
+def write_json(file: Path, content: Any) -> None:
+    """Writes a JSON file aside and moves it into place, so that it is there as a whole or not at all."""
     beside = file.with_name(file.name + ".new")
     beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(beside, file)

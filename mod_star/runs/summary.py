@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mod_star.errors import InputError
-from mod_star.runs.stored_config import SUMMARY_FILE
+from mod_star.runs.stored_config import SUMMARY_FILE, write_json
 from mod_star.views.terminal import duration, short_number
 
 __all__ = ["SUMMARY_FILE", "TrainSummary", "describe", "read_summary", "write_summary"]
@@ -57,9 +56,7 @@ def describe(summary: TrainSummary) -> str:
 
 def write_summary(path: Path, summary: TrainSummary) -> None:
     """Writes RUN/summary.json, which says that the run is complete."""
-    beside = path / (SUMMARY_FILE + ".new")
-    beside.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path / SUMMARY_FILE)
+    write_json(path / SUMMARY_FILE, asdict(summary))
 
 
 def read_summary(path: Path) -> TrainSummary:
