@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig
 from mod_star.function_flops import function_flops
-from mod_star.model.attention import Segment
+from mod_star.model.attention import KeyValues
 from mod_star.model.parts import DEFAULT_PARTS, Part, Parts
 from mod_star.model.routing import capacity_of, causal_slots, routed_share
 from mod_star.model.transformer import block_names, group_count
@@ -207,7 +207,7 @@ def _own_block_flops(model: ModelConfig, parts: Parts, tokens: int, keys: int) -
     def apply(params: Any, x: jax.Array, ids: jax.Array, valid: jax.Array, context: Any) -> Any:
         return parts.block.apply(params, x, ids, ids, valid, context, model, parts)
 
-    before: tuple[Segment, ...] = ()
+    before: tuple[KeyValues, ...] = ()
     if keys > tokens:  # as many more, in the shapes of the block's own
         own = jax.eval_shape(apply, params, x, ids, valid, ())[1]
 
@@ -215,7 +215,7 @@ def _own_block_flops(model: ModelConfig, parts: Parts, tokens: int, keys: int) -
             return jax.ShapeDtypeStruct((*leaf.shape[:axis], keys - tokens, *leaf.shape[axis + 1 :]), leaf.dtype)
 
         kept, where = (own.keys_KxMxE, own.values_KxMxE), (own.positions_M, own.segment_ids_M, own.valid_M)
-        before = (Segment(*(longer(leaf, 1) for leaf in kept), *(longer(leaf, 0) for leaf in where)),)
+        before = (KeyValues(*(longer(leaf, 1) for leaf in kept), *(longer(leaf, 0) for leaf in where)),)
     return function_flops("parts.block", apply, params, x, ids, valid, before)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mod_star.config import RoutingConfig
-from mod_star.model.attention import Segment
+from mod_star.model.attention import KeyValues
 from mod_star.model.transformer import block_names
 
 
@@ -25,20 +25,20 @@ from mod_star.model.transformer import block_names
 class FullCache:
     """Keys/values of a full block: the prompts' for Q prompts, the generated tokens' for B rows of T slots."""
 
-    prompt: Segment
+    prompt: KeyValues
     """Leaves have a leading axis Q: one prompt for all of its B / Q branches."""
     keys_BxKxTxE: jax.Array
     values_BxKxTxE: jax.Array
 
-    def segments(self) -> tuple[Segment, ...]:
+    def segments(self) -> tuple[KeyValues, ...]:
         """What all branches of a prompt attend to; leaves have a leading axis Q."""
         return (self.prompt,)
 
-    def own_segments(self, lengths_B: jax.Array, step: jax.Array) -> tuple[Segment, ...]:
+    def own_segments(self, lengths_B: jax.Array, step: jax.Array) -> tuple[KeyValues, ...]:
         """What the token of `step` attends to besides that and itself; leaves have a leading axis B."""
         B, _, T, _ = self.keys_BxKxTxE.shape
         slots = jnp.arange(T, dtype=jnp.int32)
-        generated = Segment(
+        generated = KeyValues(
             self.keys_BxKxTxE,
             self.values_BxKxTxE,
             lengths_B[:, None] + slots,
@@ -47,7 +47,7 @@ class FullCache:
         )
         return (generated,)
 
-    def append(self, own: Segment, step: jax.Array) -> FullCache:
+    def append(self, own: KeyValues, step: jax.Array) -> FullCache:
         """With the keys/values of one token per row (B x K x 1 x E) in slot `step`."""
         write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, step, 2)  # noqa: E731
         return replace(
@@ -64,7 +64,7 @@ class RoutedCache:
     The spare slot takes the writes of rows that have nothing to write, which keeps the update free of branches.
     """
 
-    prompt: Segment | None
+    prompt: KeyValues | None
     """The prompts', if they are shared by several branches, as in `FullCache`; else they fill the first slots."""
     keys_BxKxMxE: jax.Array
     values_BxKxMxE: jax.Array
@@ -79,18 +79,18 @@ class RoutedCache:
     slots: int = struct.field(pytree_node=False)
     """The most tokens that the block may compute of a row, those of the prompt included."""
 
-    def segments(self) -> tuple[Segment, ...]:
+    def segments(self) -> tuple[KeyValues, ...]:
         """As for `FullCache`."""
         return () if self.prompt is None else (self.prompt,)
 
-    def own_segments(self, lengths_B: jax.Array, step: jax.Array) -> tuple[Segment, ...]:
+    def own_segments(self, lengths_B: jax.Array, step: jax.Array) -> tuple[KeyValues, ...]:
         """As for `FullCache`; what is cached says itself where it stands."""
         del lengths_B, step
         valid = jnp.arange(self.positions_BxM.shape[1], dtype=jnp.int32) < self.filled_B[:, None]
         ids = jnp.ones_like(self.positions_BxM)
-        return (Segment(self.keys_BxKxMxE, self.values_BxKxMxE, self.positions_BxM, ids, valid),)
+        return (KeyValues(self.keys_BxKxMxE, self.values_BxKxMxE, self.positions_BxM, ids, valid),)
 
-    def append(self, own: Segment, computed_B: jax.Array, overflow_B: jax.Array) -> RoutedCache:
+    def append(self, own: KeyValues, computed_B: jax.Array, overflow_B: jax.Array) -> RoutedCache:
         """With the keys/values of one token in each row that computed it, and overflows counted."""
         rows = jnp.arange(computed_B.shape[0], dtype=jnp.int32)
         slot_B = jnp.where(computed_B, self.filled_B, self.positions_BxM.shape[1] - 1)
@@ -112,14 +112,16 @@ class RoutedCache:
 Cache = FullCache | RoutedCache
 
 
-def full_cache(prompt: Segment, new_tokens: int, branches: int = 1) -> FullCache:
+def full_cache(prompt: KeyValues, new_tokens: int, branches: int = 1) -> FullCache:
     """Cache of a full block after prefill; `prompt` has leaves with a leading axis Q."""
     Q, K, _, E = prompt.keys_KxMxE.shape
     empty = jnp.zeros((Q * branches, K, new_tokens, E), prompt.keys_KxMxE.dtype)
     return FullCache(prompt, empty, empty)
 
 
-def routed_cache(prompt: Segment, overflow_Q: jax.Array, slots: int, new_tokens: int, branches: int = 1) -> RoutedCache:
+def routed_cache(
+    prompt: KeyValues, overflow_Q: jax.Array, slots: int, new_tokens: int, branches: int = 1
+) -> RoutedCache:
     """Cache of a routed block after prefill: the computed tokens of the prompt come first, then free slots."""
     count_B, overflow_B = jnp.sum(prompt.valid_M, -1, dtype=jnp.int32), overflow_Q
     if branches == 1:
@@ -160,7 +162,7 @@ def text_of(routing: RoutingConfig, caches: tuple[Cache, ...], lengths_B: jax.Ar
     """All that is cached before `step`, as thoughts read a text: what is a row's own, and what is shared.
 
     Returns:
-      Twice a tuple with a dict {block name: tuple of Segments} for each group; leaves have a leading axis B, and Q. A
+      Twice a tuple with a dict {block name: tuple of KeyValues} for each group; leaves have a leading axis B, and Q. A
       row's text is the tuples of both, see `join_text`.
     """
     return (
@@ -177,7 +179,7 @@ def join_text(own: Any, shared: Any) -> Any:
     )
 
 
-def _by_group(routing: RoutingConfig, segments: list[tuple[Segment, ...]]) -> Any:
+def _by_group(routing: RoutingConfig, segments: list[tuple[KeyValues, ...]]) -> Any:
     names = block_names(routing)
     groups = range(0, len(segments), len(names))
     return tuple(dict(zip(names, segments[first : first + len(names)], strict=True)) for first in groups)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mod_star.decoding.caches import Cache, FullCache, over_rows
 from mod_star.model import Decoder
-from mod_star.model.attention import Segment
+from mod_star.model.attention import KeyValues
 from mod_star.model.layers import lookup, rms_norm
 from mod_star.model.parts import DEFAULT_PARTS
 from mod_star.model.routing import routed_share
@@ -160,8 +160,8 @@ def decode_step(
 
 
 def _full_row(
-    decoder: Decoder, block: dict[str, Any], row: tuple[Any, ...], prompt: tuple[Segment, ...]
-) -> tuple[jax.Array, Segment]:
+    decoder: Decoder, block: dict[str, Any], row: tuple[Any, ...], prompt: tuple[KeyValues, ...]
+) -> tuple[jax.Array, KeyValues]:
     """Delta D and keys/values of one token."""
     x_D, position, own_text = row
     one = jnp.ones(1, jnp.int32)
@@ -172,22 +172,22 @@ def _full_row(
 
 
 def _routed_row(
-    decoder: Decoder, block: dict[str, Any], row: tuple[Any, ...], prompt: tuple[Segment, ...]
-) -> tuple[jax.Array, Segment]:
+    decoder: Decoder, block: dict[str, Any], row: tuple[Any, ...], prompt: tuple[KeyValues, ...]
+) -> tuple[jax.Array, KeyValues]:
     """Gated delta D and keys/values of one token if it is to be computed, else zeros."""
     computed, *values = row
 
     def compute(
-        block: Any, x_D: jax.Array, score: jax.Array, position: jax.Array, context: tuple[Segment, ...]
-    ) -> tuple[jax.Array, Segment]:
+        block: Any, x_D: jax.Array, score: jax.Array, position: jax.Array, memory: tuple[KeyValues, ...]
+    ) -> tuple[jax.Array, KeyValues]:
         one = jnp.ones(1, jnp.int32)
         delta, _, own = routed_rows(
-            block, x_D[None], score[None], position[None], one, one > 0, context,
+            block, x_D[None], score[None], position[None], one, one > 0, memory,
             decoder.config, decoder.routing, decoder.parts,
         )  # fmt: skip
         return delta[0], own
 
     *token, own_text = values
     share = routed_share(decoder.routing, decoder.config.context)
-    result: tuple[jax.Array, Segment] = compute_if(computed, compute, (block, *token, (*prompt, *own_text)), share)
+    result: tuple[jax.Array, KeyValues] = compute_if(computed, compute, (block, *token, (*prompt, *own_text)), share)
     return result

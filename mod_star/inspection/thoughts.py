@@ -19,7 +19,7 @@ from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import logits_of
 from mod_star.runs.directory import LoadedRun
 from mod_star.thinking.mixing import mixed_logits, mixing_weight
-from mod_star.thinking.objective import contexts
+from mod_star.thinking.objective import memory_of
 from mod_star.thinking.sample import sample_thought
 from mod_star.views.thoughts import TextThoughts
 
@@ -84,7 +84,7 @@ def _think_everywhere(
     output: Any = decoder.apply(
         {"params": params}, tokens_S, None, segment_ids_S, mode="causal", slots=slots, keep_keys_values=True
     )
-    text = contexts(output)
+    text = memory_of(output)
 
     def one(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         position, following, hidden_D = inputs

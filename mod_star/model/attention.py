@@ -19,7 +19,7 @@ from mod_star.model.precision import precision_of
 
 
 @struct.dataclass
-class Segment:
+class KeyValues:
     """Keys and values of M tokens.
 
     A query of document d at position p sees token m iff `valid[m]`, `segment_ids[m] == d` and `positions[m] <= p`;
@@ -36,8 +36,10 @@ class Segment:
     """bool; False for slots that hold no token."""
 
 
-def visible(segment: Segment, positions_N: jax.Array, segment_ids_N: jax.Array, window: int | None = None) -> jax.Array:
-    """Bool NxM: which of the segment's tokens each query sees. `window` counts positions, the query's own included."""
+def visible(
+    segment: KeyValues, positions_N: jax.Array, segment_ids_N: jax.Array, window: int | None = None
+) -> jax.Array:
+    """Bool NxM: which of the keys each query sees. `window` counts positions, the query's own included."""
     same = segment_ids_N[:, None] == segment.segment_ids_M
     seen = same & (segment.positions_M <= positions_N[:, None]) & segment.valid_M
     return seen if window is None else seen & (segment.positions_M > positions_N[:, None] - window)
@@ -47,7 +49,7 @@ def attend(
     query_NxHxE: jax.Array,
     positions_N: jax.Array,
     segment_ids_N: jax.Array,
-    segments: Sequence[Segment],
+    segments: Sequence[KeyValues],
     *,
     window: int | None = None,
     fused: bool = False,
@@ -60,7 +62,7 @@ def attend(
       positions_N: int32 positions of the queries.
       segment_ids_N: int32 document ids of the queries.
       segments: at least one; a query that sees no token at all gets a finite, meaningless result.
-      window: length of the sliding window, see `Segment`; None: none.
+      window: length of the sliding window, see `KeyValues`; None: none.
       fused: use cuDNN's fused kernel through `jax.nn.dot_product_attention` (one segment, GPU, 16-bit types).
       precision: of products of float32 operands, see `mod_star.model.precision`.
 
@@ -83,7 +85,7 @@ def attend(
         jnp.einsum, precision=precision_of(query_NxHxE.dtype, precision), preferred_element_type=jnp.float32
     )
 
-    def weigh(weight_KxGNxM: jax.Array, segment: Segment) -> jax.Array:
+    def weigh(weight_KxGNxM: jax.Array, segment: KeyValues) -> jax.Array:
         weight_KxGNxM = weight_KxGNxM.astype(query_NxHxE.dtype)
         return product("knm,kme->kne", weight_KxGNxM, segment.values_KxMxE)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mod_star.config import ModelConfig
-from mod_star.model.attention import Segment, attend, use_fused
+from mod_star.model.attention import KeyValues, attend, use_fused
 from mod_star.model.layers import fan_in_normal, rms_norm, rotary_angles, rotate
 from mod_star.model.linear import linear
 from mod_star.model.precision import products_of
@@ -52,11 +52,11 @@ def block(
     positions_N: jax.Array,
     segment_ids_N: jax.Array,
     valid_N: jax.Array,
-    context: tuple[Segment, ...],
+    memory: tuple[KeyValues, ...],
     config: ModelConfig,
     parts: Parts,
-) -> tuple[jax.Array, Segment]:
-    """Attention over `context` and the tokens themselves, then the feed-forward layer.
+) -> tuple[jax.Array, KeyValues]:
+    """Attention over `memory` and the tokens themselves, then the feed-forward layer.
 
     Args:
       params: from `block_init`.
@@ -64,7 +64,7 @@ def block(
       positions_N: int32 original positions (not slots): what the rotary embedding and the causal mask go by.
       segment_ids_N: int32 document ids.
       valid_N: bool; False for empty slots, which nobody attends to.
-      context: keys/values computed before, such as a cache.
+      memory: keys/values computed before, such as a cache.
       config: sizes.
       parts: supplies the feed-forward layer.
 
@@ -88,9 +88,9 @@ def block(
     h = rms_norm(x_NxD, params["attention_norm"], config.norm_eps)
     angles = rotary_angles(positions_N, config)
     query_NxHxE, key_NxKxE, value_NxKxE = position("query"), position("key"), project("value")
-    own = Segment(jnp.swapaxes(key_NxKxE, 0, 1), jnp.swapaxes(value_NxKxE, 0, 1), positions_N, segment_ids_N, valid_N)
+    own = KeyValues(jnp.swapaxes(key_NxKxE, 0, 1), jnp.swapaxes(value_NxKxE, 0, 1), positions_N, segment_ids_N, valid_N)
     attended = attend(
-        query_NxHxE, positions_N, segment_ids_N, (*context, own),
+        query_NxHxE, positions_N, segment_ids_N, (*memory, own),
         window=config.sliding_window, fused=use_fused(config, N), precision=config.precision,
     )  # fmt: skip
     output_HExD = params["output"].astype(dtype).reshape(-1, D)

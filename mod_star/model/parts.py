@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mod_star.config import RoutingConfig
-from mod_star.model.attention import Segment
+from mod_star.model.attention import KeyValues
 from mod_star.model.blocks import block, block_init
 from mod_star.model.layers import swiglu, swiglu_init
 from mod_star.model.precision import highest_products, products_of
@@ -46,7 +46,7 @@ class Parts:
     feed_forward: Part = Part(swiglu_init, swiglu)
     """apply(params, x_NxD) -> NxD, token by token, in x's type."""
     block: Part = Part(block_init, block)
-    """apply as `mod_star.model.blocks.block`: (params, x, positions, segment_ids, valid, context, config, parts)."""
+    """apply as `mod_star.model.blocks.block`: (params, x, positions, segment_ids, valid, memory, config, parts)."""
 
     def score(self, params: Any, x_SxD: jax.Array) -> jax.Array:
         """The router's float32 scores S."""
@@ -54,16 +54,16 @@ class Parts:
             scores_S: jax.Array = self.router.apply(params, x_SxD)
         return scores_S.astype(jnp.float32)
 
-    def compute_block(self, params: Any, x_NxD: jax.Array, *arrays: Any) -> tuple[jax.Array, Segment]:
+    def compute_block(self, params: Any, x_NxD: jax.Array, *arrays: Any) -> tuple[jax.Array, KeyValues]:
         """The block's delta NxD and keys/values.
 
         Args:
           params: the block's.
           x_NxD: residual stream.
-          arrays: positions, segment ids, validity, context and `ModelConfig`, as for `mod_star.model.blocks.block`.
+          arrays: positions, segment ids, validity, memory and `ModelConfig`, as for `mod_star.model.blocks.block`.
         """
         with products_of(arrays[-1]):
-            result: tuple[jax.Array, Segment] = self.block.apply(params, x_NxD, *arrays, self)
+            result: tuple[jax.Array, KeyValues] = self.block.apply(params, x_NxD, *arrays, self)
         return result
 
     def gate_of(self, routing: RoutingConfig) -> Callable[[jax.Array], jax.Array]:

@@ -18,7 +18,7 @@ from mod_star import random_streams
 from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.distributed.sharding import constrain
 from mod_star.errors import InputError, require
-from mod_star.model.attention import Segment
+from mod_star.model.attention import KeyValues
 from mod_star.model.layers import fan_in_normal, lookup, rms_norm
 from mod_star.model.linear import linear, linear_saveable
 from mod_star.model.parts import DEFAULT_PARTS, Parts
@@ -66,7 +66,7 @@ class Output:
     trace: Trace | None
     """Routing decisions; None for a dense model."""
     keys_values: Any
-    """{block name: Segment} stacked over groups; from unrolled groups a tuple of such; None unless asked for."""
+    """{block name: KeyValues} stacked over groups; from unrolled groups a tuple of such; None unless asked for."""
 
 
 def block_names(routing: RoutingConfig) -> tuple[str, ...]:
@@ -199,13 +199,13 @@ class Decoder(nn.Module):
         positions_S = jnp.arange(S, dtype=jnp.int32) if positions_S is None else positions_S
         segment_ids_S = jnp.ones(S, jnp.int32) if segment_ids_S is None else segment_ids_S
         params = {"groups": self.groups, "final_norm": self.final_norm}
-        return run(
+        return apply_blocks(
             self, params, self.embed(tokens_S), positions_S, segment_ids_S, mode=mode, slots=slots, key=key,
             keep_keys_values=keep_keys_values,
         )  # fmt: skip
 
 
-def run(
+def apply_blocks(
     decoder: Decoder,
     params: dict[str, Any],
     x_NxD: jax.Array,
@@ -215,7 +215,7 @@ def run(
     mode: RoutingMode = "causal",
     slots: int | None = None,
     key: jax.Array | None = None,
-    context: Any = None,
+    memory: Any = None,
     taken: Any = None,
     decided: jax.Array | None = None,
     keep_keys_values: bool = True,
@@ -232,8 +232,8 @@ def run(
       slots: of a routed block under the causal rule: the most tokens that it may compute; those of the model's
         context by default.
       key: for stochastic routing only.
-      context: what the tokens attend to besides themselves: {block name: tuple of Segments}, the leaves stacked over
-        groups, or a tuple with one such dict per group. With a context, a single token is computed by a routed block
+      memory: what the tokens attend to besides themselves: {block name: tuple of KeyValues}, the leaves stacked over
+        groups, or a tuple with one such dict per group. With a memory, a single token is computed by a routed block
         only if it is routed, also under `vmap`.
       taken: int32 slots that earlier tokens have taken, an array [groups] or a tuple; none by default.
       decided: int8 [groups, N], routing decisions to repeat: 1 computed, 0 passed by, -1 the causal rule decides.
@@ -247,15 +247,15 @@ def run(
     slots = causal_slots(routing, config.context) if slots is None else slots
 
     def group(x_NxD: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
-        params, index, context, taken, decided_N = inputs
+        params, index, memory, taken, decided_N = inputs
         keys_values, trace = {}, None
         for name in names:
-            before = () if context is None else context[name]
+            before = () if memory is None else memory[name]
             if name == "routed":
                 group_key = None if key is None else jax.random.fold_in(key, index)
                 delta, keys_values[name], trace = routed_block(
                     decoder, params[name], x_NxD, positions_N, segment_ids_N, mode=mode, slots=slots, key=group_key,
-                    context=before, taken=taken, decided_N=decided_N,
+                    memory=before, taken=taken, decided_N=decided_N,
                 )  # fmt: skip
             else:
                 delta, keys_values[name] = decoder.parts.compute_block(
@@ -271,7 +271,7 @@ def run(
     groups = params["groups"]
     count = group_count(config, routing)
     x_NxD = constrain(x_NxD, None, None)
-    inputs = (groups, jnp.arange(count, dtype=jnp.int32), context, taken, decided)
+    inputs = (groups, jnp.arange(count, dtype=jnp.int32), memory, taken, decided)
     if isinstance(groups, tuple):
         results = []
         for i in range(count):
@@ -300,11 +300,11 @@ def routed_block(
     mode: RoutingMode,
     slots: int,
     key: jax.Array | None = None,
-    context: tuple[Segment, ...] = (),
+    memory: tuple[KeyValues, ...] = (),
     taken: jax.Array | None = None,
     decided_N: jax.Array | None = None,
-) -> tuple[jax.Array, Segment, Trace]:
-    """The gated delta of a routed block, SxD, zero where tokens pass by; arguments as for `run`."""
+) -> tuple[jax.Array, KeyValues, Trace]:
+    """The gated delta of a routed block, SxD, zero where tokens pass by; arguments as for `apply_blocks`."""
     config, routing, parts = decoder.config, decoder.routing, decoder.parts
     S = x_SxD.shape[0]
     valid_S = segment_ids_S > 0
@@ -325,9 +325,9 @@ def routed_block(
 
     arrays = (
         params, dispatch(x_SxD, selection), dispatch(scores_S, selection), dispatch_ids(positions_S, selection),
-        dispatch_ids(segment_ids_S, selection), selection.filled_C, context,
+        dispatch_ids(segment_ids_S, selection), selection.filled_C, memory,
     )  # fmt: skip
-    if context and S == 1:
+    if memory and S == 1:
         share = routed_share(routing, config.context)
         gated_CxD, gates_C, own = compute_if(selection.filled_C[0], rows, arrays, share)
     else:
@@ -348,17 +348,17 @@ def routed_rows(
     positions_C: jax.Array,
     segment_ids_C: jax.Array,
     filled_C: jax.Array,
-    context: tuple[Segment, ...],
+    memory: tuple[KeyValues, ...],
     config: ModelConfig,
     routing: RoutingConfig,
     parts: Parts,
-) -> tuple[jax.Array, jax.Array, Segment]:
+) -> tuple[jax.Array, jax.Array, KeyValues]:
     """g(r)·f(x) of the rows that a routed block computes (section 3.3 of the paper).
 
     Returns:
       The gated delta CxD in x's type, the float32 gates C, and the rows' keys/values.
     """
-    delta_CxD, own = parts.compute_block(params["block"], x_CxD, positions_C, segment_ids_C, filled_C, context, config)
+    delta_CxD, own = parts.compute_block(params["block"], x_CxD, positions_C, segment_ids_C, filled_C, memory, config)
     gates_C = parts.gate_of(routing)(scores_C)
     return (delta_CxD * gates_C[:, None]).astype(x_CxD.dtype), gates_C, own
 

@@ -27,11 +27,11 @@ class TrainSummary:
     tokens: int
     """Tokens trained on, padding included."""
     seconds: float
-    """Time in training steps over all sittings: without compilation, evaluation, and waiting for checkpoints."""
+    """Time in training steps over all sessions: without compilation, evaluation, and waiting for checkpoints."""
     tokens_per_second: float
     """tokens / seconds."""
     compile_seconds: float
-    """Compilation of the training and evaluation steps in the last sitting."""
+    """Compilation of the training and evaluation steps in the last session."""
     skipped: int
     """Steps whose update was left out because loss or gradient was not finite."""
     evaluation: dict[str, Any]

@@ -104,8 +104,8 @@ def choose_places(
     return Places(selection.indices_C, selection.filled_C)
 
 
-def contexts(text: Output) -> dict[str, Any]:
-    """Keys/values of texts as thoughts take them: {block name: (Segment,)}."""
+def memory_of(text: Output) -> dict[str, Any]:
+    """Keys/values of texts as thoughts take them: {block name: (KeyValues,)}."""
     return {name: (segment,) for name, segment in text.keys_values.items()}
 
 
@@ -128,13 +128,13 @@ def sample_thoughts(
     params, text = jax.lax.stop_gradient((params, text))
 
     def sequence(
-        context: Any, positions_S: jax.Array, ids_S: jax.Array, indices_J: jax.Array, key: jax.Array
+        memory: Any, positions_S: jax.Array, ids_S: jax.Array, indices_J: jax.Array, key: jax.Array
     ) -> Thought:
         def one(index: jax.Array, number: jax.Array) -> Thought:
             own_key = jax.random.fold_in(jax.random.fold_in(key, index), number)
             position, segment_id = positions_S[index], ids_S[index]
             return sample_thought(
-                decoder, params, context, position, segment_id, own_key, thinking, temperature, slots=slots
+                decoder, params, memory, position, segment_id, own_key, thinking, temperature, slots=slots
             )[0]  # fmt: skip
 
         # One vmap over both, not one inside the other: what only the outer one batches would keep a routed block's rows
@@ -146,7 +146,7 @@ def sample_thoughts(
     keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(
         jnp.arange(places.indices_BxJ.shape[0], dtype=jnp.int32)
     )
-    return batch_vmap(sequence)(contexts(text), batch["positions"], batch["segment_ids"], places.indices_BxJ, keys_B)
+    return batch_vmap(sequence)(memory_of(text), batch["positions"], batch["segment_ids"], places.indices_BxJ, keys_B)
 
 
 def talk_loss(
@@ -167,7 +167,7 @@ def talk_loss(
     """
     J = places.indices_BxJ.shape[1]
     chunk = min(thinking.chunk, J)
-    shared = (params, text.hidden, contexts(text), batch, talk_total(batch, places, thinking))
+    shared = (params, text.hidden, memory_of(text), batch, talk_total(batch, places, thinking))
 
     def function(shared: Any, part: Any) -> tuple[jax.Array, Talk]:
         return _talk_loss_of_chunk(decoder, thinking, loss_chunk, slots, shared, *part)
@@ -207,24 +207,24 @@ def _talk_loss_of_chunk(
     decoder: Decoder, thinking: ThinkingConfig, loss_chunk: int, slots: int | None, shared: Any, places: Places,
     thoughts: Thought,
 ) -> tuple[jax.Array, Talk]:  # fmt: skip
-    params, hidden_BxSxD, context, batch, total = shared
+    params, hidden_BxSxD, memory, batch, total = shared
     B, J, M, T = thoughts.tokens_T.shape
     N, D = thinking.n_true, hidden_BxSxD.shape[-1]
     index_BxJxN, weights_BxJxN = predicted(batch, places, thinking)
 
     def sequence(
-        context: Any, tokens_S: jax.Array, positions_S: jax.Array, ids_S: jax.Array, indices_J: jax.Array, thoughts: Any
+        memory: Any, tokens_S: jax.Array, positions_S: jax.Array, ids_S: jax.Array, indices_J: jax.Array, thoughts: Any
     ) -> Any:
         def one(index: jax.Array, thought: Thought) -> Any:
             following = tokens_S[index + 1 + jnp.arange(N - 1, dtype=jnp.int32)]
             return score_thought(
-                decoder, params, context, positions_S[index], ids_S[index], thought, following, thinking, slots
+                decoder, params, memory, positions_S[index], ids_S[index], thought, following, thinking, slots
             )  # fmt: skip
 
         return jax.vmap(jax.vmap(one, (None, 0)))(indices_J, thoughts)
 
     scored = batch_vmap(sequence)(
-        context, batch["tokens"], batch["positions"], batch["segment_ids"], places.indices_BxJ, thoughts
+        memory, batch["tokens"], batch["positions"], batch["segment_ids"], places.indices_BxJ, thoughts
     )
     gather = jax.vmap(lambda row, at: row[at])
     base = jnp.broadcast_to(gather(hidden_BxSxD, index_BxJxN)[:, :, None], (B, J, M, N, D)).reshape(-1, D)

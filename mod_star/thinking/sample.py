@@ -16,10 +16,10 @@ from flax import struct
 from mod_star.config import RoutingConfig, ThinkingConfig
 from mod_star.errors import InputError
 from mod_star.model import Decoder
-from mod_star.model.attention import Segment
+from mod_star.model.attention import KeyValues
 from mod_star.model.layers import lookup
 from mod_star.model.routing import causal_slots
-from mod_star.model.transformer import logits_of, run
+from mod_star.model.transformer import apply_blocks, logits_of
 from mod_star.network_config import require_thinkable
 
 DRAW_BLOCK = 128
@@ -54,14 +54,14 @@ def text_before(text: Any, position: jax.Array) -> Any:
     """The view of shared keys/values that a thought after `position` has: what lies behind is not valid.
 
     Args:
-      text: any pytree of `Segment`s.
+      text: any pytree of `KeyValues`s.
       position: int32 scalar, the last position to see.
     """
 
-    def view(segment: Segment) -> Segment:
+    def view(segment: KeyValues) -> KeyValues:
         return replace(segment, valid_M=segment.valid_M & (segment.positions_M <= position))
 
-    return jax.tree.map(view, text, is_leaf=lambda node: isinstance(node, Segment))
+    return jax.tree.map(view, text, is_leaf=lambda node: isinstance(node, KeyValues))
 
 
 def sample_thought(
@@ -80,8 +80,8 @@ def sample_thought(
 
     Args:
       decoder: the model; routed blocks decide causally.
-      params: with the entry "thinking"; groups stacked or unrolled, as for `mod_star.model.transformer.run`.
-      text: keys/values of the text, {block name: tuple of Segments} stacked over groups, or a tuple of such.
+      params: with the entry "thinking"; groups stacked or unrolled, as for `mod_star.model.transformer.apply_blocks`.
+      text: keys/values of the text, {block name: tuple of KeyValues} stacked over groups, or a tuple of such.
       position: int32 position in its document after which to think; <start> is at the next one.
       segment_id: int32 document.
       key: of the draws.
@@ -106,9 +106,9 @@ def sample_thought(
 
     def step(x_D: jax.Array, cache: Any, i: jax.Array) -> tuple[jax.Array, Any, Any]:
         """Runs one token, the i-th counting <start> as 0."""
-        output = run(
+        output = apply_blocks(
             decoder, params, x_D[None].astype(decoder.config.dtype), (position + 1 + i)[None], segment_id[None],
-            slots=slots, context=_join(text, cache), taken=_taken(cache),
+            slots=slots, memory=_join(text, cache), taken=_taken(cache),
         )  # fmt: skip
         decided = None if output.trace is None else output.trace.selected[:, 0].astype(jnp.int8)
         return output.hidden[0], _append(cache, output.keys_values, i), decided
@@ -176,41 +176,41 @@ def _first(wanted: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _is_segments(node: Any) -> bool:
-    return isinstance(node, tuple) and bool(node) and isinstance(node[0], Segment)
+    return isinstance(node, tuple) and bool(node) and isinstance(node[0], KeyValues)
 
 
 def _empty_cache(text: Any, slots: int) -> Any:
-    """For each block a Segment of `slots` empty slots, in the structure of `text`."""
+    """For each block a KeyValues of `slots` empty slots, in the structure of `text`."""
 
-    def empty(segments: tuple[Segment, ...]) -> Segment:
+    def empty(segments: tuple[KeyValues, ...]) -> KeyValues:
         like = segments[0]
         *leading, _, E = like.keys_KxMxE.shape
         keys = jnp.zeros((*leading, slots, E), like.keys_KxMxE.dtype)
         ids = jnp.zeros((*like.positions_M.shape[:-1], slots), jnp.int32)
-        return Segment(keys, keys, ids, ids, ids > 0)
+        return KeyValues(keys, keys, ids, ids, ids > 0)
 
     return jax.tree.map(empty, text, is_leaf=_is_segments)
 
 
 def _join(text: Any, cache: Any) -> Any:
-    """The context of a thought's token: text, then the thought itself."""
+    """The memory of a thought's token: text, then the thought itself."""
     return jax.tree.map(lambda segments, own: (*segments, own), text, cache, is_leaf=_is_segments)
 
 
 def _append(cache: Any, own: Any, slot: jax.Array) -> Any:
     """The cache with one token's keys/values in `slot`."""
 
-    def write(old: Segment, new: Segment) -> Segment:
+    def write(old: KeyValues, new: KeyValues) -> KeyValues:
         # By a choice between old and new: under `vmap` an update of a slice becomes a scatter.
         here_M = jnp.arange(old.valid_M.shape[-1], dtype=jnp.int32) == slot
         choose = lambda a, b: jnp.where(here_M if a.ndim == old.valid_M.ndim else here_M[:, None], b, a)  # noqa: E731
         return jax.tree.map(choose, old, new)
 
-    return jax.tree.map(write, cache, own, is_leaf=lambda node: isinstance(node, Segment))
+    return jax.tree.map(write, cache, own, is_leaf=lambda node: isinstance(node, KeyValues))
 
 
 def _taken(cache: Any) -> Any:
-    """Slots of the routed blocks that the thought has taken, as `run` takes them; None for a dense model."""
+    """Slots of the routed blocks that the thought has taken, as `apply_blocks` takes them; None for a dense model."""
     if isinstance(cache, tuple):
         return tuple(_taken(group) for group in cache) if "routed" in cache[0] else None
     return jnp.sum(cache["routed"].valid_M, -1, dtype=jnp.int32) if "routed" in cache else None

@@ -11,7 +11,7 @@ from flax import struct
 from mod_star.config import ThinkingConfig
 from mod_star.model import Decoder, Trace
 from mod_star.model.layers import lookup
-from mod_star.model.transformer import run
+from mod_star.model.transformer import apply_blocks
 from mod_star.thinking.sample import Thought, embed_thought, text_before, thought_slots
 
 
@@ -61,9 +61,9 @@ def score_thought(
     decided = None
     if thought.decided_GxT is not None:
         decided = jnp.pad(thought.decided_GxT, ((0, 0), (0, N - t)), constant_values=-1)
-    output = run(
+    output = apply_blocks(
         decoder, params, x_NxD.astype(decoder.config.dtype), position + 1 + jnp.arange(N, dtype=jnp.int32),
-        jnp.full(N, segment_id), slots=slots, context=text_before(text, position), decided=decided,
+        jnp.full(N, segment_id), slots=slots, memory=text_before(text, position), decided=decided,
         keep_keys_values=False,
     )  # fmt: skip
     return Scored(output.hidden[:t], output.hidden[t + 1 :], output.trace)

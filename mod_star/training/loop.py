@@ -1,4 +1,4 @@
-"""The training loop: one sitting of a run, from its start or where it stopped to its end or where it must stop.
+"""The training loop: one session of a run, from its start or where it stopped to its end or where it must stop.
 
 The loop never waits for a step it has just started: the numbers of step n−1 are read after step n is on its way.
 What belongs to step n (its record, its evaluation) is written before the checkpoint of step n, so that a run that was
@@ -73,8 +73,8 @@ class _Unread:
     metrics: Metrics
 
 
-class Sitting:
-    """One sitting of a run in its directory."""
+class TrainingSession:
+    """One training session of a run in its directory."""
 
     def __init__(
         self,
@@ -271,7 +271,7 @@ class Sitting:
         return f"the last good checkpoint is {self.checkpoints / str(saved[-1])}" if saved else "there is no checkpoint"
 
     def _evaluate(self, state: TrainState, step: int) -> None:
-        """Evaluates on the held-out batches and records it; a signal in the middle leaves it to the next sitting."""
+        """Evaluates on the held-out batches and records it; a signal in the middle leaves it to the next session."""
         with self._pause("evaluating"):
             sums: list[Any] = []
             for number, batch in enumerate(self.inputs.held_out):
@@ -376,7 +376,7 @@ class Sitting:
         return jax.random.fold_in(jax.random.key(self.run.train.seed), random_streams.EVALUATION)
 
     def _seconds(self) -> float:
-        """Time in training steps up to now, over all sittings."""
+        """Time in training steps up to now, over all sessions."""
         return self.earlier_seconds + time.perf_counter() - self.began - self.paused
 
     @contextmanager

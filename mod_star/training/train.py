@@ -27,7 +27,7 @@ from mod_star.standard_streams import lasting_output
 from mod_star.training.extension import require_extendable
 from mod_star.training.inputs import Inputs, load_inputs
 from mod_star.training.interrupt import LostProcess, TrainingError
-from mod_star.training.loop import CURVES_FILE, Sitting, draw_curves
+from mod_star.training.loop import CURVES_FILE, TrainingSession, draw_curves
 
 __all__ = ["SUMMARY_FILE", "LostProcess", "TrainSummary", "TrainingError", "describe", "train"]
 
@@ -109,12 +109,12 @@ def train(
                 )
             _require_profile(profile, inputs.plan.steps)
             _show_notes((*inputs.notes, *_changed_since(path, stored)), console)
-            sitting = Sitting(inputs, path, resume_from, console, base, profile)
-            decide_first(lambda: _record_changes(path, inputs, sitting.start, same_length))
+            session = TrainingSession(inputs, path, resume_from, console, base, profile)
+            decide_first(lambda: _record_changes(path, inputs, session.start, same_length))
             if changed:
-                said = f"{name}: goes on with other data from step {sitting.start} on ({'; '.join(changed)})"
+                said = f"{name}: goes on with other data from step {session.start} on ({'; '.join(changed)})"
                 console.print(said, markup=False, highlight=False, soft_wrap=True)
-            return sitting.run_to_end()
+            return session.run_to_end()
         if resume_from is not None:
             raise InputError(f"--resume-from = {resume_from}: {name} is not a run yet")
         decide_first(lambda: run_dir.require_creatable(path))
@@ -135,7 +135,7 @@ def train(
             stack.enter_context(run_dir.created(path, inputs.run, inputs.tokenizer, config, inputs.data))
 
         decide_first(create)
-        return Sitting(inputs, path, None, console, base, profile).run_to_end()
+        return TrainingSession(inputs, path, None, console, base, profile).run_to_end()
 
 
 def _show_notes(notes: tuple[str, ...], console: Console) -> None:

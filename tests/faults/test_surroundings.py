@@ -127,7 +127,9 @@ def test_help_on_a_terminal_of_any_width(server: Server, columns: str) -> None:
 
 def test_out_of_memory(server: Server, tmp_path: Path) -> None:
     exhausted = (
-        "import mod_star.training.train as t, jax\ndef fail(*_, **__): raise {error}\nt.Sitting.run_to_end = fail"
+        "import mod_star.training.train as t, jax\n"
+        "def fail(*_, **__): raise {error}\n"
+        "t.TrainingSession.run_to_end = fail"
     )
     for error, told in (
         ("jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of 8 TB.\\n\\ndetails')", "Out of 8 TB."),

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from mod_star.config import ModelConfig
-from mod_star.model.attention import Segment, attend, use_fused
+from mod_star.model.attention import KeyValues, attend, use_fused
 
 N, H, K, E, M = 6, 4, 2, 8, 14
 RNG = np.random.default_rng(0)
 QUERY = jnp.asarray(RNG.normal(size=(N, H, E)), jnp.float32)
 POSITIONS = jnp.asarray([3, 4, 5, 0, 1, 7])
 DOCUMENTS = jnp.asarray([1, 1, 1, 2, 2, 3])  # nothing to see for the last one
-KEYS = Segment(
+KEYS = KeyValues(
     jnp.asarray(RNG.normal(size=(K, M, E)), jnp.float32),
     jnp.asarray(RNG.normal(size=(K, M, E)), jnp.float32),
     jnp.asarray([0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 0, 1, 2, 3]),
@@ -26,10 +26,10 @@ KEYS = Segment(
 )
 
 
-def part(start: int, end: int) -> Segment:
+def part(start: int, end: int) -> KeyValues:
     keys, values = KEYS.keys_KxMxE[:, start:end], KEYS.values_KxMxE[:, start:end]
     rest = (a[start:end] for a in (KEYS.positions_M, KEYS.segment_ids_M, KEYS.valid_M))
-    return Segment(keys, values, *rest)
+    return KeyValues(keys, values, *rest)
 
 
 def test_equals_loops_in_float64() -> None:
@@ -55,7 +55,7 @@ def test_several_segments_equal_their_concatenation_in_value_and_gradient(cuts: 
     edges = [0, *cuts, M]
     pieces = tuple(part(a, b) for a, b in itertools.pairwise(edges))
 
-    def loss(query: jax.Array, segments: tuple[Segment, ...]) -> jax.Array:
+    def loss(query: jax.Array, segments: tuple[KeyValues, ...]) -> jax.Array:
         return jnp.sum(jnp.sin(attend(query, POSITIONS, DOCUMENTS, segments))[:-1])
 
     run = jax.jit(jax.value_and_grad(loss, (0, 1), allow_int=True))
@@ -99,7 +99,7 @@ def test_fused_attention_lowers_for_cuda_forward_and_backward(monkeypatch: pytes
 
     def loss(query: jax.Array, keys: jax.Array, values: jax.Array, ids: jax.Array) -> jax.Array:
         def one(query: jax.Array, keys: jax.Array, values: jax.Array, ids: jax.Array) -> jax.Array:
-            return attend(query, ids, ids // 8, (Segment(keys, values, ids, ids // 8, ids > 0),), fused=True)
+            return attend(query, ids, ids // 8, (KeyValues(keys, values, ids, ids // 8, ids > 0),), fused=True)
 
         return jnp.sum(jax.vmap(one)(query, keys, values, ids).astype(jnp.float32))
 

@@ -26,7 +26,7 @@ from mod_star.runs.base_run import load_base
 from mod_star.runs.checkpoints import CheckpointWriter, restore_state, saved_steps
 from mod_star.runs.metrics import MetricsWriter, read_metrics
 from mod_star.training.interrupt import Interrupted
-from mod_star.training.loop import Sitting
+from mod_star.training.loop import TrainingSession
 from mod_star.training.state import init_params, init_state
 from mod_star.training.train import TrainSummary, train
 
@@ -135,7 +135,7 @@ def test_interrupted_and_resumed_without_the_other_run(
     gone, path = shutil.copytree(base, tmp_path / "base"), tmp_path / "run"
     run = fine(gone)
     with monkeypatch.context() as patched:
-        stopping(patched, Sitting, "_compile", lambda *_: True)
+        stopping(patched, TrainingSession, "_compile", lambda *_: True)
         with pytest.raises(Interrupted, match="stopped before the first step"):
             train(run, path, quiet=True)
     assert saved_steps(path / "checkpoints") == [0]

@@ -20,7 +20,7 @@ from mod_star.model.cross_entropy import cross_entropy_by_token
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.mixed_cross_entropy import mixed_cross_entropy_by_token
 from mod_star.thinking.mixing import mix, mixed_logits
-from mod_star.thinking.objective import Places, contexts, predicted
+from mod_star.thinking.objective import Places, memory_of, predicted
 from mod_star.thinking.sample import Thought
 from mod_star.thinking.score import score_thought
 
@@ -74,7 +74,7 @@ def test_the_signs_of_advantages_are_those_of_a_float32_mixture(thinker: Thinker
 
         by_thought = jax.vmap(one, (None, None, None, None, None, 0))
         by_place = jax.vmap(by_thought, (None, None, None, None, 0, 0))
-        arrays = (contexts(text), batch["tokens"], batch["positions"], batch["segment_ids"])
+        arrays = (memory_of(text), batch["tokens"], batch["positions"], batch["segment_ids"])
         return text.hidden, jax.vmap(by_place)(*arrays, places.indices_BxJ, thoughts)
 
     base_BxSxD, talk_BxJxMxNxD = (np.asarray(each, np.float64) for each in hidden(thinker.params))

@@ -27,7 +27,7 @@ from mod_star.model.transformer import head_matrix
 from mod_star.runs.directory import LoadedRun
 from mod_star.thinking import sample
 from mod_star.thinking import score as score_module
-from mod_star.thinking.objective import Places, contexts, sample_thoughts
+from mod_star.thinking.objective import Places, memory_of, sample_thoughts
 from mod_star.thinking.sample import Thought, thought_slots
 from mod_star.thinking.score import Scored, score_thought
 from mod_star.training.objectives.next_token import forward
@@ -60,7 +60,7 @@ def score(thinker: Thinker, params: Any, places: Places, thoughts: Thought) -> t
     over_thoughts = jax.vmap(one, (None, None, None, None, None, 0))
     over_places = jax.vmap(over_thoughts, (None, None, None, None, 0, 0))
     scored = jax.vmap(over_places)(
-        contexts(text), batch["tokens"], batch["positions"], batch["segment_ids"], places.indices_BxJ, thoughts
+        memory_of(text), batch["tokens"], batch["positions"], batch["segment_ids"], places.indices_BxJ, thoughts
     )
     logits = scored.thought_TxD.astype(jnp.float32) @ head_matrix(params).T
     log_p = jax.nn.log_softmax(logits)
@@ -140,10 +140,10 @@ def test_a_thought_has_as_many_slots_in_evaluation_and_generation_as_in_training
             found.add(slots)
             if door in ("generation", "thoughts", "scoring"):  # traced is enough  # noqa: B023
                 raise InterruptedError
-            return transformer.run(*args, slots=slots, **options)
+            return transformer.apply_blocks(*args, slots=slots, **options)
 
         for module in (sample, score_module):
-            monkeypatch.setattr(module, "run", counting)
+            monkeypatch.setattr(module, "apply_blocks", counting)
         with suppress(InterruptedError):
             through()
         assert found == {slots}, door

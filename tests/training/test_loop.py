@@ -108,7 +108,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
                 train(make_run(), path, quiet=True)
         assert (stopped.value.step, stopped.value.signal) == (stops, number)
         assert saved_steps(path / "checkpoints")[-1] == stops
-        # Steps 3 and 8 are evaluated; the signal came before, so the next sitting does it.
+        # Steps 3 and 8 are evaluated; the signal came before, so the next session does it.
         assert not [r for r in read_metrics(path) if r["step"] == stops and "eval_loss" in r]
         assert not (path / "summary.json").exists()
     assert [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)] == handlers

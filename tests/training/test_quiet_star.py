@@ -79,7 +79,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
             os.kill(os.getpid(), signal.SIGTERM)
         return write(self, step, values)
 
-    # The record of step 1 is written during step 2, whose evaluation is left to the next sitting.
+    # The record of step 1 is written during step 2, whose evaluation is left to the next session.
     with monkeypatch.context() as patched:
         patched.setattr(MetricsWriter, "write", writing)
         with pytest.raises(Interrupted, match="stopped after step 2 of 4"):
