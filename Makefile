@@ -21,7 +21,7 @@ test: .venv
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 docs: .venv
-	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
+	$(BIN)/sphinx-build -nW --keep-going -q docs docs/_build/html
 
 lint: .venv
 	$(BIN)/ruff check

@@ -1,7 +1,7 @@
 """Speed and memory of decoding a pretrained model: SmolLM2-135M-Instruct, from the GGUF file that is named.
 
-    python -m experiments.bench_decode --gguf SmolLM2-135M-Instruct.Q4_1.gguf           # a table
-    python -m experiments.bench_decode --gguf SmolLM2-135M-Instruct.Q4_1.gguf --json    # one flat JSON object
+    python -m experiments.benchmarks.decode --gguf SmolLM2-135M-Instruct.Q4_1.gguf           # a table
+    python -m experiments.benchmarks.decode --gguf SmolLM2-135M-Instruct.Q4_1.gguf --json    # one flat JSON object
 
 Steps are measured warm, in turns with one another and with the machine's own read bandwidth, and reported as medians;
 compilation is kept apart. Loading is measured from outside, as the commands that a user types, the second time: with
@@ -26,8 +26,8 @@ import jax
 import tyro
 from rich.console import Console
 
-from experiments.bench_mod import read_bandwidth
-from experiments.timing import in_turns
+from experiments.benchmarks.mod import read_bandwidth
+from experiments.support.timing import in_turns
 from mod_star.decoding import Generator, Sampling
 from mod_star.decoding.lengths import PROMPT, ROOM, rounded_up
 from mod_star.errors import require

@@ -1,6 +1,6 @@
 """What `mod_star.model.linear` saves in the gradient of a feed-forward layer written for one sequence and vmapped.
 
-    python -m experiments.bench_linear
+    python -m experiments.benchmarks.linear
 
 Compares, in turns and warm, the layer with `linear` against the same layer with `@`, at 8 sequences of 256 tokens,
 width 512, hidden width 1,408, in float32; prints the medians and their ratio.
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from experiments.timing import in_turns
+from experiments.support.timing import in_turns
 from mod_star.config import ModelConfig
 from mod_star.model.layers import Params, swiglu, swiglu_init
 

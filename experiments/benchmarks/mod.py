@@ -1,7 +1,7 @@
 """Speed and memory of Mixture-of-Depths against its dense twin, on the machine it runs on.
 
-    python -m experiments.bench_mod           # a table
-    python -m experiments.bench_mod --json    # one flat JSON object
+    python -m experiments.benchmarks.mod           # a table
+    python -m experiments.benchmarks.mod --json    # one flat JSON object
 
 Everything is measured warm, the two models and the machine's own limits in turns, and reported as the median;
 compilation is kept apart. Takes about four minutes on two CPU cores; nothing else should run beside it.
@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments.timing import in_turns
+from experiments.support.timing import in_turns
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, TrainConfig
 from mod_star.decoding.caches import cache_bytes
 from mod_star.decoding.generate import Generator

@@ -1,7 +1,7 @@
 """What surrounds the compiled step: loop, data, checkpoints, resuming, depth, and the plans of larger slices.
 
-    python -m experiments.bench_scaling           # a table
-    python -m experiments.bench_scaling --json    # one flat JSON object
+    python -m experiments.benchmarks.scaling           # a table
+    python -m experiments.benchmarks.scaling --json    # one flat JSON object
 
 Everything is measured warm and compared with a baseline of the same process, in turns with it so that a machine that
 gets slower or faster does so for both. The plans need jax[tpu] (no TPU); without it their figures are null. Nothing

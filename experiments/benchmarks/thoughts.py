@@ -1,7 +1,7 @@
 """What thinking costs: a Quiet-STaR training step over a dense one, memory, and generation with thoughts.
 
-    python -m experiments.bench_thoughts           # a table
-    python -m experiments.bench_thoughts --json    # one flat JSON object
+    python -m experiments.benchmarks.thoughts           # a table
+    python -m experiments.benchmarks.thoughts --json    # one flat JSON object
 
 Batch 4, 128 tokens, width 256, 6 layers, vocabulary 8,192; thoughts of 8 tokens, 4 true tokens, 2 thoughts a place.
 Warm, medians, in turns; compilation apart. Memory is what XLA allots to temporaries (`temp_mb_*`: of the gradient of
@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments.timing import in_turns
+from experiments.support.timing import in_turns
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.decoding import Generator, Sampling, Think
 from mod_star.flops import sampling_flops, scoring_flops, training_step_flops

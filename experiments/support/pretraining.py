@@ -12,7 +12,7 @@ import numpy as np
 from flax.serialization import from_bytes, to_bytes
 from rich.progress import track
 
-from experiments.reporting import write_aside
+from experiments.support.reporting import write_aside
 from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, TrainConfig
 from mod_star.model import Decoder
 from mod_star.training.state import init_params, init_state

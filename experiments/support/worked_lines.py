@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.composition_task import OPERATIONS, OPERATIONS_PER_LINE, PERMUTATIONS, STATES
-from experiments.pretraining import symbol_batch
+from experiments.support.composition_task import OPERATIONS, OPERATIONS_PER_LINE, PERMUTATIONS, STATES
+from experiments.support.pretraining import symbol_batch
 from mod_star.data.chat import Message
 from mod_star.errors import InputError
 

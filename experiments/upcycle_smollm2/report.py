@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from experiments.reporting import markdown
+from experiments.support.reporting import markdown
+from experiments.upcycle_smollm2.arms import Arm, Options, arms, directory
 from mod_star.errors import InputError
 from mod_star.flops import forward_flops
 from mod_star.runs.metrics import METRICS_FILE, read_metrics
@@ -20,16 +21,11 @@ from mod_star.views.terminal import result_table, short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from experiments.upcycle_smollm2 import Arm, Options
-
 MARKED: dict[str, Any] = {"marker": "o", "markersize": 3.5}
 
 
 def report(options: Options) -> None:
     """Prints what there is, and writes results.md, results.json and upcycle_smollm2.png."""
-    from experiments.upcycle_smollm2 import arms
-
     before_file = options.out / f"before-{options.seed}.json"
     if not before_file.is_file():
         raise InputError(f"{options.out}: holds no results yet")
@@ -53,8 +49,6 @@ def report(options: Options) -> None:
 
 def read_arm(options: Options, arm: Arm, before: dict[str, Any]) -> dict[str, Any] | None:
     """What an arm's run has measured; None before its first evaluation."""
-    from experiments.upcycle_smollm2 import directory
-
     path = directory(options, arm)
     if not is_run(path) or not (path / METRICS_FILE).is_file():
         return None

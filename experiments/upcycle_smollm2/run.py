@@ -7,19 +7,8 @@ Every arm starts from the same weights and is trained on the same text for the F
 dense model: dense, and upcycled with every second block routed to each of `--capacities`, which training reaches by way
 of 1, 1/2, ... in its first half (`mod-star upcycle`). "at once" has no such stages. Held-out loss is measured with the
 same documents before training and after each sixth of the steps, which is where the stages of 0.125 end; routed by
-top-k, as trained, and causally, as sampled. `--out` holds the runs, results.json, results.md and the plot. One seed on
-one CPU core; interrupted, the same command goes on.
-
-Measured (AMD EPYC, one core each, JAX 0.10.2; 77 minutes of training; held-out nats per token, top-k / causal):
-
-    before training     dense 2.242; capacity 1 the same; cut to 0.5 at once 7.393 / 4.816, to 0.125 11.21 / 10.68
-    after 35 TFLOP      dense 1.624; MoD 0.5 3.602 / 3.296; MoD 0.125 3.044 / 3.891; 0.125 at once 2.907 / 4.643
-
-A negative result: in so short a training routed blocks do not recover, and stages help the causal loss only. At the end
-of the first stage MoD equals dense (1.723 against 1.733); what is lost is lost when half of the tokens are taken from a
-block before the router knows which. Routers start at zero, so that capacity 1 changes nothing, and learn slowly through
-a gate of 1 + 0.2 tanh; the predictor is right in 50 % (0.5) and 12.5 % (0.125) of its decisions, and "at once" in
-87.5 % only by never choosing.
+top-k, as trained, and causally, as sampled. `--out` holds the runs, results.json, results.md and the plot. README.md
+beside this file has what was measured.
 """
 
 from __future__ import annotations
@@ -28,7 +17,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +25,9 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.reporting import write_aside
+from experiments.support.reporting import write_aside
+from experiments.upcycle_smollm2.arms import Arm, Options, arms, directory
+from experiments.upcycle_smollm2.report import report
 from mod_star.config import DataConfig, OptimizerConfig, RoutingConfig, RunConfig, TrainConfig
 from mod_star.data import held_out_batches
 from mod_star.errors import InputError
@@ -53,57 +44,6 @@ from mod_star.training.train import SUMMARY_FILE, train
 TEMPLATE = "Q: {question}\nA: {answer}"
 POINTS = 6
 """Evaluations per run, after equal parts of its steps."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """Upcycles and trains what is missing, arm by arm, and reports. Interrupted, the same command goes on."""
-
-    model: Path = Path("runs/smollm2")
-    """The dense model: a run, or what mod-star import reads (a GGUF file, a Hugging Face directory)."""
-    data: Path = Path("data")
-    """Directory with gsm8k_train.jsonl."""
-    out: Path = Path("runs/upcycle_smollm2")
-    """Where runs, tables and plot are kept."""
-    capacities: tuple[float, ...] = (0.5, 0.125)
-    """Capacities of the Mixture-of-Depths arms. The last is also trained without stages."""
-    dense_steps: int = 80
-    """The budget of every arm, in steps of the dense model."""
-    batch_size: int = 2
-    """Sequences per step."""
-    context: int = 256
-    """Tokens per sequence."""
-    learning_rate: float = 3e-4
-    """Peak learning rate of all arms; cosine to a tenth after ten steps of warm-up."""
-    eval_batches: int = 8
-    """Batches of a held-out evaluation."""
-    seed: int = 0
-    """Seed of the data's order and split, and of the predictors."""
-    keep_models: bool = False
-    """Keep the trained parameters and optimizer states, 1.6 GB per arm."""
-    report: bool = False
-    """Only report, on what there is."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to spend the budget."""
-
-    name: str
-    capacity: float | None
-    """None: dense."""
-    staged: bool = True
-
-
-def arms(options: Options) -> list[Arm]:
-    """Dense, each capacity in stages, the last one at once."""
-    staged = [Arm(f"MoD {capacity:.4g}", capacity) for capacity in options.capacities]
-    return [Arm("dense", None), *staged, replace(staged[-1], name=f"{staged[-1].name} at once", staged=False)]
-
-
-def directory(options: Options, arm: Arm) -> Path:
-    """Where an arm's run is kept."""
-    return options.out / f"{arm.name.replace(' ', '_')}-{options.seed}"
 
 
 def dense_run(options: Options) -> Path:
@@ -218,9 +158,7 @@ def train_arm(options: Options, arm: Arm) -> None:
 
 def main() -> None:
     """Measures and trains what is missing, and reports."""
-    options = tyro.cli(Options)
-    from experiments.upcycle_smollm2_report import report
-
+    options = tyro.cli(Options, prog="python -m experiments.upcycle_smollm2")
     try:
         if not options.report:
             options.out.mkdir(parents=True, exist_ok=True)
@@ -232,7 +170,3 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from error
     if options.report:
         report(options)
-
-
-if __name__ == "__main__":
-    main()

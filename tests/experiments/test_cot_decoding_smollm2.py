@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.cot_decoding_smollm2 import PARTS, Options, chunks
-from experiments.cot_decoding_smollm2_report import cot, read, report
+from experiments.cot_decoding_smollm2.report import cot, read, report
+from experiments.cot_decoding_smollm2.run import PARTS, Options, chunks
 
 
 def row(answer: str | None, delta: float, log_prob: float, dropped: str | None = None) -> dict[str, Any]:

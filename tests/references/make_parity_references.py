@@ -3,7 +3,7 @@
 transformers and torch stay out of this project's environment. In one of their own:
 
     python -m venv HF && HF/bin/pip install torch transformers
-    HF/bin/python -m experiments.make_parity_references
+    PYTHONPATH=.:tests/support HF/bin/python tests/references/make_parity_references.py
 
 It writes tests/support/data/parity.json (configurations, some in the form of transformers 4, some in that of 5) and
 parity.npz (tokens and float32 logits). The weights follow from their names (`random_tensor`), so they need no file.
@@ -12,8 +12,8 @@ The stored values are of transformers 5.24.0 with torch 2.13.0 on a CPU; seconds
 With the directory of a real model as argument, it writes that model's logits of the same kind of text to a file, to be
 compared with those of the imported run:
 
-    HF/bin/python -m experiments.make_parity_references DIR logits.npz
-    python -m experiments.make_parity_references --compare RUN logits.npz
+    PYTHONPATH=.:tests/support HF/bin/python tests/references/make_parity_references.py DIR logits.npz
+    PYTHONPATH=.:tests/support python tests/references/make_parity_references.py --compare RUN logits.npz
 
 Measured with SmolLM2-135M-Instruct (float32; imported from its GGUF file, exported, and read by transformers): 720
 equal token ids; the logits lie between -28.7 and 47.4 and differ by 1.9e-4 at most; the best token is the same at all
@@ -25,13 +25,13 @@ from __future__ import annotations
 import copy
 import json
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from parity_weights import random_tensor
 
-DATA = Path(__file__).parent.parent / "tests/support/data"
+DATA = Path(__file__).parents[1] / "support/data"
 TOKENS = 24
 TEXT = "Janet’s ducks lay 16 eggs per day. naïve 日本語 😀\t\n  1234567890 def f(x):\n    return x\n" * 16
 
@@ -74,16 +74,6 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "qwen3": ("qwen3", {"head_dim": 6}, False),
     "qwen3, tied": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True}, True),
 }
-
-
-def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The float32 weights of this name: norms around one, biases and matrices large enough to matter."""
-    values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
-    if "norm" in name:
-        return 1 + np.float32(0.3) * values
-    if len(shape) == 1:
-        return np.float32(0.5) * values
-    return values if "embed_tokens" in name else values * np.float32(1.5 * shape[-1] ** -0.5)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Makes tests/support/tokenizer_references.json: small vocabularies and the ids that others give to nasty texts.
 
-    python experiments/make_tokenizer_references.py
+    python tests/references/make_tokenizer_references.py
 
 Needs transformers, sentencepiece and regex, which the package itself does not; run it in an environment of its own.
 
@@ -24,7 +24,7 @@ import sentencepiece  # type: ignore[import-not-found]
 import tokenizers
 import transformers  # type: ignore[import-not-found]
 
-REFERENCES = Path(__file__).parent.parent / "tests" / "pretrained" / "tokenizer_references.json"
+REFERENCES = Path(__file__).parents[1] / "support/tokenizer_references.json"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 USER_DEFINED = ["<think>"]
 CORPUS = [
