@@ -20,6 +20,7 @@ extensions = [
     "sphinx_copybutton",
     "field_docstrings",
     "generated_reference",
+    "own_references",
 ]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
