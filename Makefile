@@ -47,7 +47,7 @@ lint: .venv
 # One file for every Python: markers choose JAX 0.10 on 3.11 and the newest elsewhere. No registry's address is in it.
 lock: .venv
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade \
-	  pyproject.toml --extra dev --extra docs -o requirements.lock
+	  --no-emit-index-url pyproject.toml --extra dev --extra docs -o requirements.lock
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
