@@ -19,7 +19,6 @@ from mod_star.runs.buckets import is_address
 from mod_star.runs.directory import LoadedRun
 from mod_star.runs.stored_config import SUMMARY_FILE
 from mod_star.runs.summary import TrainSummary, read_summary
-from mod_star.views.terminal import short_number
 
 CARD_NAME = "README.md"
 
@@ -54,7 +53,7 @@ def _what(loaded: LoadedRun, family: str, dtype: str) -> str:
     model = loaded.config.model
     return (
         f"A dense language model, exported by mod_star {__version__} in the form of "
-        f"`{FAMILIES[family].architecture}`: {short_number(parameter_count(loaded.params))} parameters in {dtype}, "
+        f"`{FAMILIES[family].architecture}`: {parameter_count(loaded.params):,} parameters in {dtype}, "
         f"{model.layers} layers of width {model.width}, {model.heads} query heads and {model.kv_heads or model.heads} "
         f"key heads, a vocabulary of {model.vocab_size:,}, a context of {model.context:,} tokens.\n\n"
         "It has no routed blocks and no thoughts. transformers has no network that routes tokens around blocks, so "
