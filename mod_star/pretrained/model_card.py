@@ -75,9 +75,7 @@ def _training(loaded: LoadedRun, run: Path | None) -> str:
     steps = f"{loaded.step:,} step{'' if loaded.step == 1 else 's'}"
     lines.append(f"- {steps} of {config.train.batch_size:,} × {config.model.context:,} tokens.")
     if (summary := _summary(loaded, run)) is not None:
-        lines.append(
-            f"- {short_number(summary.tokens)} tokens, {short_number(summary.flops)} floating-point operations."
-        )
+        lines.append(f"- {summary.tokens:,} tokens, {summary.flops:.3g} floating-point operations.")
     return "\n".join([*lines, ""])
 
 
