@@ -58,3 +58,10 @@ def test_the_readme_is_short_and_names_its_two_commands() -> None:
     assert len(lines) <= 150
     assert any("make demo" in line for line in lines)
     assert any("make test" in line for line in lines)
+
+
+def test_the_glossary_has_each_word_once_in_order() -> None:
+    text = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
+    words = re.findall(r"^(\S.*)\n  \S", text.partition(":::{glossary}\n")[2], re.MULTILINE)
+    assert len(words) >= 40
+    assert words == sorted(set(words), key=str.lower)
