@@ -61,7 +61,8 @@ PICTURES = {
             Stage(
                 "Routed block",
                 "decoding/step.py  model/rows.py",
-                ("the causal rule decides from the token alone", "yes, and a slot is left: compute, append to the cache",
+                ("the causal rule decides from the token alone",
+                 "yes, and a slot is left: compute, append to the cache",
                  "no: pass by, read no weights at batch 1", "no slot left: pass by, count as overflow"),
                 "each group",
             ),

@@ -9,20 +9,17 @@ arm. README.md beside this file has what was measured.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import tyro
 from rich.console import Console
 
-from experiments.support.reporting import markdown, spread
+from experiments.quiet_star_gsm8k.report import directory, report
 from mod_star.config import OptimizerConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.errors import InputError
 from mod_star.runs.stored_config import is_run, read_config
-from mod_star.training.train import SUMMARY_FILE, train
-from mod_star.views.terminal import result_table
+from mod_star.training.train import train
 
 # policy_weight is n_true: measured when rewards, sums over n_true tokens, were divided by the number of thoughts.
 QUIET_STAR = ThinkingConfig(policy_weight=4.0, baseline="leave_one_out", drop_negative=False, embedding_rate=10.0)
@@ -34,14 +31,6 @@ ARMS: dict[str, ThinkingConfig | None] = {
     "no reinforce": replace(QUIET_STAR, policy_weight=0.0),
     "pause": replace(QUIET_STAR, kind="pause", policy_weight=0.0, n_thoughts=1),
 }
-MEASURES = (
-    ("eval_base_loss", "no thought", "{:.4f}"),
-    ("eval_talk_loss", "a thought", "{:.4f}"),
-    ("eval_loss", "on budget", "{:.4f}"),
-    ("eval_gain", "gain", "{:+.4f}"),
-    ("hardest", "hardest 10 %", "{:+.3f}"),
-    ("eval_mixing_weight", "w", "{:.3f}"),
-)
 
 
 @dataclass(frozen=True)
@@ -91,40 +80,6 @@ def config(options: Options, arm: str, seed: int) -> RunConfig:
     )
 
 
-def directory(options: Options, arm: str, seed: int) -> Path:
-    """Where an arm's run is kept."""
-    return options.out / f"{arm.replace(' ', '_')}-{seed}"
-
-
-def read(options: Options, arm: str) -> list[dict[str, Any]]:
-    """Held-out measures of an arm's complete runs."""
-    found = []
-    for seed in options.seeds:
-        path = directory(options, arm, seed) / SUMMARY_FILE
-        if path.is_file():
-            summary = json.loads(path.read_text(encoding="utf-8"))
-            measures = dict(summary["evaluation"])
-            if "eval_talk_loss" in measures:
-                measures["hardest"] = measures["eval_gain_by_decile"][-1]
-            else:
-                measures["eval_base_loss"] = measures["eval_loss"]
-            found.append(measures)
-    return found
-
-
-def report(options: Options, console: Console) -> None:
-    """Prints a table of what there is, and writes it to results.md."""
-    rows = []
-    for arm in ARMS:
-        if runs := read(options, arm):
-            cells = [spread([run[key] for run in runs], form) if key in runs[0] else "–" for key, _, form in MEASURES]
-            rows.append([arm, *cells])
-    columns = ["", *(title for _, title, _ in MEASURES)]
-    console.print(result_table(f"Held-out text, nats per token; seeds: {len(options.seeds)}", columns, rows))
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.md").write_text(markdown(columns, rows), encoding="utf-8")
-
-
 def main() -> None:
     """Trains what is missing and reports."""
     options = tyro.cli(Options, prog="python -m experiments.quiet_star_gsm8k")
@@ -134,7 +89,7 @@ def main() -> None:
             raise SystemExit(f"{base}: is not a run; make it with python -m experiments.mod_vs_dense")
         for arm in options.arms if not options.report else ():
             try:
-                train(config(options, arm, seed), directory(options, arm, seed))
+                train(config(options, arm, seed), directory(options.out, arm, seed))
             except InputError as error:
                 raise SystemExit(f"error: {error}") from error
-    report(options, Console())
+    report(options.out, tuple(ARMS), options.seeds, Console())

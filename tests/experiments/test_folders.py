@@ -28,6 +28,7 @@ def test_a_folder_says_what_it_is(folder: Path) -> None:
     assert ("](figure.png)" in text) != ("There is no figure." in text)
     assert (folder / "figure.png").is_file() == ("](figure.png)" in text)
     assert importlib.util.find_spec(f"experiments.{folder.name}.__main__") is not None
+    assert (folder / "report.py").is_file()
     page = ROOT / f"docs/results/{folder.name}.md"
     assert f"{{include}} ../../experiments/{folder.name}/README.md" in page.read_text(encoding="utf-8")
 
