@@ -21,8 +21,9 @@ from mod_star.model.transformer import head_matrix
 from mod_star.thinking.mixed_cross_entropy import mixed_cross_entropy_by_token
 from mod_star.thinking.mixing import mix, mixed_logits
 from mod_star.thinking.objective import Places, memory_of, predicted
-from mod_star.thinking.sample import Thought
+from mod_star.thinking.sample import Place
 from mod_star.thinking.score import score_thought
+from mod_star.thinking.thought import Thought
 
 RUN = RunConfig(
     ModelConfig(vocab_size=29, width=16, layers=1, heads=2, kv_heads=1, mlp_width=24, context=24, dtype="bfloat16"),
@@ -69,8 +70,8 @@ def test_the_signs_of_advantages_are_those_of_a_float32_mixture(thinker: Thinker
 
         def one(context: Any, tokens: Any, positions: Any, ids: Any, index: Any, thought: Any) -> Any:
             following = tokens[index + 1 + jnp.arange(N - 1)]
-            arrays = (context, positions[index], ids[index], thought, following)
-            return score_thought(thinker.decoder, params, *arrays, thinking).talk_NxD
+            place = Place(positions[index], ids[index])
+            return score_thought(thinker.thinks, params, context, place, thought, following).talk_NxD
 
         by_thought = jax.vmap(one, (None, None, None, None, None, 0))
         by_place = jax.vmap(by_thought, (None, None, None, None, 0, 0))

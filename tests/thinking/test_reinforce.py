@@ -18,7 +18,8 @@ from thinking_models import Batch, Thinker, thinking_params
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig
 from mod_star.model.transformer import apply_blocks, head_matrix
 from mod_star.thinking.objective import Places, predicted, sample_thoughts, talk_loss
-from mod_star.thinking.sample import Thought
+from mod_star.thinking.sample import ThinkingDecoder
+from mod_star.thinking.thought import Thought
 
 V, M = 5, 2
 MODEL = ModelConfig(vocab_size=V, width=8, layers=1, heads=1, mlp_width=8, context=6)
@@ -75,7 +76,7 @@ def estimate(toy: Thinker, policy: Any) -> Any:
                 zeros = jnp.zeros(tokens.shape)
                 text = replace(toy, batch=batch).read(params)
                 thoughts = Thought(tokens, zeros, zeros, None)
-                return talk_loss(toy.decoder, params, text, batch, PLACES, thoughts, thinking, 10)
+                return talk_loss(ThinkingDecoder(toy.decoder, thinking), params, text, batch, PLACES, thoughts, 10)
 
             return jax.vmap(jax.grad(loss, has_aux=True), (None, 0))(params, outcomes)
 
@@ -131,7 +132,7 @@ def test_with_the_talk_loss_its_expectation_is_the_gradient_of_the_expected_talk
         def weighted(tokens: jax.Array) -> jax.Array:
             zeros = jnp.zeros(tokens.shape)
             thoughts = Thought(tokens, zeros, zeros, None)
-            loss, _ = talk_loss(toy.decoder, params, text, batch, PLACES, thoughts, alone, 10)
+            loss, _ = talk_loss(ThinkingDecoder(toy.decoder, alone), params, text, batch, PLACES, thoughts, 10)
             chances = jnp.take_along_axis(log_p, tokens[0, :, :, 0], 1)
             return jnp.exp(jnp.sum(chances)) * loss
 
@@ -152,7 +153,7 @@ def test_thoughts_of_a_place_are_drawn_independently_from_the_model(toy: Thinker
     @jax.jit
     def sample(params: Any, batch: Batch, keys: jax.Array) -> Any:
         text = replace(toy, batch=batch).read(params)
-        one = lambda key: sample_thoughts(toy.decoder, params, text, batch, PLACES, key, THINKING, 1.0)  # noqa: E731
+        one = lambda key: sample_thoughts(ThinkingDecoder(toy.decoder, THINKING), params, text, batch, PLACES, key, 1.0)  # noqa: E731
         return jax.vmap(one)(keys)
 
     thoughts = sample(toy.params, toy.batch, jax.random.split(jax.random.key(0), draws))

@@ -28,8 +28,9 @@ from mod_star.runs.directory import LoadedRun
 from mod_star.thinking import sample
 from mod_star.thinking import score as score_module
 from mod_star.thinking.objective import Places, memory_of, sample_thoughts
-from mod_star.thinking.sample import Thought, thought_slots
+from mod_star.thinking.sample import Place, ThinkingDecoder, thought_slots
 from mod_star.thinking.score import Scored, score_thought
+from mod_star.thinking.thought import Thought
 from mod_star.training.objectives.next_token import forward
 from mod_star.training.objectives.quiet_star import make_examples, make_quiet_star_eval, make_quiet_star_loss
 
@@ -53,9 +54,7 @@ def score(thinker: Thinker, params: Any, places: Places, thoughts: Thought) -> t
 
     def one(context: Any, tokens: jax.Array, positions: jax.Array, ids: jax.Array, index: Any, thought: Any) -> Scored:
         following = tokens[index + 1 + jnp.arange(N - 1)]
-        return score_thought(
-            thinker.decoder, params, context, positions[index], ids[index], thought, following, thinker.run.thinking
-        )
+        return score_thought(thinker.thinks, params, context, Place(positions[index], ids[index]), thought, following)
 
     over_thoughts = jax.vmap(one, (None, None, None, None, None, 0))
     over_places = jax.vmap(over_thoughts, (None, None, None, None, 0, 0))
@@ -169,7 +168,9 @@ def test_sampling_runs_a_routed_block_for_as_many_chunks_as_the_routed_thoughts_
     @jax.jit
     def sample(params: Any, batch: Any) -> Thought:
         text = forward(Decoder(run.model, routing), params, batch, None, "causal", keep_keys_values=True)
-        return sample_thoughts(decoder, params, text, batch, places, jax.random.key(0), run.thinking, 1.0)
+        return sample_thoughts(
+            ThinkingDecoder(decoder, run.thinking), params, text, batch, places, jax.random.key(0), 1.0
+        )
 
     chunk = rows_at_once(24 * 2, 3 / 24)
     assert chunk == 10
