@@ -54,9 +54,9 @@ def draw_token(key: jax.Array, logits_V: jax.Array, temperature: float) -> jax.A
     return (block * DRAW_BLOCK + token).astype(jnp.int32)
 
 
-def _first(wanted: jax.Array, weights: jax.Array) -> jax.Array:
-    """Index of the first that is wanted; should rounding leave none, of the largest weight."""
-    return jnp.where(jnp.any(wanted), jnp.argmax(wanted), jnp.argmax(weights))
+def _first(candidates: jax.Array, weights: jax.Array) -> jax.Array:
+    """Index of the first candidate; should rounding leave none, of the largest weight."""
+    return jnp.where(jnp.any(candidates), jnp.argmax(candidates), jnp.argmax(weights))
 
 
 def embed_thought(params: dict[str, Any], tokens_N: jax.Array, kept: None = None) -> jax.Array:

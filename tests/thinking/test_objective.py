@@ -195,9 +195,9 @@ def test_predictions_end_with_the_document() -> None:
     thinking = ThinkingConfig(n_true=3, n_thoughts=4)
     places = Places(jnp.asarray([[0, 2, 3, 5]]), jnp.asarray([[True, True, True, False]]))
     batch = {"segment_ids": ids, "weights": weights}
-    index, found = predicted(batch, places, thinking)
+    index, weights_BxJxN = predicted(batch, places, thinking)
     np.testing.assert_array_equal(index, [[[0, 1, 2], [2, 3, 4], [3, 4, 5], [5, 6, 7]]])
-    np.testing.assert_array_equal(found, [[[1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 0, 0]]])
+    np.testing.assert_array_equal(weights_BxJxN, [[[1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 0, 0]]])
     assert float(talk_total(batch, places, thinking)) == 16
 
 

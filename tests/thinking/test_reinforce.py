@@ -96,7 +96,7 @@ def flat(tree: Any) -> Any:
 
 
 def test_its_expectation_is_the_gradient_of_the_expected_likelihood(toy: Thinker, policy: Any, estimate: Any) -> None:
-    found, likelihoods = estimate()
+    estimated, likelihoods = estimate()
     of_thought = np.zeros((2, V))
     for place in range(2):
         for token in range(V):
@@ -111,7 +111,7 @@ def test_its_expectation_is_the_gradient_of_the_expected_likelihood(toy: Thinker
     exact = flat(jax.jit(jax.grad(objective))(toy.params, toy.batch["tokens"][0]))
     scale = np.abs(exact).max()
     assert scale > 0.01
-    np.testing.assert_allclose(flat(found), exact, atol=1e-4 * scale)
+    np.testing.assert_allclose(flat(estimated), exact, atol=1e-4 * scale)
     # (With the mean of both thoughts as baseline it would be half of this: all advantages are.) Without the thoughts
     # below the baseline it is another one.
     biased = flat(estimate(drop_negative=True)[0])
@@ -122,7 +122,7 @@ def test_with_the_talk_loss_its_expectation_is_the_gradient_of_the_expected_talk
     toy: Thinker, policy: Any, estimate: Any
 ) -> None:
     """Weights 1 and 1. The expected loss is a sum over all outcomes, differentiated as a whole."""
-    found = flat(estimate(talk_weight=1.0, policy_weight=1.0)[0])
+    estimated = flat(estimate(talk_weight=1.0, policy_weight=1.0)[0])
     alone = replace(THINKING, talk_weight=1.0, policy_weight=0.0)
 
     def expected_loss(params: Any, batch: Batch, outcomes: jax.Array) -> jax.Array:
@@ -143,7 +143,7 @@ def test_with_the_talk_loss_its_expectation_is_the_gradient_of_the_expected_talk
     given_thoughts = flat(estimate(talk_weight=1.0, policy_weight=0.0)[0])
     scale = np.abs(exact - given_thoughts).max()
     assert scale > 0.004
-    np.testing.assert_allclose(found, exact, atol=1e-3 * scale)
+    np.testing.assert_allclose(estimated, exact, atol=1e-3 * scale)
 
 
 def test_thoughts_of_a_place_are_drawn_independently_from_the_model(toy: Thinker, policy: Any) -> None:

@@ -86,10 +86,10 @@ def test_scoring_repeats_log_probs_and_routing_of_sampling(
     assert thought_slots(thinker.run.routing, thinker.run.thinking) == 2
     decided = thoughts.decided_GxT[filled] > 0
     np.testing.assert_array_equal(trace.selected[filled][..., :T], decided)
-    wanted = trace.logits[filled] > 0
-    assert 0 < np.mean(decided) < np.mean(wanted[..., :T]) and decided.sum(-1).max() == 2, "some find no slot"
+    says_yes = trace.logits[filled] > 0
+    assert 0 < np.mean(decided) < np.mean(says_yes[..., :T]) and decided.sum(-1).max() == 2, "some find no slot"
     assert np.sum(trace.selected[filled], -1).max() == 2
-    np.testing.assert_array_equal(trace.overflow[filled], wanted & ~np.asarray(trace.selected[filled]))
+    np.testing.assert_array_equal(trace.overflow[filled], says_yes & ~np.asarray(trace.selected[filled]))
 
     # With a predictor that has changed its mind, the same again ...
     routed = thinker.params["groups"]["routed"]
@@ -133,10 +133,10 @@ def test_a_thought_has_as_many_slots_in_evaluation_and_generation_as_in_training
         "scoring": lambda: scoring.score(decoder, params, pairs, thinking=thinking, think=Think("always")),
     }
     for door, through in list(doors.items())[: 6 if slots == 3 else 2]:
-        found: set[int] = set()
+        slots_used: set[int] = set()
 
-        def counting(*args: Any, slots: int, found: set[int] = found, **options: Any) -> Any:
-            found.add(slots)
+        def counting(*args: Any, slots: int, slots_used: set[int] = slots_used, **options: Any) -> Any:
+            slots_used.add(slots)
             if door in ("generation", "thoughts", "scoring"):  # traced is enough  # noqa: B023
                 raise InterruptedError
             return transformer.apply_blocks(*args, slots=slots, **options)
@@ -145,7 +145,7 @@ def test_a_thought_has_as_many_slots_in_evaluation_and_generation_as_in_training
             monkeypatch.setattr(module, "apply_blocks", counting)
         with suppress(InterruptedError):
             through()
-        assert found == {slots}, door
+        assert slots_used == {slots}, door
 
 
 def counted_swiglu(params: Any, x_NxD: jax.Array) -> jax.Array:

@@ -21,12 +21,12 @@ class Objective:
     """What a run learns and how it is measured, as pure functions."""
 
     loss: Callable[..., tuple[jax.Array, Metrics]]
-    """(params, batch, key, targets, valid, *frozen) -> (float32 loss, sums): additive over portions of a batch, given
-    the totals of the whole: float32 weighted targets and tokens without padding."""
+    """(params, batch, key, targets, valid) and each of `frozen` -> (float32 loss, sums): additive over portions of a
+    batch, given the totals of the whole: float32 weighted targets and tokens without padding."""
     metrics: Callable[[Metrics, jax.Array, jax.Array], Metrics]
     """(sums, targets, valid) -> metrics of a training step."""
     eval_step: Callable[..., Metrics]
-    """(params, batch, key, *frozen) -> sums, to be added up over batches."""
+    """(params, batch, key) and each of `frozen` -> sums, to be added up over batches."""
     summarise: Callable[[dict[str, Any]], dict[str, Any]]
     """Added-up sums -> held-out metrics, plain floats and lists; `eval_loss` must be one."""
     examples: Callable[..., Any] | None = None
