@@ -231,10 +231,15 @@ class RunConfig:
     init_from: str | None = None
     """Directory of a run to start from: its newest parameters, and its fields as defaults. None: random parameters."""
 
+    @property
+    def thinks(self) -> bool:
+        """Whether the model learns to think, and has parameters for it."""
+        return self.train.objective == "quiet_star"
+
     def __post_init__(self) -> None:
         require(fits(self.init_from, str | None), "init_from", self.init_from, "must be a str, the directory of a run")
         require_network(self.model, self.routing)
-        if self.train.objective == "quiet_star":
+        if self.thinks:
             n_true, context = self.thinking.n_true, self.model.context
             require(n_true < context, "thinking.n_true", n_true, f"must be below model.context = {context}")
             require_thinkable(self.routing)

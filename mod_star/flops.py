@@ -101,7 +101,8 @@ def sampling_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) ->
     share = routed_share(routing, model.context)
     own = thinking.thought_length + 1
     blocks = _groups_flops(model, routing, parts, count, tokens + own, share * count, _text_slots(run, tokens) + own)
-    head = 0.0 if thinking.kind == "pause" else 2.0 * count * model.width * model.vocab_size
+    silent = parts.thought is None and thinking.kind == "pause"
+    head = 0.0 if silent else 2.0 * count * model.width * model.vocab_size
     return blocks + Flops(head=head)
 
 
@@ -118,7 +119,7 @@ def scoring_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> 
     blocks = _groups_flops(model, routing, parts, thoughts * N, tokens + N, thoughts * slots, text_slots + slots)
     predictions = n_true + (t if thinking.policy_weight > 0 else 0)
     forward = blocks + Flops(
-        head=2.0 * thoughts * predictions * D * V, mixing=2.0 * thoughts * n_true * (3 * D * D + D)
+        head=2.0 * thoughts * predictions * D * V, mixing=_mixing_flops(model, parts, thoughts * n_true)
     )
     forward += _groups_flops(model, routing, parts, tokens, tokens, text_slots, text_slots)
     forward += Flops(head=2.0 * tokens * D * V)
@@ -135,7 +136,7 @@ def training_step_flops(run: RunConfig, parts: Parts | None = None) -> float:
     """
     parts = load_parts(run.parts) if parts is None else parts
     tokens = run.model.context
-    if run.train.objective == "quiet_star":
+    if run.thinks:
         sequence = sampling_flops(run, tokens, parts) + scoring_flops(run, tokens, parts)
     else:
         sequence = training_flops(run.model, run.routing, tokens, parts)
@@ -151,7 +152,8 @@ def _recomputed(model: ModelConfig, routing: RoutingConfig, parts: Parts, forwar
     """What the backward pass computes a second time of this forward pass, by `model.remat`."""
     if model.remat == "full":
         again = dataclasses.replace(forward, head=0.0, mixing=0.0)
-        if routing.every == 0 and parts == DEFAULT_PARTS:
+        own = parts.block is not DEFAULT_PARTS.block or parts.feed_forward is not DEFAULT_PARTS.feed_forward
+        if routing.every == 0 and not own:
             # The last product of a group is not needed again, but for a gate's gradient: here, every block's down.
             again += Flops(mlp=-forward.mlp / 3)
         return again
@@ -223,6 +225,18 @@ def _router_flops(model: ModelConfig, parts: Parts, tokens: int) -> float:
     if parts.router is DEFAULT_PARTS.router:
         return 2.0 * tokens * model.width
     return _part_flops("parts.router", parts.router, model, tokens)
+
+
+def _mixing_flops(model: ModelConfig, parts: Parts, rows: int) -> float:
+    """Mixing of `rows` predictions."""
+    D, part = model.width, parts.mixing
+    if part is None:
+        return 2.0 * rows * (3 * D * D + D)
+    if part.flops is not None:
+        return part.flops(model, rows)
+    params = jax.eval_shape(lambda key: part.init(key, model), jax.random.key(0))
+    hidden = jax.ShapeDtypeStruct((rows, D), model.dtype)
+    return function_flops("mixing", part.apply, params, hidden, hidden)
 
 
 def _part_flops(name: str, part: Part, model: ModelConfig, tokens: int) -> float:

@@ -27,3 +27,5 @@ EXAMPLES = np.uint32(2**32 - 4)
 """Of evaluations: the thoughts that are written down to be read."""
 ROUTING_PARAMETERS = np.uint32(2**32 - 5)
 """Of a routed block's parameters: its router's and its predictor's."""
+THOUGHT_PARAMETERS = np.uint32(2**32 - 6)
+"""Of thinking's parameters: those of a user's `ThoughtInput`."""

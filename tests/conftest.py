@@ -55,7 +55,7 @@ from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.presets import tiny
 from mod_star.runs.directory import read_config
 from mod_star.thinking.objective import Places, Talk
-from mod_star.thinking.sample import Thought
+from mod_star.thinking.thought import Thought
 from mod_star.training import loop
 from mod_star.training.lowering import lower_eval_step, lower_train_step
 from mod_star.training.optimizer import make_optimizer

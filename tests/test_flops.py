@@ -30,7 +30,8 @@ from mod_star.model.transformer import head_matrix
 from mod_star.stages import plan_stages
 from mod_star.thinking.objective import Places, sample_thoughts, talk_loss
 from mod_star.thinking.parameters import thinking_init
-from mod_star.thinking.sample import Thought
+from mod_star.thinking.sample import ThinkingDecoder
+from mod_star.thinking.thought import Thought
 from mod_star.training.objectives.next_token import forward, make_loss
 from mod_star.training.state import init_params
 from mod_star.training.train import train
@@ -279,12 +280,12 @@ def compiled_thinking(run: RunConfig, *, sampling: bool) -> float:
         def loss(params: Any) -> jax.Array:
             text = read(params, batch)
             nll = cross_entropy(text.hidden, head_matrix(params), batch["targets"], batch["weights"], S)
-            return nll + talk_loss(decoder, params, text, batch, places, thoughts, thinking, 10_000)[0]
+            return nll + talk_loss(ThinkingDecoder(decoder, thinking), params, text, batch, places, thoughts, 10_000)[0]
 
         return jax.grad(loss)(params)
 
     def sample(params: Any, text: Any, batch: Any, places: Places) -> Thought:
-        return sample_thoughts(decoder, params, text, batch, places, jax.random.key(0), thinking, 1.0)
+        return sample_thoughts(ThinkingDecoder(decoder, thinking), params, text, batch, places, jax.random.key(0), 1.0)
 
     shapes = jax.eval_shape(init)
     if sampling:

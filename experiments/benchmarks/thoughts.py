@@ -32,6 +32,7 @@ from mod_star.model import Decoder
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.objective import choose_places, sample_thoughts, talk_loss
 from mod_star.thinking.parameters import thinking_init
+from mod_star.thinking.sample import ThinkingDecoder
 from mod_star.training.objectives.next_token import forward
 from mod_star.training.objectives.quiet_star import make_quiet_star_loss
 from mod_star.training.state import init_params, init_state
@@ -93,13 +94,15 @@ def sampling_and_scoring(run: RunConfig) -> tuple[Callable[[], Any], Callable[[]
     @jax.jit
     def sample(params: Any, key: jax.Array) -> Any:
         text = read(params)
-        places = choose_places(batch, text, head_matrix(params), key, thinking, 128)
-        return places, sample_thoughts(decoder, params, text, batch, places, key, thinking, temperature=1.0)
+        places = choose_places(ThinkingDecoder(decoder, thinking), batch, text, head_matrix(params), key, 128)
+        return places, sample_thoughts(
+            ThinkingDecoder(decoder, thinking), params, text, batch, places, key, temperature=1.0
+        )
 
     @jax.jit
     def score(params: Any, places: Any, thoughts: Any) -> Any:
         def loss(params: Any) -> Any:
-            return talk_loss(decoder, params, read(params), batch, places, thoughts, thinking, 128)[0]
+            return talk_loss(ThinkingDecoder(decoder, thinking), params, read(params), batch, places, thoughts, 128)[0]
 
         return jax.grad(loss)(params)
 

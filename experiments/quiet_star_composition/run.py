@@ -34,6 +34,7 @@ from mod_star.model.routing import select_top
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.objective import choose_places, place_count, sample_thoughts, talk_loss
 from mod_star.thinking.parameters import thinking_init
+from mod_star.thinking.sample import ThinkingDecoder
 from mod_star.training.objectives.next_token import forward
 from mod_star.training.state import init_state
 from mod_star.training.step import make_train_step
@@ -174,17 +175,19 @@ def make_evaluation(run: RunConfig) -> Callable[[Any, Any], dict[str, Any]]:
         _, base = cross_entropy_by_token(text.hidden, head, batch["targets"], batch["weights"], LENGTH)
         if not thinks:
             return base, base, jnp.zeros_like(base)
-        _, talk = talk_loss(decoder, params, text, batch, places, thoughts, thinking, LENGTH)
+        _, talk = talk_loss(ThinkingDecoder(decoder, thinking), params, text, batch, places, thoughts, LENGTH)
         return base, talk.nll_BxJxMxN[:, :, 0, 0], talk.weights_BxJxMxN[:, :, 0, 0]
 
     @functools.partial(jax.jit, static_argnames="temperature")
     def predict(params: Any, batch: Any, key: jax.Array, temperature: float) -> Any:
         text = forward(decoder, params, batch, None, "causal", keep_keys_values=True)
         head = head_matrix(params)
-        places = choose_places(batch, text, head, key, thinking, LENGTH)
+        places = choose_places(ThinkingDecoder(decoder, thinking), batch, text, head, key, LENGTH)
         thoughts = None
         if thinks:
-            thoughts = sample_thoughts(decoder, params, text, batch, places, key, thinking, temperature)
+            thoughts = sample_thoughts(
+                ThinkingDecoder(decoder, thinking), params, text, batch, places, key, temperature
+            )
         base, talk, weights = nlls(params, batch, text, places, thoughts)
         states = [
             nlls(params, {**batch, "targets": jnp.full_like(batch["targets"], state)}, text, places, thoughts)[:2]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mod_star.errors import require
-from mod_star.thinking.sample import draw_token
+from mod_star.thinking.thought import draw_token
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from mod_star.errors import require
 from mod_star.model import Decoder
 from mod_star.model.rows import compute_if
 from mod_star.model.transformer import logits_of
-from mod_star.thinking.mixing import mixed_logits, mixing_weight
-from mod_star.thinking.sample import sample_thought
+from mod_star.thinking.mixing import mixed_logits, thought_weight
+from mod_star.thinking.sample import Place, ThinkingDecoder, sample_thought
 
 WHEN = ("never", "always", "auto")
 
@@ -145,10 +145,9 @@ def _after_thought(
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logits V mixed after a thought, the thought N, and the mixing weight."""
-    thought, after_D = sample_thought(
-        decoder, params, text, position, jnp.int32(1), key, thinking, temperature, finish=True
-    )
+    thinker, place = ThinkingDecoder(decoder, thinking), Place(position, jnp.int32(1))
+    thought, after_D = sample_thought(thinker, params, text, place, key, temperature, finish=True)
     assert after_D is not None
-    weight_1 = mixing_weight(params["thinking"]["mixing"], hidden_D[None], after_D[None])
+    weight_1 = thought_weight(decoder.parts, params, hidden_D[None], after_D[None])
     logits_1xV = mixed_logits(params, hidden_D[None], after_D[None], weight_1)
     return logits_1xV[0], thought.tokens_T, weight_1[0]

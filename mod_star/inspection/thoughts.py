@@ -18,9 +18,9 @@ from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import logits_of
 from mod_star.runs.directory import LoadedRun
-from mod_star.thinking.mixing import mixed_logits, mixing_weight
+from mod_star.thinking.mixing import mixed_logits, thought_weight
 from mod_star.thinking.objective import memory_of
-from mod_star.thinking.sample import sample_thought
+from mod_star.thinking.sample import Place, ThinkingDecoder, sample_thought
 from mod_star.views.thoughts import TextThoughts
 
 POSITIONS_AT_ONCE = 32
@@ -89,11 +89,10 @@ def _think_everywhere(
     def one(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         position, following, hidden_D = inputs
         own_key = jax.random.fold_in(key, position)
-        thought, after_D = sample_thought(
-            decoder, params, text, position, jnp.int32(1), own_key, thinking, temperature, finish=True
-        )
+        thinker, place = ThinkingDecoder(decoder, thinking), Place(position, jnp.int32(1))
+        thought, after_D = sample_thought(thinker, params, text, place, own_key, temperature, finish=True)
         assert after_D is not None
-        weight_1 = mixing_weight(params["thinking"]["mixing"], hidden_D[None], after_D[None])
+        weight_1 = thought_weight(decoder.parts, params, hidden_D[None], after_D[None])
         base_V = jax.nn.log_softmax(logits_of(params, hidden_D[None])[0])
         talk_V = jax.nn.log_softmax(mixed_logits(params, hidden_D[None], after_D[None], weight_1)[0])
         entropy = -jnp.sum(jnp.exp(base_V) * base_V)

@@ -1,4 +1,4 @@
-"""The replaceable parts of the network: pure functions with their initialisers.
+"""The replaceable parts of the network and of its training: pure functions with their initialisers.
 
 Make a `Parts` with your own functions in a file of your own and name it on the command line
 (`mod-star train RUN --parts my_parts.py:parts`) or pass it to `Decoder`. Nothing has to be registered.
@@ -36,6 +36,24 @@ class Part:
 
 
 @dataclass(frozen=True)
+class ThoughtInput:
+    """What a thought reads at its next step: how it is drawn from the last step, and how it is embedded.
+
+    `draw` runs without gradients, while a thought is sampled. `embed` runs then, and again when the thought is scored;
+    there it is differentiated with respect to params alone.
+    """
+
+    draw: Callable[..., Any]
+    """(params, hidden_D, logits_V, key, temperature) -> (token, kept). token: int32, drawn from
+    softmax(logits / temperature), which REINFORCE reinforces; -1 where no token is drawn, which has no log-probability.
+    kept: what `embed` needs besides, a pytree of arrays, the same for every step; None: nothing."""
+    embed: Callable[..., Any]
+    """(params, tokens_N, kept_N) -> float32 NxD, input embeddings; row i from row i alone."""
+    init: Callable[..., Any] | None = None
+    """(key, ModelConfig) -> pytree of float32 arrays, found at params["thinking"]["thought"]. None: no parameters."""
+
+
+@dataclass(frozen=True)
 class Parts:
     """What the network is assembled from. Replace any with `dataclasses.replace` or in the constructor."""
 
@@ -47,6 +65,25 @@ class Parts:
     """apply(params, x_NxD) -> NxD, token by token, in x's type."""
     block: Part = Part(block_init, block)
     """apply as `mod_star.model.blocks.block`: (params, x, positions, segment_ids, valid, memory, config, parts)."""
+    objective: Callable[..., Any] | None = None
+    """(Decoder, RunConfig) -> `mod_star.training.objectives.Objective`: what is minimised and measured. None: what
+    `train.objective` names; that field decides in any case whether there are parameters of thinking."""
+    optimizer: Callable[..., Any] | None = None
+    """(RunConfig, steps of the run) -> optax.GradientTransformation, all that happens to gradients; see
+    `mod_star.training.optimizer` for the built-in one and its pieces, such as `clip_apart`. None: AdamW."""
+    reward: Callable[..., jax.Array] | None = None
+    """(log_likelihoods_BxJxMxN, `Thought` of [B, J, M, T]) -> advantages, float32 BxJxM: reward less baseline of M
+    thoughts at each of J places, each place on its own. The log-likelihoods, in nats, are those of N tokens after the
+    thought; 0 for those that don't count. None: what `thinking.baseline` names."""
+    thought: ThoughtInput | None = None
+    """What a thought reads at its next step. None: what `thinking.kind` names."""
+    mixing: Part | None = None
+    """apply(params, base_NxD, thought_NxD) -> float32 weights N of the thought's prediction, row by row, from the
+    hidden states without and with it. None: the paper's head, `mod_star.thinking.mixing.mixing_weight`."""
+    where_to_think: Callable[..., jax.Array] | None = None
+    """(batch, hidden_BxCxD, head_VxD, key, chunk) -> float32 scores BxC: in training, the positions with the highest
+    think, `thinking.think_fraction` of them. Arrays of `batch` are BxC; at most `chunk` positions' logits are to exist
+    at one time. None: what `thinking.think_where` names."""
 
     def score(self, params: Any, x_SxD: jax.Array) -> jax.Array:
         """The router's float32 scores S."""

@@ -34,9 +34,9 @@ def advice(plan: Plan) -> tuple[str, ...]:
             f"--train.loss-chunk {max(32, chunk // 4)}: the logits of a chunk take {size(logits)} per "
             "chip, several times over"
         )
-    if run.train.objective == "quiet_star" and run.thinking.chunk > 4:
+    if run.thinks and run.thinking.chunk > 4:
         found.append(f"--thinking.chunk {run.thinking.chunk // 2}: half the thoughts are scored at a time")
-    if run.train.objective == "quiet_star" and run.thinking.think_fraction > 0.5:
+    if run.thinks and run.thinking.think_fraction > 0.5:
         found.append("--thinking.think-fraction 0.5: half as many thoughts, and half the caches of sampling")
     if rows > 1:
         parts = _portions(rows, (memory.temporaries or 0.0) / max(1.0, limit - state - memory.batch))

@@ -148,7 +148,7 @@ def _runnable(run: RunConfig, topology: Topology) -> tuple[RunConfig, int]:
     if run.model.vocab_size == 0:
         tokenizer = load_tokenizer(run.data.tokenizer)
         run = replace(run, model=replace(run.model, vocab_size=64 * math.ceil(tokenizer.vocab_size / 64)))
-    if run.train.objective == "quiet_star":
+    if run.thinks:
         least = ByteTokenizer().vocab_size  # which spells the texts that <start> and <end> begin as
         require(run.model.vocab_size >= least, "model.vocab_size", run.model.vocab_size, f"must be at least {least}")
     require(

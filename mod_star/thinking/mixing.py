@@ -7,9 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mod_star.model.layers import Params
+from mod_star.config import ModelConfig
+from mod_star.model.doors import require_array
+from mod_star.model.layers import Params, fan_in_normal
 from mod_star.model.linear import linear
-from mod_star.model.precision import HIGHEST
+from mod_star.model.parts import Part, Parts
+from mod_star.model.precision import HIGHEST, highest_products
 from mod_star.model.transformer import logits_of
 
 
@@ -22,6 +25,41 @@ def mixing_weight(params: Params, base_NxD: jax.Array, thought_NxD: jax.Array) -
     x = jax.nn.relu(linear(x, params["first"], precision="highest") + params["first_bias"])
     x = jax.nn.relu(linear(x, params["second"], precision="highest") + params["second_bias"])
     return jnp.matmul(x, params["output"], precision=HIGHEST) + params["output_bias"]
+
+
+def mixing_init(key: jax.Array, config: ModelConfig) -> Params:
+    """Parameters of `mixing_weight`: two hidden layers and an output of zeros."""
+    D = config.width
+    first, second = jax.random.split(key)
+    return {
+        "first": fan_in_normal(first, (2 * D, D), 2 * D),
+        "first_bias": jnp.zeros(D, jnp.float32),
+        "second": fan_in_normal(second, (D, D), D),
+        "second_bias": jnp.zeros(D, jnp.float32),
+        "output": jnp.zeros(D, jnp.float32),
+        "output_bias": jnp.zeros((), jnp.float32),
+    }
+
+
+MIXING = Part(mixing_init, mixing_weight)
+"""The mixing head of the paper."""
+
+
+def thought_weight(parts: Parts, params: dict[str, Any], base_NxD: jax.Array, thought_NxD: jax.Array) -> jax.Array:
+    """The weight of the thought's prediction by the mixing in force, float32 N.
+
+    Args:
+      parts: the model's.
+      params: the model's, with the entry "thinking".
+      base_NxD: hidden states without a thought.
+      thought_NxD: hidden states after it.
+
+    Raises:
+      InputError: a user's mixing gives another shape or type.
+    """
+    with highest_products():
+        weights_N = (parts.mixing or MIXING).apply(params["thinking"]["mixing"], base_NxD, thought_NxD)
+    return require_array("mixing", weights_N, base_NxD.shape[:1])
 
 
 def mix(base_NxD: jax.Array, thought_NxD: jax.Array, weights_N: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
     loss = base_weight · NLL of the text
          + talk_weight · NLL of the text after thoughts, mixed with the base prediction
          + policy_weight · REINFORCE: -max(r, 0) · log p(thought), summed over its tokens
-    r    = log p_talk(n_true tokens) - its mean over the thoughts of the position
+    r    = log p_talk(n_true tokens) - its mean over the thoughts of the position (`mod_star.thinking.rewards`)
 
 NLLs are means over predictions. REINFORCE is divided by the number of predictions, too, for r is a sum over them: with
 leave_one_out, negative rewards kept, temperature 1 and talk_weight = policy_weight, the expected gradient of the last
@@ -25,15 +25,18 @@ from flax import struct
 from mod_star.config import ThinkingConfig
 from mod_star.distributed.sharding import batch_vmap
 from mod_star.errors import require
-from mod_star.model import Decoder, Output
-from mod_star.model.cross_entropy import chunked, cross_entropy_by_token, token_entropy, unchunked
+from mod_star.model import Output
+from mod_star.model.cross_entropy import chunked, cross_entropy_by_token, unchunked
 from mod_star.model.routing import select_top
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.mixed_cross_entropy import mixed_cross_entropy_by_token
-from mod_star.thinking.mixing import mixing_weight
-from mod_star.thinking.sample import Thought, sample_thought
+from mod_star.thinking.mixing import thought_weight
+from mod_star.thinking.rewards import advantages_of
+from mod_star.thinking.sample import Place, ThinkingDecoder, sample_thought
 from mod_star.thinking.scan_sum import scan_sum
 from mod_star.thinking.score import score_thought
+from mod_star.thinking.thought import Thought
+from mod_star.thinking.where import position_scores
 
 Batch = dict[str, jax.Array]
 
@@ -86,19 +89,20 @@ def most_places(batch: Batch, thinking: ThinkingConfig) -> jax.Array:
 
 
 def choose_places(
-    batch: Batch, text: Output, head_VxD: jax.Array, key: jax.Array, thinking: ThinkingConfig, chunk: int
+    thinker: ThinkingDecoder, batch: Batch, text: Output, head_VxD: jax.Array, key: jax.Array, chunk: int
 ) -> Places:
-    """Chooses the thinking positions: those with the highest base entropy, or by chance, as many as there are to be.
+    """Chooses the thinking positions: those with the highest scores (`mod_star.thinking.where`), as many as are to be.
 
     Only positions whose next token is to be predicted count; the choice is MoD's static-shape top-k. Padding has no
     share in the number.
     """
-    B, S = batch["tokens"].shape
+    thinking, (B, S) = thinker.thinking, batch["tokens"].shape
     J, count = place_count(thinking, S), S - thinking.n_true + 1
     eligible = batch["weights"][:, :count] > 0
-    if thinking.think_where == "entropy" and thinking.think_fraction < 1:
-        scores = token_entropy(jax.lax.stop_gradient(text.hidden[:, :count]), head_VxD, chunk)
-    else:
+    if thinking.think_fraction < 1:
+        hidden = text.hidden[:, :count]
+        scores = position_scores(thinker.decoder.parts, thinking, batch, hidden, head_VxD, key, chunk)
+    else:  # all of them
         scores = jax.random.uniform(key, (B, count), jnp.float32)
     selection = jax.vmap(lambda s, e, m: select_top(s, e, J, m))(scores, eligible, most_places(batch, thinking))
     return Places(selection.indices_C, selection.filled_C)
@@ -110,20 +114,17 @@ def memory_of(text: Output) -> dict[str, Any]:
 
 
 def sample_thoughts(
-    decoder: Decoder,
+    thinker: ThinkingDecoder,
     params: dict[str, Any],
     text: Output,
     batch: Batch,
     places: Places,
     key: jax.Array,
-    thinking: ThinkingConfig,
     temperature: float,
-    slots: int | None = None,
 ) -> Thought:
     """Samples M thoughts at every place, all in parallel; no gradients. Leaves of the result are [B, J, M, ...].
 
     What is drawn at a position depends on the key, the sequence's row, the position and the thought's number alone.
-    `slots`: as for `sample_thought`; needed where `thinking` differs in n_true from what the model is trained with.
     """
     params, text = jax.lax.stop_gradient((params, text))
 
@@ -132,14 +133,12 @@ def sample_thoughts(
     ) -> Thought:
         def one(index: jax.Array, number: jax.Array) -> Thought:
             own_key = jax.random.fold_in(jax.random.fold_in(key, index), number)
-            position, segment_id = positions_S[index], ids_S[index]
-            return sample_thought(
-                decoder, params, memory, position, segment_id, own_key, thinking, temperature, slots=slots
-            )[0]  # fmt: skip
+            place = Place(positions_S[index], ids_S[index])
+            return sample_thought(thinker, params, memory, place, own_key, temperature)[0]
 
         # One vmap over both, not one inside the other: what only the outer one batches would keep a routed block's rows
         # of different positions out of the same chunk (`mod_star.model.rows`), and few would be skipped.
-        M = thinking.n_thoughts
+        M = thinker.thinking.n_thoughts
         rows = jax.vmap(one)(jnp.repeat(indices_J, M), jnp.tile(jnp.arange(M, dtype=jnp.int32), indices_J.shape[0]))
         return jax.tree.map(lambda leaf: leaf.reshape(-1, M, *leaf.shape[1:]), rows)
 
@@ -150,27 +149,25 @@ def sample_thoughts(
 
 
 def talk_loss(
-    decoder: Decoder,
+    thinker: ThinkingDecoder,
     params: dict[str, Any],
     text: Output,
     batch: Batch,
     places: Places,
     thoughts: Thought,
-    thinking: ThinkingConfig,
     loss_chunk: int,
-    slots: int | None = None,
 ) -> tuple[jax.Array, Talk]:
     """talk_weight · NLL after thoughts + policy_weight · REINFORCE; differentiable in params and text.
 
-    Computed in chunks of `thinking.chunk` positions per sequence, one after the other. `slots`: as for
-    `sample_thoughts`.
+    Computed in chunks of `thinking.chunk` positions per sequence, one after the other.
     """
+    thinking = thinker.thinking
     J = places.indices_BxJ.shape[1]
     chunk = min(thinking.chunk, J)
     shared = (params, text.hidden, memory_of(text), batch, talk_total(batch, places, thinking))
 
     def function(shared: Any, part: Any) -> tuple[jax.Array, Talk]:
-        return _talk_loss_of_chunk(decoder, thinking, loss_chunk, slots, shared, *part)
+        return _talk_loss_of_chunk(thinker, loss_chunk, shared, *part)
 
     parts = jax.tree.map(lambda leaf: chunked(leaf, chunk), (places, thoughts))
     loss, talk = scan_sum(function, shared, parts)
@@ -194,19 +191,10 @@ def talk_total(batch: Batch, places: Places, thinking: ThinkingConfig) -> jax.Ar
     return jnp.maximum(jnp.sum(weights) * thinking.n_thoughts, 1.0)
 
 
-def advantages(log_likelihoods_BxJxM: jax.Array, thinking: ThinkingConfig) -> jax.Array:
-    """Reward of each thought less the baseline: the mean over all thoughts of its place, or over the others."""
-    M = log_likelihoods_BxJxM.shape[-1]
-    above_mean = log_likelihoods_BxJxM - jnp.mean(log_likelihoods_BxJxM, -1, keepdims=True)
-    if thinking.baseline == "leave_one_out" and M > 1:
-        return above_mean * (M / (M - 1))
-    return above_mean
-
-
 def _talk_loss_of_chunk(
-    decoder: Decoder, thinking: ThinkingConfig, loss_chunk: int, slots: int | None, shared: Any, places: Places,
-    thoughts: Thought,
-) -> tuple[jax.Array, Talk]:  # fmt: skip
+    thinker: ThinkingDecoder, loss_chunk: int, shared: Any, places: Places, thoughts: Thought
+) -> tuple[jax.Array, Talk]:
+    thinking, parts = thinker.thinking, thinker.decoder.parts
     params, hidden_BxSxD, memory, batch, total = shared
     B, J, M, T = thoughts.tokens_T.shape
     N, D = thinking.n_true, hidden_BxSxD.shape[-1]
@@ -217,9 +205,8 @@ def _talk_loss_of_chunk(
     ) -> Any:
         def one(index: jax.Array, thought: Thought) -> Any:
             following = tokens_S[index + 1 + jnp.arange(N - 1, dtype=jnp.int32)]
-            return score_thought(
-                decoder, params, memory, positions_S[index], ids_S[index], thought, following, thinking, slots
-            )  # fmt: skip
+            place = Place(positions_S[index], ids_S[index])
+            return score_thought(thinker, params, memory, place, thought, following)
 
         return jax.vmap(jax.vmap(one, (None, 0)))(indices_J, thoughts)
 
@@ -229,7 +216,7 @@ def _talk_loss_of_chunk(
     gather = jax.vmap(lambda row, at: row[at])
     base = jnp.broadcast_to(gather(hidden_BxSxD, index_BxJxN)[:, :, None], (B, J, M, N, D)).reshape(-1, D)
     talk = scored.talk_NxD.reshape(-1, D)
-    mixing = mixing_weight(params["thinking"]["mixing"], base, talk)
+    mixing = thought_weight(parts, params, base, talk)
 
     head = head_matrix(params)
     shape = (B, J, M, N)
@@ -241,17 +228,19 @@ def _talk_loss_of_chunk(
         rows(weights) * (thinking.talk_weight / total), loss_chunk,
     )  # fmt: skip
     nll_BxJxMxN = nll.reshape(shape)
-    advantage = jax.lax.stop_gradient(advantages(-jnp.sum(nll_BxJxMxN * weights, -1), thinking))
+    advantage = advantages_of(parts, thinking, -(nll_BxJxMxN * weights), thoughts)
+    advantage = jnp.where(places.filled_BxJ[..., None], advantage, 0.0)  # whatever a reward makes of no thought
     log_probs = jnp.zeros((B, J, M), jnp.float32)
     if thinking.policy_weight > 0:
         used = jnp.maximum(advantage, 0.0) if thinking.drop_negative else advantage
-        used = jnp.broadcast_to(used[..., None], (B, J, M, T)) * (thinking.policy_weight / total)
+        drawn = thoughts.tokens_T >= 0  # a pause has no log-probability
+        used = jnp.where(drawn, used[..., None] * (thinking.policy_weight / total), 0.0)
         policy, thought_nll = cross_entropy_by_token(
-            rows(scored.thought_TxD), head, rows(thoughts.tokens_T), rows(used), loss_chunk,
+            rows(scored.thought_TxD), head, rows(jnp.maximum(thoughts.tokens_T, 0)), rows(used), loss_chunk,
             thinking.policy_temperature,
         )  # fmt: skip
         loss += policy
-        log_probs = -jnp.sum(thought_nll.reshape(B, J, M, T), -1)
+        log_probs = -jnp.sum(thought_nll.reshape(B, J, M, T), -1, where=drawn)
     computed = overflow = jnp.zeros((B, J, M, 0), jnp.float32)
     if scored.trace is not None:
         computed, overflow = (

@@ -1,6 +1,7 @@
 """What a model needs beyond a plain decoder's parameters to think: <start>, <end> and the mixing head.
 
-They are an entry of their own beside the decoder's, params["thinking"] = {"start": D, "end": D, "mixing": {...}}.
+They are an entry of their own beside the decoder's, params["thinking"] = {"start": D, "end": D, "mixing": {...}}, and
+"thought" where a user's `ThoughtInput` has parameters.
 <start> and <end> are embeddings, not ids: they cannot be sampled, neither as text nor as thought.
 """
 
@@ -12,35 +13,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mod_star import random_streams
 from mod_star.config import ModelConfig
-from mod_star.model.layers import Params, fan_in_normal
+from mod_star.model.parts import DEFAULT_PARTS, Parts
+from mod_star.thinking.mixing import MIXING
 
 
 def thinking_init(
-    key: jax.Array, config: ModelConfig, embedding_VxD: jax.Array, start_ids: Sequence[int], end_ids: Sequence[int]
+    key: jax.Array,
+    config: ModelConfig,
+    embedding_VxD: jax.Array,
+    start_ids: Sequence[int],
+    end_ids: Sequence[int],
+    parts: Parts = DEFAULT_PARTS,
 ) -> dict[str, Any]:
     """Float32 parameters of thinking.
 
     Args:
-      key: for the mixing head.
+      key: for the mixing head, and parameters of a thought's input.
       config: sizes.
       embedding_VxD: the decoder's embedding.
       start_ids: tokens whose mean embedding <start> begins as (the paper: those of "---").
       end_ids: the same for <end>.
+      parts: the model's; its `mixing` and `thought` may have parameters of their own.
     """
     mean = lambda ids: jnp.mean(embedding_VxD[jnp.asarray(ids, jnp.int32)], 0)  # noqa: E731
-    return {"start": mean(start_ids), "end": mean(end_ids), "mixing": mixing_init(key, config)}
-
-
-def mixing_init(key: jax.Array, config: ModelConfig) -> Params:
-    """Parameters of `mixing_weight`: two hidden layers and an output of zeros."""
-    D = config.width
-    first, second = jax.random.split(key)
-    return {
-        "first": fan_in_normal(first, (2 * D, D), 2 * D),
-        "first_bias": jnp.zeros(D, jnp.float32),
-        "second": fan_in_normal(second, (D, D), D),
-        "second_bias": jnp.zeros(D, jnp.float32),
-        "output": jnp.zeros(D, jnp.float32),
-        "output_bias": jnp.zeros((), jnp.float32),
-    }
+    mixing = (parts.mixing or MIXING).init(key, config)
+    params = {"start": mean(start_ids), "end": mean(end_ids), "mixing": mixing}
+    if parts.thought is not None and parts.thought.init is not None:
+        params["thought"] = parts.thought.init(jax.random.fold_in(key, random_streams.THOUGHT_PARAMETERS), config)
+    return params

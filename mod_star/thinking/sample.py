@@ -6,7 +6,7 @@ thoughts, and its own earlier tokens through a cache of its own. It cannot see a
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,26 +17,38 @@ from mod_star.config import RoutingConfig, ThinkingConfig
 from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.model.attention import KeyValues
-from mod_star.model.layers import lookup
 from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import apply_blocks, logits_of
 from mod_star.network_config import require_thinkable
+from mod_star.thinking.thought import Thought, draw_step, embed_tokens, log_prob_of
 
-DRAW_BLOCK = 128
+
+@dataclass(frozen=True)
+class ThinkingDecoder:
+    """A decoder with how it thinks; hashable, a static argument of compiled programs."""
+
+    decoder: Decoder
+    """Routed blocks decide causally."""
+    thinking: ThinkingConfig
+    """Length and kind of thoughts."""
+    slots: int | None = None
+    """Of a routed block for a thought and what follows it. None: `thought_slots` of `thinking`, which then must be
+    what the model is trained with; needed where n_true is another."""
+
+    @property
+    def thought_slots(self) -> int:
+        """`slots`, or what None stands for."""
+        return thought_slots(self.decoder.routing, self.thinking) if self.slots is None else self.slots
 
 
 @struct.dataclass
-class Thought:
-    """One thought of t tokens."""
+class Place:
+    """Where a thought comes after."""
 
-    tokens_T: jax.Array
-    """int32; -1 for a pause token."""
-    log_probs_T: jax.Array
-    """float32 log-probability of each token under the model (temperature 1), in nats."""
-    entropies_T: jax.Array
-    """float32 entropy of the distribution that each token was drawn from (temperature 1), in nats."""
-    decided_GxT: jax.Array | None
-    """int8: whether routed block g computed <start> and the first t - 1 tokens; None for a dense model."""
+    position: jax.Array
+    """int32 position in its document; <start> is at the next one."""
+    segment_id: jax.Array
+    """int32 document."""
 
 
 def thought_slots(routing: RoutingConfig, thinking: ThinkingConfig) -> int:
@@ -65,49 +77,45 @@ def text_before(text: Any, position: jax.Array) -> Any:
 
 
 def sample_thought(
-    decoder: Decoder,
+    thinker: ThinkingDecoder,
     params: dict[str, Any],
     text: Any,
-    position: jax.Array,
-    segment_id: jax.Array,
+    place: Place,
     key: jax.Array,
-    thinking: ThinkingConfig,
     temperature: float,
     finish: bool = False,
-    slots: int | None = None,
 ) -> tuple[Thought, jax.Array | None]:
     """Samples the thought after one position, without gradients in mind.
 
     Args:
-      decoder: the model; routed blocks decide causally.
+      thinker: the model, and how it thinks.
       params: with the entry "thinking"; groups stacked or unrolled, as for `mod_star.model.transformer.apply_blocks`.
       text: keys/values of the text, {block name: tuple of KeyValues} stacked over groups, or a tuple of such.
-      position: int32 position in its document after which to think; <start> is at the next one.
-      segment_id: int32 document.
+      place: after which to think.
       key: of the draws.
-      thinking: length and kind.
       temperature: of the draws; 0: greedy.
       finish: run the last token and <end> too, and return the hidden state D that predicts the text after the thought.
-      slots: of a routed block; None: `thought_slots` of `thinking`, which then must be what the model is trained with.
 
     Returns:
       The thought, and the hidden state at <end> if asked for.
 
     Raises:
-      InputError: the model can't think.
+      InputError: the model can't think, or a user's part of thinking is no good.
     """
+    decoder, thinking = thinker.decoder, thinker.thinking
+    position = place.position
     require_thinkable(decoder.routing)
     if "thinking" not in params:
         raise InputError("params: must have an entry 'thinking', see mod_star.training.state.initial_params")
     t, own = thinking.thought_length, params["thinking"]
-    slots = thought_slots(decoder.routing, thinking) if slots is None else slots
+    slots = thinker.thought_slots
     text = text_before(text, position)
     cache = _empty_cache(text, t + 2 if finish else t)
 
     def step(x_D: jax.Array, cache: Any, i: jax.Array) -> tuple[jax.Array, Any, Any]:
         """Runs one token, the i-th counting <start> as 0."""
         output = apply_blocks(
-            decoder, params, x_D[None].astype(decoder.config.dtype), (position + 1 + i)[None], segment_id[None],
+            decoder, params, x_D[None].astype(decoder.config.dtype), (position + 1 + i)[None], place.segment_id[None],
             slots=slots, memory=_join(text, cache), taken=_taken(cache),
         )  # fmt: skip
         decided = None if output.trace is None else output.trace.selected[:, 0].astype(jnp.int8)
@@ -119,18 +127,17 @@ def sample_thought(
         logits_V = logits_of(params, hidden_D[None])[0]
         log_p = jax.nn.log_softmax(logits_V)
         entropy = -jnp.sum(jnp.exp(log_p) * log_p)
-        if thinking.kind == "pause":
-            token, log_prob = jnp.int32(-1), jnp.float32(0)
-        else:
-            token = draw_token(jax.random.fold_in(key, i), logits_V, temperature)
-            log_prob = log_p[token]
-        return (embed_thought(params, token[None])[0], cache), (token, log_prob, entropy, decided)
+        drawn = (hidden_D, logits_V, jax.random.fold_in(key, i))
+        token, kept = draw_step(decoder.parts, thinking, params, drawn, temperature)
+        kept_1 = jax.tree.map(lambda leaf: leaf[None], kept)
+        x_D = embed_tokens(decoder.parts, thinking, params, token[None], kept_1)[0]
+        return (x_D, cache), (token, log_prob_of(log_p, token), entropy, decided, kept)
 
-    (x_D, cache), (tokens_T, log_probs_T, entropies_T, decided_TxG) = jax.lax.scan(
+    (x_D, cache), (tokens_T, log_probs_T, entropies_T, decided_TxG, kept_T) = jax.lax.scan(
         think, (own["start"], cache), jnp.arange(t, dtype=jnp.int32)
     )
     decided_GxT = None if decided_TxG is None else decided_TxG.T
-    thought = Thought(tokens_T, log_probs_T, entropies_T, decided_GxT)
+    thought = Thought(tokens_T, log_probs_T, entropies_T, decided_GxT, kept_T)
     if not finish:
         return thought, None
 
@@ -142,37 +149,6 @@ def sample_thought(
     # The last token, then <end>: as a loop, so that the blocks are compiled once more and not twice.
     _, hidden_2xD = jax.lax.scan(close, (x_D, cache), jnp.arange(t, t + 2, dtype=jnp.int32))
     return thought, hidden_2xD[1]
-
-
-def embed_thought(params: dict[str, Any], tokens_N: jax.Array) -> jax.Array:
-    """Float32 embeddings NxD of thought tokens; a pause (-1) is <start> once more."""
-    return jnp.where(tokens_N[:, None] < 0, params["thinking"]["start"], lookup(params["embedding"], tokens_N))
-
-
-def draw_token(key: jax.Array, logits_V: jax.Array, temperature: float) -> jax.Array:
-    """A token drawn from softmax(logits / temperature), int32; the most probable one if the temperature is 0.
-
-    By inverting the cumulative distribution with one uniform number, where `jax.random.categorical` needs one for every
-    token of the vocabulary. In two levels, so that only one block of the vocabulary is summed up one by one.
-    """
-    if temperature == 0:
-        return jnp.argmax(logits_V).astype(jnp.int32)
-    V = logits_V.shape[0]
-    scaled = (logits_V - jnp.max(logits_V)) / temperature
-    blocks = jnp.pad(jnp.exp(scaled), (0, -V % DRAW_BLOCK)).reshape(-1, DRAW_BLOCK)
-    sums = jnp.sum(blocks, -1)
-    ends = jnp.cumsum(sums)
-    target = jax.random.uniform(key, (), jnp.float32) * ends[-1]
-    block = _first((ends > target) & (sums > 0), sums)
-    inside = blocks[block]
-    before = jnp.where(block > 0, ends[block - 1], 0.0)
-    token = _first((before + jnp.cumsum(inside) > target) & (inside > 0), inside)
-    return (block * DRAW_BLOCK + token).astype(jnp.int32)
-
-
-def _first(wanted: jax.Array, weights: jax.Array) -> jax.Array:
-    """Index of the first that is wanted; should rounding leave none, of the largest weight."""
-    return jnp.where(jnp.any(wanted), jnp.argmax(wanted), jnp.argmax(weights))
 
 
 def _is_segments(node: Any) -> bool:

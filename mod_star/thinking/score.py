@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mod_star.config import ThinkingConfig
-from mod_star.model import Decoder, Trace
+from mod_star.model import Trace
 from mod_star.model.layers import lookup
 from mod_star.model.transformer import apply_blocks
-from mod_star.thinking.sample import Thought, embed_thought, text_before, thought_slots
+from mod_star.thinking.sample import Place, ThinkingDecoder, text_before
+from mod_star.thinking.thought import Thought, embed_tokens
 
 
 @struct.dataclass
@@ -28,42 +28,32 @@ class Scored:
 
 
 def score_thought(
-    decoder: Decoder,
-    params: dict[str, Any],
-    text: Any,
-    position: jax.Array,
-    segment_id: jax.Array,
-    thought: Thought,
-    following: jax.Array,
-    thinking: ThinkingConfig,
-    slots: int | None = None,
+    thinker: ThinkingDecoder, params: dict[str, Any], text: Any, place: Place, thought: Thought, following: jax.Array
 ) -> Scored:
-    """Runs [<start>; thought; <end>; following] after `position`. Positions go on counting through all of it.
+    """Runs [<start>; thought; <end>; following] after a place. Positions go on counting through all of it.
 
     Args:
-      decoder: the model; routed blocks repeat for the thought what they decided when it was sampled.
+      thinker: the model, and how it thinks; routed blocks repeat for the thought what they decided when it was sampled.
       params: with the entry "thinking".
       text: as for `sample_thought`.
-      position: int32 position in its document that the thought comes after.
-      segment_id: int32 document.
+      place: that the thought comes after.
       thought: from `sample_thought`.
       following: int32, the next n_true - 1 tokens of the text (teacher forcing).
-      thinking: length of the thought.
-      slots: as for `sample_thought`.
+
+    Raises:
+      InputError: a user's part of thinking is no good.
     """
+    decoder, thinking = thinker.decoder, thinker.thinking
     t, own = thinking.thought_length, params["thinking"]
-    x_NxD = jnp.concatenate(
-        [own["start"][None], embed_thought(params, thought.tokens_T), own["end"][None],
-         lookup(params["embedding"], following)]
-    )  # fmt: skip
+    thought_TxD = embed_tokens(decoder.parts, thinking, params, thought.tokens_T, thought.kept_T)
+    x_NxD = jnp.concatenate([own["start"][None], thought_TxD, own["end"][None], lookup(params["embedding"], following)])
     N = x_NxD.shape[0]
-    slots = thought_slots(decoder.routing, thinking) if slots is None else slots
     decided = None
     if thought.decided_GxT is not None:
         decided = jnp.pad(thought.decided_GxT, ((0, 0), (0, N - t)), constant_values=-1)
     output = apply_blocks(
-        decoder, params, x_NxD.astype(decoder.config.dtype), position + 1 + jnp.arange(N, dtype=jnp.int32),
-        jnp.full(N, segment_id), slots=slots, memory=text_before(text, position), decided=decided,
-        keep_keys_values=False,
+        decoder, params, x_NxD.astype(decoder.config.dtype), place.position + 1 + jnp.arange(N, dtype=jnp.int32),
+        jnp.full(N, place.segment_id), slots=thinker.thought_slots, memory=text_before(text, place.position),
+        decided=decided, keep_keys_values=False,
     )  # fmt: skip
     return Scored(output.hidden[:t], output.hidden[t + 1 :], output.trace)

@@ -11,6 +11,7 @@ import numpy as np
 
 from mod_star.config import RunConfig
 from mod_star.errors import InputError
+from mod_star.parts import load_parts
 from mod_star.stages import StagePlan, plan_stages
 from mod_star.training.optimizer import make_schedule
 
@@ -39,6 +40,11 @@ def require_extendable(old: RunConfig, new: RunConfig, done: int, redraw: bool) 
         raise InputError(
             f"{at}, and routing.stages = {old.routing.stages} needs their number: it has set the capacity of the "
             f"{done} steps that are done; start another run with --init-from"
+        )
+    if load_parts(new.parts).optimizer is not None and not redraw:
+        raise InputError(
+            f"{at}, and parts.optimizer, which is yours, is given their number: --redraw-schedule goes on with the "
+            f"optimizer of {after.steps} steps from step {done + 1} on"
         )
     steps = np.arange(done)
     first, second = (np.asarray(make_schedule(old.optimizer, plan.steps)(steps)) for plan in (before, after))

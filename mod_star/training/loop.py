@@ -143,7 +143,7 @@ class TrainingSession:
         return self._finish(parameter_count(state.params), int(state.skipped), seconds)
 
     def _thoughts_log(self, stack: ExitStack) -> ThoughtsLog | None:
-        if self.run.train.objective != "quiet_star":
+        if not self.run.thinks:
             return None
         log = ThoughtsLog(self.path, self.last_saved, self.inputs.tokenizer, writes=is_first())
         return stack.enter_context(log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -10,10 +11,46 @@ from jax.sharding import Mesh
 
 from mod_star.config import RunConfig
 from mod_star.data import Tokenizer
-from mod_star.distributed.sharding import batch_sharding, placed_shapes, replicated, shardings, use_mesh
+from mod_star.distributed.sharding import batch_sharding, place, placed_shapes, replicated, shardings, use_mesh
 from mod_star.model import Decoder
+from mod_star.training.objectives import Objective, objective_of
 from mod_star.training.state import TrainState, init_state, initial_params
-from mod_star.training.step import make_train_step, objective_of
+from mod_star.training.step import make_train_step
+
+
+class WithFrozen:
+    """A program, lowered or compiled, whose last arguments are an objective's frozen arrays.
+
+    It is called without them. They are put in their places at the first call, for a plan has no devices to put them on.
+    """
+
+    def __init__(self, program: Any, frozen: tuple[Any, ...], mesh: Mesh | None) -> None:
+        self._program, self._frozen, self._mesh = program, frozen, mesh
+
+    def compile(self, *args: Any, **options: Any) -> WithFrozen:
+        """The compiled program; arguments as for `jax.stages.Lowered.compile`."""
+        return WithFrozen(self._program.compile(*args, **options), self._frozen, self._mesh)
+
+    @functools.cached_property
+    def _placed(self) -> tuple[Any, ...]:
+        if self._mesh is None:
+            return jax.device_put(self._frozen)
+        with jax.transfer_guard("allow"):  # once, and in the training loop, which guards against transfers by mistake
+            placed: tuple[Any, ...] = place(self._frozen, shardings(self._mesh, self._frozen))
+        return placed
+
+    def __call__(self, *args: Any) -> Any:
+        """What the program computes of these arguments and the frozen arrays."""
+        return self._program(*args, *self._placed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._program, name)
+
+
+def frozen_shapes(frozen: tuple[Any, ...], mesh: Mesh | None = None) -> tuple[Any, ...]:
+    """Shapes, types and, on a mesh, places of an objective's frozen arrays: as of parameters with the same paths."""
+    shapes: tuple[Any, ...] = jax.eval_shape(lambda: frozen) if mesh is None else placed_shapes(mesh, frozen)
+    return shapes
 
 
 def state_shapes(
@@ -53,17 +90,20 @@ def lower_train_step(
       asked: `shapes` of `mod_star.distributed.processes.SharedStop`.
     """
     places = None if mesh is None else (shardings(mesh, state), replicated(mesh))
-    compute = make_train_step(decoder, run, total_steps)
+    objective = objective_of(decoder, run)
+    compute, frozen = make_train_step(decoder, run, total_steps, objective), frozen_shapes(objective.frozen, mesh)
 
-    def step(state: TrainState, batch: Any, *asked: jax.Array) -> Any:
-        state, metrics = compute(state, batch)
+    def step(state: TrainState, batch: Any, *others: Any) -> Any:
+        asked, frozen = others[: len(others) - len(objective.frozen)], others[len(others) - len(objective.frozen) :]
+        state, metrics = compute(state, batch, *frozen)
         if asked:
             metrics = metrics | {"stop": asked[0].max()}
         return state, metrics
 
     jitted = jax.jit(step, donate_argnums=0, out_shardings=places)
     with use_mesh(mesh):
-        return jitted.trace(state, batch_shapes(run, mesh), *asked).lower(lowering_platforms=platforms)
+        traced = jitted.trace(state, batch_shapes(run, mesh), *asked, *frozen)
+        return _bound(traced.lower(lowering_platforms=platforms), objective, mesh)
 
 
 def lower_eval_step(
@@ -77,6 +117,14 @@ def lower_eval_step(
     key = jax.eval_shape(lambda: jax.random.key(0))
     if mesh is not None:
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
-    step = jax.jit(objective_of(decoder, run).eval_step, out_shardings=None if mesh is None else replicated(mesh))
+    objective = objective_of(decoder, run)
+    step = jax.jit(objective.eval_step, out_shardings=None if mesh is None else replicated(mesh))
     with use_mesh(mesh):
-        return step.trace(params, batch_shapes(run, mesh), key).lower(lowering_platforms=platforms)
+        traced = step.trace(params, batch_shapes(run, mesh), key, *frozen_shapes(objective.frozen, mesh))
+        return _bound(traced.lower(lowering_platforms=platforms), objective, mesh)
+
+
+def _bound(lowered: jax.stages.Lowered, objective: Objective, mesh: Mesh | None) -> jax.stages.Lowered:
+    """The program as it is called with state and batch alone."""
+    bound: Any = WithFrozen(lowered, objective.frozen, mesh) if objective.frozen else lowered
+    return bound

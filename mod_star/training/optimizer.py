@@ -1,4 +1,8 @@
-"""AdamW with decoupled decay, a learning-rate schedule, and clipping that keeps the predictor apart."""
+"""AdamW with decoupled decay, a learning-rate schedule, and clipping that keeps the predictor apart.
+
+`mod_star.Parts.optimizer` replaces the whole; the pieces are there for it to use. Every leaf of its state lies where
+the rules of `mod_star.distributed.sharding` put it: by its path, else along its largest dimension.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from mod_star.config import OptimizerConfig, RunConfig
+from mod_star.errors import InputError
+from mod_star.model.doors import require_same_structure
+from mod_star.model.parts import Parts
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -103,3 +110,25 @@ def make_optimizer(run: RunConfig, total_steps: int) -> optax.GradientTransforma
         scale_thought_embeddings(run.thinking.embedding_rate),
         optax.scale_by_learning_rate(make_schedule(config, total_steps)),
     )
+
+
+def optimizer_of(parts: Parts, run: RunConfig, total_steps: int) -> optax.GradientTransformation:
+    """The optimizer in force: the parts' own, or AdamW.
+
+    A user's is checked as it is traced: updates as the parameters, and a state that keeps its shapes and types.
+
+    Raises:
+      InputError: a user's function gives something else.
+    """
+    if parts.optimizer is None:
+        return make_optimizer(run, total_steps)
+    optimizer = parts.optimizer(run, total_steps)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise InputError(f"parts.optimizer = {type(optimizer).__name__}: must return an optax.GradientTransformation")
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, new_state = optimizer.update(grads, state, params)
+        require_same_structure("optimizer updates", updates, params)
+        return updates, require_same_structure("optimizer state", new_state, state)
+
+    return optax.GradientTransformation(optimizer.init, update)

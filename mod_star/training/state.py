@@ -14,7 +14,7 @@ from mod_star.config import RunConfig
 from mod_star.data import Tokenizer
 from mod_star.model import Decoder
 from mod_star.thinking.parameters import thinking_init
-from mod_star.training.optimizer import make_optimizer
+from mod_star.training.optimizer import optimizer_of
 
 
 @struct.dataclass
@@ -53,13 +53,13 @@ def initial_params(
         left out where the objective does not need it.
     """
     params = init_params(decoder, run.train.seed) if base is None else base
-    if run.train.objective != "quiet_star":
+    if not run.thinks:
         return {name: value for name, value in params.items() if name != "thinking"}
     if "thinking" in params:
         return params
     key = jax.random.fold_in(jax.random.key(run.train.seed), random_streams.THINKING_PARAMETERS)
     start, end = (tokenizer.encode(text) for text in (run.thinking.start_text, run.thinking.end_text))
-    return {**params, "thinking": thinking_init(key, run.model, params["embedding"], start, end)}
+    return {**params, "thinking": thinking_init(key, run.model, params["embedding"], start, end, decoder.parts)}
 
 
 def init_state(decoder: Decoder, run: RunConfig, total_steps: int, params: dict[str, Any] | None = None) -> TrainState:
@@ -72,7 +72,7 @@ def init_state(decoder: Decoder, run: RunConfig, total_steps: int, params: dict[
       params: float32 parameters to start from, see `initial_params`; None: the decoder's own, random.
     """
     params = init_params(decoder, run.train.seed) if params is None else params
-    opt_state = make_optimizer(run, total_steps).init(params)
+    opt_state = optimizer_of(decoder.parts, run, total_steps).init(params)
     key = jax.random.fold_in(jax.random.key(run.train.seed), random_streams.TRAINING)
     # Three arrays, not one: a donated buffer may appear once only.
     step, skipped, streak = (jnp.zeros((), jnp.int32) for _ in range(3))

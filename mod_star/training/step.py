@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,54 +10,19 @@ import jax.numpy as jnp
 
 from mod_star.config import RunConfig
 from mod_star.model import Decoder
-from mod_star.training.objectives.next_token import (
-    Batch,
-    Metrics,
-    make_eval_step,
-    make_loss,
-    next_token_metrics,
-    summarise_eval,
-)
-from mod_star.training.objectives.quiet_star import (
-    make_quiet_star_eval,
-    make_quiet_star_loss,
-    quiet_star_metrics,
-    summarise_thinking,
-)
-from mod_star.training.optimizer import make_optimizer, make_schedule, split_norms
+from mod_star.training.objectives import Batch, Metrics, Objective, objective_of
+from mod_star.training.optimizer import make_schedule, optimizer_of, split_norms
 from mod_star.training.state import TrainState
 
-
-@dataclass(frozen=True)
-class Objective:
-    """What a run learns and how it is measured, as pure functions."""
-
-    loss: Callable[..., tuple[jax.Array, Metrics]]
-    """(params, batch, key, targets, valid) -> (loss, sums); additive over portions of a batch, given its totals."""
-    metrics: Callable[[Metrics, jax.Array, jax.Array], Metrics]
-    """(sums, targets, valid) -> metrics of a training step."""
-    eval_step: Callable[[dict[str, Any], Batch, jax.Array], Metrics]
-    """(params, batch, key) -> sums, to be added up over batches."""
-    summarise: Callable[[dict[str, Any]], dict[str, Any]]
-    """Added-up sums -> held-out metrics."""
-
-
-def objective_of(decoder: Decoder, run: RunConfig) -> Objective:
-    """The objective that `train.objective` names."""
-    if run.train.objective == "quiet_star":
-        return Objective(
-            make_quiet_star_loss(decoder, run),
-            quiet_star_metrics,
-            make_quiet_star_eval(decoder, run),
-            summarise_thinking,
-        )
-    return Objective(make_loss(decoder, run), next_token_metrics, make_eval_step(decoder, run), summarise_eval)
+__all__ = ["Batch", "Metrics", "Objective", "make_train_step", "objective_of"]
 
 
 def make_train_step(
-    decoder: Decoder, run: RunConfig, total_steps: int
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The pure training step `(state, batch) -> (state, metrics)`; jit it with `donate_argnums=0`.
+    decoder: Decoder, run: RunConfig, total_steps: int, objective: Objective | None = None
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The pure training step `(state, batch, *frozen) -> (state, metrics)`; jit it with `donate_argnums=0`.
+
+    `frozen` are the arrays `Objective.frozen`; those that are left out become constants of the program.
 
     A batch is computed in `train.accumulation` equal portions whose gradients add up to exactly the batch's. A step
     with a non-finite loss or gradient changes neither parameters nor optimizer state, and is counted.
@@ -66,24 +30,27 @@ def make_train_step(
     It honours every field of `run` that a step depends on, and refuses what it can't: `routing.stages`, for a step has
     one capacity. How often to step, measure and save, and when to give up (`train.max_skipped`), is the caller's.
 
-    Metrics: loss, grad_norm, learning_rate, finite (1 or 0), skipped, streak, and those of the objective.
+    Metrics: loss, grad_norm, learning_rate (of the built-in optimizer), finite (1 or 0), skipped, streak, and those of
+    the objective, `objective_of(decoder, run)` unless one is given.
 
     Raises:
-      InputError: the decoder is not the one that `run` describes, or `run` has several capacities.
+      InputError: the decoder is not the one that `run` describes, or `run` has several capacities; when it is traced:
+        a user's part gives an array of another shape or type.
     """
-    optimizer = make_optimizer(run, total_steps)
-    schedule = make_schedule(run.optimizer, total_steps)
-    objective = objective_of(decoder, run)
+    optimizer = optimizer_of(decoder.parts, run, total_steps)
+    schedule = make_schedule(run.optimizer, total_steps) if decoder.parts.optimizer is None else None
+    objective = objective_of(decoder, run) if objective is None else objective
     gradient = jax.value_and_grad(objective.loss, has_aux=True)
     portions = run.train.accumulation
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, *frozen: Any) -> tuple[TrainState, Metrics]:
+        frozen = frozen or objective.frozen
         key = jax.random.fold_in(state.key, state.step)
         targets = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
         valid = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1).astype(jnp.float32)
 
         def portion(key: jax.Array, part: Batch) -> Any:
-            (loss, sums), grads = gradient(state.params, part, key, targets, valid)
+            (loss, sums), grads = gradient(state.params, part, key, targets, valid, *frozen)
             return loss, sums, grads
 
         if portions == 1:
@@ -111,7 +78,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": jnp.asarray(schedule(applied), jnp.float32),
+            **({} if schedule is None else {"learning_rate": jnp.asarray(schedule(applied), jnp.float32)}),
             "finite": finite.astype(jnp.float32),
             "skipped": skipped.astype(jnp.float32),
             "streak": streak.astype(jnp.float32),

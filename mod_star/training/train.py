@@ -150,7 +150,7 @@ def _changed_since(path: Path, run: RunConfig) -> list[str]:
     if read_data(path) is not None:  # as every later version records
         return []
     found, made = [], "version 0.1, which made this run"
-    if run.train.objective == "quiet_star" and run.thinking.policy_weight > 0 and run.thinking.n_true > 1:
+    if run.thinks and run.thinking.policy_weight > 0 and run.thinking.n_true > 1:
         n_true = run.thinking.n_true
         found.append(f"REINFORCE weighs about 1/{n_true} of what it weighed in {made}: it is a mean, like the NLL")
     if run.routing.every and not run.data.pack:

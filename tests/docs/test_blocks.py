@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_the_blocks_of_a_page_run_one_after_the_other(
 
 
 def test_the_parts_of_the_how_to_train_and_sample_through_the_cli(tmp_path: Path) -> None:
-    (source,) = blocks(ROOT / "docs/how-to/extend.md")
+    source = next(block for block in blocks(ROOT / "docs/how-to/extend.md") if block.startswith("# my_parts.py"))
     (tmp_path / "my_parts.py").write_text(source)
     tiny = ["--preset", "tiny", "--train.steps", "2", "--train.log-every", "1", "--model.context", "32", "--quiet"]
     there = f"os.chdir({str(tmp_path)!r})"
@@ -44,3 +45,26 @@ def test_the_parts_of_the_how_to_train_and_sample_through_the_cli(tmp_path: Path
     (tmp_path / "my_parts.py").unlink()  # the run has its own copy
     done = succeed("sample", "run", "--prompt", "A", "--new-tokens", "4", "--json", before=there)
     assert len(json.loads(done.out)["routed_fraction"]) == 1
+
+
+def test_the_objective_and_the_reward_of_the_how_to_train_go_on_and_sample_through_the_cli(tmp_path: Path) -> None:
+    tiny = ["--preset", "tiny", "--train.log-every", "1", "--model.context", "32", "--model.width", "16", "--quiet"]
+    tiny += ["--optimizer.schedule", "constant", "--optimizer.warmup-steps", "0", "--train.batch-size", "2"]
+    tiny += ["--thinking.thought-length", "2", "--thinking.n-true", "2", "--train.eval-batches", "1"]
+    there = f"os.chdir({str(tmp_path)!r})"
+    succeed("train", "runs/teacher", *tiny, "--train.steps", "1", before=there)
+    for name, objective, metric in (("distil", "next_token", "kl"), ("terse", "quiet_star", "reward_mean")):
+        page = blocks(ROOT / "docs/how-to/extend.md")
+        source = next(block for block in page if block.startswith(f"# {name}.py"))
+        assert len(source.splitlines()) <= 25
+        (tmp_path / f"{name}.py").write_text(source)
+        options = [*tiny, "--train.objective", objective, "--parts", f"{name}.py:parts"]
+        succeed("train", f"runs/{name}", *options, "--train.steps", "1", before=there)
+        (tmp_path / f"{name}.py").unlink()  # the run has its own copy
+        succeed("train", f"runs/{name}", *options, "--train.steps", "2", before=there)
+        records = [json.loads(line) for line in (tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records if metric in record] == [1, 2]
+    shutil.rmtree(tmp_path / "runs/teacher")
+    for name in ("distil", "terse"):
+        done = succeed("sample", f"runs/{name}", "--prompt", "A", "--new-tokens", "2", "--json", before=there)
+        assert json.loads(done.out)

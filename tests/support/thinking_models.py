@@ -11,9 +11,11 @@ import numpy as np
 
 from mod_star.config import RunConfig
 from mod_star.model import Decoder, Output
+from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.objective import Places, Talk, choose_places, sample_thoughts, talk_loss
-from mod_star.thinking.sample import Thought
+from mod_star.thinking.sample import ThinkingDecoder
+from mod_star.thinking.thought import Thought
 from mod_star.training.objectives.next_token import forward
 
 Batch = dict[str, jax.Array]
@@ -38,24 +40,27 @@ class Thinker:
     run: RunConfig
     params: Any
     batch: Batch
+    parts: Parts = DEFAULT_PARTS
 
     @property
     def decoder(self) -> Decoder:
-        return Decoder(self.run.model, self.run.routing)
+        return Decoder(self.run.model, self.run.routing, self.parts)
+
+    @property
+    def thinks(self) -> ThinkingDecoder:
+        return ThinkingDecoder(self.decoder, self.run.thinking)
 
     def read(self, params: Any) -> Output:
         return forward(self.decoder, params, self.batch, None, "causal", keep_keys_values=True)
 
     def think(self, params: Any, key: jax.Array, temperature: float = 1.0) -> tuple[Places, Thought]:
         text = self.read(params)
-        places = choose_places(self.batch, text, head_matrix(params), key, self.run.thinking, 10)
-        return places, sample_thoughts(
-            self.decoder, params, text, self.batch, places, key, self.run.thinking, temperature
-        )  # fmt: skip
+        places = choose_places(self.thinks, self.batch, text, head_matrix(params), key, 10)
+        return places, sample_thoughts(self.thinks, params, text, self.batch, places, key, temperature)
 
     def score(self, params: Any, places: Places, thoughts: Thought) -> tuple[jax.Array, Talk]:
         text = self.read(params)
-        return talk_loss(self.decoder, params, text, self.batch, places, thoughts, self.run.thinking, 10)
+        return talk_loss(self.thinks, params, text, self.batch, places, thoughts, 10)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mod_star.thinking.sample import draw_token
+from mod_star.thinking.thought import draw_token
 
 DRAWS = 20_000
 

@@ -14,7 +14,8 @@ from thinking_models import Thinker, scores, thinking_params, thinks
 from mod_star.config import RoutingConfig, RunConfig, ThinkingConfig
 from mod_star.model import Decoder
 from mod_star.thinking.objective import Places, Talk, predicted, talk_loss
-from mod_star.thinking.sample import Thought
+from mod_star.thinking.sample import ThinkingDecoder
+from mod_star.thinking.thought import Thought
 from mod_star.training.objectives.next_token import forward
 
 S, J, M, N, T = 24, 22, 2, 3, 3
@@ -114,7 +115,7 @@ def test_no_gradient_reaches_a_later_embedding_or_another_document(
             decoder, own = Decoder(run.model, routing), {**params, "embedding": embedding}
             text = forward(decoder, own, batch, None, "causal", keep_keys_values=True)
             places = Places(jnp.arange(11)[None], (jnp.arange(11) == only)[None])
-            return talk_loss(decoder, own, text, batch, places, thoughts, thinking, 50)[0]
+            return talk_loss(ThinkingDecoder(decoder, thinking), own, text, batch, places, thoughts, 50)[0]
 
         return jax.vmap(jax.grad(loss), (None, 0))(embedding, jnp.arange(11))
 

@@ -21,8 +21,9 @@ from mod_star.model.transformer import head_matrix
 from mod_star.thinking.mixed_cross_entropy import mixed_cross_entropy_by_token
 from mod_star.thinking.mixing import mix, mixed_logits
 from mod_star.thinking.objective import Places, memory_of, predicted
-from mod_star.thinking.sample import Thought
+from mod_star.thinking.sample import Place
 from mod_star.thinking.score import score_thought
+from mod_star.thinking.thought import Thought
 
 RUN = RunConfig(
     ModelConfig(vocab_size=29, width=16, layers=1, heads=2, kv_heads=1, mlp_width=24, context=24, dtype="bfloat16"),
@@ -69,8 +70,8 @@ def test_the_signs_of_advantages_are_those_of_a_float32_mixture(thinker: Thinker
 
         def one(context: Any, tokens: Any, positions: Any, ids: Any, index: Any, thought: Any) -> Any:
             following = tokens[index + 1 + jnp.arange(N - 1)]
-            arrays = (context, positions[index], ids[index], thought, following)
-            return score_thought(thinker.decoder, params, *arrays, thinking).talk_NxD
+            place = Place(positions[index], ids[index])
+            return score_thought(thinker.thinks, params, context, place, thought, following).talk_NxD
 
         by_thought = jax.vmap(one, (None, None, None, None, None, 0))
         by_place = jax.vmap(by_thought, (None, None, None, None, 0, 0))
@@ -121,7 +122,7 @@ def test_a_rounded_mixture_would_get_signs_wrong() -> None:
     log_p = [log_softmax(logits[0] + w * (logits[1] - logits[0]))[..., 0] for w in (0.0, 0.003)]
     expected = log_p[1] - log_p[0]
     ours = gains(lambda w: mixed_cross_entropy_by_token(base, thought, w, head, targets, ones, 64))
-    wrong = [np.mean(np.sign(found) != np.sign(expected)) for found in (ours, gains(rounded))]
+    wrong = [np.mean(np.sign(gain) != np.sign(expected)) for gain in (ours, gains(rounded))]
     assert wrong[0] < 0.005 and wrong[1] > 0.1, wrong
 
 
@@ -163,9 +164,9 @@ def test_logits_after_a_thought_are_mixed_in_float32() -> None:
         for each in (base, thought)
     ]
     for weight in WEIGHTS:
-        found = mixed_logits({"head": head}, base[0], thought[0], jnp.full(500, weight, jnp.float32))
-        assert found.dtype == jnp.float32
-        change = (np.asarray(found, np.float64) - logits[0]) / weight
+        mixed = mixed_logits({"head": head}, base[0], thought[0], jnp.full(500, weight, jnp.float32))
+        assert mixed.dtype == jnp.float32
+        change = (np.asarray(mixed, np.float64) - logits[0]) / weight
         np.testing.assert_allclose(change, logits[1] - logits[0], atol=5e-6 / weight)
 
 
@@ -181,8 +182,8 @@ def test_scores_and_thoughts_of_a_text_feel_a_small_weight(thinker: Thinker) -> 
 
     def of_text(weight: float) -> np.ndarray:
         arrays = (jnp.asarray(tokens), jnp.int32(24), jax.random.key(0))
-        found = _think_everywhere(decoder, with_weight(thinker.params, weight), RUN.thinking, 0.0, *arrays)
-        return np.asarray(found[1], np.float64)[:-1]
+        talk = _think_everywhere(decoder, with_weight(thinker.params, weight), RUN.thinking, 0.0, *arrays)
+        return np.asarray(talk[1], np.float64)[:-1]
 
     for door in (scores, of_text):
         none, small, larger = (door(weight) for weight in (0.0, 0.001, 0.01))

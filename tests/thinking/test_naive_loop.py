@@ -8,7 +8,7 @@ from numpy_decoder import decode, float64
 from thinking_models import Thinker
 
 from mod_star.thinking.objective import Places, Talk
-from mod_star.thinking.sample import Thought
+from mod_star.thinking.thought import Thought
 
 
 def log_softmax(logits: Any) -> Any:

@@ -12,22 +12,24 @@ import pytest
 from thinking_models import Batch, Thinker, scores, thinking_params
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig
-from mod_star.model import Output
+from mod_star.model import Decoder, Output
 from mod_star.model.cross_entropy import cross_entropy_by_token
+from mod_star.model.parts import DEFAULT_PARTS
 from mod_star.model.transformer import apply_blocks, head_matrix
-from mod_star.thinking.mixing import mix, mixing_weight
+from mod_star.thinking.mixing import mix, mixing_init, mixing_weight
 from mod_star.thinking.objective import (
     Places,
     Talk,
-    advantages,
     choose_places,
     place_count,
     predicted,
     talk_loss,
     talk_total,
 )
-from mod_star.thinking.parameters import mixing_init, thinking_init
-from mod_star.thinking.sample import Thought
+from mod_star.thinking.parameters import thinking_init
+from mod_star.thinking.rewards import advantages_of
+from mod_star.thinking.sample import ThinkingDecoder
+from mod_star.thinking.thought import Thought
 
 MODEL = ModelConfig(vocab_size=29, width=16, layers=1, heads=2, kv_heads=1, mlp_width=24, context=8)
 DENSE, ROUTED = RoutingConfig(every=0), RoutingConfig(every=1, capacity=0.25, predictor_width=8, headroom=8.0)
@@ -66,7 +68,7 @@ def gradient(case: tuple[Thinker, Thought, int]) -> Any:
 
     def loss(params: Any, batch: Batch) -> tuple[jax.Array, Talk]:
         text = replace(thinker, batch=batch).read(params)
-        return talk_loss(thinker.decoder, params, text, batch, PLACES, thoughts, thinker.run.thinking, chunk)
+        return talk_loss(thinker.thinks, params, text, batch, PLACES, thoughts, chunk)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
@@ -193,23 +195,29 @@ def test_predictions_end_with_the_document() -> None:
     thinking = ThinkingConfig(n_true=3, n_thoughts=4)
     places = Places(jnp.asarray([[0, 2, 3, 5]]), jnp.asarray([[True, True, True, False]]))
     batch = {"segment_ids": ids, "weights": weights}
-    index, found = predicted(batch, places, thinking)
+    index, weights_BxJxN = predicted(batch, places, thinking)
     np.testing.assert_array_equal(index, [[[0, 1, 2], [2, 3, 4], [3, 4, 5], [5, 6, 7]]])
-    np.testing.assert_array_equal(found, [[[1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 0, 0]]])
+    np.testing.assert_array_equal(weights_BxJxN, [[[1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 0, 0]]])
     assert float(talk_total(batch, places, thinking)) == 16
+
+
+NONE = Thought(jnp.zeros(0, jnp.int32), jnp.zeros(0), jnp.zeros(0), None)
 
 
 def test_the_baseline_is_the_mean_of_all_or_of_the_others() -> None:
     likelihoods = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
-    of_all = advantages(jnp.asarray(likelihoods), ThinkingConfig(n_thoughts=4))
-    of_others = advantages(jnp.asarray(likelihoods), ThinkingConfig(n_thoughts=4, baseline="leave_one_out"))
+    ahead = np.random.default_rng(1).dirichlet(np.ones(5), (2, 3, 4)) * likelihoods[..., None]  # five tokens each
+    of_all, of_others = (
+        advantages_of(DEFAULT_PARTS, ThinkingConfig(n_thoughts=4, baseline=baseline), jnp.float32(ahead), NONE)
+        for baseline in ("mean", "leave_one_out")
+    )
     np.testing.assert_allclose(of_all, likelihoods - likelihoods.mean(-1, keepdims=True), atol=1e-6)
     np.testing.assert_allclose(of_all, of_others * 3 / 4, atol=1e-6)
     for m in range(4):
         others = np.delete(likelihoods, m, -1).mean(-1)
         np.testing.assert_allclose(of_others[..., m], likelihoods[..., m] - others, atol=1e-6)
-    alone = advantages(jnp.ones((2, 1)), ThinkingConfig(n_thoughts=1, policy_weight=0, baseline="leave_one_out"))
-    np.testing.assert_array_equal(alone, 0)
+    alone = ThinkingConfig(n_thoughts=1, policy_weight=0, baseline="leave_one_out")
+    np.testing.assert_array_equal(advantages_of(DEFAULT_PARTS, alone, jnp.ones((2, 1, 1, 3)), NONE), 0)
 
 
 def test_without_reinforce_the_loss_is_that_of_the_text(random_params: Any, make_batch: Any) -> None:
@@ -265,6 +273,9 @@ def test_start_and_end_begin_as_the_mean_embedding_of_their_text() -> None:
     assert np.std(params["mixing"]["first"]) == pytest.approx(32**-0.5, rel=0.1)
 
 
+DECODER = Decoder(MODEL, DENSE)
+
+
 def text_of(hidden: jax.Array) -> Output:
     return Output(hidden, None, None)
 
@@ -276,14 +287,15 @@ def test_all_positions_think_in_order_or_as_many_as_the_share_says(make_batch: A
     eligible = np.asarray(batch["weights"])[:, :22] > 0
     for where in ("entropy", "random"):
         thinking = ThinkingConfig(n_true=3, think_where=where)  # type: ignore[arg-type]
-        places = choose_places(batch, text_of(hidden), head, jax.random.key(0), thinking, 10)
+        places = choose_places(ThinkingDecoder(DECODER, thinking), batch, text_of(hidden), head, jax.random.key(0), 10)
         np.testing.assert_array_equal(places.indices_BxJ, [np.arange(22)] * 2)
         np.testing.assert_array_equal(places.filled_BxJ, eligible)
     counts = {share: place_count(replace(thinking, think_fraction=share), 24) for share in (1e-6, 0.1, 0.25, 0.5, 1.0)}
     assert counts == {1e-6: 1, 0.1: 2, 0.25: 6, 0.5: 11, 1.0: 22}, "of 22, rounded half up, at least one"
 
     half = replace(thinking, think_fraction=0.5)
-    places = choose_places(batch, text_of(hidden), head, jax.random.key(0), replace(half, think_where="entropy"), 10)
+    by_entropy = ThinkingDecoder(DECODER, replace(half, think_where="entropy"))
+    places = choose_places(by_entropy, batch, text_of(hidden), head, jax.random.key(0), 10)
     logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     entropy = -(p * np.log(p)).sum(-1)[:, :22]
@@ -292,7 +304,8 @@ def test_all_positions_think_in_order_or_as_many_as_the_share_says(make_batch: A
         np.testing.assert_array_equal(places.indices_BxJ[row][places.filled_BxJ[row]], sorted(best))
     np.testing.assert_array_equal(places.filled_BxJ.sum(1), [10, 11], "half of 20, and of 22: padding has no share")
 
-    draw = jax.jit(jax.vmap(lambda key: choose_places(batch, text_of(hidden), head, key, half, 10)))
+    by_chance = ThinkingDecoder(DECODER, half)
+    draw = jax.jit(jax.vmap(lambda key: choose_places(by_chance, batch, text_of(hidden), head, key, 10)))
     many = jax.tree.map(np.asarray, draw(jax.random.split(jax.random.key(0), 2000)))
     assert np.all(np.diff(many.indices_BxJ) > 0) and np.all(np.sum(many.filled_BxJ, -1) == [10, 11])
     for row in range(2):
@@ -306,7 +319,7 @@ def test_all_positions_think_in_order_or_as_many_as_the_share_says(make_batch: A
     short = make_batch([[4], []], 24, 29)
     whole = replace(half, think_fraction=1.0)
     for thinking in (half, replace(half, think_where="entropy"), whole):
-        places = choose_places(short, text_of(hidden), head, jax.random.key(0), thinking, 10)
+        places = choose_places(ThinkingDecoder(DECODER, thinking), short, text_of(hidden), head, jax.random.key(0), 10)
         chosen = places.indices_BxJ[0][places.filled_BxJ[0]].tolist()
         assert not np.any(places.filled_BxJ[1]) and set(chosen) <= {0, 1, 2}
         assert len(chosen) == (3 if thinking is whole else 2), "of four positions"

@@ -18,7 +18,8 @@ from thinking_models import Batch, Thinker, thinking_params
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig
 from mod_star.model.transformer import apply_blocks, head_matrix
 from mod_star.thinking.objective import Places, predicted, sample_thoughts, talk_loss
-from mod_star.thinking.sample import Thought
+from mod_star.thinking.sample import ThinkingDecoder
+from mod_star.thinking.thought import Thought
 
 V, M = 5, 2
 MODEL = ModelConfig(vocab_size=V, width=8, layers=1, heads=1, mlp_width=8, context=6)
@@ -75,7 +76,7 @@ def estimate(toy: Thinker, policy: Any) -> Any:
                 zeros = jnp.zeros(tokens.shape)
                 text = replace(toy, batch=batch).read(params)
                 thoughts = Thought(tokens, zeros, zeros, None)
-                return talk_loss(toy.decoder, params, text, batch, PLACES, thoughts, thinking, 10)
+                return talk_loss(ThinkingDecoder(toy.decoder, thinking), params, text, batch, PLACES, thoughts, 10)
 
             return jax.vmap(jax.grad(loss, has_aux=True), (None, 0))(params, outcomes)
 
@@ -95,7 +96,7 @@ def flat(tree: Any) -> Any:
 
 
 def test_its_expectation_is_the_gradient_of_the_expected_likelihood(toy: Thinker, policy: Any, estimate: Any) -> None:
-    found, likelihoods = estimate()
+    estimated, likelihoods = estimate()
     of_thought = np.zeros((2, V))
     for place in range(2):
         for token in range(V):
@@ -110,7 +111,7 @@ def test_its_expectation_is_the_gradient_of_the_expected_likelihood(toy: Thinker
     exact = flat(jax.jit(jax.grad(objective))(toy.params, toy.batch["tokens"][0]))
     scale = np.abs(exact).max()
     assert scale > 0.01
-    np.testing.assert_allclose(flat(found), exact, atol=1e-4 * scale)
+    np.testing.assert_allclose(flat(estimated), exact, atol=1e-4 * scale)
     # (With the mean of both thoughts as baseline it would be half of this: all advantages are.) Without the thoughts
     # below the baseline it is another one.
     biased = flat(estimate(drop_negative=True)[0])
@@ -121,7 +122,7 @@ def test_with_the_talk_loss_its_expectation_is_the_gradient_of_the_expected_talk
     toy: Thinker, policy: Any, estimate: Any
 ) -> None:
     """Weights 1 and 1. The expected loss is a sum over all outcomes, differentiated as a whole."""
-    found = flat(estimate(talk_weight=1.0, policy_weight=1.0)[0])
+    estimated = flat(estimate(talk_weight=1.0, policy_weight=1.0)[0])
     alone = replace(THINKING, talk_weight=1.0, policy_weight=0.0)
 
     def expected_loss(params: Any, batch: Batch, outcomes: jax.Array) -> jax.Array:
@@ -131,7 +132,7 @@ def test_with_the_talk_loss_its_expectation_is_the_gradient_of_the_expected_talk
         def weighted(tokens: jax.Array) -> jax.Array:
             zeros = jnp.zeros(tokens.shape)
             thoughts = Thought(tokens, zeros, zeros, None)
-            loss, _ = talk_loss(toy.decoder, params, text, batch, PLACES, thoughts, alone, 10)
+            loss, _ = talk_loss(ThinkingDecoder(toy.decoder, alone), params, text, batch, PLACES, thoughts, 10)
             chances = jnp.take_along_axis(log_p, tokens[0, :, :, 0], 1)
             return jnp.exp(jnp.sum(chances)) * loss
 
@@ -142,7 +143,7 @@ def test_with_the_talk_loss_its_expectation_is_the_gradient_of_the_expected_talk
     given_thoughts = flat(estimate(talk_weight=1.0, policy_weight=0.0)[0])
     scale = np.abs(exact - given_thoughts).max()
     assert scale > 0.004
-    np.testing.assert_allclose(found, exact, atol=1e-3 * scale)
+    np.testing.assert_allclose(estimated, exact, atol=1e-3 * scale)
 
 
 def test_thoughts_of_a_place_are_drawn_independently_from_the_model(toy: Thinker, policy: Any) -> None:
@@ -152,7 +153,7 @@ def test_thoughts_of_a_place_are_drawn_independently_from_the_model(toy: Thinker
     @jax.jit
     def sample(params: Any, batch: Batch, keys: jax.Array) -> Any:
         text = replace(toy, batch=batch).read(params)
-        one = lambda key: sample_thoughts(toy.decoder, params, text, batch, PLACES, key, THINKING, 1.0)  # noqa: E731
+        one = lambda key: sample_thoughts(ThinkingDecoder(toy.decoder, THINKING), params, text, batch, PLACES, key, 1.0)  # noqa: E731
         return jax.vmap(one)(keys)
 
     thoughts = sample(toy.params, toy.batch, jax.random.split(jax.random.key(0), draws))

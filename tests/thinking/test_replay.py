@@ -28,8 +28,9 @@ from mod_star.runs.directory import LoadedRun
 from mod_star.thinking import sample
 from mod_star.thinking import score as score_module
 from mod_star.thinking.objective import Places, memory_of, sample_thoughts
-from mod_star.thinking.sample import Thought, thought_slots
+from mod_star.thinking.sample import Place, ThinkingDecoder, thought_slots
 from mod_star.thinking.score import Scored, score_thought
+from mod_star.thinking.thought import Thought
 from mod_star.training.objectives.next_token import forward
 from mod_star.training.objectives.quiet_star import make_examples, make_quiet_star_eval, make_quiet_star_loss
 
@@ -53,9 +54,7 @@ def score(thinker: Thinker, params: Any, places: Places, thoughts: Thought) -> t
 
     def one(context: Any, tokens: jax.Array, positions: jax.Array, ids: jax.Array, index: Any, thought: Any) -> Scored:
         following = tokens[index + 1 + jnp.arange(N - 1)]
-        return score_thought(
-            thinker.decoder, params, context, positions[index], ids[index], thought, following, thinker.run.thinking
-        )
+        return score_thought(thinker.thinks, params, context, Place(positions[index], ids[index]), thought, following)
 
     over_thoughts = jax.vmap(one, (None, None, None, None, None, 0))
     over_places = jax.vmap(over_thoughts, (None, None, None, None, 0, 0))
@@ -87,10 +86,10 @@ def test_scoring_repeats_log_probs_and_routing_of_sampling(
     assert thought_slots(thinker.run.routing, thinker.run.thinking) == 2
     decided = thoughts.decided_GxT[filled] > 0
     np.testing.assert_array_equal(trace.selected[filled][..., :T], decided)
-    wanted = trace.logits[filled] > 0
-    assert 0 < np.mean(decided) < np.mean(wanted[..., :T]) and decided.sum(-1).max() == 2, "some find no slot"
+    says_yes = trace.logits[filled] > 0
+    assert 0 < np.mean(decided) < np.mean(says_yes[..., :T]) and decided.sum(-1).max() == 2, "some find no slot"
     assert np.sum(trace.selected[filled], -1).max() == 2
-    np.testing.assert_array_equal(trace.overflow[filled], wanted & ~np.asarray(trace.selected[filled]))
+    np.testing.assert_array_equal(trace.overflow[filled], says_yes & ~np.asarray(trace.selected[filled]))
 
     # With a predictor that has changed its mind, the same again ...
     routed = thinker.params["groups"]["routed"]
@@ -134,10 +133,10 @@ def test_a_thought_has_as_many_slots_in_evaluation_and_generation_as_in_training
         "scoring": lambda: scoring.score(decoder, params, pairs, thinking=thinking, think=Think("always")),
     }
     for door, through in list(doors.items())[: 6 if slots == 3 else 2]:
-        found: set[int] = set()
+        slots_used: set[int] = set()
 
-        def counting(*args: Any, slots: int, found: set[int] = found, **options: Any) -> Any:
-            found.add(slots)
+        def counting(*args: Any, slots: int, slots_used: set[int] = slots_used, **options: Any) -> Any:
+            slots_used.add(slots)
             if door in ("generation", "thoughts", "scoring"):  # traced is enough  # noqa: B023
                 raise InterruptedError
             return transformer.apply_blocks(*args, slots=slots, **options)
@@ -146,7 +145,7 @@ def test_a_thought_has_as_many_slots_in_evaluation_and_generation_as_in_training
             monkeypatch.setattr(module, "apply_blocks", counting)
         with suppress(InterruptedError):
             through()
-        assert found == {slots}, door
+        assert slots_used == {slots}, door
 
 
 def counted_swiglu(params: Any, x_NxD: jax.Array) -> jax.Array:
@@ -169,7 +168,9 @@ def test_sampling_runs_a_routed_block_for_as_many_chunks_as_the_routed_thoughts_
     @jax.jit
     def sample(params: Any, batch: Any) -> Thought:
         text = forward(Decoder(run.model, routing), params, batch, None, "causal", keep_keys_values=True)
-        return sample_thoughts(decoder, params, text, batch, places, jax.random.key(0), run.thinking, 1.0)
+        return sample_thoughts(
+            ThinkingDecoder(decoder, run.thinking), params, text, batch, places, jax.random.key(0), 1.0
+        )
 
     chunk = rows_at_once(24 * 2, 3 / 24)
     assert chunk == 10

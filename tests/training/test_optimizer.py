@@ -111,8 +111,8 @@ def rates(total: int, **fields: Any) -> np.ndarray:
 
 
 def test_warm_up_is_linear_starts_above_zero_and_ends_at_the_peak() -> None:
-    found = rates(20, warmup_steps=4, schedule="constant")
-    np.testing.assert_allclose(found[:6], [0.25, 0.5, 0.75, 1, 1, 1], rtol=1e-6)
+    by_step = rates(20, warmup_steps=4, schedule="constant")
+    np.testing.assert_allclose(by_step[:6], [0.25, 0.5, 0.75, 1, 1, 1], rtol=1e-6)
 
 
 def test_warm_up_is_at_most_half_of_the_run_and_may_be_absent() -> None:
@@ -122,14 +122,14 @@ def test_warm_up_is_at_most_half_of_the_run_and_may_be_absent() -> None:
 
 
 def test_cosine_goes_from_the_peak_to_the_final_fraction() -> None:
-    found = rates(24, warmup_steps=4, schedule="cosine", final_fraction=0.1)
-    np.testing.assert_allclose(found[4], 1)
-    np.testing.assert_allclose(found[14], 0.55, rtol=1e-6)
-    np.testing.assert_allclose(found[24], 0.1, rtol=1e-5)
-    assert np.all(np.diff(found[4:]) < 0)
+    by_step = rates(24, warmup_steps=4, schedule="cosine", final_fraction=0.1)
+    np.testing.assert_allclose(by_step[4], 1)
+    np.testing.assert_allclose(by_step[14], 0.55, rtol=1e-6)
+    np.testing.assert_allclose(by_step[24], 0.1, rtol=1e-5)
+    assert np.all(np.diff(by_step[4:]) < 0)
 
 
 def test_wsd_is_stable_then_falls_linearly_over_the_last_share_of_the_steps() -> None:
-    found = rates(24, warmup_steps=4, schedule="wsd", decay_fraction=0.2, final_fraction=0.2)
-    np.testing.assert_allclose(found[4:21], 1)
-    np.testing.assert_allclose(found[20:], [1, 0.8, 0.6, 0.4, 0.2], rtol=1e-6)
+    by_step = rates(24, warmup_steps=4, schedule="wsd", decay_fraction=0.2, final_fraction=0.2)
+    np.testing.assert_allclose(by_step[4:21], 1)
+    np.testing.assert_allclose(by_step[20:], [1, 0.8, 0.6, 0.4, 0.2], rtol=1e-6)

@@ -24,6 +24,7 @@ from mod_star.model.transformer import head_matrix
 from mod_star.runs.checkpoints import saved_steps
 from mod_star.runs.metrics import MetricsWriter, read_metrics
 from mod_star.thinking.objective import Places, sample_thoughts, talk_loss
+from mod_star.thinking.sample import ThinkingDecoder
 from mod_star.training.interrupt import Interrupted
 from mod_star.training.objectives.next_token import forward
 from mod_star.training.objectives.quiet_star import (
@@ -170,8 +171,10 @@ def test_held_out_loss_thinks_where_training_would(greedy: tuple[RunConfig, Any]
         sums = make_quiet_star_eval(decoder, run)(params, batch, jax.random.key(0))
         text, head = forward(decoder, params, batch, None, "causal", keep_keys_values=True), head_matrix(params)
         _, base = cross_entropy_by_token(text.hidden, head, batch["targets"], batch["weights"], 24)
-        thoughts = sample_thoughts(decoder, params, text, batch, places, jax.random.key(1), thinking, 0.0)
-        _, talk = talk_loss(decoder, params, text, batch, places, thoughts, thinking, 24)
+        thoughts = sample_thoughts(
+            ThinkingDecoder(decoder, thinking), params, text, batch, places, jax.random.key(1), 0.0
+        )
+        _, talk = talk_loss(ThinkingDecoder(decoder, thinking), params, text, batch, places, thoughts, 24)
         return sums, base, token_entropy(text.hidden, head, 24), talk.nll_BxJxMxN[:, :, 0, 0]
 
     sums, base, entropy, talk = everything(params, batch)

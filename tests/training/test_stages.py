@@ -156,8 +156,8 @@ def test_one_program_per_stage_and_a_line_about_it(
     path = tmp_path / "run"
     traced: list[float] = []
 
-    def counting(decoder: Decoder, run: RunConfig, total_steps: int) -> Any:
-        step = make_train_step(decoder, run, total_steps)
+    def counting(decoder: Decoder, run: RunConfig, total_steps: int, *others: Any) -> Any:
+        step = make_train_step(decoder, run, total_steps, *others)
 
         def train_step(state: Any, batch: Any) -> Any:
             traced.append(decoder.routing.capacity)

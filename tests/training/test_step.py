@@ -127,8 +127,8 @@ def test_the_only_scatter_of_the_training_step_is_the_embedding_gradient(
 ) -> None:
     lowered, program = tiny_program
     assert len(scatters(lowered.as_text())) == 1
-    found = re.findall(r"= (\S+) scatter\(", program.as_text())
-    assert [re.sub(r"\{.*", "", shape) for shape in found] == ["f32[29,16]"]
+    scattered = re.findall(r"= (\S+) scatter\(", program.as_text())
+    assert [re.sub(r"\{.*", "", shape) for shape in scattered] == ["f32[29,16]"]
 
 
 def test_the_loss_falls_on_a_batch_that_is_seen_again_and_again(

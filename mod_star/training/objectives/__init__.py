@@ -1,1 +1,29 @@
-"""What training minimises: next-token prediction and Quiet-STaR."""
+"""What training minimises: next-token prediction, Quiet-STaR, or what a user's `Parts.objective` makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mod_star.config import RunConfig
+from mod_star.model import Decoder
+from mod_star.training.agreement import require_agreement
+from mod_star.training.objectives.next_token import forward, next_token
+from mod_star.training.objectives.objective import Batch, Metrics, Objective, checked
+from mod_star.training.objectives.quiet_star import quiet_star
+
+__all__ = ["OBJECTIVES", "Batch", "Metrics", "Objective", "forward", "next_token", "objective_of", "quiet_star"]
+
+OBJECTIVES: dict[str, Callable[[Decoder, RunConfig], Objective]] = {"next_token": next_token, "quiet_star": quiet_star}
+"""By `train.objective`."""
+
+
+def objective_of(decoder: Decoder, run: RunConfig) -> Objective:
+    """The objective in force: the decoder's own (`Parts.objective`), or the one that `train.objective` names.
+
+    Raises:
+      InputError: the decoder is not the run's, or the run has several capacities; a user's function gives no objective.
+    """
+    if decoder.parts.objective is None:
+        return OBJECTIVES[run.train.objective](decoder, run)
+    require_agreement(decoder, run)
+    return checked(decoder.parts.objective(decoder, run))

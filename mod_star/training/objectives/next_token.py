@@ -16,10 +16,7 @@ from mod_star.model import Decoder, Output, Trace
 from mod_star.model.cross_entropy import cross_entropy
 from mod_star.model.transformer import RoutingMode, head_matrix
 from mod_star.training.agreement import require_agreement
-
-Batch = dict[str, jax.Array]
-"""tokens, targets, positions, segment_ids int32 and weights float32, all [B, S]; segment id 0 is padding."""
-Metrics = dict[str, jax.Array]
+from mod_star.training.objectives.objective import Batch, Metrics, Objective
 
 
 def forward(
@@ -110,6 +107,15 @@ def make_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tuple[jax.Array
         return total, sums
 
     return loss
+
+
+def next_token(decoder: Decoder, run: RunConfig) -> Objective:
+    """The objective of next-token prediction.
+
+    Raises:
+      InputError: the decoder is not the run's, or the run has several capacities.
+    """
+    return Objective(make_loss(decoder, run), next_token_metrics, make_eval_step(decoder, run), summarise_eval)
 
 
 def next_token_metrics(sums: Metrics, targets: jax.Array, valid: jax.Array) -> Metrics:

@@ -33,9 +33,12 @@ from mod_star.thinking.objective import (
     sample_thoughts,
     talk_loss,
 )
-from mod_star.thinking.sample import Thought, thought_slots
+from mod_star.thinking.sample import ThinkingDecoder, thought_slots
+from mod_star.thinking.thought import Thought
+from mod_star.thinking.where import position_scores
 from mod_star.training.agreement import require_thinker
-from mod_star.training.objectives.next_token import Batch, Metrics, forward, next_token_metrics, routing_sums
+from mod_star.training.objectives.next_token import forward, next_token_metrics, routing_sums
+from mod_star.training.objectives.objective import Batch, Metrics, Objective
 
 DECILES = 10
 EXAMPLES = 4
@@ -57,7 +60,7 @@ class Examples:
 
 
 def make_quiet_star_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """`loss(params, batch, key, targets, valid) -> (loss, sums)` with the signature of `step.make_loss`.
+    """`loss(params, batch, key, targets, valid) -> (loss, sums)` with the signature of `next_token.make_loss`.
 
     The text is routed causally, for thoughts must not see what lies ahead, not even through the choice of tokens. The
     predictor goes on learning top-k routing: its targets are the tokens that top-k would have taken of the same stream.
@@ -67,6 +70,7 @@ def make_quiet_star_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tupl
     """
     require_thinker(decoder, run)
     thinking, chunk = run.thinking, run.train.loss_chunk
+    thinker = ThinkingDecoder(decoder, thinking)
 
     def loss(
         params: dict[str, Any], batch: Batch, key: jax.Array, targets: jax.Array, valid: jax.Array
@@ -75,11 +79,9 @@ def make_quiet_star_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tupl
         text = forward(decoder, params, batch, None, "causal", keep_keys_values=True)
         head = head_matrix(params)
         nll, base_nll_BxS = cross_entropy_by_token(text.hidden, head, batch["targets"], batch["weights"], chunk)
-        places = choose_places(batch, text, jax.lax.stop_gradient(head), places_key, thinking, chunk)
-        thoughts = sample_thoughts(
-            decoder, params, text, batch, places, draws_key, thinking, thinking.temperature
-        )  # fmt: skip
-        talk_total, talk = talk_loss(decoder, params, text, batch, places, thoughts, thinking, chunk)
+        places = choose_places(thinker, batch, text, jax.lax.stop_gradient(head), places_key, chunk)
+        thoughts = sample_thoughts(thinker, params, text, batch, places, draws_key, thinking.temperature)
+        talk_total, talk = talk_loss(thinker, params, text, batch, places, thoughts, chunk)
         share = jnp.sum(batch["weights"]) / targets
         total = thinking.base_weight * nll / targets + share * talk_total
         sums = {"nll": nll}
@@ -92,6 +94,21 @@ def make_quiet_star_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tupl
         return total, sums
 
     return loss
+
+
+def quiet_star(decoder: Decoder, run: RunConfig) -> Objective:
+    """The objective of Quiet-STaR, with thoughts to look at.
+
+    Raises:
+      InputError: the decoder is not the run's, or cannot think; the run has several capacities.
+    """
+    return Objective(
+        make_quiet_star_loss(decoder, run),
+        quiet_star_metrics,
+        make_quiet_star_eval(decoder, run),
+        summarise_thinking,
+        make_examples(decoder, run),
+    )
 
 
 def top_k_selection(trace: Trace, batch: Batch, run: RunConfig) -> jax.Array:
@@ -185,27 +202,23 @@ def make_quiet_star_eval(decoder: Decoder, run: RunConfig) -> Callable[..., Metr
         run.thinking, n_true=1, n_thoughts=1, think_fraction=1.0, policy_weight=0.0, talk_weight=1.0
     )  # fmt: skip
     chunk, slots = run.train.loss_chunk, thought_slots(run.routing, run.thinking)
+    thinker = ThinkingDecoder(decoder, thinking, slots)
 
     def eval_step(params: dict[str, Any], batch: Batch, key: jax.Array) -> Metrics:
         text = forward(decoder, params, batch, None, "causal", keep_keys_values=True)
         head = head_matrix(params)
         nll, base_BxS = cross_entropy_by_token(text.hidden, head, batch["targets"], batch["weights"], chunk)
-        entropy_BxS = token_entropy(text.hidden, head, chunk)
         # All positions think, and greedily: what is drawn here decides nothing but their order of choice.
-        places = choose_places(batch, text, head, jax.random.fold_in(key, random_streams.PLACES), thinking, chunk)
+        places = choose_places(thinker, batch, text, head, jax.random.fold_in(key, random_streams.PLACES), chunk)
         draws_key = jax.random.fold_in(key, random_streams.THOUGHTS)
-        thoughts = sample_thoughts(
-            decoder, params, text, batch, places, draws_key, thinking, temperature=0.0, slots=slots
-        )  # fmt: skip
-        _, talk = talk_loss(decoder, params, text, batch, places, thoughts, thinking, chunk, slots)
+        thoughts = sample_thoughts(thinker, params, text, batch, places, draws_key, temperature=0.0)
+        _, talk = talk_loss(thinker, params, text, batch, places, thoughts, chunk)
         sums = {"nll": nll, "targets": jnp.sum(batch["weights"])}
         sums |= thinking_sums(batch, places, thoughts, talk, base_BxS, thinking)
         talk_BxS = jnp.where(places.filled_BxJ, talk.nll_BxJxMxN[:, :, 0, 0], base_BxS)
-        # What the model predicts when only as many positions think as in training, by entropy or by chance.
+        # What the model predicts when only as many positions think as in training, and those that would there.
         J, most_B = place_count(run.thinking, batch["tokens"].shape[1]), most_places(batch, run.thinking)
-        rank_by = entropy_BxS
-        if run.thinking.think_where == "random":
-            rank_by = jax.random.uniform(key, base_BxS.shape, jnp.float32)
+        rank_by = position_scores(decoder.parts, run.thinking, batch, text.hidden, head, key, chunk)
         chosen = jax.vmap(lambda s, e, m: select_top(s, e, J, m).mask_S)(rank_by, batch["weights"] > 0, most_B)
         sums["budgeted_nll"] = jnp.sum(jnp.where(chosen, talk_BxS, base_BxS) * batch["weights"])
         if text.trace is not None:
@@ -249,6 +262,7 @@ def make_examples(decoder: Decoder, run: RunConfig) -> Callable[..., Examples]:
     """`(params, batch, key) -> Examples`: thoughts as in training at the least certain places of the first sequence."""
     require_thinker(decoder, run)
     thinking = run.thinking
+    thinker = ThinkingDecoder(decoder, thinking)
 
     def examples(params: dict[str, Any], batch: Batch, key: jax.Array) -> Examples:
         batch = jax.tree.map(lambda leaf: leaf[:1], batch)
@@ -259,8 +273,8 @@ def make_examples(decoder: Decoder, run: RunConfig) -> Callable[..., Examples]:
         select = jax.vmap(lambda score, valid: select_top(score, valid, min(EXAMPLES, count)))
         selection = select(token_entropy(text.hidden, head, chunk)[:, :count], batch["weights"][:, :count] > 0)
         places = Places(selection.indices_C, selection.filled_C)
-        thoughts = sample_thoughts(decoder, params, text, batch, places, key, thinking, thinking.temperature)
-        _, talk = talk_loss(decoder, params, text, batch, places, thoughts, thinking, chunk)
+        thoughts = sample_thoughts(thinker, params, text, batch, places, key, thinking.temperature)
+        _, talk = talk_loss(thinker, params, text, batch, places, thoughts, chunk)
         base_E = base_1xS[0, places.indices_BxJ[0]]
         return Examples(
             jnp.where(places.filled_BxJ[0], places.indices_BxJ[0], -1),

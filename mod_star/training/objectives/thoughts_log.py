@@ -18,7 +18,8 @@ from mod_star.config import RunConfig
 from mod_star.data import Batch, Tokenizer
 from mod_star.model import Decoder
 from mod_star.runs.metrics import open_records
-from mod_star.training.objectives.quiet_star import describe_examples, make_examples
+from mod_star.training.objectives import objective_of
+from mod_star.training.objectives.quiet_star import describe_examples
 
 THOUGHTS_FILE = "thoughts.jsonl"
 
@@ -39,11 +40,14 @@ class ThoughtsLog:
 
     def compute_with(self, decoder: Decoder, run: RunConfig) -> None:
         """Sets the model that samples the thoughts from here on, and its configuration; call it before `write`."""
-        self._examples = jax.jit(make_examples(decoder, run))
+        examples = objective_of(decoder, run).examples
+        self._examples = None if examples is None else jax.jit(examples)
         self._n_true = run.thinking.n_true
 
     def write(self, step: int, params: dict[str, Any], batch: Batch, key: jax.Array) -> None:
-        """Samples thoughts in the first sequence of a batch and writes them down."""
+        """Samples thoughts in the first sequence of a batch and writes them down, if the objective has any."""
+        if self._examples is None:
+            return
         examples = jax.device_get(self._examples(params, {name: values[:1] for name, values in batch.items()}, key))
         if self._file is None:
             return

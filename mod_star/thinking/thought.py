@@ -1,0 +1,126 @@
+"""A thought, and what it reads at each of its steps: the embedding of the token it has drawn, or `<start>` again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mod_star.config import ThinkingConfig
+from mod_star.errors import InputError
+from mod_star.model.doors import require_array
+from mod_star.model.layers import lookup
+from mod_star.model.parts import Parts, ThoughtInput
+
+DRAW_BLOCK = 128
+
+
+@struct.dataclass
+class Thought:
+    """One thought of t tokens."""
+
+    tokens_T: jax.Array
+    """int32; -1 for a pause token."""
+    log_probs_T: jax.Array
+    """float32 log-probability of each token under the model (temperature 1), in nats; 0 for a pause token."""
+    entropies_T: jax.Array
+    """float32 entropy of the distribution that each token was drawn from (temperature 1), in nats."""
+    decided_GxT: jax.Array | None
+    """int8: whether routed block g computed <start> and the first t - 1 tokens; None for a dense model."""
+    kept_T: Any = None
+    """What `ThoughtInput.draw` keeps of each step, a pytree [T, ...]; None for the built-in ones."""
+
+
+def draw_token(key: jax.Array, logits_V: jax.Array, temperature: float) -> jax.Array:
+    """A token drawn from softmax(logits / temperature), int32; the most probable one if the temperature is 0.
+
+    By inverting the cumulative distribution with one uniform number, where `jax.random.categorical` needs one for every
+    token of the vocabulary. In two levels, so that only one block of the vocabulary is summed up one by one.
+    """
+    if temperature == 0:
+        return jnp.argmax(logits_V).astype(jnp.int32)
+    V = logits_V.shape[0]
+    scaled = (logits_V - jnp.max(logits_V)) / temperature
+    blocks = jnp.pad(jnp.exp(scaled), (0, -V % DRAW_BLOCK)).reshape(-1, DRAW_BLOCK)
+    sums = jnp.sum(blocks, -1)
+    ends = jnp.cumsum(sums)
+    target = jax.random.uniform(key, (), jnp.float32) * ends[-1]
+    block = _first((ends > target) & (sums > 0), sums)
+    inside = blocks[block]
+    before = jnp.where(block > 0, ends[block - 1], 0.0)
+    token = _first((before + jnp.cumsum(inside) > target) & (inside > 0), inside)
+    return (block * DRAW_BLOCK + token).astype(jnp.int32)
+
+
+def _first(candidates: jax.Array, weights: jax.Array) -> jax.Array:
+    """Index of the first candidate; should rounding leave none, of the largest weight."""
+    return jnp.where(jnp.any(candidates), jnp.argmax(candidates), jnp.argmax(weights))
+
+
+def embed_thought(params: dict[str, Any], tokens_N: jax.Array, kept: None = None) -> jax.Array:
+    """Float32 embeddings NxD of thought tokens; a pause (-1) is <start> once more."""
+    del kept
+    return jnp.where(tokens_N[:, None] < 0, params["thinking"]["start"], lookup(params["embedding"], tokens_N))
+
+
+def _draw(
+    params: dict[str, Any], hidden_D: jax.Array, logits_V: jax.Array, key: jax.Array, temperature: float
+) -> tuple[jax.Array, None]:
+    del params, hidden_D
+    return draw_token(key, logits_V, temperature), None
+
+
+def _pause(
+    params: dict[str, Any], hidden_D: jax.Array, logits_V: jax.Array, key: jax.Array, temperature: float
+) -> tuple[jax.Array, None]:
+    del params, hidden_D, logits_V, key, temperature
+    return jnp.int32(-1), None
+
+
+THOUGHT_INPUTS = {"sampled": ThoughtInput(_draw, embed_thought), "pause": ThoughtInput(_pause, embed_thought)}
+"""By `thinking.kind`."""
+
+
+def thought_input(parts: Parts, thinking: ThinkingConfig) -> ThoughtInput:
+    """What a thought reads at its steps, as is in force."""
+    return parts.thought or THOUGHT_INPUTS[thinking.kind]
+
+
+def draw_step(
+    parts: Parts, thinking: ThinkingConfig, params: dict[str, Any], step: tuple[jax.Array, ...], temperature: float
+) -> tuple[jax.Array, Any]:
+    """The token that a step draws, int32, and what is kept of the step.
+
+    Args:
+      parts: the model's.
+      thinking: names the built-in kinds.
+      params: the model's.
+      step: hidden state D, logits V and key.
+      temperature: of the draw; 0: greedy.
+
+    Raises:
+      InputError: a user's function gives something else.
+    """
+    result = thought_input(parts, thinking).draw(params, *step, temperature)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise InputError(f"parts.thought.draw = {type(result).__name__}: must be a pair (token, kept)")
+    return require_array("thought.draw token", result[0], (), jnp.int32), result[1]
+
+
+def embed_tokens(
+    parts: Parts, thinking: ThinkingConfig, params: dict[str, Any], tokens_N: jax.Array, kept_N: Any
+) -> jax.Array:
+    """Input embeddings of thought tokens, float32 NxD.
+
+    Raises:
+      InputError: a user's function gives another shape or type.
+    """
+    x_NxD = thought_input(parts, thinking).embed(params, tokens_N, kept_N)
+    return require_array("thought.embed", x_NxD, (tokens_N.shape[0], params["embedding"].shape[-1]))
+
+
+def log_prob_of(log_p_V: jax.Array, token: jax.Array) -> jax.Array:
+    """Log-probability of a token, float32; 0 where none is drawn (-1)."""
+    return jnp.where(token < 0, 0.0, log_p_V[jnp.maximum(token, 0)])

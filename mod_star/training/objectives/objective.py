@@ -1,0 +1,69 @@
+"""What an objective is: what a run learns and how that is measured, as pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from mod_star.errors import InputError
+from mod_star.model.doors import require_array
+
+Batch = dict[str, jax.Array]
+"""tokens, targets, positions, segment_ids int32 and weights float32, all [B, S]; segment id 0 is padding."""
+Metrics = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run learns and how it is measured, as pure functions."""
+
+    loss: Callable[..., tuple[jax.Array, Metrics]]
+    """(params, batch, key, targets, valid) and each of `frozen` -> (float32 loss, sums): additive over portions of a
+    batch, given the totals of the whole: float32 weighted targets and tokens without padding."""
+    metrics: Callable[[Metrics, jax.Array, jax.Array], Metrics]
+    """(sums, targets, valid) -> metrics of a training step."""
+    eval_step: Callable[..., Metrics]
+    """(params, batch, key) and each of `frozen` -> sums, to be added up over batches."""
+    summarise: Callable[[dict[str, Any]], dict[str, Any]]
+    """Added-up sums -> held-out metrics, plain floats and lists; `eval_loss` must be one."""
+    examples: Callable[..., Any] | None = None
+    """(params, batch, key) -> `quiet_star.Examples`, for RUN/thoughts.jsonl. None: there are no thoughts."""
+    frozen: tuple[Any, ...] = ()
+    """Pytrees of arrays that loss and evaluation read besides and that nothing changes, such as a teacher's parameters.
+    Training hands them to its compiled programs as arguments; an array that a function closes over instead would be
+    written out in the program. Neither checkpoints nor the optimizer's state hold them."""
+
+
+def checked(objective: Objective) -> Objective:
+    """A user's objective, whose results are checked while they are traced.
+
+    Raises:
+      InputError: it is no `Objective`; later, when it is traced: loss, sums or metrics are of another shape or type.
+    """
+    if not isinstance(objective, Objective):
+        raise InputError(
+            f"parts.objective = {type(objective).__name__}: must return a mod_star.training.objectives.Objective"
+        )
+
+    def loss(*arguments: Any) -> tuple[jax.Array, Metrics]:
+        result = objective.loss(*arguments)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise InputError(f"parts.objective.loss = {type(result).__name__}: must be a pair (loss, sums)")
+        return require_array("objective.loss", result[0], ()), _arrays("loss's sums", result[1])
+
+    def metrics(*arguments: Any) -> Metrics:
+        return _arrays("metrics", objective.metrics(*arguments))
+
+    def eval_step(*arguments: Any) -> Metrics:
+        return _arrays("eval_step", objective.eval_step(*arguments))
+
+    return replace(objective, loss=loss, metrics=metrics, eval_step=eval_step)
+
+
+def _arrays(name: str, values: Any) -> Metrics:
+    if not isinstance(values, dict) or not all(isinstance(value, jax.Array) for value in values.values()):
+        raise InputError(f"parts.objective.{name} = {type(values).__name__}: must be a dict of arrays")
+    return values
