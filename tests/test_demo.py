@@ -15,6 +15,7 @@ def summary(steps: int, **evaluation: float) -> TrainSummary:
     return TrainSummary("", steps, 1, 1.0, 1, 1.0, 1.0, 1.0, 0, evaluation)
 
 
+@pytest.mark.slow
 def test_both_models_the_result_and_the_pictures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
