@@ -60,7 +60,8 @@ def test_no_program_computes_in_64_bits_because_jax_could(tiny_run: RunConfig) -
     """But for scalars of Optax: its bias corrections and the learning rate."""
     thinking = ThinkingConfig(thought_length=2, n_true=2, chunk=8, think_fraction=0.5)
     routing = replace(tiny_run.routing, selection="learned")
-    run = replace(tiny_run, routing=routing, thinking=thinking, train=replace(tiny_run.train, objective="quiet_star"))
+    model, train = replace(tiny_run.model, layers=2), replace(tiny_run.train, objective="quiet_star")
+    run = replace(tiny_run, model=model, routing=routing, thinking=thinking, train=train)
     params = thinking_params(run, random_params(run.model, run.routing))
     decoder = Decoder(run.model, run.routing)
     with jax.enable_x64(True):
