@@ -53,7 +53,7 @@ class Options:
     directory: Path = Path("runs/demo")
     """Where both runs and the pictures are kept."""
     flops: float = 2.5e12
-    """Training budget of each model in floating-point operations; the default takes two minutes or three on two cores."""
+    """Training budget of each model in floating-point operations; the default takes minutes on two cores."""
 
 
 def mod_run(flops: float) -> RunConfig:
