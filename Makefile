@@ -3,8 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SCRIPTS := tpu_setup.sh .ci/run
-# As many workers as cores, at most four: each needs up to 3 GB.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# As many workers as cores, at most four; make test WORKERS=3 takes three.
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup .venv demo check test lint types format docs lock clean
 

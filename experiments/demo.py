@@ -52,8 +52,8 @@ class Options:
 
     directory: Path = Path("runs/demo")
     """Where both runs and the pictures are kept."""
-    flops: float = 5e12
-    """Training budget of each model in floating-point operations; the default takes a minute or two on two cores."""
+    flops: float = 2.5e12
+    """Training budget of each model in floating-point operations; the default takes minutes on two cores."""
 
 
 def mod_run(flops: float) -> RunConfig:

@@ -227,6 +227,7 @@ def before() -> Callable[[Observed, RunConfig], Any]:
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if name.removeprefix("train.") not in OF_THE_LOOP])
+@pytest.mark.slow
 def test_every_field_changes_something(name: str, before: Callable[[Observed, RunConfig], Any]) -> None:
     assert name in ALIVE, f"{name} is new: say here what it changes"
     value, observe, others = ALIVE[name]

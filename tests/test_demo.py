@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from experiments.demo import main, verdict
+from experiments import demo
+from experiments.demo import main, mod_run, verdict
+from mod_star.config import RunConfig
 from mod_star.runs.directory import load_run
 from mod_star.training.train import TrainSummary
 
@@ -15,11 +18,19 @@ def summary(steps: int, **evaluation: float) -> TrainSummary:
     return TrainSummary("", steps, 1, 1.0, 1, 1.0, 1.0, 1.0, 0, evaluation)
 
 
+@pytest.mark.slow
 def test_both_models_the_result_and_the_pictures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "80")
+
+    def briefly_evaluated(flops: float) -> RunConfig:
+        run = mod_run(flops)
+        return replace(run, train=replace(run.train, eval_batches=4))
+
+    monkeypatch.setattr(demo, "mod_run", briefly_evaluated)
+    monkeypatch.setattr(demo, "room", lambda *_: 32)  # tokens of each text
     argv = ["--directory", str(tmp_path / "demo"), "--flops", "2e10"]
     main(argv)
     first = capsys.readouterr().out

@@ -69,6 +69,7 @@ def compiled_flops(model: ModelConfig, routing: RoutingConfig, parts: Parts, *, 
 
 
 @pytest.mark.parametrize("routing", [DENSE, MOD], ids=["dense", "mod"])
+@pytest.mark.slow
 def test_forward_agrees_with_the_compiled_program_within_5_percent(routing: RoutingConfig) -> None:
     ours = forward_flops(MODEL, routing, S).total
     assert ours == pytest.approx(compiled_flops(MODEL, routing, DEFAULT_PARTS, training=False), rel=0.05)
@@ -76,6 +77,7 @@ def test_forward_agrees_with_the_compiled_program_within_5_percent(routing: Rout
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("routing", [DENSE, MOD], ids=["dense", "mod"])
+@pytest.mark.slow
 def test_training_agrees_with_the_compiled_program_within_5_percent(remat: Any, routing: RoutingConfig) -> None:
     model = replace(MODEL, remat=remat)
     ours = training_flops(model, routing, S).total
@@ -296,6 +298,7 @@ def compiled_thinking(run: RunConfig, *, sampling: bool) -> float:
     return float(analysis["flops"])
 
 
+@pytest.mark.slow
 def test_sampling_and_scoring_agree_with_the_compiled_program_within_10_percent() -> None:
     """Sampling's loop over the tokens of a thought is counted once: here it has one."""
     run = thinking_run(DENSE, thought_length=1)

@@ -21,6 +21,7 @@ print(len(files), *sorted({name.split(".")[0] for name in sys.modules} & {"tenso
 """
 
 
+@pytest.mark.slow
 def test_importing_everything_brings_in_neither_tensorflow_nor_torch_and_matplotlib_only_to_draw() -> None:
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_EVERYTHING], cwd=ROOT, capture_output=True, text=True, check=True
@@ -36,6 +37,7 @@ def test_importing_the_package_alone_imports_nothing_heavy() -> None:
     assert done.stdout.split() == []
 
 
+@pytest.mark.slow
 def test_every_public_name_is_there_and_has_documentation() -> None:
     program = (
         "import mod_star; print(*(n for n in mod_star.__all__ if not (getattr(mod_star, n).__doc__ or '').strip()))"

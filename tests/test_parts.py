@@ -48,6 +48,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_router_and_a_feed_forward_of_ones_own_train_through_the_library(
     file: Path, routed_run: RunConfig, tiny_batch: dict[str, jax.Array], random_state: Callable[..., TrainState]
 ) -> None:

@@ -51,6 +51,7 @@ def test_one_prompt_is_streamed_as_plain_text(trained_run: Path, rows: list[Any]
     assert done.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_dim_prompt_and_no_control_characters(trained_run: Path, rows: list[Any]) -> None:
     ours, theirs = pty.openpty()
     words = [sys.executable, "-m", "mod_star", "sample", str(trained_run), "--prompt", PROMPT, *OPTIONS]

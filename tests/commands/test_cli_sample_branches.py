@@ -110,6 +110,7 @@ def test_any_words_are_found_by_a_continuation(
     assert asked.args[3] == 64 - 10 - 6 - 32, "the default leaves room for what comes after"
 
 
+@pytest.mark.slow
 def test_cot_in_a_process(trained_run: Path) -> None:
     """The real thing; a model of 12 steps says nothing, so all that can be asked of it is to be asked right."""
     options = ["--decoding", "cot", "--branches", "3", "--new-tokens", "12", "--stop", "e", "--json"]
@@ -125,6 +126,7 @@ def test_cot_in_a_process(trained_run: Path) -> None:
             assert len(each["gaps"]) == len(each["tokens"])
 
 
+@pytest.mark.slow
 def test_samples_and_beams(capsys: pytest.CaptureFixture[str], trained_run: Path) -> None:
     prompt = ("--prompt", "The", "--new-tokens", "10", "--json")
     record = json.loads(sample(capsys, trained_run, *prompt, "--decoding", "self-consistency", "--branches", "3")[0])

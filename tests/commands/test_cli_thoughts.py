@@ -56,6 +56,7 @@ def numbers(values: Floats) -> np.ndarray[Any, Any]:
     return np.array(values, float)
 
 
+@pytest.mark.slow
 def test_base_predictions_are_those_of_the_network(loaded: LoadedRun, thoughts: TextThoughts) -> None:
     ids = jnp.array([256, *TEXT.encode()])
     slots = causal_slots(loaded.config.routing, loaded.config.model.context)
@@ -69,6 +70,7 @@ def test_base_predictions_are_those_of_the_network(loaded: LoadedRun, thoughts: 
     assert len(thoughts.tokens) == TOKENS and thoughts.tokens[:2] == ["<bos>", "T"]
 
 
+@pytest.mark.slow
 def test_thoughts_are_those_of_generating_the_same_text(loaded: LoadedRun) -> None:
     generator = Generator(loaded.decoder, loaded.params, thinking=loaded.config.thinking)
     prompt, new = [256, *b"The "], 30
@@ -93,6 +95,7 @@ def test_thoughts_are_those_of_generating_the_same_text(loaded: LoadedRun) -> No
     np.testing.assert_allclose(numbers(found.weights)[len(prompt) :], np.array(result.mixing_weights, float), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_nothing_stands_behind_the_first_token(thoughts: TextThoughts) -> None:
     assert (thoughts.thoughts[0], thoughts.thought_tokens[0]) == ("", [])
     assert thoughts.talk_log_probs[0] is thoughts.weights[0] is None
@@ -100,6 +103,7 @@ def test_nothing_stands_behind_the_first_token(thoughts: TextThoughts) -> None:
     assert np.abs(thoughts.gains[1:]).max() > 0.01, "thoughts must matter for the tests to show anything"
 
 
+@pytest.mark.slow
 def test_draws_follow_the_seed(loaded: LoadedRun) -> None:
     first, again, other = (thoughts_of(loaded, TEXT, 1.0, seed).thought_tokens for seed in (1, 1, 2))
     assert first == again != other
@@ -133,6 +137,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_the_command_shows_a_picture_and_writes_a_page(thinking_run: Path, tmp_path: Path) -> None:
     file, page = tmp_path / "text.txt", tmp_path / "deep" / "page.html"
     file.write_text(TEXT)
@@ -147,6 +152,7 @@ def test_the_command_shows_a_picture_and_writes_a_page(thinking_run: Path, tmp_p
     assert "Thoughts of run, step 3" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_page_stands_in_the_run_if_nothing_else_is_said(
     thinking_run: Path, thoughts: TextThoughts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,6 +91,7 @@ def test_underscores_hyphens_and_presets(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert run.optimizer == tiny.optimizer
 
 
+@pytest.mark.slow
 def test_a_run_to_start_from_gives_the_defaults(
     trained_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -124,6 +125,7 @@ def test_a_run_to_start_from_gives_the_defaults(
         assert re.fullmatch(r"error: [^\n]+\n", found.stderr) and message in found.stderr, found.stderr
 
 
+@pytest.mark.slow
 def test_starting_from_a_run_that_is_gone_later(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +180,7 @@ def test_bad_input_is_one_line_and_writes_nothing(capsys: pytest.CaptureFixture[
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_sigterm_and_the_same_command_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = "--preset tiny --model.width 16 --train.batch-size 2 --train.steps 100 --train.log-every 20 "
     options += "--train.eval-every 40 --train.eval-batches 2 --train.checkpoint-every 40"

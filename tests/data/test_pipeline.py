@@ -217,6 +217,7 @@ def test_batches_do_not_depend_on_who_makes_which_rows(config: DataConfig) -> No
 
 
 @pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.slow
 def test_restored_equals_continued_from_anywhere(config: DataConfig, pack: bool) -> None:
     # Sequences shorter and longer than documents; every state goes through JSON, as in a checkpoint.
     mixed = DataConfig(source=config.source, held_out=0.2, weights=(2.0, 1.0), pack=pack)
@@ -304,6 +305,7 @@ def test_prefetch_follows_a_sharding_and_ends(config: DataConfig) -> None:
     assert_equal(batches, list(held_out))
 
 
+@pytest.mark.slow
 def test_a_program_imports_no_framework_and_may_leave_in_the_middle() -> None:
     code = """
 import sys

@@ -73,6 +73,7 @@ def subjects() -> dict[str, Subject]:
 
 
 @pytest.mark.parametrize(("kind", "penalty"), [("routed", 0.0), ("routed", 1.0), ("thinking", 0.6)])
+@pytest.mark.slow
 def test_it_is_the_naive_search(subjects: dict[str, Subject], kind: str, penalty: float) -> None:
     subject = subjects[kind]
     think = Think("always") if subject.thinker else Think()

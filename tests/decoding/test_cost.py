@@ -117,6 +117,7 @@ def test_chunks_are_sized_by_the_capacity_in_force() -> None:
 
 
 @pytest.mark.parametrize("every", [0, 2])
+@pytest.mark.slow
 def test_each_routed_block_is_a_branch_of_the_compiled_step(every: int) -> None:
     generator = Model({"every": every}, layers=4).generator()
     state = jax.eval_shape(lambda: generator.start(make_prompts((5,)), NEW))

@@ -90,6 +90,7 @@ def results(subject: Subject) -> list[Branches]:
     )
 
 
+@pytest.mark.slow
 def test_it_is_the_naive_loop(subject: Subject, results: list[Branches]) -> None:
     whys = Counter[str | None]()
     for result, prompt, text in zip(results, ENCODED, PROMPTS, strict=False):
@@ -121,6 +122,7 @@ def test_it_is_the_naive_loop(subject: Subject, results: list[Branches]) -> None
 
 
 @pytest.mark.parametrize("subject", ["routed"], indirect=True)
+@pytest.mark.slow
 def test_small_batches_give_the_same(subject: Subject, results: list[Branches]) -> None:
     rows = cot_decode(subject.generator, TOKENIZER, PROMPTS, NEW, NUMBER, branches=K, encoded=ENCODED, rows=K)
     for found, expected in zip(rows, results, strict=True):
@@ -131,6 +133,7 @@ def test_small_batches_give_the_same(subject: Subject, results: list[Branches]) 
 
 
 @pytest.mark.parametrize("subject", ["dense"], indirect=True)
+@pytest.mark.slow
 def test_the_branched_token_can_be_left_out_of_delta(subject: Subject, results: list[Branches]) -> None:
     skipped = cot_decode(
         subject.generator, TOKENIZER, PROMPTS, NEW, NUMBER, branches=K, encoded=ENCODED, skip_first=True
@@ -148,6 +151,7 @@ def test_the_branched_token_can_be_left_out_of_delta(subject: Subject, results: 
 
 
 @pytest.mark.parametrize("subject", ["routed"], indirect=True)
+@pytest.mark.slow
 def test_a_continuation_is_what_the_model_says_after_each_whole_branch(
     subject: Subject, results: list[Branches], monkeypatch: pytest.MonkeyPatch
 ) -> None:

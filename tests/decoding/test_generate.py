@@ -53,6 +53,7 @@ def check(model: Model, prompt: list[int], result: Generated, sampling: Sampling
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.slow
 def test_decoding_is_teacher_forced_causal_routing(
     mod: Model, generator: generate.Generator, sampling: Sampling
 ) -> None:
@@ -75,6 +76,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.slow
 def test_every_kind_of_routing_decodes_as_it_is_taught(name: str) -> None:
     model = VARIANTS[name]
     generator = model.generator()
@@ -88,6 +90,7 @@ def test_every_kind_of_routing_decodes_as_it_is_taught(name: str) -> None:
     assert name.startswith("dense") or any(0 < fraction < 1 for fraction in fractions)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close() -> None:
     model = Model({}, dtype="bfloat16")
     for prompt, result in zip(PROMPTS, model.generator().generate(PROMPTS, NEW, GREEDY), strict=True):
@@ -105,6 +108,7 @@ def same(found: Generated, expected: Generated) -> None:
     assert found.overflow == expected.overflow
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_the_rows_beside_it(generator: generate.Generator, greedy: list[Generated]) -> None:
     for prompt, expected in zip(PROMPTS, greedy, strict=True):
         same(generator.generate([prompt], NEW, GREEDY)[0], expected)
@@ -167,6 +171,7 @@ def test_a_stream_ends_rows_when_told(generator: generate.Generator, greedy: lis
     assert len(bursts) == 1, "nothing is generated for nobody"
 
 
+@pytest.mark.slow
 def test_the_context_can_be_filled_to_the_last_token() -> None:
     model = VARIANTS["router decides"]
     generator = model.generator()

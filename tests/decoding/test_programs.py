@@ -57,6 +57,7 @@ def test_lengths_are_rounded_up_in_coarse_steps() -> None:
     assert all(n <= rounded_up(n, 64, 10**6) <= max(128, 1.5 * n) for n in range(1, 5000))
 
 
+@pytest.mark.slow
 def test_prompts_and_outputs_of_many_lengths_share_programs(params: dict[str, Any]) -> None:
     before = program_counts()
     one = generator(params)
@@ -95,6 +96,7 @@ def test_numbers_of_sampling_are_data(params: dict[str, Any]) -> None:
     same(cold[0], one.generate(PROMPTS[:1], 5, GREEDY)[0])
 
 
+@pytest.mark.slow
 def test_collections_branches_and_beams_share_programs(params: dict[str, Any]) -> None:
     one, branching = generator(params), Sampling(0, branch=True)
     before = program_counts()

@@ -46,6 +46,7 @@ def same(one: Generated, other: Generated) -> None:
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=3e-5)
 
 
+@pytest.mark.slow
 def test_branches_are_greedy_after_the_most_probable_first_tokens(model: Model, branched: list[Generated]) -> None:
     overflow = 0
     for row, result in enumerate(branched):
@@ -63,6 +64,7 @@ def test_branches_are_greedy_after_the_most_probable_first_tokens(model: Model, 
     assert not model.routing.every or overflow > 0, "no cache was ever full: the test shows less than it should"
 
 
+@pytest.mark.slow
 def test_sampled_branches_are_rows_of_their_own(generator: Generator) -> None:
     together = generator.generate(PROMPTS, NEW, SAMPLED, SEED, branches=BRANCHES)
     apart = generator.generate([prompt for prompt in PROMPTS for _ in range(BRANCHES)], NEW, SAMPLED, SEED)
@@ -72,6 +74,7 @@ def test_sampled_branches_are_rows_of_their_own(generator: Generator) -> None:
 
 
 @pytest.mark.parametrize("when", ["always", "auto"])
+@pytest.mark.slow
 def test_branches_of_a_thinking_model_think(when: Any) -> None:
     model = Model({"every": 0 if when == "always" else 1, "headroom": 1.0}, layers=1)
     run = RunConfig(model=model.config, routing=model.routing)
@@ -89,6 +92,7 @@ def test_branches_of_a_thinking_model_think(when: Any) -> None:
     assert any(thought) and all(thought) == (when == "always")
 
 
+@pytest.mark.slow
 def test_the_prompt_is_held_once_and_never_copied(generator: Generator) -> None:
     prompt, new, branches = make_prompts((31,)), 6, 5  # padded to the context
     state = jax.eval_shape(lambda: generator._start(prompt, new, 0, branches, [0], 1, room=new))
@@ -106,6 +110,7 @@ def test_the_prompt_is_held_once_and_never_copied(generator: Generator) -> None:
     assert not {shape for shape in copies if shape[-1] == config.head_size and CONTEXT in shape}
 
 
+@pytest.mark.slow
 def test_no_step_copies_the_cache_of_generated_tokens(generator: Generator) -> None:
     prompt, new = make_prompts((7,)), 23
     state = jax.eval_shape(lambda: generator.start(prompt, new, branches=2))
@@ -117,6 +122,7 @@ def test_no_step_copies_the_cache_of_generated_tokens(generator: Generator) -> N
     assert not re.search(rf"= {shape}\S* copy\(", text)
 
 
+@pytest.mark.slow
 def test_reordered_rows_go_on_as_the_rows_they_copy(generator: Generator, branched: list[Generated]) -> None:
     half, greedy = NEW // 2, Sampling(0)
     state = generator.advance(generator.start(PROMPTS, NEW, SEED, BRANCHES), half, BRANCHING)
@@ -127,6 +133,7 @@ def test_reordered_rows_go_on_as_the_rows_they_copy(generator: Generator, branch
         same(result, branched[row])
 
 
+@pytest.mark.slow
 def test_many_prompts_are_what_each_is_alone() -> None:
     model, branches = Model({"every": 1, "headroom": 1.0}, layers=1), 2
     prompts = make_prompts((5, 20, 3, 11, 8, 2, 7), seed=3)
@@ -167,6 +174,7 @@ def test_many_prompts_are_what_each_is_alone() -> None:
         (lambda g: list(g.generate_many(PROMPTS, 2, SAMPLED, rows=2, branches=3)), "rows = 2: must be at least the"),
     ],
 )
+@pytest.mark.slow
 def test_branches_that_cannot_be_are_refused(generator: Generator, call: Any, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         call(generator)

@@ -110,6 +110,7 @@ def same(found: Generated, expected: Generated) -> None:
         assert ours == theirs or ours == pytest.approx(theirs, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_always_is_the_naive_loop(thinker: Thinker, always: list[Generated]) -> None:
     for row, result in enumerate(always):
         assert None not in result.thoughts
@@ -118,6 +119,7 @@ def test_always_is_the_naive_loop(thinker: Thinker, always: list[Generated]) -> 
     assert [r.tokens for r in never] != [r.tokens for r in always], "thoughts must matter for the test to show anything"
 
 
+@pytest.mark.slow
 def test_auto_thinks_where_the_entropy_is_above_the_threshold_and_nowhere_else(
     thinker: Thinker, auto: Think, sometimes: list[Generated]
 ) -> None:
@@ -131,11 +133,13 @@ def test_auto_thinks_where_the_entropy_is_above_the_threshold_and_nowhere_else(
 
 
 @pytest.mark.parametrize("thinker", [2], indirect=True, ids=["routed"])
+@pytest.mark.slow
 def test_a_row_alone_thinks_as_in_a_batch(thinker: Thinker, auto: Think, sometimes: list[Generated]) -> None:
     same(thinker.generator.generate(PROMPTS[:1], NEW, SAMPLED, SEED, auto)[0], sometimes[0])
 
 
 @pytest.mark.parametrize("thinker", [2], indirect=True, ids=["routed"])
+@pytest.mark.slow
 def test_an_infinite_threshold_is_never_or_always(thinker: Thinker, auto: Think, always: list[Generated]) -> None:
     _, before = program_counts()
     none = thinker.generator.generate(PROMPTS, NEW, SAMPLED, SEED, replace(auto, threshold=math.inf))
@@ -152,11 +156,13 @@ def test_an_infinite_threshold_is_never_or_always(thinker: Thinker, auto: Think,
 
 
 @pytest.mark.parametrize("thinker", [2], indirect=True, ids=["routed"])
+@pytest.mark.slow
 def test_never_is_what_a_model_without_thinking_generates(thinker: Thinker) -> None:
     found = thinker.generator.generate(PROMPTS, NEW, SAMPLED, SEED)
     assert found == thinker.model.generator().generate(PROMPTS, NEW, SAMPLED, SEED)
 
 
+@pytest.mark.slow
 def test_thoughts_that_weigh_nothing_change_nothing_not_even_what_is_drawn() -> None:
     thinker = Thinker(0, layers=1)
     mixing = thinker.params["thinking"]["mixing"]
@@ -184,6 +190,7 @@ def test_pauses() -> None:
 
 
 @pytest.mark.parametrize("thinker", [0], indirect=True, ids=["dense"])
+@pytest.mark.slow
 def test_a_stream_with_an_end(thinker: Thinker, always: list[Generated]) -> None:
     end = always[0].tokens[2]
     generator = Generator(thinker.model.decoder, thinker.params, (end,), thinking=THINKING)

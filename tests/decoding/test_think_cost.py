@@ -40,6 +40,7 @@ def generator() -> Generator:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.slow
 def test_only_rows_that_think_are_computed(generator: Generator, batch: int) -> None:
     share = 0.1
     chunk = rows_at_once(batch, share)

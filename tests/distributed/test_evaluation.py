@@ -50,6 +50,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_records_equal_one_device(eight: tuple[Path, str], case: str) -> None:
     way = case.rpartition("-")[0]
     one, many = (records_of(eight[0] / name) for name in (f"{way}-1x1x1", case))
@@ -60,6 +61,7 @@ def test_records_equal_one_device(eight: tuple[Path, str], case: str) -> None:
     assert len(set(told)) == 10, "another question's row would be noticed"
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_mesh(eight: tuple[Path, str]) -> None:
     one, many = (json.loads((eight[0] / f"choice-{mesh}" / "results.json").read_text()) for mesh in ("1x1x1", "2x2x2"))
     assert many["config"] == one["config"] and "--mesh" not in one["config"]
@@ -67,6 +69,7 @@ def test_results_do_not_depend_on_the_mesh(eight: tuple[Path, str]) -> None:
     assert "10 of 10 questions are done already" in eight[1], "an evaluation goes on with another mesh"
 
 
+@pytest.mark.slow
 def test_a_mesh_that_does_not_fit_is_refused(eight: tuple[Path, str]) -> None:
     errors = [line for line in eight[1].splitlines() if line.startswith("error: ")]
     assert errors == [
@@ -78,12 +81,14 @@ def test_a_mesh_that_does_not_fit_is_refused(eight: tuple[Path, str]) -> None:
     assert not list(eight[0].glob("bad-*")), "nothing was written"
 
 
+@pytest.mark.slow
 def test_the_adapter_says_the_same(eight: tuple[Path, str]) -> None:
     one, many = (json.loads((eight[0] / f"harness-{name}.json").read_text()) for name in ("one", "mixed"))
     assert_same(many, one)
     assert all(value < -1 for value, _ in one["loglikelihood"]) and any(one["texts"])
 
 
+@pytest.mark.slow
 def test_every_device_does_its_share(eight: tuple[Path, str]) -> None:
     programs = json.loads((eight[0] / "programs.json").read_text())
     share = {

@@ -44,6 +44,7 @@ def load(eight: Path, kind: str, mesh: str) -> tuple[dict[str, np.ndarray], dict
 
 
 @pytest.mark.parametrize(("kind", "mesh"), CASES)
+@pytest.mark.slow
 def test_losses_and_gradients_equal_one_device(eight: Path, kind: str, mesh: str) -> None:
     (one, _), (many, _) = load(eight, kind, "one"), load(eight, kind, mesh)
     assert one.keys() == many.keys()
@@ -56,12 +57,14 @@ def test_losses_and_gradients_equal_one_device(eight: Path, kind: str, mesh: str
 
 
 @pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.slow
 def test_routing_selects_the_same_tokens(eight: Path, mesh: str) -> None:
     (_, one), (_, many) = load(eight, "routed", "one"), load(eight, "routed", mesh)
     assert many["selected"] == one["selected"]
     assert 0 < np.mean(one["selected"]) < 0.3
 
 
+@pytest.mark.slow
 def test_sampling_equals_one_device(eight: Path) -> None:
     one, many = (json.loads((eight / f"sample-{mesh}.json").read_text()) for mesh in ("one", "mixed"))
     for way in ("plain", "thinking"):
@@ -72,6 +75,7 @@ def test_sampling_equals_one_device(eight: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "routed", "quiet_star"])
+@pytest.mark.slow
 def test_memory_falls_with_the_mesh(eight: Path, kind: str) -> None:
     one = load(eight, kind, "one")[1]
     share = {mesh: load(eight, kind, mesh)[1] for mesh in MESHES}
@@ -89,6 +93,7 @@ def test_memory_falls_with_the_mesh(eight: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "routed"])
+@pytest.mark.slow
 def test_a_tensor_parallel_forward_pass_puts_no_parameter_together(eight: Path, kind: str) -> None:
     program = load(eight, kind, "tensor")[1]["eval_program"]
     moved = re.findall(r"= \(?(\w+)\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", program)

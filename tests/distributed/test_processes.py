@@ -77,6 +77,7 @@ def saved_data(path: Path) -> Any:
     return json.loads(state)
 
 
+@pytest.mark.slow
 def test_killed_stopped_and_resumed_by_another_number_of_processes(tmp_path: Path) -> None:
     path, reference = tmp_path / "run", tmp_path / "reference"
     train(make_run(), reference, quiet=True)

@@ -104,6 +104,7 @@ def samples(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return found
 
 
+@pytest.mark.slow
 def test_choices_get_our_log_likelihoods(samples: dict[str, Any], loaded: LoadedRun) -> None:
     tokenizer, context = loaded.tokenizer, loaded.decoder.config.context
     for sample, record in zip(samples["ours_choice"], QUESTIONS, strict=True):
@@ -116,6 +117,7 @@ def test_choices_get_our_log_likelihoods(samples: dict[str, Any], loaded: Loaded
             assert str(greedy) == str(all(expected.is_greedy))
 
 
+@pytest.mark.slow
 def test_long_texts_get_our_log_likelihood(samples: dict[str, Any], loaded: LoadedRun) -> None:
     tokenizer, context = loaded.tokenizer, loaded.decoder.config.context
     for sample, record in zip(samples["ours_rolling"], TEXTS, strict=True):
@@ -125,6 +127,7 @@ def test_long_texts_get_our_log_likelihood(samples: dict[str, Any], loaded: Load
         assert float(value if isinstance(value, str | float) else value[0]) == pytest.approx(expected, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_texts_are_what_we_generate(samples: dict[str, Any], loaded: LoadedRun) -> None:
     room = loaded.decoder.config.context - 12
     for sample, record in zip(samples["ours_generate"], QUESTIONS, strict=True):
@@ -141,6 +144,7 @@ def generate(run: LoadedRun, prompt: str, room: int, new_tokens: int, stop: list
     return last.text
 
 
+@pytest.mark.slow
 def test_results_are_kept_as_they_come(trained_run: Path, loaded: LoadedRun) -> None:
     ours = model(trained_run, batch_size="auto", max_length=20)
     requests = [SimpleNamespace(args=("ab", {"until": "e", "max_gen_toks": 5})), SimpleNamespace(args=("abc", {}))]
@@ -156,6 +160,7 @@ def test_results_are_kept_as_they_come(trained_run: Path, loaded: LoadedRun) -> 
     assert len(ours.cache_hook.kept) == 3  # it was told before anything was generated
 
 
+@pytest.mark.slow
 def test_a_thinking_run_thinks_before_what_is_scored(thinking_run: Path) -> None:
     pair = (("a", " b"), [256, 97], [32, 98])
     plain = model(thinking_run)._loglikelihood_tokens([pair], disable_tqdm=True)

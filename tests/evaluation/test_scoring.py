@@ -119,6 +119,7 @@ PAIRS = make_pairs()
 ALLOWED = [4, 1, 20, 4, 9]
 
 
+@pytest.mark.slow
 def test_pairs_are_what_the_whole_text_gives(model: Model) -> None:
     calls: list[tuple[int, int]] = []
     found = score(
@@ -141,6 +142,7 @@ def test_pairs_are_what_the_whole_text_gives(model: Model) -> None:
     assert calls[-1] == (len(PAIRS), len(PAIRS)) and [done for done, _ in calls] == sorted(done for done, _ in calls)
 
 
+@pytest.mark.slow
 def test_batches_change_nothing(model: Model) -> None:
     pairs = [pair for pair in PAIRS if len(pair[0]) + len(pair[1]) < 32]
     alone = score(model.decoder, model.params, pairs, batch_size=1)
@@ -157,6 +159,7 @@ def test_texts_that_begin_alike_share_a_pass(model: Model) -> None:
 
 
 @pytest.mark.parametrize("when", ["never", "always", "auto"])
+@pytest.mark.slow
 def test_generated_tokens_get_the_log_probs_that_generation_reports(model: Model, when: Any) -> None:
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, VOCAB, length).tolist() for length in (3, 20, 1)]
@@ -176,6 +179,7 @@ def test_generated_tokens_get_the_log_probs_that_generation_reports(model: Model
         assert len({thought is None for result in results for thought in result.thoughts}) == 2
 
 
+@pytest.mark.slow
 def test_a_thought_before_each_token_is_the_naive_loop(model: Model) -> None:
     pairs = [PAIRS[0], PAIRS[3], PAIRS[4], ([5, 6, 7], [1, 2, 3, 4])]
     # Room for all that routed blocks want: the naive text with its thought is one text, with one count of slots.
@@ -191,6 +195,7 @@ def test_a_thought_before_each_token_is_the_naive_loop(model: Model) -> None:
         assert np.min(np.abs(np.subtract(scored.log_probs, without.log_probs))) > 1e-3, "thoughts must matter"
 
 
+@pytest.mark.slow
 def test_stochastic_routing_is_that_of_generation() -> None:
     model = Model(RoutingConfig(every=2, capacity=0.5, selection="stochastic"))
     generator = Generator(model.decoder, model.params, routing_key=ROUTING_KEY)
@@ -206,6 +211,7 @@ def test_stochastic_routing_is_that_of_generation() -> None:
 
 
 @pytest.mark.parametrize("model", ["dense"], indirect=True)
+@pytest.mark.slow
 def test_drawn_thoughts_depend_on_the_text_and_the_seed_alone(model: Model) -> None:
     think = Think("always", temperature=1.0)
     first, second = ([5, 6, 7], [1, 2]), (list(range(20)), [3, 4, 5])

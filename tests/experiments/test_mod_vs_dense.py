@@ -32,6 +32,7 @@ def data(tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_three_arms_and_their_tables(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "experiments.mod_vs_dense", "--data", str(data), "--out", str(out)]

@@ -53,6 +53,7 @@ def require_intact(run: Path, uninterrupted: Path) -> None:
         assert arrays(run, step) == arrays(uninterrupted, step)
 
 
+@pytest.mark.slow
 def test_full_disk(server: Server, uninterrupted: Path, disk: Path) -> None:
     seed = fresh_seed()
     size = random.Random(seed).randrange(400, 700)
@@ -73,6 +74,7 @@ def test_full_disk(server: Server, uninterrupted: Path, disk: Path) -> None:
     assert differences(result(seen), result(uninterrupted)) == [], told
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow(server: Server, uninterrupted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     stopped = server.run("train", str(run), *RUN, before=FULL_AFTER_STEP_4)
@@ -82,6 +84,7 @@ def test_files_that_may_not_grow(server: Server, uninterrupted: Path, tmp_path: 
     require_intact(run, uninterrupted)
 
 
+@pytest.mark.slow
 def test_other_commands_on_a_full_disk(server: Server, trained_run: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """One line, and nothing half-made is left; what an evaluation has is kept."""
     full = "import resource, sys; limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))"
@@ -111,6 +114,7 @@ def test_other_commands_on_a_full_disk(server: Server, trained_run: Path, uninte
     assert (out / "records.jsonl").read_text().count("\n") == 1
 
 
+@pytest.mark.slow
 def test_read_only_directory(server: Server, uninterrupted: Path, disk: Path) -> None:
     seen = server.mount(disk, "size=8m")
     shutil.copytree(uninterrupted, seen / "run")
@@ -128,6 +132,7 @@ def test_read_only_directory(server: Server, uninterrupted: Path, disk: Path) ->
     assert {path: path.read_bytes() for path in seen.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint(server: Server, uninterrupted: Path, tmp_path: Path) -> None:
     seed = fresh_seed()
     chance = random.Random(seed)

@@ -82,6 +82,7 @@ def unfinished(run: Path) -> set[int]:
         return {entry.inode() for entry in entries if "tmp" in entry.name}
 
 
+@pytest.mark.slow
 def test_stopped_at_random_moments(
     server: Server, uninterrupted: Path, tmp_path: Path, record_property: Record
 ) -> None:
@@ -134,6 +135,7 @@ def test_stopped_at_random_moments(
     )
 
 
+@pytest.mark.slow
 def test_killed_at_every_change_of_a_file(server: Server, tmp_path: Path, record_property: Record) -> None:
     seed = fresh_seed()
     chance = random.Random(seed)

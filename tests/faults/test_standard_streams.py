@@ -39,6 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("fault", [UNREAD, FULL], ids=["unread", "full"])
+@pytest.mark.slow
 def test_a_training_goes_on_when_its_output_cannot_be_written(
     server: Server, uninterrupted: Path, tmp_path: Path, fault: str
 ) -> None:
@@ -50,6 +51,7 @@ def test_a_training_goes_on_when_its_output_cannot_be_written(
 
 
 @pytest.mark.parametrize("fault", [UNREAD, FULL, CLOSED], ids=["unread", "full", "closed"])
+@pytest.mark.slow
 def test_a_training_needs_no_streams_at_all(server: Server, uninterrupted: Path, tmp_path: Path, fault: str) -> None:
     """Nor does what libraries write to standard error get into the run's files."""
     run = tmp_path / "run"
@@ -59,6 +61,7 @@ def test_a_training_needs_no_streams_at_all(server: Server, uninterrupted: Path,
     assert differences(result(run), result(uninterrupted)) == []
 
 
+@pytest.mark.slow
 def test_other_commands_end(server: Server, trained_run: Path, data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     asking = (
         "--question", "{q}", "--answer", "{a}", "--kind", "number", "--new-tokens", "2", "--out", tmp_path / "out",
@@ -91,6 +94,7 @@ def test_standard_error_is_expendable(server: Server, trained_run: Path) -> None
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+@pytest.mark.slow
 def test_characters_that_the_encoding_lacks(
     server: Server, trained_run: Path, data: Path, tmp_path: Path, encoding: str
 ) -> None:
@@ -107,6 +111,7 @@ def test_characters_that_the_encoding_lacks(
     assert asked.code == 0 and "0.0 - " in asked.out, asked
 
 
+@pytest.mark.slow
 def test_a_terminal_that_closes(server: Server, uninterrupted: Path, tmp_path: Path) -> None:
     """It saves before it goes, though nobody can be told; nohup keeps it going."""
     words = options(steps=2000, checkpoint_every=2, eval_every=0)
@@ -130,6 +135,7 @@ def test_a_terminal_that_closes(server: Server, uninterrupted: Path, tmp_path: P
     assert finished.code == 143 and finished.err.startswith("SIGTERM: stopped after step ")
 
 
+@pytest.mark.slow
 def test_ctrl_c_with_nobody_to_tell(server: Server, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = options(steps=2000, checkpoint_every=2, eval_every=0)

@@ -48,6 +48,7 @@ def straight(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP"])
+@pytest.mark.slow
 def test_a_file_system_without_locks(server: Server, straight: Path, tmp_path: Path, name: str) -> None:
     run, number = tmp_path / "run", getattr(errno, name)
     finished = server.run("train", str(run), *RUN, before=NO_LOCKS.format(number=number))
@@ -67,6 +68,7 @@ def test_a_lock_that_is_refused_as_fcntl_may(server: Server, tmp_path: Path, mon
             assert is_locked(tmp_path) is locked
 
 
+@pytest.mark.slow
 def test_no_home(server: Server, straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     finished = server.run("train", str(run), *RUN, before=NO_HOME)
@@ -94,6 +96,7 @@ def test_where_home_and_caches_are(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("words", [[], ["-O"]], ids=["asserts", "-O"])
+@pytest.mark.slow
 def test_a_platform_that_is_not_there(trained_run: Path, tmp_path: Path, words: list[str]) -> None:
     routes, train = ["routes", str(trained_run), "--text", "a"], ["train", str(tmp_path / "run"), *RUN]
     command = [sys.executable, *words, "-m", "mod_star", *(routes if words else train)]

@@ -26,6 +26,7 @@ from mod_star.training.state import init_state
 STRICT = "import jax; jax.config.update('jax_enable_x64', True); jax.config.update('jax_debug_nans', True)"
 
 
+@pytest.mark.slow
 def test_training_to_think_and_thinking_work_where_jax_is_strict(thinking_run: Path, tmp_path: Path) -> None:
     model = "--preset tiny --model.width 16 --model.layers 1 --model.heads 2 --model.mlp-width 16 --routing.every 1"
     fields = "--train.objective quiet_star --train.steps 2 --train.batch-size 2 --train.log-every 1 --model.context 24"
@@ -54,11 +55,13 @@ def test_training_to_think_and_thinking_work_where_jax_is_strict(thinking_run: P
         assert found["log_probs"] == pytest.approx(expected["log_probs"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_no_program_computes_in_64_bits_because_jax_could(tiny_run: RunConfig) -> None:
     """But for scalars of Optax: its bias corrections and the learning rate."""
     thinking = ThinkingConfig(thought_length=2, n_true=2, chunk=8, think_fraction=0.5)
     routing = replace(tiny_run.routing, selection="learned")
-    run = replace(tiny_run, routing=routing, thinking=thinking, train=replace(tiny_run.train, objective="quiet_star"))
+    model, train = replace(tiny_run.model, layers=2), replace(tiny_run.train, objective="quiet_star")
+    run = replace(tiny_run, model=model, routing=routing, thinking=thinking, train=train)
     params = thinking_params(run, random_params(run.model, run.routing))
     decoder = Decoder(run.model, run.routing)
     with jax.enable_x64(True):

@@ -67,6 +67,7 @@ def test_a_single_prediction_is_too_few() -> None:
         calibrated(np.ones(1, np.float32), 0.5, 0)
 
 
+@pytest.mark.slow
 def test_entropies_are_those_of_the_plain_model_on_the_held_out_text(
     loaded: LoadedRun, found: list[np.ndarray]
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         write_calibration(tmp_path / "none", EXAMPLE)
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_file_and_shows_quantiles(
     thinking_run: Path, tmp_path: Path, found: list[np.ndarray]
 ) -> None:

@@ -68,6 +68,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_equals_the_decoder_in_float64_numpy(
     case: str, model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
 ) -> None:
@@ -293,6 +294,7 @@ def scanned(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 def test_scan_and_rematerialisation_change_neither_value_nor_gradient(
     variant: str, model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, scanned: tuple[Any, Any]
 ) -> None:
@@ -302,6 +304,7 @@ def test_scan_and_rematerialisation_change_neither_value_nor_gradient(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), result, expected)
 
 
+@pytest.mark.slow
 def test_without_jit_it_is_the_same(routed_run: RunConfig, tiny_batch: Batch, random_params: RandomParams) -> None:
     """For debugging, in Python from the outermost loop to the single operation: unscanned, one sequence."""
     model = replace(routed_run.model, scan=False)
@@ -385,6 +388,7 @@ COUNTS = [1, 1, 2, 4, 8, 6, 0]
 
 
 @pytest.mark.parametrize("fields", [{}, {"selection": "stochastic"}, {"capacity": 1.0}, {"capacity_tokens": 6}])
+@pytest.mark.slow
 def test_padding_has_no_share_in_the_capacity(
     fields: dict[str, Any], routed_run: RunConfig, random_params: RandomParams, make_batch: Any
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from conftest import make_batch, random_params
 from thinking_models import thinking_params
 
@@ -150,6 +151,7 @@ class Programs:
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_product_of_float32_operands_asks_for_the_highest_precision() -> None:
     every = [name for name in vars(Programs) if not name.startswith("_") and name != "run"]
     assert len(every) == 11
@@ -162,12 +164,14 @@ def test_every_product_of_float32_operands_asks_for_the_highest_precision() -> N
         assert {(each.dtype, each.precision) for each in found} == {("f32", "HIGHEST")}
 
 
+@pytest.mark.slow
 def test_in_bfloat16_only_what_computes_in_float32_asks_for_more() -> None:
     model = Programs(replace(RUN, model=replace(MODEL, dtype="bfloat16")))
     for found in (model.forward(), model.thoughts_of_a_text()):
         assert {(each.dtype, each.precision) for each in found} == {("bf16", "DEFAULT"), ("f32", "HIGHEST")}
 
 
+@pytest.mark.slow
 def test_a_lower_precision_is_that_of_linear_layers_and_attention_alone() -> None:
     model = Programs(replace(RUN, model=replace(MODEL, precision="default")))
     for found in (model.forward(), model.thoughts_of_a_text()):
@@ -210,6 +214,7 @@ parts = Parts(router=Part(router_init, router), feed_forward=Part(mlp_init, mlp)
 """
 
 
+@pytest.mark.slow
 def test_the_products_of_a_users_own_parts_are_float32_too(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MY_PARTS)
     parts = load_parts(f"{tmp_path}/mine.py:parts")

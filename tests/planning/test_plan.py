@@ -82,12 +82,14 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_together_is_refused_with_the_numbers(plans: dict[str, Any]) -> None:
     assert "fsdp 3" in plans["uneven"] and "4" in plans["uneven"]
     assert plans["batch"].startswith("train.batch_size = 6: must be a multiple of mesh.data x mesh.fsdp = 4 x 1")
     assert plans["heads"] == "mesh.tensor = 4: must divide model.heads = 2"
 
 
+@pytest.mark.slow
 def test_memory_is_shared_out_as_the_mesh_says(plans: dict[str, Any]) -> None:
     data, fsdp = plans["data"]["memory"], plans["fsdp"]["memory"]
     parameters = plans["data"]["parameters"]
@@ -99,6 +101,7 @@ def test_memory_is_shared_out_as_the_mesh_says(plans: dict[str, Any]) -> None:
     assert fsdp["total"] < data["total"]
 
 
+@pytest.mark.slow
 def test_flops_of_the_compiled_program_are_those_counted(plans: dict[str, Any]) -> None:
     for plan in (plans["data"], plans["fsdp"]):
         assert plan["step_flops"] == training_step_flops(run_of(plan))
@@ -107,6 +110,7 @@ def test_flops_of_the_compiled_program_are_those_counted(plans: dict[str, Any]) 
         assert plan["fits"] is None and plan["floors"] is None  # CPUs have no figures
 
 
+@pytest.mark.slow
 def test_communication_is_that_of_the_mesh(plans: dict[str, Any]) -> None:
     """Data parallelism all-reduces the gradients: of all parameters, of a tied embedding as embedding and as head.
 
@@ -121,6 +125,7 @@ def test_communication_is_that_of_the_mesh(plans: dict[str, Any]) -> None:
     assert plans["fsdp"]["sent"] == pytest.approx(sum(c["total"] for c in plans["fsdp"]["collectives"]))
 
 
+@pytest.mark.slow
 def test_gpus_are_lowered_for_and_what_is_unknown_is_said(plans: dict[str, Any]) -> None:
     plan = plans["gpu"]
     assert plan["compiled_flops"] is plan["collectives"] is plan["compile_seconds"] is None
@@ -136,6 +141,7 @@ def run_of(plan: dict[str, Any]) -> RunConfig:
     return from_dict(plan["config"])
 
 
+@pytest.mark.slow
 def test_the_command_shows_tables(tmp_path: Path) -> None:
     shown = call("-m", "mod_star", "plan", "--topology", "cpu:1", "tiny", *SMALL, "--batch", "2", tmp_path=tmp_path)
     assert "tiny on cpu:1: 1 x CPU, mesh data 1 x fsdp 1 x tensor 1" in shown

@@ -236,6 +236,7 @@ print(refused, opened)
 """
 
 
+@pytest.mark.slow
 def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.gguf")
     limit = 4 * 2**30  # of address space: no mutation makes it take more

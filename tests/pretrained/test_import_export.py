@@ -177,6 +177,7 @@ print((kilobytes("VmHWM") - now) * 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_peak_memory_is_little_more_than_the_model(tmp_path: Path) -> None:
     """Reading, building and writing the checkpoint, beyond what a tiny import leaves in use."""
     small = write_model(tmp_path / "s", CONFIGS["llama"])

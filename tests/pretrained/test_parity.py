@@ -55,6 +55,7 @@ def test_the_references_would_notice(case: str, changed: dict[str, Any], tmp_pat
     assert difference(replace(source.config, **changed), build_params(source), case) > 2e-4
 
 
+@pytest.mark.slow
 def test_decoding_with_caches_equals_the_whole_text_every_time(tmp_path: Path) -> None:
     """With window and biases, past the window, in a batch of unequal prompts."""
     source = open_hf(write_model(tmp_path, CONFIGS["qwen2, window, tied"]))

@@ -67,6 +67,7 @@ def logits(run: RunConfig, params: Any, batch: dict[str, jax.Array], mode: Any) 
 
 
 @pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.slow
 def test_at_capacity_1_the_logits_are_the_dense_models(
     every: int, dense_params: Any, tiny_batch: dict[str, jax.Array]
 ) -> None:
@@ -80,6 +81,7 @@ def test_at_capacity_1_the_logits_are_the_dense_models(
                   - expected).max() > 0.01  # fmt: skip
 
 
+@pytest.mark.slow
 def test_at_capacity_1_the_router_learns_from_every_token(dense_params: Any, tiny_batch: dict[str, jax.Array]) -> None:
     run = at_capacity_1(upcycled_config(DENSE, 0.25))
     params = upcycled_params(dense_params, run)
@@ -93,6 +95,7 @@ def test_at_capacity_1_the_router_learns_from_every_token(dense_params: Any, tin
     assert (np.abs(routed["predictor"]["output"]).max(-1) > 0).all()
 
 
+@pytest.mark.slow
 def test_it_generates_what_the_dense_model_does(dense_params: Any) -> None:
     run = at_capacity_1(upcycled_config(DENSE, 0.125))
     prompts = [[1, 2, 3], [5, 4, 3, 2, 1, 0, 7], [28]]
@@ -107,6 +110,7 @@ def test_it_generates_what_the_dense_model_does(dense_params: Any) -> None:
 
 
 @pytest.mark.parametrize("thinker", ["dense"], indirect=True)
+@pytest.mark.slow
 def test_a_thinking_model_goes_on_thinking(thinker: Thinker, thought_of: Any, scored: Any) -> None:
     run = upcycled_config(thinker.run, 0.25)
     params = upcycled_params(thinker.params, run)
@@ -158,6 +162,7 @@ def dense_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dense(tmp_path_factory.mktemp("dense") / "dense")
 
 
+@pytest.mark.slow
 def test_the_command_and_training_after_it(dense_run: Path, tmp_path: Path) -> None:
     path = tmp_path / "upcycled"
     done = succeed("upcycle", dense_run, path, "--capacity", "0.5", environment={"COLUMNS": "100"})
@@ -189,6 +194,7 @@ def test_the_command_and_training_after_it(dense_run: Path, tmp_path: Path) -> N
     assert capacities == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_what_is_refused(dense_run: Path, trained_run: Path, tmp_path: Path) -> None:
     (tmp_path / "parts.py").write_text(PARTS)
     (tmp_path / "full").mkdir()
@@ -228,6 +234,7 @@ def test_own_layers_are_kept(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_a_run_is_written_whole_or_not_at_all(dense_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -69,6 +69,7 @@ def without_speed(metrics: bytes) -> str:
     return re.sub(r', "tokens_per_second": [^,}]+', "", metrics.decode())
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_the_run_of_a_directory_on_any_machine(
     served: tuple[Bucket, dict[str, str]], here: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -223,6 +224,7 @@ for number in range(8):
 """
 
 
+@pytest.mark.slow
 def test_processes_of_one_machine_do_not_disturb_one_another(
     served: tuple[Bucket, dict[str, str]], here: Bucket, tmp_path: Path
 ) -> None:
@@ -270,6 +272,7 @@ def test_folders_of_a_console_are_no_files(here: Bucket) -> None:
     assert buckets.find_files("gs://bucket/texts/sub/b.txt") == ["gs://bucket/texts/sub/b.txt"]
 
 
+@pytest.mark.slow
 def test_a_start_that_was_killed_on_its_way_there_is_made_again(
     here: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,6 +67,7 @@ def interrupted(folder: Path, to: Path) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_changed_data_is_told_and_refused_unless_accepted(texts_run: Path, tmp_path: Path) -> None:
     here = interrupted(texts_run, tmp_path / "here")
     data, run = here / "texts.jsonl", here / "run"
@@ -96,6 +97,7 @@ def test_changed_data_is_told_and_refused_unless_accepted(texts_run: Path, tmp_p
     assert read_data(tmp_path / "older") == stored["sources"]
 
 
+@pytest.mark.slow
 def test_the_command_refuses_and_goes_on_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_texts(tmp_path / "texts.jsonl", 20)
     few = "--preset tiny --model.width 16 --model.layers 1 --model.heads 2 --model.mlp-width 24 --model.context 32"
@@ -124,6 +126,7 @@ def test_the_command_refuses_and_goes_on_when_told(tmp_path: Path, capsys: pytes
     assert read_config(tmp_path / "run").train.steps == 8
 
 
+@pytest.mark.slow
 def test_a_run_and_its_data_may_be_moved(texts_run: Path, tmp_path: Path) -> None:
     here = interrupted(texts_run, tmp_path / "there")
     (here / "texts.jsonl").rename(here / "other-name.jsonl")
@@ -132,6 +135,7 @@ def test_a_run_and_its_data_may_be_moved(texts_run: Path, tmp_path: Path) -> Non
     assert read_config(here / "run").data.source == (f"{here}/other-name.jsonl",)
 
 
+@pytest.mark.slow
 def test_a_longer_run_is_the_one_that_it_would_have_been(texts_run: Path, tmp_path: Path) -> None:
     straight, longer = tmp_path / "straight", tmp_path / "longer"
     run = short(texts_run / "texts.jsonl", steps=8)
@@ -199,6 +203,7 @@ def test_stages_need_the_number_of_steps() -> None:
             require_extendable(old, new, 26, redraw=redraw)
 
 
+@pytest.mark.slow
 def test_what_an_earlier_version_trained_otherwise_is_told_once(texts_run: Path, tmp_path: Path) -> None:
     run = replace(tiny(), data=DataConfig(pack=False))
     thinks = replace(run, train=replace(run.train, objective="quiet_star"))

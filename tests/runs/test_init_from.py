@@ -80,6 +80,7 @@ def timeless(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in read_metrics(path)]
 
 
+@pytest.mark.slow
 def test_it_starts_as_what_the_other_was_at_its_end(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +126,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: Calla
     monkeypatch.setattr(owner, name, stops)
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_without_the_other_run(
     base: Path,
     uninterrupted: tuple[Path, TrainSummary],
@@ -161,6 +163,7 @@ def test_interrupted_and_resumed_without_the_other_run(
         train(replace(run, init_from=None), path)
 
 
+@pytest.mark.slow
 def test_killed_before_its_first_checkpoint(
     base: Path, uninterrupted: tuple[Path, TrainSummary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +191,7 @@ def test_killed_before_its_first_checkpoint(
     chex.assert_trees_all_equal(load_state(path, STEPS), load_state(uninterrupted[0], STEPS))
 
 
+@pytest.mark.slow
 def test_what_is_not_a_run_to_start_from(base: Path, tmp_path: Path) -> None:
     empty, damaged = tmp_path / "empty", shutil.copytree(base, tmp_path / "damaged")
     with run_dir.created(empty, run_dir.read_config(base), load_tokenizer("bytes")):
@@ -242,6 +246,7 @@ def test_a_field_that_the_parameters_depend_on(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_all_other_fields_may_differ(trained_run: Path, base: Path) -> None:
     run = fine(trained_run)
     run = with_fields(run, "model", context=40, dtype="bfloat16", attention="segments", remat="full", scan=False)
@@ -254,6 +259,7 @@ def test_all_other_fields_may_differ(trained_run: Path, base: Path) -> None:
     assert load_base(with_fields(fine(base), "routing", gate="tanh", selection="stochastic", predictor_width=3))
 
 
+@pytest.mark.slow
 def test_parts_must_have_the_same_content(base: Path, tmp_path: Path) -> None:
     mine, other = tmp_path / "mine.py", tmp_path / "other.py"
     mine.write_text(PARTS)
@@ -282,6 +288,7 @@ def test_parts_must_have_the_same_content(base: Path, tmp_path: Path) -> None:
         run_dir.resumed_config(path, replace(run, parts=f"{other}:mine"))
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_the_other_runs(base: Path, tmp_path: Path) -> None:
     spec, copy, other = (str(tmp_path / name) for name in ("first.json", "copy.json", "other.json"))
     fingerprint = train_bpe(["one two three"], 270, spec).fingerprint

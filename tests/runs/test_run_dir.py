@@ -140,6 +140,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_load_run(tmp_path: Path) -> None:
     run = make_run()
     path = tmp_path / "run"

@@ -51,6 +51,7 @@ def thinker() -> Thinker:
     return Thinker(RUN, params, make_batch([[13, 7], [24], [11, 13], [24]], 24, 29))
 
 
+@pytest.mark.slow
 def test_the_signs_of_advantages_are_those_of_a_float32_mixture(thinker: Thinker) -> None:
     """Against a mixture in float64 of the same hidden states, in the objective itself."""
     rng, thinking, S = np.random.default_rng(0), RUN.thinking, 24
@@ -170,6 +171,7 @@ def test_logits_after_a_thought_are_mixed_in_float32() -> None:
         np.testing.assert_allclose(change, logits[1] - logits[0], atol=5e-6 / weight)
 
 
+@pytest.mark.slow
 def test_scores_and_thoughts_of_a_text_feel_a_small_weight(thinker: Thinker) -> None:
     """What a thought changes grows in proportion to a small w; rounded, it would be noise."""
     tokens, decoder = np.asarray(thinker.batch["tokens"][1]), Decoder(RUN.model, RUN.routing)

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from numpy_decoder import decode, float64
 from thinking_models import Thinker
 
@@ -45,6 +46,7 @@ def each_place(thinker: Thinker, places: Places) -> Any:
                 yield row, number, index, tokens[row, start : index + 1].tolist(), tokens[row, index + 1 : end].tolist()
 
 
+@pytest.mark.slow
 def test_log_probs_and_talk_equal_the_naive_loop(
     thinker: Thinker, thought_of: tuple[Places, Thought], scored: tuple[jax.Array, Talk]
 ) -> None:

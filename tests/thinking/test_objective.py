@@ -134,6 +134,7 @@ def naive_loss(thinker: Thinker, params: Any, thoughts: Thought) -> jax.Array:
     return (thinking.talk_weight * talk_sum + thinking.policy_weight * policy_sum) / predictions
 
 
+@pytest.mark.slow
 def test_value_and_gradients_equal_a_naive_loop(case: tuple[Thinker, Thought, int], gradient: Any) -> None:
     thinker, thoughts, _ = case
     naive = jax.jit(jax.value_and_grad(lambda params: naive_loss(thinker, params, thoughts)))
@@ -220,6 +221,7 @@ def test_the_baseline_is_the_mean_of_all_or_of_the_others() -> None:
     np.testing.assert_array_equal(advantages_of(DEFAULT_PARTS, alone, jnp.ones((2, 1, 1, 3)), NONE), 0)
 
 
+@pytest.mark.slow
 def test_without_reinforce_the_loss_is_that_of_the_text(random_params: Any, make_batch: Any) -> None:
     thinking = replace(PAPER, policy_weight=0.0)
     thinker, thoughts = make_case(DENSE, thinking, random_params, make_batch)
@@ -280,6 +282,7 @@ def text_of(hidden: jax.Array) -> Output:
     return Output(hidden, None, None)
 
 
+@pytest.mark.slow
 def test_all_positions_think_in_order_or_as_many_as_the_share_says(make_batch: Any) -> None:
     batch = make_batch([[13, 7], [24]], 24, 29)
     hidden = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 16)), jnp.float32)
@@ -325,6 +328,7 @@ def test_all_positions_think_in_order_or_as_many_as_the_share_says(make_batch: A
         assert len(chosen) == (3 if thinking is whole else 2), "of four positions"
 
 
+@pytest.mark.slow
 def test_a_budget_does_not_change_what_is_thought_at_a_place(random_params: Any, make_batch: Any) -> None:
     def think(thinking: ThinkingConfig) -> tuple[Places, Thought]:
         thinker, _ = make_case(ROUTED, thinking, random_params, make_batch)

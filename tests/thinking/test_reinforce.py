@@ -95,6 +95,7 @@ def flat(tree: Any) -> Any:
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
+@pytest.mark.slow
 def test_its_expectation_is_the_gradient_of_the_expected_likelihood(toy: Thinker, policy: Any, estimate: Any) -> None:
     estimated, likelihoods = estimate()
     of_thought = np.zeros((2, V))
@@ -118,6 +119,7 @@ def test_its_expectation_is_the_gradient_of_the_expected_likelihood(toy: Thinker
     assert np.abs(biased - exact / 2).max() > 0.05 * scale and np.abs(biased - exact).max() > 0.05 * scale
 
 
+@pytest.mark.slow
 def test_with_the_talk_loss_its_expectation_is_the_gradient_of_the_expected_talk_loss(
     toy: Thinker, policy: Any, estimate: Any
 ) -> None:

@@ -67,6 +67,7 @@ def score(thinker: Thinker, params: Any, places: Places, thoughts: Thought) -> t
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_scoring_repeats_log_probs_and_routing_of_sampling(
     dtype: Any, tiny_run: RunConfig, random_params: Any, make_batch: Any
 ) -> None:
@@ -106,6 +107,7 @@ def test_scoring_repeats_log_probs_and_routing_of_sampling(
 
 
 @pytest.mark.parametrize(("fields", "capacity", "slots"), [((8, 4), 0.125, 3), ((16, 9), 0.5, 20)])
+@pytest.mark.slow
 def test_a_thought_has_as_many_slots_in_evaluation_and_generation_as_in_training(
     fields: tuple[int, int], capacity: float, slots: int, routed_run: RunConfig, random_params: Any, make_batch: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -155,6 +157,7 @@ def counted_swiglu(params: Any, x_NxD: jax.Array) -> jax.Array:
     return swiglu(params, x_NxD)
 
 
+@pytest.mark.slow
 def test_sampling_runs_a_routed_block_for_as_many_chunks_as_the_routed_thoughts_of_all_positions_fill(
     routed_run: RunConfig, random_params: Any, make_batch: Any
 ) -> None:

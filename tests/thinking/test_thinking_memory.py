@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.model import Decoder
@@ -44,12 +45,14 @@ def compiled(**changed: Any) -> tuple[int, int]:
     return analysis.temp_size_in_bytes, max(int(np.prod([int(d) for d in dims.split(",")])) for dims in shapes)
 
 
+@pytest.mark.slow
 def test_twice_the_thoughts_their_length_or_their_places_take_at_most_twice_the_memory() -> None:
     base, _ = compiled()
     for doubled in ({"thought_length": 16}, {"n_thoughts": 4}, {"think_fraction": 1.0}):
         assert compiled(**doubled)[0] < 1.15 * 2 * base, doubled
 
 
+@pytest.mark.slow
 def test_neither_attention_nor_logits_of_all_thought_tokens_exist() -> None:
     """The largest array is the logits of one token of every thought at once."""
     assert place_count(ThinkingConfig(**FIELDS | {"think_fraction": 1.0}), S) == S - 1

@@ -57,6 +57,7 @@ def timeless(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in read_metrics(path)]
 
 
+@pytest.mark.slow
 def test_a_run_from_start_to_end(
     uninterrupted: tuple[Path, TrainSummary], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +96,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, when: Callable[[int, Any], boo
     monkeypatch.setattr(MetricsWriter, "write", writing)
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(
     uninterrupted: tuple[Path, TrainSummary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +121,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     chex.assert_trees_all_equal(load_state(path), load_state(straight_path))
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_left_only_when_told_to(uninterrupted: tuple[Path, TrainSummary], tmp_path: Path) -> None:
     path = tmp_path / "run"
     run = make_run(eval_every=0)
@@ -148,6 +151,7 @@ def test_second_ctrl_c_aborts(capfd: pytest.CaptureFixture[str]) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_diverging_run_stops(tmp_path: Path) -> None:
     run = make_run(steps=50, max_skipped=3, checkpoint_every=1, keep_checkpoints=50)
     run = presets.dense(replace(run, optimizer=replace(run.optimizer, learning_rate=1e38, warmup_steps=0)))
@@ -159,6 +163,7 @@ def test_a_diverging_run_stops(tmp_path: Path) -> None:
     assert f"last good checkpoint is {tmp_path}/run/checkpoints/{last}." in str(stopped.value)
 
 
+@pytest.mark.slow
 def test_profile_of_some_steps(uninterrupted: tuple[Path, TrainSummary], tmp_path: Path) -> None:
     path = tmp_path / "run"
     train(make_run(), path, profile=range(3, 5), quiet=True)
@@ -167,6 +172,7 @@ def test_profile_of_some_steps(uninterrupted: tuple[Path, TrainSummary], tmp_pat
     assert trace.stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_profile_beyond_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run"
     message = rf"--profile = '9:12': must begin with one of the run's {STEPS} steps"
@@ -182,6 +188,7 @@ def test_profile_beyond_the_last_step(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (path / "profile").exists()
 
 
+@pytest.mark.slow
 def test_budget_in_flops(tmp_path: Path) -> None:
     run = make_run(log_every=100)
     run = presets.dense(replace(run, model=replace(run.model, vocab_size=258)))

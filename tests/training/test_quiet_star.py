@@ -70,6 +70,7 @@ def left_behind(path: Path) -> tuple[list[dict[str, Any]], str]:
     return metrics, (path / "thoughts.jsonl").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +91,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert left_behind(path) == left_behind(uninterrupted)
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves_behind(uninterrupted: Path) -> None:
     metrics, thoughts = left_behind(uninterrupted)
     steps = [record for record in metrics if "loss" in record]
@@ -131,6 +133,7 @@ def greedy(routed_run: RunConfig, random_params: Any) -> tuple[RunConfig, Any]:
     return run, thinking_params(run, random_params(run.model, run.routing))
 
 
+@pytest.mark.slow
 def test_portions_of_a_batch_add_up_to_it_and_the_loss_is_made_of_the_metrics(
     greedy: tuple[RunConfig, Any], make_batch: Any
 ) -> None:
@@ -160,6 +163,7 @@ def test_portions_of_a_batch_add_up_to_it_and_the_loss_is_made_of_the_metrics(
     np.testing.assert_allclose(np.sum(metrics["gain_by_decile"] * in_decile) / 48, metrics["gain"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_held_out_loss_thinks_where_training_would(greedy: tuple[RunConfig, Any], make_batch: Any) -> None:
     run, params = greedy
     decoder, batch = Decoder(run.model, run.routing), make_batch([[24], [10, 9]], 24, 29)
@@ -190,6 +194,7 @@ def test_held_out_loss_thinks_where_training_would(greedy: tuple[RunConfig, Any]
     assert record["eval_loss"] not in (record["eval_base_loss"], record["eval_talk_loss"])
 
 
+@pytest.mark.slow
 def test_the_predictor_goes_on_learning_what_top_k_would_take_and_costs_the_language_model_nothing(
     greedy: tuple[RunConfig, Any], tiny_batch: dict[str, jax.Array]
 ) -> None:

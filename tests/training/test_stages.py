@@ -129,6 +129,7 @@ def timeless(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in read_metrics(path)]
 
 
+@pytest.mark.slow
 def test_every_step_is_computed_at_its_capacity(uninterrupted: tuple[Path, TrainSummary]) -> None:
     path, summary = uninterrupted
     run = make_run()
@@ -150,6 +151,7 @@ def test_every_step_is_computed_at_its_capacity(uninterrupted: tuple[Path, Train
         assert loaded.config.routing == replace(run.routing, capacity=capacity, stages=())
 
 
+@pytest.mark.slow
 def test_one_program_per_stage_and_a_line_about_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +178,7 @@ def test_one_program_per_stage_and_a_line_about_it(
     assert summary.steps == STEPS and summary.evaluation["capacity"] == 0.25
 
 
+@pytest.mark.slow
 def test_a_step_made_by_hand_is_of_one_stage(random_state: Any, make_batch: Any) -> None:
     """All of the run's would be trained at the last capacity, without a word."""
     run = make_run()
@@ -235,6 +238,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, when: Callable[[int, Any], bool]) 
     monkeypatch.setattr(MetricsWriter, "write", writing)
 
 
+@pytest.mark.slow
 def test_interrupted_around_boundaries_equals_uninterrupted(
     uninterrupted: tuple[Path, TrainSummary],
     tmp_path: Path,
@@ -265,6 +269,7 @@ def test_interrupted_around_boundaries_equals_uninterrupted(
     chex.assert_trees_all_equal(load_state(path), load_state(straight_path))
 
 
+@pytest.mark.slow
 def test_a_complete_run_has_its_stages_behind_it(uninterrupted: tuple[Path, TrainSummary], tmp_path: Path) -> None:
     path, _ = uninterrupted
     run = replace(run_dir.read_config(path), init_from=str(path))

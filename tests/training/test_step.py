@@ -84,6 +84,7 @@ def mean_nll(hidden: jax.Array, params: Any, batch: Batch) -> float:
     return total / weights.sum()
 
 
+@pytest.mark.slow
 def test_loss_and_metrics_equal_naive_sums_over_tokens(
     tiny_state: TrainState, tiny_batch: Batch, tiny_step: Step, tiny_outputs: dict[str, Output]
 ) -> None:
@@ -122,6 +123,7 @@ def test_loss_and_metrics_equal_naive_sums_over_tokens(
     assert [metrics[name] for name in ("finite", "skipped", "streak")] == [1, 0, 0]
 
 
+@pytest.mark.slow
 def test_the_only_scatter_of_the_training_step_is_the_embedding_gradient(
     tiny_program: Any, scatters: Callable[[str], list[str]]
 ) -> None:
@@ -131,6 +133,7 @@ def test_the_only_scatter_of_the_training_step_is_the_embedding_gradient(
     assert [re.sub(r"\{.*", "", shape) for shape in scattered] == ["f32[29,16]"]
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_a_batch_that_is_seen_again_and_again(
     tiny_state: TrainState, tiny_batch: Batch, tiny_step: Step
 ) -> None:
@@ -158,6 +161,7 @@ def poisons(state: TrainState, batch: Batch) -> dict[str, tuple[TrainState, Batc
 
 
 @pytest.mark.parametrize("poison", ["infinite weight", "NaN weight", "NaN in the parameters", "infinite predictor"])
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     poison: str, tiny_state: TrainState, tiny_batch: Batch, tiny_step: Step
 ) -> None:
@@ -209,6 +213,7 @@ def trained(
 
 
 @pytest.mark.parametrize("portions", [2, 4])
+@pytest.mark.slow
 def test_accumulation_gives_the_same_update(portions: int, trained: Callable[..., Trained]) -> None:
     """Although the rows have different numbers of weighted and of valid tokens."""
     whole, parts = trained(), trained(train={"accumulation": portions})
@@ -220,6 +225,7 @@ def test_accumulation_gives_the_same_update(portions: int, trained: Callable[...
         np.testing.assert_allclose(value, whole.metrics[name], rtol=1e-3, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_targets_without_weight_teach_nothing(tiny_step: Step, tiny_state: TrainState, tiny_batch: Batch) -> None:
     """As of a conversation, of which only the answers are learned."""
     learned = jnp.asarray(np.random.default_rng(0).random(tiny_batch["weights"].shape) < 0.4) & (
@@ -238,6 +244,7 @@ def language_model(state: TrainState) -> dict[str, np.ndarray]:
     return {name: leaf for name, leaf in flat(state.params).items() if "predictor" not in name}
 
 
+@pytest.mark.slow
 def test_the_predictor_costs_the_language_model_nothing_to_the_bit(trained: Callable[..., Trained]) -> None:
     light, heavy = (trained(AS_SHIPPED, routing={"auxiliary_weight": weight}).state for weight in (0.01, 1.0))
     assert_same_bits(language_model(light), language_model(heavy))
@@ -245,6 +252,7 @@ def test_the_predictor_costs_the_language_model_nothing_to_the_bit(trained: Call
     assert np.any(predictor(light) != predictor(heavy)), "the weight does something"
 
 
+@pytest.mark.slow
 def test_the_loss_on_the_routers_own_logit_does_cost_it(trained: Callable[..., Trained]) -> None:
     light, heavy = (
         language_model(trained(routing={"causal_rule": "router", "auxiliary_weight": weight}).state)
@@ -256,6 +264,7 @@ def test_the_loss_on_the_routers_own_logit_does_cost_it(trained: Callable[..., T
 STOCHASTIC: dict[str, Any] = {"routing": {"selection": "stochastic"}, "optimizer": {"warmup_steps": 10}}
 
 
+@pytest.mark.slow
 def test_the_rate_does_not_move_on_in_a_skipped_step(tiny_batch: Batch, trained: Callable[..., Trained]) -> None:
     step, state = trained(**STOCHASTIC).step, trained(**STOCHASTIC).start
     bad = {**tiny_batch, "weights": tiny_batch["weights"] * jnp.nan}
@@ -276,6 +285,7 @@ def test_stochastic_routing_draws_anew_at_every_step_but_the_same_at_the_same(
     assert float(step(other, tiny_batch)[1]["lm_loss"]) != losses[0]
 
 
+@pytest.mark.slow
 def test_stochastic_routing_selects_by_noise_for_each_row_and_trains_no_rule(
     routed_run: RunConfig, tiny_batch: Batch, trained: Callable[..., Trained]
 ) -> None:
@@ -297,6 +307,7 @@ def test_stochastic_routing_selects_by_noise_for_each_row_and_trains_no_rule(
     assert abs(share - 0.25) < 4 * np.sqrt(0.25 * 0.75 / (64 * 24)), "about capacity"
 
 
+@pytest.mark.slow
 def test_evaluation_equals_naive_sums_under_both_routings(
     tiny_run: RunConfig, tiny_state: TrainState, tiny_batch: Batch, tiny_outputs: dict[str, Output]
 ) -> None:
@@ -336,6 +347,7 @@ def test_a_dense_model_has_a_loss_and_no_routing_metrics(
     assert record.keys() == {"eval_loss"}
 
 
+@pytest.mark.slow
 def test_the_first_state_counts_from_zero_and_its_key_is_not_the_parameters(
     routed_run: RunConfig, random_state: Callable[..., TrainState]
 ) -> None:
@@ -353,6 +365,7 @@ def largest_float_array(text: str) -> int:
     return max(int(np.prod([int(d) for d in dims.split(",")])) for dims in shapes)
 
 
+@pytest.mark.slow
 def test_the_logits_of_all_tokens_never_exist(tiny_run: RunConfig) -> None:
     """At S 2,048, batch 8, V 49,152; compiled only. Width and depth don't matter to it and are tiny."""
     B, S, V = 8, 2048, 49_152

@@ -40,6 +40,7 @@ def drawn(words: str, folder: Path, **environment: str) -> subprocess.CompletedP
         {"MPLBACKEND": "nonsense", "MPLCONFIGDIR": "/dev/null/nowhere"},
     ],
 )
+@pytest.mark.slow
 def test_the_environment_has_no_say(environment: dict[str, str], tmp_path: Path) -> None:
     # Read where it stands: a backend that isn't there, and text by a program that isn't.
     (tmp_path / "matplotlibrc").write_text("backend: nonsense\ntext.usetex: True\nfont.family: Nowhere Sans\n")
