@@ -44,7 +44,8 @@ def run(argv: Sequence[str]) -> None:
     from mod_star.pretrained.export import export_model, require_exportable
     from mod_star.pretrained.families import FAMILIES
     from mod_star.runs.directory import load_run, require_creatable
-    from mod_star.views.terminal import result_table, short_number
+    from mod_star.units import short_number
+    from mod_star.views.terminal import result_table
 
     require_creatable(options.directory)
     loaded = load_run(options.run, options.step)

@@ -69,7 +69,8 @@ def stage_table(run: RunConfig) -> Table:
     from mod_star.parts import load_parts
     from mod_star.presets import dense
     from mod_star.stages import stage_configs
-    from mod_star.views.terminal import result_table, short_number
+    from mod_star.units import short_number
+    from mod_star.views.terminal import result_table
 
     tokens, parts = run.model.context, load_parts(run.parts)
     cost = lambda at: forward_flops(at.model, at.routing, tokens, parts).total / tokens  # noqa: E731

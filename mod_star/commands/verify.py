@@ -35,11 +35,13 @@ def run(argv: Sequence[str]) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from mod_star.runs.buckets import checkpoints_of, is_address
+    from mod_star.runs.buckets import checkpoints_of
     from mod_star.runs.checkpoints import saved_steps
     from mod_star.runs.integrity import checkpoint_bytes, damages, has_checksums
     from mod_star.runs.stored_config import read_config
-    from mod_star.views.terminal import result_table, short_number
+    from mod_star.storage import is_address
+    from mod_star.units import short_number
+    from mod_star.views.terminal import result_table
 
     read_config(options.run)
     directory = checkpoints_of(options.run)

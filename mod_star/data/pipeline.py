@@ -37,9 +37,9 @@ from grain.experimental import ConcatThenSplitIterDataset, ThreadPrefetchIterDat
 from mod_star.config import DataConfig
 from mod_star.data.conversations import Conversation, check_rendering, tokenise
 from mod_star.data.sources import Document, Tell, read_sources
-from mod_star.data.special_tokens import END_OF_TEXT
-from mod_star.data.tokenizers import Tokenizer, begin
 from mod_star.errors import InputError, require
+from mod_star.tokenization.special_tokens import END_OF_TEXT
+from mod_star.tokenization.tokenizers import Tokenizer, begin
 
 Batch = dict[str, np.ndarray]
 

@@ -1,4 +1,4 @@
-"""Runs and files in buckets of Google Cloud Storage, named by gs:// addresses.
+"""Runs in buckets of Google Cloud Storage, named by gs:// addresses; for single files there see `mod_star.storage`.
 
 A run in a bucket has the same files as one in a directory. Checkpoints go there and come from there directly, each
 process writing its part. The small files are kept in a working copy on this machine, in the user's cache directory, for
@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import unicodedata
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mod_star.errors import InputError, UnavailableError
+from mod_star.errors import InputError
 from mod_star.home import cache_root
 from mod_star.runs.locks import LOCK_FILE, is_locked, wait_for_lock
 from mod_star.runs.stored_config import (
@@ -34,6 +33,7 @@ from mod_star.runs.stored_config import (
     TOKENIZER_DIRECTORY,
     is_run,
 )
+from mod_star.storage import address_of, bucket_errors, bucket_input, file_system, is_address
 
 CHECKPOINTS_DIRECTORY = "checkpoints"
 """Of a run; see `mod_star.runs.checkpoints`."""
@@ -50,63 +50,6 @@ _copies: dict[Path, str] = {}  # the addresses of working copies that this proce
 _written_to: set[Path] = set()  # see `bring_back_at_end`
 
 
-def is_address(path: str | Path) -> bool:
-    """Whether a path is meant to be an address: it begins with a scheme, such as gs://."""
-    return re.match(r"[a-z][a-z0-9]+:/", str(path)) is not None
-
-
-def address_of(path: str | Path) -> str:
-    """A gs:// address as it should be written; `Path` makes one slash of two.
-
-    Raises:
-      InputError: it is another kind of address, or has no bucket or no name in it.
-    """
-    found = re.fullmatch(r"gs:/+([^/]+(?:/+[^/]+)+)/*", str(path))
-    shown = re.sub(":/+", "://", str(path), count=1)
-    if found is None:
-        raise InputError(f"{shown}: must be a directory, or gs://BUCKET/NAME")
-    if {".", ".."} & set(found[1].split("/")):
-        raise InputError(f"{shown}: '.' and '..' are no names in a bucket")
-    return "gs://" + re.sub("/+", "/", found[1])
-
-
-def file_system(address: str) -> Any:
-    """fsspec's file system for an address.
-
-    Raises:
-      InputError: the package gcsfs is missing.
-    """
-    import fsspec
-
-    try:
-        return fsspec.filesystem("gs")
-    except ImportError:
-        raise InputError(f"{address}: needs the package gcsfs: pip install 'mod_star[gcs]'") from None
-
-
-@contextmanager
-def bucket_errors(address: str) -> Iterator[None]:
-    """Makes an OSError that names the address of what gcsfs, Google's libraries, Orbax and tensorstore raise."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        number = error.errno if isinstance(error, OSError) and error.errno else 5
-        raise OSError(number, f"{type(error).__name__}: {reason}", address) from error
-
-
-@contextmanager
-def bucket_input(address: str) -> Iterator[None]:
-    """Makes an UnavailableError of the same, for commands that have begun nothing yet."""
-    try:
-        with bucket_errors(address):
-            yield
-    except OSError as error:
-        raise UnavailableError(f"{error.filename}: {error.strerror}") from error
-
-
 def holds_run(path: str | Path) -> bool:
     """Whether there is a run in a directory or at an address. False for what is no address of a bucket.
 
@@ -121,27 +64,6 @@ def holds_run(path: str | Path) -> bool:
         return False
     with bucket_input(address):
         return bool(file_system(address).isfile(f"{address}/{CONFIG_FILE}"))
-
-
-def find_files(pattern: str) -> list[str]:
-    """The addresses of the files that an address names, or a glob of addresses; sorted.
-
-    Raises:
-      InputError: as for `holds_run`.
-    """
-    address = address_of(pattern)
-    with bucket_input(address):
-        files = file_system(address)
-        files.invalidate_cache()  # others write there, too
-        found = {address: {"type": "file"}} if files.isfile(address) else files.glob(address, detail=True)
-        names = [name for name, about in found.items() if about["type"] == "file" and not name.endswith("/")]
-        return sorted(f"gs://{name.removeprefix('gs://')}" for name in names)
-
-
-def read_file(address: str) -> bytes:
-    """A whole file. Raises OSError if that can't be."""
-    with bucket_errors(address):
-        return bytes(file_system(address).cat_file(address))
 
 
 def working_copy(path: str | Path) -> Path:

@@ -27,7 +27,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import grain
 import jax
@@ -38,17 +38,39 @@ from jax.sharding import Mesh
 from mod_star.data import merge_states
 from mod_star.distributed.processes import gather
 from mod_star.distributed.sharding import place, placed_shapes, shardings
-from mod_star.errors import InputError
-from mod_star.runs.buckets import bucket_errors, find_files, is_address, read_file
+from mod_star.errors import InputError, TrainingError
 from mod_star.runs.integrity import COMMIT_FILE, SUMS_FILE, find_damage, write_sums
 from mod_star.runs.params_file import PARAMS_NAME, read_params_file, write_params_file
 from mod_star.runs.plain_paths import plain_path
-from mod_star.training.interrupt import TrainingError
-from mod_star.training.state import TrainState
+from mod_star.storage import bucket_errors, find_files, is_address, read_file
 
 # After which Orbax gives up a save. It goes by the wall clock, which a laptop that slept in the middle of a save, or a
 # machine that has just been told the time, find to have jumped: more than any jump.
 PATIENCE_SECONDS = 100 * 365 * 24 * 3600
+
+
+class State(Protocol):
+    """What a checkpoint is made from: a frozen dataclass of arrays, such as `mod_star.training.state.TrainState`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def step(self) -> jax.Array:
+        """int32 number of steps done; names the checkpoint."""
+        ...
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Parameters; a nested dict, kept apart from the rest."""
+        ...
+
+    @property
+    def key(self) -> jax.Array:
+        """Typed random key; kept as plain numbers."""
+        ...
+
+
+StateT = TypeVar("StateT", bound=State)
 
 
 class CheckpointWriter:
@@ -83,7 +105,7 @@ class CheckpointWriter:
             ),
         )
 
-    def save(self, state: TrainState, batches: grain.DatasetIterator, progress: dict[str, Any]) -> None:
+    def save(self, state: State, batches: grain.DatasetIterator, progress: dict[str, Any]) -> None:
         """Copies the state and returns; writing goes on in the background. The state's buffers may be donated at once.
 
         Args:
@@ -219,17 +241,17 @@ def delete_after(directory: Path, step: int) -> None:
 def restore_state(
     directory: Path,
     step: int,
-    like: TrainState,
+    like: StateT,
     batches: grain.DatasetIterator,
     mesh: Mesh | None = None,
     data: str | None = None,
-) -> tuple[TrainState, dict[str, Any]]:
+) -> tuple[StateT, dict[str, Any]]:
     """Loads a checkpoint to train on from; sets `batches` to where it was, unless the data is not what it was.
 
     Args:
       directory: RUN/checkpoints.
       step: which checkpoint.
-      like: the state's shapes and types, as from `jax.eval_shape`.
+      like: the state's shapes and types, as from `jax.eval_shape`; the result is of its class.
       batches: an iterator over the same data, whatever rows of the batch it makes.
       mesh: where the state is to lie, wherever it was when it was saved; None: one device.
       data: what the batches are made from, a `fingerprint` as in `progress`; None: the same as then. Other data is read
@@ -254,7 +276,7 @@ def restore_state(
         batches.set_state(found["data"])
     training = dict(found["training"])
     key = jax.random.wrap_key_data(training.pop("key"))
-    return TrainState(params=found["params"], key=key, **training), found["progress"]
+    return dataclasses.replace(like, params=found["params"], key=key, **training), found["progress"]
 
 
 def restore_params(directory: Path, step: int, like: Any, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -371,7 +393,7 @@ for _name in ("absl", "asyncio"):  # Orbax's background threads log there
     logging.getLogger(_name).addFilter(_is_news)
 
 
-def _to_saved(state: TrainState) -> dict[str, Any]:
+def _to_saved(state: State) -> dict[str, Any]:
     """The state as two pytrees that Orbax can write: parameters, and the rest with the key as plain numbers."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}
     return {"params": state.params, "training": rest | {"key": jax.random.key_data(state.key)}}

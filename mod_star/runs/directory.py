@@ -30,10 +30,10 @@ from jax.sharding import Mesh
 
 import mod_star
 from mod_star.config import RunConfig, to_dict
-from mod_star.data import Tokenizer, load_saved_tokenizer, load_tokenizer, save_tokenizer
 from mod_star.data.identity import Identity
 from mod_star.distributed.sharding import all_devices, require_model_fits
 from mod_star.errors import InputError, require
+from mod_star.initial_params import initial_params
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.runs.buckets import (
@@ -42,7 +42,6 @@ from mod_star.runs.buckets import (
     FETCHING_FILE,
     bring_back,
     checkpoints_of,
-    is_address,
     working_copy,
 )
 from mod_star.runs.checkpoints import choose_checkpoint, restore_params
@@ -63,7 +62,8 @@ from mod_star.runs.stored_config import (
     write_json,
 )
 from mod_star.stages import config_at
-from mod_star.training.state import initial_params
+from mod_star.storage import is_address
+from mod_star.tokenization import Tokenizer, load_saved_tokenizer, load_tokenizer, save_tokenizer
 
 __all__ = [
     "CHECKPOINTS_DIRECTORY",

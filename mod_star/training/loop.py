@@ -27,8 +27,9 @@ from mod_star.data import Batch, prefetch_to_device
 from mod_star.data.identity import fingerprint
 from mod_star.distributed.processes import SharedStop, decide_first, is_first
 from mod_star.distributed.sharding import batch_sharding, place, shardings, use_mesh
-from mod_star.errors import InputError
+from mod_star.errors import InputError, TrainingError
 from mod_star.flops import parameter_count
+from mod_star.initial_params import initial_params
 from mod_star.model import Decoder
 from mod_star.runs import checkpoints
 from mod_star.runs.buckets import bring_back, checkpoints_of, copied_from
@@ -37,15 +38,15 @@ from mod_star.runs.metrics import MetricsWriter, read_metrics
 from mod_star.runs.summary import SUMMARY_FILE, TrainSummary, describe, write_summary
 from mod_star.stages import Stage
 from mod_star.training.inputs import Inputs
-from mod_star.training.interrupt import Interrupted, LostProcess, TrainingError, stop_signals
+from mod_star.training.interrupt import Interrupted, LostProcess, stop_signals
 from mod_star.training.lowering import lower_eval_step, lower_train_step, state_shapes
 from mod_star.training.objectives.thoughts_log import ThoughtsLog
-from mod_star.training.state import TrainState, init_state, initial_params
+from mod_star.training.state import TrainState, init_state
 from mod_star.training.step import objective_of
+from mod_star.units import short_number
 from mod_star.views.pictures import try_to_draw
 from mod_star.views.plots import plot_curves
 from mod_star.views.progress import TrainingProgress
-from mod_star.views.terminal import short_number
 
 CURVES_FILE = "curves.png"
 PROFILE_DIRECTORY = "profile"

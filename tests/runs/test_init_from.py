@@ -18,16 +18,18 @@ import pytest
 
 from mod_star import presets
 from mod_star.config import RunConfig
-from mod_star.data import load_tokenizer, train_batches, train_bpe
+from mod_star.data import train_batches
 from mod_star.errors import InputError
+from mod_star.initial_params import init_params
 from mod_star.model import Decoder
 from mod_star.runs import directory as run_dir
 from mod_star.runs.base_run import load_base
 from mod_star.runs.checkpoints import CheckpointWriter, restore_state, saved_steps
 from mod_star.runs.metrics import MetricsWriter, read_metrics
+from mod_star.tokenization import load_tokenizer, train_bpe
 from mod_star.training.interrupt import Interrupted
 from mod_star.training.loop import TrainingSession
-from mod_star.training.state import init_params, init_state
+from mod_star.training.state import init_state
 from mod_star.training.train import TrainSummary, train
 
 STEPS = 4
