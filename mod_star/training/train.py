@@ -27,7 +27,7 @@ from mod_star.tokenization import HuggingFaceTokenizer, load_saved_tokenizer, lo
 from mod_star.training.extension import require_extendable
 from mod_star.training.inputs import Inputs, load_inputs
 from mod_star.training.interrupt import LostProcess
-from mod_star.training.loop import CURVES_FILE, TrainingSession, draw_curves
+from mod_star.training.session import CURVES_FILE, TrainingSession, draw_curves
 
 __all__ = ["SUMMARY_FILE", "LostProcess", "TrainSummary", "TrainingError", "describe", "train"]
 
