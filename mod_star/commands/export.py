@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mod_star.commands import parse_options, with_working_copy
+from mod_star.commands import on_working_copy, parse_options
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,11 @@ class ExportOptions:
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
-    options = with_working_copy(parse_options(ExportOptions, argv, "mod-star export"))
+    with on_working_copy(parse_options(ExportOptions, argv, "mod-star export")) as options:
+        _run(options)
 
+
+def _run(options: ExportOptions) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from mod_star.commands import parse_options, with_working_copy
+from mod_star.commands import on_working_copy, parse_options
 from mod_star.errors import InputError
 
 
@@ -30,8 +30,11 @@ class VerifyOptions:
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
-    options = with_working_copy(parse_options(VerifyOptions, argv, "mod-star verify"))
+    with on_working_copy(parse_options(VerifyOptions, argv, "mod-star verify")) as options:
+        _run(options)
 
+
+def _run(options: VerifyOptions) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

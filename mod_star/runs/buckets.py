@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 import shutil
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mod_star.atomic_files import UNFINISHED, write_atomically
 from mod_star.errors import InputError
 from mod_star.home import cache_root
 from mod_star.runs.locks import LOCK_FILE, is_locked, wait_for_lock
@@ -43,11 +44,6 @@ FETCHING_FILE = ".fetching"
 LEFT_THERE = (CHECKPOINTS_DIRECTORY, "tensorboard", "profile")
 """Directories of a run that are not fetched: the first by nature, the others since nothing here reads them."""
 NOT_BROUGHT = (COPY_FILE, FETCHING_FILE, LOCK_FILE, CHECKPOINTS_DIRECTORY)
-UNFINISHED = ".new"
-"""Ends the names of files that are being written, here and all over the package."""
-
-_copies: dict[Path, str] = {}  # the addresses of working copies that this process has made or renewed
-_written_to: set[Path] = set()  # see `bring_back_at_end`
 
 
 def holds_run(path: str | Path) -> bool:
@@ -83,16 +79,15 @@ def working_copy(path: str | Path) -> Path:
         shown = " ".join(repr(character)[1:-1] for character in dict.fromkeys(odd))
         raise InputError(f"{address!r}: has {shown} in it, which stand for a pattern there; choose another name")
     files = file_system(address)
-    cache = cache_root()
-    if cache is None:
+    copies = _directory_of_copies()
+    if copies is None:
         raise InputError(f"{address}: needs a directory for a working copy: set HOME or XDG_CACHE_HOME")
-    local = cache / "mod_star" / "runs" / hashlib.sha256(address.encode()).hexdigest()[:12] / address.rpartition("/")[2]
+    local = copies / hashlib.sha256(address.encode()).hexdigest()[:12] / address.rpartition("/")[2]
     with bucket_input(address):
         local.mkdir(parents=True, exist_ok=True)
         with _alone(local):
             if not is_locked(local):
                 _fetch(files, address, local)
-    _copies[local] = address
     return local
 
 
@@ -114,8 +109,12 @@ def copied_from(run: Path) -> str | None:
 
 def with_addresses(message: str) -> str:
     """A message that names runs in buckets by their addresses, not by their working copies."""
-    for local, address in _copies.items():
-        message = message.replace(str(local), address)
+    copies = _directory_of_copies()
+    for named in [] if copies is None else re.findall(re.escape(f"{copies}/") + "[0-9a-f]{12}(?=/)", message):
+        for local in Path(named).glob("*"):
+            with suppress(OSError, ValueError):  # an error is being told, which counts
+                if address := copied_from(local):
+                    message = message.replace(str(local), address)
     return message
 
 
@@ -150,15 +149,10 @@ def bring_back(local: Path) -> None:
             _write_copy_file(local, address, known)
 
 
-def bring_back_at_end(local: Path) -> None:
-    """Lets `bring_back_all` do so for a working copy."""
-    _written_to.add(local)
-
-
-def bring_back_all() -> None:
-    """Brings all of them back. Errors as `bring_back`."""
-    for local in sorted(_written_to):
-        bring_back(local)
+def _directory_of_copies() -> Path | None:
+    """Where all working copies are; None: the user has no cache directory."""
+    cache = cache_root()
+    return None if cache is None else cache / "mod_star" / "runs"
 
 
 def _fetch(files: Any, address: str, local: Path) -> None:
@@ -187,9 +181,7 @@ def _fetch(files: Any, address: str, local: Path) -> None:
         target = local / short
         if known.get(short, [])[2:] != [there[short]] or not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
-            beside = target.with_name(target.name + UNFINISHED)
-            beside.write_bytes(files.cat_file(f"{root}{short}"))
-            os.replace(beside, target)
+            write_atomically(target, files.cat_file(f"{root}{short}"))
             known[short] = [*_stamp(target), there[short]]
     here = _stamps(local).keys()
     removed = {short for short in (here & known.keys()) - wanted if short.split("/")[0] not in LEFT_THERE}
@@ -236,6 +228,4 @@ def _read_copy_file(local: Path) -> dict[str, Any] | None:
 
 
 def _write_copy_file(local: Path, address: str, known: dict[str, list[Any]]) -> None:
-    beside = local / (COPY_FILE + UNFINISHED)
-    beside.write_text(json.dumps({"address": address, "files": known}), encoding="utf-8")
-    os.replace(beside, local / COPY_FILE)
+    write_atomically(local / COPY_FILE, json.dumps({"address": address, "files": known}))

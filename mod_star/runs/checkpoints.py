@@ -19,9 +19,7 @@ that it was copied to, where a checkpoint without any counts as whole.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -39,10 +37,11 @@ from mod_star.data import merge_states
 from mod_star.distributed.processes import gather
 from mod_star.distributed.sharding import place, placed_shapes, shardings
 from mod_star.errors import InputError, TrainingError
+from mod_star.runs.disk_errors import disk_errors, silence_disk_errors
 from mod_star.runs.integrity import COMMIT_FILE, SUMS_FILE, find_damage, write_sums
 from mod_star.runs.params_file import PARAMS_NAME, read_params_file, write_params_file
 from mod_star.runs.plain_paths import plain_path
-from mod_star.storage import bucket_errors, find_files, is_address, read_file
+from mod_star.storage import find_files, is_address, read_file
 
 # After which Orbax gives up a save. It goes by the wall clock, which a laptop that slept in the middle of a save, or a
 # machine that has just been told the time, find to have jumped: more than any jump.
@@ -86,6 +85,7 @@ class CheckpointWriter:
     def __init__(self, directory: Path, keep: int) -> None:
         self._directory = directory if is_address(directory) else directory.absolute()
         self._saving = 0
+        self._has_failed = False
         self._small: dict[str, Any] | None = None  # of what was saved last: what is read of it, until that is done
         if not is_address(directory):
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -104,6 +104,7 @@ class CheckpointWriter:
                 async_options=ocp.AsyncOptions(PATIENCE_SECONDS, post_finalization_callback=self._write_sums),
             ),
         )
+        self._log_again = silence_disk_errors()
 
     def save(self, state: State, batches: grain.DatasetIterator, progress: dict[str, Any]) -> None:
         """Copies the state and returns; writing goes on in the background. The state's buffers may be donated at once.
@@ -121,7 +122,7 @@ class CheckpointWriter:
         self._saving = step
         saved = _to_saved(state)
         self._small = {"params": _smallest(saved["params"]), "training": {"step": _shape(saved["training"]["step"])}}
-        with _disk_errors(self._directory / str(step)):
+        with self._saves(self._directory / str(step)):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -141,7 +142,7 @@ class CheckpointWriter:
           TrainingError: it was written, but can't be opened by the door that `restore_state` goes through.
         """
         checkpoint = self._directory / str(self._saving)
-        with _disk_errors(checkpoint):
+        with self._saves(checkpoint):
             self._manager.wait_until_finished()
         if self._small is not None:
             small, self._small = self._small, None
@@ -156,8 +157,20 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Waits and ends the background threads. What went wrong in a save is `wait`'s to raise."""
-        with suppress(OSError), _disk_errors(self._directory / str(self._saving)):
+        with suppress(OSError), self._saves(self._directory / str(self._saving)):
             self._manager.close()
+        if not self._has_failed:  # threads of a save that failed may log until the process ends
+            self._log_again()
+
+    @contextmanager
+    def _saves(self, checkpoint: Path) -> Iterator[None]:
+        """`disk_errors`, and takes note of what goes wrong."""
+        try:
+            with disk_errors(checkpoint):
+                yield
+        except BaseException:
+            self._has_failed = True
+            raise
 
     def _write_sums(self) -> None:
         # Orbax calls this when all files are written, just before the rename that makes the checkpoint, and only in the
@@ -351,46 +364,6 @@ def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:
 def _not_loaded(checkpoint: Path, error: Exception) -> InputError:
     reason = " ".join(str(error).split())[:200]
     return InputError(f"checkpoint {checkpoint} cannot be loaded: {type(error).__name__}: {reason}")
-
-
-@contextmanager
-def _disk_errors(checkpoint: Path) -> Iterator[None]:
-    """Makes an OSError that names the checkpoint of what Orbax and tensorstore make of a full or failing disk."""
-    if is_address(checkpoint):
-        with bucket_errors(str(checkpoint)):
-            yield
-        return
-    try:
-        yield
-    except Exception as error:
-        number = _error_number(error)
-        if number is None:
-            raise
-        raise OSError(number, os.strerror(number), str(checkpoint)) from error
-
-
-def _error_number(error: BaseException | None) -> int | None:
-    """The operating system's, of an error that came from there; tensorstore's is a ValueError with it in the text."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    return None if found is None else int(found[1])
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for the tracebacks of a full or failing disk, or of another process that is gone: `wait` raises the same,
-    once and in one line.
-
-    Nor is it news that other threads of a failed save can't go on when the process ends.
-    """
-    error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        return False
-    return _error_number(error) is None and "cannot schedule new futures after" not in str(error)
-
-
-for _name in ("absl", "asyncio"):  # Orbax's background threads log there
-    logging.getLogger(_name).addFilter(_is_news)
 
 
 def _to_saved(state: State) -> dict[str, Any]:

@@ -29,6 +29,7 @@ import jax
 from jax.sharding import Mesh
 
 import mod_star
+from mod_star.atomic_files import UNFINISHED
 from mod_star.config import RunConfig, to_dict
 from mod_star.data.identity import Identity
 from mod_star.distributed.sharding import all_devices, require_model_fits
@@ -87,8 +88,8 @@ __all__ = [
 ]
 
 OF_A_WORKING_COPY = {COPY_FILE, FETCHING_FILE}
-MADE_BEFORE_CONFIG = {LOCK_FILE, TOKENIZER_DIRECTORY, PARTS_FILE, CONFIG_FILE + ".new"} | OF_A_WORKING_COPY
-MADE_BEFORE_CONFIG |= {DATA_FILE, DATA_FILE + ".new"}
+MADE_BEFORE_CONFIG = {LOCK_FILE, TOKENIZER_DIRECTORY, PARTS_FILE, CONFIG_FILE + UNFINISHED} | OF_A_WORKING_COPY
+MADE_BEFORE_CONFIG |= {DATA_FILE, DATA_FILE + UNFINISHED}
 """What a directory can hold that a new run was about to be made in when its process was killed."""
 
 
@@ -319,7 +320,14 @@ def created(
             bring_back(path)
         except BaseException as error:
             shutil.rmtree(path / TOKENIZER_DIRECTORY, ignore_errors=True)
-            for name in (PARTS_FILE, CONFIG_FILE + ".new", CONFIG_FILE, DATA_FILE + ".new", DATA_FILE, LOCK_FILE):
+            for name in (
+                PARTS_FILE,
+                CONFIG_FILE + UNFINISHED,
+                CONFIG_FILE,
+                DATA_FILE + UNFINISHED,
+                DATA_FILE,
+                LOCK_FILE,
+            ):
                 (path / name).unlink(missing_ok=True)
             if new:
                 path.rmdir()

@@ -58,8 +58,6 @@ def here(served: tuple[Bucket, dict[str, str]], tmp_path: Path, monkeypatch: pyt
     bucket, environment = served
     for name, value in (environment | {"XDG_CACHE_HOME": str(tmp_path)}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(buckets, "_copies", {})
-    monkeypatch.setattr(buckets, "_written_to", set())
     return bucket
 
 
