@@ -31,6 +31,7 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from mod_star.data import merge_states
@@ -350,11 +351,8 @@ def _require_opened(directory: Path, step: int, small: dict[str, Any]) -> None:
 
 def _smallest(tree: dict[str, Any]) -> dict[str, Any]:
     """The tree's smallest array, as shape and place, in a tree with nothing else."""
-    path, leaf = min(jax.tree_util.tree_leaves_with_path(tree), key=lambda entry: entry[1].size)
-    alone: Any = _shape(leaf)
-    for entry in reversed(path):
-        alone = {entry.key: alone}
-    return dict(alone)
+    path, leaf = min(flatten_dict(tree).items(), key=lambda entry: entry[1].size)
+    return dict(unflatten_dict({path: _shape(leaf)}))
 
 
 def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:
