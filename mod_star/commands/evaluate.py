@@ -213,7 +213,7 @@ def _run(options: EvaluateOptions) -> None:
         todo = [(number, item) for number, item in enumerate(asked) if item.id not in records.by_id]
         if len(todo) < len(asked):
             console.print(f"{len(asked) - len(todo)} of {len(asked)} questions are done already", markup=False)
-        _ask(options.run, subject, protocol, todo, len(asked), records)
+        _ask(subject, protocol, todo, len(asked), records, options.run)
         _report(task, protocol, config, records, out, console)
 
 
@@ -319,7 +319,7 @@ def _config(options: EvaluateOptions, step: int) -> dict[str, Any]:
 
 
 def _ask(
-    run: Path, subject: Subject, protocol: ProtocolOf, todo: Sequence[Numbered], total: int, records: Records
+    subject: Subject, protocol: ProtocolOf, todo: Sequence[Numbered], total: int, records: Records, run: Path
 ) -> None:
     """Adds the records that are missing, under a bar with the running result; to the bucket too, if `run` is in one."""
     from rich.console import Console
