@@ -38,9 +38,10 @@ from mod_star.model.routing import capacity_of
 from mod_star.runs.directory import LoadedRun, load_run
 from mod_star.training.interrupt import Interrupted
 from mod_star.training.train import TrainingError, TrainSummary, train
+from mod_star.units import duration, short_number
 from mod_star.views.pictures import try_to_draw
 from mod_star.views.plots import plot_curves, plot_routes
-from mod_star.views.terminal import Cell, duration, result_table, routes_text, short_number
+from mod_star.views.terminal import Cell, result_table, routes_text
 
 PROMPT = "When a function is called, "
 SAMPLING = Sampling(temperature=0.6)

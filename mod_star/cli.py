@@ -89,14 +89,7 @@ def _run(argv: Sequence[str]) -> None:
         raise InputError(f"unknown command {name!r}{meant}; there are {', '.join(COMMANDS)}, see mod-star --help")
     module = "import_model" if name == "import" else name  # `import` is a word of Python's
     command = importlib.import_module(f"mod_star.commands.{module}")
-    try:
-        command.run(rest)
-    finally:  # what it has written beside a run in a bucket; also after an error or an interruption
-        try:
-            if buckets := sys.modules.get("mod_star.runs.buckets"):
-                buckets.bring_back_all()
-        except OSError as error:
-            _leave(1, f"error: {error.filename}: {error.strerror}")
+    command.run(rest)
 
 
 def _described(error: OSError) -> str:
@@ -121,8 +114,9 @@ def _raised_in(error: Exception) -> str:
 
 
 def _with_addresses(message: str) -> str:
-    buckets = sys.modules.get("mod_star.runs.buckets")
-    return buckets.with_addresses(message) if buckets else message
+    from mod_star.runs.buckets import with_addresses  # only now: help and versions need no configuration
+
+    return with_addresses(message)
 
 
 def _leave(code: int, message: str = "") -> NoReturn:

@@ -26,6 +26,12 @@ class UnavailableError(InputError):
     exit_code = 1
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on, through no fault of the input's form; the message is one line."""
+
+    exit_code = 1
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Makes an UnavailableError that names the file of an OSError: a full disk, a quota, a right that is missing."""

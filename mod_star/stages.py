@@ -44,6 +44,11 @@ class StagePlan:
     stages: tuple[Stage, ...]
 
     @property
+    def is_staged(self) -> bool:
+        """Whether the capacity changes."""
+        return len(self.stages) > 1
+
+    @property
     def steps(self) -> int:
         """Steps of the whole run."""
         return self.stages[-1].last

@@ -50,6 +50,7 @@ import pytest
 from thinking_models import Thinker, scores, thinking_params, thinks
 
 from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
+from mod_star.initial_params import init_params
 from mod_star.model import Decoder
 from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.presets import tiny
@@ -59,7 +60,7 @@ from mod_star.thinking.thought import Thought
 from mod_star.training import loop
 from mod_star.training.lowering import lower_eval_step, lower_train_step
 from mod_star.training.optimizer import make_optimizer
-from mod_star.training.state import TrainState, init_params
+from mod_star.training.state import TrainState
 from mod_star.training.train import train
 
 # Tracing makes millions of small objects, hardly any of them in cycles: the collector, which JAX makes slower still,

@@ -23,16 +23,17 @@ from mod_star.config import (
     from_dict,
     to_dict,
 )
-from mod_star.data import ByteTokenizer
 from mod_star.errors import InputError
 from mod_star.flops import training_step_flops
+from mod_star.initial_params import init_params, initial_params
 from mod_star.model import Decoder
 from mod_star.model.attention import use_fused
 from mod_star.stages import plan_stages
 from mod_star.thinking.parameters import thinking_init
+from mod_star.tokenization import ByteTokenizer
 from mod_star.training.objectives.next_token import forward, make_loss
 from mod_star.training.optimizer import make_optimizer
-from mod_star.training.state import init_params, init_state, initial_params
+from mod_star.training.state import init_state
 from mod_star.training.step import make_train_step, objective_of
 
 GROUPS: dict[str, Any] = {

@@ -21,6 +21,7 @@ from mod_star.flops import (
     training_step_flops,
 )
 from mod_star.function_flops import function_flops
+from mod_star.initial_params import init_params
 from mod_star.model import Decoder
 from mod_star.model.cross_entropy import cross_entropy
 from mod_star.model.layers import fan_in_normal
@@ -33,7 +34,6 @@ from mod_star.thinking.parameters import thinking_init
 from mod_star.thinking.sample import ThinkingDecoder
 from mod_star.thinking.thought import Thought
 from mod_star.training.objectives.next_token import forward, make_loss
-from mod_star.training.state import init_params
 from mod_star.training.train import train
 
 S = 128

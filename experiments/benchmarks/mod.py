@@ -29,12 +29,13 @@ from mod_star.decoding.caches import cache_bytes
 from mod_star.decoding.generate import Generator
 from mod_star.decoding.sampling import Sampling
 from mod_star.flops import forward_flops, parameter_count, training_step_flops
+from mod_star.initial_params import init_params
 from mod_star.model import Decoder
 from mod_star.model.cross_entropy import cross_entropy
 from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import head_matrix
 from mod_star.training.objectives.next_token import forward
-from mod_star.training.state import init_params, init_state
+from mod_star.training.state import init_state
 from mod_star.training.step import make_train_step
 from mod_star.views.terminal import result_table
 

@@ -61,12 +61,14 @@ from rich.console import Console
 from experiments.demo import mod_run
 from mod_star.commands import keep_compiled_programs
 from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, TrainConfig
-from mod_star.data import ByteTokenizer, train_batches
+from mod_star.data import train_batches
+from mod_star.initial_params import initial_params
 from mod_star.model import Decoder
 from mod_star.runs.checkpoints import CheckpointWriter
+from mod_star.tokenization import ByteTokenizer
 from mod_star.training import loop
 from mod_star.training.lowering import lower_train_step, state_shapes
-from mod_star.training.state import TrainState, init_state, initial_params
+from mod_star.training.state import TrainState, init_state
 from mod_star.training.train import train
 from mod_star.views.terminal import result_table
 

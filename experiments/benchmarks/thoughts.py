@@ -28,6 +28,7 @@ from experiments.support.timing import in_turns
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.decoding import Generator, Sampling, Think
 from mod_star.flops import sampling_flops, scoring_flops, training_step_flops
+from mod_star.initial_params import init_params
 from mod_star.model import Decoder
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.objective import choose_places, sample_thoughts, talk_loss
@@ -35,7 +36,7 @@ from mod_star.thinking.parameters import thinking_init
 from mod_star.thinking.sample import ThinkingDecoder
 from mod_star.training.objectives.next_token import forward
 from mod_star.training.objectives.quiet_star import make_quiet_star_loss
-from mod_star.training.state import init_params, init_state
+from mod_star.training.state import init_state
 from mod_star.training.step import make_train_step
 from mod_star.views.terminal import result_table
 

@@ -19,9 +19,10 @@ from mod_star.model.routing import capacity_of
 from mod_star.runs.directory import is_run, read_config
 from mod_star.runs.metrics import METRICS_FILE, read_metrics
 from mod_star.training.train import SUMMARY_FILE
+from mod_star.units import short_number
 from mod_star.views.pictures import as_shipped, save_figure, try_to_draw
 from mod_star.views.plots import COLOURS, DOTTED, DPI, GREY, INK, PALE, SOLID
-from mod_star.views.terminal import result_table, short_number
+from mod_star.views.terminal import result_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

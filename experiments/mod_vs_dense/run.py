@@ -78,7 +78,8 @@ def config(options: Options, arm: str, seed: int) -> RunConfig:
 
 def make_tokenizer(options: Options) -> None:
     """A byte-level BPE of 2,048 tokens from the same text, once."""
-    from mod_star.data import read_sources, train_bpe
+    from mod_star.data import read_sources
+    from mod_star.tokenization import train_bpe
 
     path = options.out / "tokenizer.json"
     if not path.exists():

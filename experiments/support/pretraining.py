@@ -14,8 +14,9 @@ from rich.progress import track
 
 from experiments.support.reporting import write_aside
 from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, TrainConfig
+from mod_star.initial_params import init_params
 from mod_star.model import Decoder
-from mod_star.training.state import init_params, init_state
+from mod_star.training.state import init_state
 from mod_star.training.step import make_train_step
 
 DENSE = RoutingConfig(every=0)

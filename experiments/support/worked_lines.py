@@ -23,8 +23,8 @@ import numpy as np
 
 from experiments.support.composition_task import OPERATIONS, OPERATIONS_PER_LINE, PERMUTATIONS, STATES
 from experiments.support.pretraining import symbol_batch
-from mod_star.data.chat import Message
 from mod_star.errors import InputError
+from mod_star.tokenization.chat import Message
 
 SYMBOLS = "01234abcdQ=#!()[],;-\n^"
 OPENINGS = {"#": 0.5, "(": 0.2, "!": 0.15, "[": 0.15}

@@ -15,9 +15,10 @@ from mod_star.flops import forward_flops
 from mod_star.runs.metrics import METRICS_FILE, read_metrics
 from mod_star.runs.stored_config import SUMMARY_FILE, is_run, read_config
 from mod_star.stages import StagePlan, plan_stages
+from mod_star.units import short_number
 from mod_star.views.pictures import as_shipped, save_figure, try_to_draw
 from mod_star.views.plots import COLOURS, DASHED, DPI, GREY, PALE, SOLID
-from mod_star.views.terminal import result_table, short_number
+from mod_star.views.terminal import result_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -62,16 +62,20 @@ def parse_options(kind: type[Options], argv: Sequence[str], prog: str, default: 
     raise InputError(f"{_one_line(errors.getvalue())}; see {prog} --help")
 
 
-def with_working_copy(options: Options) -> Options:
-    """The options with RUN (the field `run`), if it is in a bucket, replaced by its working copy on this machine.
+@contextlib.contextmanager
+def on_working_copy(options: Options) -> Iterator[Options]:
+    """Yields the options with RUN (the field `run`), if it is in a bucket, replaced by its working copy here.
 
-    What the command writes there is brought back when it ends. Errors as for `mod_star.runs.buckets.working_copy`.
+    What the command writes there is brought back when it ends, also by an error or an interruption. Errors as for
+    `mod_star.runs.buckets.working_copy`; OSError: the bucket can't be written.
     """
-    from mod_star.runs.buckets import bring_back_at_end, working_copy
+    from mod_star.runs.buckets import bring_back, working_copy
 
     run = working_copy(options.run)  # type: ignore[attr-defined]
-    bring_back_at_end(run)
-    return dataclasses.replace(options, run=run)  # type: ignore[type-var]
+    try:
+        yield dataclasses.replace(options, run=run)  # type: ignore[type-var]
+    finally:
+        bring_back(run)
 
 
 def require_writable(option: str, path: Path) -> None:

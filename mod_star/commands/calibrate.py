@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from mod_star.commands import keep_compiled_programs, parse_options, with_working_copy
+from mod_star.commands import keep_compiled_programs, on_working_copy, parse_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,8 +41,11 @@ class CalibrateOptions:
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
-    options = with_working_copy(parse_options(CalibrateOptions, argv, "mod-star calibrate"))
+    with on_working_copy(parse_options(CalibrateOptions, argv, "mod-star calibrate")) as options:
+        _run(options)
 
+
+def _run(options: CalibrateOptions) -> None:
     import numpy as np
     from rich.console import Console
     from rich.progress import track

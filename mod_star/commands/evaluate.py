@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from mod_star.commands import keep_compiled_programs, parse_options, require_writable, with_working_copy
+from mod_star.commands import keep_compiled_programs, on_working_copy, parse_options, require_writable
 from mod_star.distributed.options import MeshConfig
 from mod_star.errors import InputError, require
-from mod_star.runs.buckets import bring_back_all, checkpoints_of, copied_from
+from mod_star.runs.buckets import bring_back, checkpoints_of, copied_from
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -150,7 +150,11 @@ SECONDS_BETWEEN_COPIES = 60.0
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
-    options = with_working_copy(parse_options(EvaluateOptions, argv, "mod-star evaluate"))
+    with on_working_copy(parse_options(EvaluateOptions, argv, "mod-star evaluate")) as options:
+        _run(options)
+
+
+def _run(options: EvaluateOptions) -> None:
     _check(options)
 
     # Only now, when the command line is known to be good: JAX takes seconds to import.
@@ -209,7 +213,7 @@ def run(argv: Sequence[str]) -> None:
         todo = [(number, item) for number, item in enumerate(asked) if item.id not in records.by_id]
         if len(todo) < len(asked):
             console.print(f"{len(asked) - len(todo)} of {len(asked)} questions are done already", markup=False)
-        _ask(subject, protocol, todo, len(asked), records)
+        _ask(subject, protocol, todo, len(asked), records, options.run)
         _report(task, protocol, config, records, out, console)
 
 
@@ -314,8 +318,10 @@ def _config(options: EvaluateOptions, step: int) -> dict[str, Any]:
     return {_flag(name): value for name, value in values.items()}
 
 
-def _ask(subject: Subject, protocol: ProtocolOf, todo: Sequence[Numbered], total: int, records: Records) -> None:
-    """Adds the records that are missing, under a bar with the running result."""
+def _ask(
+    subject: Subject, protocol: ProtocolOf, todo: Sequence[Numbered], total: int, records: Records, run: Path
+) -> None:
+    """Adds the records that are missing, under a bar with the running result; to the bucket too, if `run` is in one."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -334,7 +340,7 @@ def _ask(subject: Subject, protocol: ProtocolOf, todo: Sequence[Numbered], total
             records.add(record)
             if time.monotonic() - brought > SECONDS_BETWEEN_COPIES:
                 with suppress(OSError):  # if it stays so, it is said at the end
-                    bring_back_all()
+                    bring_back(run)
                 brought = time.monotonic()
             scores.append(float(record["scores"][protocol.headline]))
             so_far = f"{protocol.headline}: {100 * sum(scores) / len(scores):.1f} %"

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mod_star.commands import parse_options, with_working_copy
+from mod_star.commands import on_working_copy, parse_options
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,11 @@ class ExportOptions:
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
-    options = with_working_copy(parse_options(ExportOptions, argv, "mod-star export"))
+    with on_working_copy(parse_options(ExportOptions, argv, "mod-star export")) as options:
+        _run(options)
 
+
+def _run(options: ExportOptions) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -45,7 +48,8 @@ def run(argv: Sequence[str]) -> None:
     from mod_star.pretrained.export import export_model, require_exportable
     from mod_star.pretrained.families import FAMILIES
     from mod_star.runs.directory import load_run, require_creatable
-    from mod_star.views.terminal import result_table, short_number
+    from mod_star.units import short_number
+    from mod_star.views.terminal import result_table
 
     require_creatable(options.directory)
     loaded = load_run(options.run, options.step)

@@ -80,7 +80,8 @@ def import_table(source: Source, made: RunConfig) -> Table:
     import math
 
     from mod_star.pretrained.families import FAMILIES
-    from mod_star.views.terminal import result_table, short_number
+    from mod_star.units import short_number
+    from mod_star.views.terminal import result_table
 
     model, tokenizer = made.model, source.tokenizer
     count = sum(math.prod(tensor.shape) for tensor in source.tensors.values())

@@ -23,7 +23,7 @@ from mod_star.runs.stored_config import is_run, read_config
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mod_star.planning.plan import Watch
+    from mod_star.planning.plan_training import Watch
 
 WHAT = "the name of a preset, or the directory of a run"
 
@@ -72,7 +72,7 @@ def run(argv: Sequence[str]) -> None:
 
     from rich.console import Console
 
-    from mod_star.planning.plan import plan_training
+    from mod_star.planning.plan_training import plan_training
     from mod_star.views.plan import plan_record, plan_report
 
     with _watching(Console(stderr=True)) as watch:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mod_star.commands import keep_compiled_programs, parse_options, require_writable, with_working_copy
+from mod_star.commands import keep_compiled_programs, on_working_copy, parse_options, require_writable
 from mod_star.errors import InputError, require
 
 PNG_FILE = "routes.png"
@@ -41,7 +41,11 @@ class RoutesOptions:
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
-    options = with_working_copy(parse_options(RoutesOptions, argv, "mod-star routes"))
+    with on_working_copy(parse_options(RoutesOptions, argv, "mod-star routes")) as options:
+        _run(options)
+
+
+def _run(options: RoutesOptions) -> None:
     if (options.text is None) == (options.text_file is None):
         raise InputError("--text: give a text either so or with --text-file, and not both")
     png = options.run / PNG_FILE if options.png is None else options.png

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import tyro
 
-from mod_star.commands import keep_compiled_programs, parse_options, with_working_copy
+from mod_star.commands import keep_compiled_programs, on_working_copy, parse_options
 from mod_star.distributed.options import MeshConfig
 from mod_star.errors import InputError, require
 from mod_star.views.sample import completion_record, summary, write_completions, write_stream
@@ -126,7 +126,11 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
-    options = with_working_copy(parse_options(SampleOptions, argv, "mod-star sample"))
+    with on_working_copy(parse_options(SampleOptions, argv, "mod-star sample")) as options:
+        _run(options)
+
+
+def _run(options: SampleOptions) -> None:
     _check(options)
 
     # Only now, when the command line is known to be good: JAX takes seconds to import.

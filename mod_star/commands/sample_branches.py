@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 
-from mod_star.data import Tokenizer
 from mod_star.decoding import Completion, Generator, Sampling, Think
 from mod_star.decoding.answers import Finder, Phrase, make_finder
 from mod_star.decoding.beam import LENGTH_PENALTY, beam_search, check_beams
 from mod_star.decoding.branches import Branches, Ranking
 from mod_star.decoding.cot import SO_THE_ANSWER_IS, cot_decode, self_consistency, tokens_after
 from mod_star.errors import require
+from mod_star.tokenization import Tokenizer
 from mod_star.views.branches import beam_record, beams_table, branches_record, branches_table, outcome
 from mod_star.views.sample import write
 

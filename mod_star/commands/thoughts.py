@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from mod_star.commands import keep_compiled_programs, parse_options, require_writable, with_working_copy
+from mod_star.commands import keep_compiled_programs, on_working_copy, parse_options, require_writable
 from mod_star.errors import InputError, require, writing
 
 HTML_FILE = "thoughts.html"
@@ -43,7 +43,11 @@ class ThoughtsOptions:
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
-    options = with_working_copy(parse_options(ThoughtsOptions, argv, "mod-star thoughts"))
+    with on_working_copy(parse_options(ThoughtsOptions, argv, "mod-star thoughts")) as options:
+        _run(options)
+
+
+def _run(options: ThoughtsOptions) -> None:
     if (options.text is None) == (options.text_file is None):
         raise InputError("--text: give a text either so or with --text-file, and not both")
     page = options.run / HTML_FILE if options.html is None else options.html

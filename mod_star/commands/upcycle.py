@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from mod_star.commands import keep_compiled_programs, parse_options, with_working_copy
+from mod_star.commands import keep_compiled_programs, on_working_copy, parse_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,8 +44,11 @@ class UpcycleOptions:
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
-    options = with_working_copy(parse_options(UpcycleOptions, argv, "mod-star upcycle"))
+    with on_working_copy(parse_options(UpcycleOptions, argv, "mod-star upcycle")) as options:
+        _run(options)
 
+
+def _run(options: UpcycleOptions) -> None:
     from rich.console import Console
 
     from mod_star.pretrained.upcycle import upcycle
@@ -69,7 +72,8 @@ def stage_table(run: RunConfig) -> Table:
     from mod_star.parts import load_parts
     from mod_star.presets import dense
     from mod_star.stages import stage_configs
-    from mod_star.views.terminal import result_table, short_number
+    from mod_star.units import short_number
+    from mod_star.views.terminal import result_table
 
     tokens, parts = run.model.context, load_parts(run.parts)
     cost = lambda at: forward_flops(at.model, at.routing, tokens, parts).total / tokens  # noqa: E731

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from mod_star.commands import parse_options, with_working_copy
+from mod_star.commands import on_working_copy, parse_options
 from mod_star.errors import InputError
 
 
@@ -30,16 +30,21 @@ class VerifyOptions:
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
-    options = with_working_copy(parse_options(VerifyOptions, argv, "mod-star verify"))
+    with on_working_copy(parse_options(VerifyOptions, argv, "mod-star verify")) as options:
+        _run(options)
 
+
+def _run(options: VerifyOptions) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from mod_star.runs.buckets import checkpoints_of, is_address
+    from mod_star.runs.buckets import checkpoints_of
     from mod_star.runs.checkpoints import saved_steps
     from mod_star.runs.integrity import checkpoint_bytes, damages, has_checksums
     from mod_star.runs.stored_config import read_config
-    from mod_star.views.terminal import result_table, short_number
+    from mod_star.storage import is_address
+    from mod_star.units import short_number
+    from mod_star.views.terminal import result_table
 
     read_config(options.run)
     directory = checkpoints_of(options.run)

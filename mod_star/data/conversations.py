@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mod_star.data.chat import Message
-from mod_star.data.templates import unicode_text
-from mod_star.data.tokenizers import Tokenizer, begin
 from mod_star.errors import InputError
+from mod_star.tokenization.chat import Message
+from mod_star.tokenization.tokenizers import Tokenizer, begin
+from mod_star.tokenization.unicode_text import unicode_text
 
 FIELDS = ("messages", "conversations")
 """Where a record's messages are looked for without a template."""

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from mod_star.data.parquet import parquet_records
 from mod_star.errors import InputError
-from mod_star.runs.buckets import address_of, is_address, read_file
+from mod_star.storage import address_of, is_address, read_file
 
 Format = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrayrecord"]
 Records = Iterator[tuple[Any, str]]

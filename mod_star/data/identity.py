@@ -28,7 +28,7 @@ from mod_star.config import DataConfig
 from mod_star.data import sources
 from mod_star.data.files import file_type
 from mod_star.errors import InputError
-from mod_star.runs.buckets import file_system, is_address, read_file
+from mod_star.storage import file_system, is_address, read_file
 
 BLOCK = 2**16
 """Bytes of a block that is read of a large file."""

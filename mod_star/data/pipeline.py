@@ -37,9 +37,9 @@ from grain.experimental import ConcatThenSplitIterDataset, ThreadPrefetchIterDat
 from mod_star.config import DataConfig
 from mod_star.data.conversations import Conversation, check_rendering, tokenise
 from mod_star.data.sources import Document, Tell, read_sources
-from mod_star.data.special_tokens import END_OF_TEXT
-from mod_star.data.tokenizers import Tokenizer, begin
 from mod_star.errors import InputError, require
+from mod_star.tokenization.special_tokens import END_OF_TEXT
+from mod_star.tokenization.tokenizers import Tokenizer, begin
 
 Batch = dict[str, np.ndarray]
 
@@ -346,17 +346,40 @@ class _ClosedAtExit(grain.IterDataset):
     """Ends the threads of its iterators before the interpreter goes down; inside JAX they would abort the process."""
 
     def __iter__(self) -> grain.DatasetIterator:
-        iterator = iter(self._parent)
-        _open_iterators.add(iterator)
-        return iterator
+        return _ClosedAtExitIterator(iter(self._parent))
 
 
-_open_iterators: weakref.WeakSet[grain.DatasetIterator] = weakref.WeakSet()
+class _ClosedAtExitIterator(grain.DatasetIterator):
+    def __init__(self, iterator: grain.DatasetIterator) -> None:
+        super().__init__()
+        self._iterator: grain.DatasetIterator | None = iterator
+        _open_iterators.add(self)
+
+    def __next__(self) -> Any:
+        return next(self._opened())
+
+    def get_state(self) -> dict[str, Any]:
+        return self._opened().get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._opened().set_state(state)
+
+    def close(self) -> None:
+        # grain closes once more when it deletes the iterator: now, not at the end, when its modules may be gone.
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            iterator.close()
+
+    def _opened(self) -> grain.DatasetIterator:
+        if self._iterator is None:
+            raise ValueError("the iterator is closed")
+        return self._iterator
+
+
+_open_iterators: weakref.WeakSet[_ClosedAtExitIterator] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_iterators() -> None:
     for iterator in list(_open_iterators):
         iterator.close()
-        # grain closes again on deletion, which may come when its modules are gone already.
-        vars(iterator)["close"] = lambda: None

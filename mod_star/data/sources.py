@@ -42,9 +42,10 @@ from mod_star.data.files import (
     read_text,
     uncompressed_name,
 )
-from mod_star.data.templates import Template, unescape, unicode_text
+from mod_star.data.templates import Template, unescape
 from mod_star.errors import InputError
-from mod_star.runs.buckets import find_files, is_address
+from mod_star.storage import find_files, is_address
+from mod_star.tokenization.unicode_text import unicode_text
 
 Document = str | Conversation
 Tell = Callable[[str], None]

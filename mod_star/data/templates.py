@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mod_star.errors import InputError
+from mod_star.tokenization.unicode_text import unicode_text
 
 _FIELD = re.compile(r"([^\[\].]+)((?:\[[^\[\]]+\])*)")
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
@@ -108,23 +109,6 @@ class Template:
             raise InputError(
                 f"{where}: {self._option} formats {_show(path)!r} with {number_format!r}: {error}"
             ) from None
-
-
-def unicode_text(text: str | bytes, where: str) -> str:
-    """`text` as a string that UTF-8 can represent.
-
-    Raises:
-        InputError: Bytes that are not UTF-8, or a string with an unpaired surrogate (JSON allows to write one).
-    """
-    try:
-        if isinstance(text, bytes):
-            return text.decode()
-        text.encode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not valid UTF-8 (byte 0x{text[error.start]:02x} at {error.start})") from None
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: character {error.start} is an unpaired surrogate, which no text can hold") from None
-    return text
 
 
 def unescape(text: str) -> str:

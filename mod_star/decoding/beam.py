@@ -18,7 +18,6 @@ import numpy as np
 from flax import struct
 
 from mod_star.config import ThinkingConfig
-from mod_star.data.tokenizers import Tokenizer
 from mod_star.decoding.generate import NEVER, Generator
 from mod_star.decoding.generated import Generated
 from mod_star.decoding.programs import think_in
@@ -31,6 +30,7 @@ from mod_star.distributed.sharding import use_mesh
 from mod_star.errors import require
 from mod_star.model import Decoder
 from mod_star.model.transformer import logits_of
+from mod_star.tokenization.tokenizers import Tokenizer
 
 LENGTH_PENALTY = 1.0
 """The default of transformers, vLLM and fairseq: texts are ranked by the mean log-probability of their tokens."""

@@ -147,15 +147,6 @@ def answer_delta(gaps: Sequence[float], tokens: Sequence[int], skip_first: bool 
     return math.fsum(counted) / len(counted) if counted else 0.0
 
 
-def path_log_prob(completion: Completion) -> tuple[float, float]:
-    """Log-probability of a branch in nats, its end token included if it has one; and the same per token."""
-    log_probs = list(completion.log_probs)
-    if completion.finished == "end" and completion.end_log_prob is not None:
-        log_probs.append(completion.end_log_prob)
-    total = math.fsum(log_probs)
-    return total, total / max(1, len(log_probs))
-
-
 def ill_formed(completion: Completion) -> str | None:
     """Why a branch is no candidate, whatever it answers: empty, cut by the length limit, or ending in "?"."""
     if not completion.text.strip():
@@ -200,5 +191,5 @@ def read_branch(
         delta = answer_delta(completion.gaps, tokens_of_span(completion.starts, span, len(text)), skip_first)
     elif dropped is None:
         dropped = missing
-    log_prob, normalised = path_log_prob(completion)
+    log_prob, normalised = completion.path_log_prob()
     return Branch(completion, first_token, span, answer, delta, log_prob, normalised, dropped, continuation)

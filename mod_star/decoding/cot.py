@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mod_star.data.tokenizers import Tokenizer
 from mod_star.decoding.answers import Finder, Phrase
 from mod_star.decoding.branches import Branches, read_branch
 from mod_star.decoding.generate import NEVER, Generator
@@ -16,6 +15,7 @@ from mod_star.decoding.sampling import Sampling
 from mod_star.decoding.text import Completion, complete, complete_many, encode_prompts
 from mod_star.decoding.think import Think
 from mod_star.errors import InputError, require
+from mod_star.tokenization.tokenizers import Tokenizer
 
 GREEDY = Sampling(0.0)
 BRANCHING = Sampling(0.0, branch=True)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mod_star.data.tokenizers import StreamDecoder, Tokenizer, begin
 from mod_star.decoding.generate import NEVER, Generator
 from mod_star.decoding.generated import Generated
 from mod_star.decoding.sampling import Sampling
 from mod_star.decoding.think import Think
 from mod_star.errors import require
+from mod_star.tokenization.tokenizers import StreamDecoder, Tokenizer, begin
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,17 @@ class Completion:
     starts: list[int] = field(default_factory=list)
     """Index in the text at which each token begins; beyond its end for tokens that are held back or left out."""
 
+    def path_log_prob(self) -> tuple[float, float]:
+        """Log-probability of the path in nats, its end token included if it has one; and the same per token."""
+        log_probs = list(self.log_probs)
+        if self.finished == "end" and self.end_log_prob is not None:
+            log_probs.append(self.end_log_prob)
+        total = math.fsum(log_probs)
+        return total, total / max(1, len(log_probs))
+
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt, as the model saw texts begin: see `mod_star.data.tokenizers.begin`."""
+    """Token ids of each prompt, as the model saw texts begin: see `mod_star.tokenization.tokenizers.begin`."""
     return [begin(tokenizer, prompt) for prompt in prompts]
 
 

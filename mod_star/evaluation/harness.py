@@ -21,7 +21,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from mod_star.data.tokenizers import begin
 from mod_star.decoding import Generator, Sampling, Think
 from mod_star.decoding.text import complete_many
 from mod_star.distributed.options import MeshConfig
@@ -30,6 +29,7 @@ from mod_star.errors import InputError, require
 from mod_star.evaluation.scoring import require_shareable, score_rolling, score_stream, shares_of
 from mod_star.inspection.calibration import read_calibration
 from mod_star.runs.directory import load_run
+from mod_star.tokenization.tokenizers import begin
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 """Context and continuation as text, and their token ids."""

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mod_star.data.tokenizers import Tokenizer
 from mod_star.errors import InputError, require
 from mod_star.evaluation.prompts import joined
 from mod_star.evaluation.protocols import Numbered, Subject, stopwatch
 from mod_star.evaluation.records import Record
 from mod_star.evaluation.scoring import Pair, Scored, score_stream
 from mod_star.evaluation.tasks import Item
+from mod_star.tokenization.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from mod_star.data.files import holds_records, read_text
 from mod_star.data.templates import Template
-from mod_star.data.tokenizers import Tokenizer, begin
 from mod_star.errors import InputError, require
 from mod_star.evaluation.tasks import CustomTask, Item, Task, load_task
+from mod_star.tokenization.tokenizers import Tokenizer, begin
 
 PLAIN, CHAT = "Q: {question}\nA:", "{question}"
 STEP_BY_STEP = "Let's think step by step."

@@ -20,7 +20,6 @@ import jax
 from jax.sharding import Mesh
 
 from mod_star.config import ThinkingConfig
-from mod_star.data.tokenizers import Tokenizer
 from mod_star.decoding.generate import NEVER, Generator
 from mod_star.decoding.think import Think
 from mod_star.evaluation.intervals import Estimate, accuracy, mean
@@ -28,6 +27,7 @@ from mod_star.evaluation.prompts import Prompts
 from mod_star.evaluation.records import Record
 from mod_star.evaluation.tasks import Item
 from mod_star.model import Decoder
+from mod_star.tokenization.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mod_star.atomic_files import write_atomically
 from mod_star.errors import InputError, writing
 from mod_star.runs.locks import LOCK_FILE, locked
 
@@ -147,10 +148,8 @@ def _lies_in(directory: Path, run: Path) -> bool:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a file aside and moves it into place."""
-    beside = path.with_name(path.name + ".new")
     with writing(path):
-        beside.write_text(_json(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        write_atomically(path, _json(content, indent=2) + "\n")
 
 
 def _json(content: Any, indent: int | None = None) -> str:

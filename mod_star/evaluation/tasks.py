@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mod_star.data.files import read_bytes, read_records
-from mod_star.data.templates import Template, unicode_text
+from mod_star.data.templates import Template
 from mod_star.decoding.answers import Finder, LastNumber, LastOption, Phrase
 from mod_star.errors import InputError, require
+from mod_star.tokenization.unicode_text import unicode_text
 
 Kind = Literal["number", "choice", "text"]
 KINDS: tuple[Kind, ...] = ("number", "choice", "text")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from mod_star.atomic_files import write_atomically
 from mod_star.data import Batch, held_out_batches
 from mod_star.errors import InputError, require
 from mod_star.model.cross_entropy import token_entropy
@@ -98,10 +98,8 @@ def require_share(share: float) -> None:
 def write_calibration(directory: Path, calibration: Calibration) -> Path:
     """Writes RUN/thinking.json, or leaves what was there. Raises InputError if it can't be written."""
     path = directory / CALIBRATION_FILE
-    beside = directory / (CALIBRATION_FILE + ".new")
     try:
-        beside.write_text(json.dumps(dataclasses.asdict(calibration), indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        write_atomically(path, json.dumps(dataclasses.asdict(calibration), indent=2) + "\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     return path

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mod_star.config import ThinkingConfig
-from mod_star.data.tokenizers import begin
 from mod_star.decoding.think import Think
 from mod_star.errors import InputError, require
 from mod_star.inspection.routes import token_pieces
@@ -21,6 +20,7 @@ from mod_star.runs.directory import LoadedRun
 from mod_star.thinking.mixing import mixed_logits, thought_weight
 from mod_star.thinking.objective import memory_of
 from mod_star.thinking.sample import Place, ThinkingDecoder, sample_thought
+from mod_star.tokenization.tokenizers import begin
 from mod_star.views.thoughts import TextThoughts
 
 POSITIONS_AT_ONCE = 32

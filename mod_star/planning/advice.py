@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from mod_star.planning.plan import Plan
+from mod_star.planning.plan import Plan
+from mod_star.units import size
 
 
 def advice(plan: Plan) -> tuple[str, ...]:
@@ -63,12 +61,3 @@ def _portions(rows: int, excess: float) -> int:
 def _halved(mesh: dict[str, int]) -> str:
     axis = "data" if mesh["data"] % 2 == 0 else "fsdp"
     return f"--mesh.{axis} {mesh[axis] // 2}"
-
-
-def size(value: float) -> str:
-    """Bytes in words, in binary units: 1.5 GiB."""
-    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= factor:
-            scaled = value / factor
-            return f"{scaled:#.3g}".rstrip(".") + f" {unit}" if scaled < 999.5 else f"{scaled:.0f} {unit}"
-    return f"{value:.0f} B"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from mod_star.data import ByteTokenizer
+from mod_star.tokenization import ByteTokenizer
 
 
 def byte_tokenizer_json() -> str:

@@ -16,7 +16,6 @@ import tokenizers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mod_star.data import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 from mod_star.errors import InputError
 from mod_star.pretrained.build import Place, places, take_tensor
 from mod_star.pretrained.byte_tokenizer import byte_tokenizer_json
@@ -26,6 +25,7 @@ from mod_star.pretrained.hf_directory import TOKENIZER_NAME
 from mod_star.pretrained.model_card import CARD_NAME, model_card
 from mod_star.pretrained.safetensors_files import INDEX_NAME, SINGLE_NAME
 from mod_star.runs.directory import LoadedRun, place_beside, require_creatable
+from mod_star.tokenization import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 
 ExportType = Literal["float32", "bfloat16", "float16"]
 SHARD_BYTES = 2 * 1024**3

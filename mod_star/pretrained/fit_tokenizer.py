@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers
 
-from mod_star.data.tokenizers import HuggingFaceTokenizer, TokenizerFiles
+from mod_star.tokenization.tokenizers import HuggingFaceTokenizer, TokenizerFiles
 
 
 def fit_tokenizer(tokenizer: HuggingFaceTokenizer, rows: int) -> HuggingFaceTokenizer:

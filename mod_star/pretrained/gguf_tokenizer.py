@@ -15,10 +15,10 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from mod_star.data.special_tokens import SpecialTokens, end_ids
-from mod_star.data.tokenizers import HuggingFaceTokenizer, TokenizerFiles
 from mod_star.errors import InputError
 from mod_star.pretrained.gguf_header import GgufFile
+from mod_star.tokenization.special_tokens import SpecialTokens, end_ids
+from mod_star.tokenization.tokenizers import HuggingFaceTokenizer, TokenizerFiles
 
 _PREFIX = "tokenizer.ggml."
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # values of tokenizer.ggml.token_type

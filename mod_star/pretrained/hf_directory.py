@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mod_star.data import HuggingFaceTokenizer
-from mod_star.data.tokenizer_files import ADDED_TOKENS, CHAT_TEMPLATE_NAME, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 from mod_star.errors import InputError
 from mod_star.pretrained.families import FAMILIES
 from mod_star.pretrained.fit_tokenizer import fit_tokenizer
 from mod_star.pretrained.hf_config import CONFIG_NAME, read_hf_config
 from mod_star.pretrained.safetensors_files import ADAPTER_CONFIG, INDEX_NAME, open_safetensors, require_no_adapter
 from mod_star.pretrained.source import Source, SourceTensor
+from mod_star.tokenization import HuggingFaceTokenizer
+from mod_star.tokenization.tokenizer_files import ADDED_TOKENS, CHAT_TEMPLATE_NAME, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 
 TOKENIZER_NAME = "tokenizer.json"
 # All that is read, so that nothing else is downloaded: no pickles, no second copy of the weights in another format.

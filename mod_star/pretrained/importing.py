@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from mod_star.config import DataConfig, RunConfig
-from mod_star.data import HuggingFaceTokenizer
 from mod_star.errors import InputError, require
 from mod_star.home import expanded
 from mod_star.pretrained.build import DENSE, build_params, check_source
@@ -19,6 +18,7 @@ from mod_star.pretrained.hf_directory import download, open_hf
 from mod_star.pretrained.params_run import require_free, write_params_run
 from mod_star.pretrained.source import Source
 from mod_star.runs.directory import require_vocabulary
+from mod_star.tokenization import HuggingFaceTokenizer
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

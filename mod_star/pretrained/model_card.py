@@ -15,10 +15,10 @@ from mod_star import __version__
 from mod_star.errors import InputError
 from mod_star.flops import parameter_count
 from mod_star.pretrained.families import FAMILIES
-from mod_star.runs.buckets import is_address
 from mod_star.runs.directory import LoadedRun
 from mod_star.runs.stored_config import SUMMARY_FILE
 from mod_star.runs.summary import TrainSummary, read_summary
+from mod_star.storage import is_address
 
 CARD_NAME = "README.md"
 

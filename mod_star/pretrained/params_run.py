@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mod_star.config import RunConfig
-from mod_star.data import Tokenizer
 from mod_star.errors import InputError
 from mod_star.runs.checkpoints import save_params
 from mod_star.runs.directory import (
@@ -20,6 +19,7 @@ from mod_star.runs.directory import (
     read_config,
     require_creatable,
 )
+from mod_star.tokenization import Tokenizer
 
 
 def require_free(path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mod_star.config import ModelConfig
-from mod_star.data import Tokenizer
+from mod_star.tokenization import Tokenizer
 
 
 @dataclass(frozen=True)

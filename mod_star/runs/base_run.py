@@ -8,11 +8,11 @@ from typing import Any
 from jax.sharding import Mesh
 
 from mod_star.config import RunConfig
-from mod_star.data import Tokenizer, load_tokenizer
 from mod_star.errors import InputError
 from mod_star.runs.buckets import working_copy
 from mod_star.runs.directory import TOKENIZER_DIRECTORY, LoadedRun, load_run, read_config, same_parts
 from mod_star.runs.stored_config import read_starting_config
+from mod_star.tokenization import Tokenizer, load_tokenizer
 
 # What the parameters compute with. All other fields may differ: they say how fast, how exactly or how often it is done.
 MODEL_FIELDS: tuple[str, ...] = ("vocab_size", "width", "layers", "heads", "norm_eps", "tie_embeddings")

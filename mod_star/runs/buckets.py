@@ -1,4 +1,4 @@
-"""Runs and files in buckets of Google Cloud Storage, named by gs:// addresses.
+"""Runs in buckets of Google Cloud Storage, named by gs:// addresses; for single files there see `mod_star.storage`.
 
 A run in a bucket has the same files as one in a directory. Checkpoints go there and come from there directly, each
 process writing its part. The small files are kept in a working copy on this machine, in the user's cache directory, for
@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mod_star.errors import InputError, UnavailableError
+from mod_star.atomic_files import UNFINISHED, write_atomically
+from mod_star.errors import InputError
 from mod_star.home import cache_root
 from mod_star.runs.locks import LOCK_FILE, is_locked, wait_for_lock
 from mod_star.runs.stored_config import (
@@ -34,6 +34,7 @@ from mod_star.runs.stored_config import (
     TOKENIZER_DIRECTORY,
     is_run,
 )
+from mod_star.storage import address_of, bucket_errors, bucket_input, file_system, is_address
 
 CHECKPOINTS_DIRECTORY = "checkpoints"
 """Of a run; see `mod_star.runs.checkpoints`."""
@@ -43,68 +44,6 @@ FETCHING_FILE = ".fetching"
 LEFT_THERE = (CHECKPOINTS_DIRECTORY, "tensorboard", "profile")
 """Directories of a run that are not fetched: the first by nature, the others since nothing here reads them."""
 NOT_BROUGHT = (COPY_FILE, FETCHING_FILE, LOCK_FILE, CHECKPOINTS_DIRECTORY)
-UNFINISHED = ".new"
-"""Ends the names of files that are being written, here and all over the package."""
-
-_copies: dict[Path, str] = {}  # the addresses of working copies that this process has made or renewed
-_written_to: set[Path] = set()  # see `bring_back_at_end`
-
-
-def is_address(path: str | Path) -> bool:
-    """Whether a path is meant to be an address: it begins with a scheme, such as gs://."""
-    return re.match(r"[a-z][a-z0-9]+:/", str(path)) is not None
-
-
-def address_of(path: str | Path) -> str:
-    """A gs:// address as it should be written; `Path` makes one slash of two.
-
-    Raises:
-      InputError: it is another kind of address, or has no bucket or no name in it.
-    """
-    found = re.fullmatch(r"gs:/+([^/]+(?:/+[^/]+)+)/*", str(path))
-    shown = re.sub(":/+", "://", str(path), count=1)
-    if found is None:
-        raise InputError(f"{shown}: must be a directory, or gs://BUCKET/NAME")
-    if {".", ".."} & set(found[1].split("/")):
-        raise InputError(f"{shown}: '.' and '..' are no names in a bucket")
-    return "gs://" + re.sub("/+", "/", found[1])
-
-
-def file_system(address: str) -> Any:
-    """fsspec's file system for an address.
-
-    Raises:
-      InputError: the package gcsfs is missing.
-    """
-    import fsspec
-
-    try:
-        return fsspec.filesystem("gs")
-    except ImportError:
-        raise InputError(f"{address}: needs the package gcsfs: pip install 'mod_star[gcs]'") from None
-
-
-@contextmanager
-def bucket_errors(address: str) -> Iterator[None]:
-    """Makes an OSError that names the address of what gcsfs, Google's libraries, Orbax and tensorstore raise."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        number = error.errno if isinstance(error, OSError) and error.errno else 5
-        raise OSError(number, f"{type(error).__name__}: {reason}", address) from error
-
-
-@contextmanager
-def bucket_input(address: str) -> Iterator[None]:
-    """Makes an UnavailableError of the same, for commands that have begun nothing yet."""
-    try:
-        with bucket_errors(address):
-            yield
-    except OSError as error:
-        raise UnavailableError(f"{error.filename}: {error.strerror}") from error
 
 
 def holds_run(path: str | Path) -> bool:
@@ -121,27 +60,6 @@ def holds_run(path: str | Path) -> bool:
         return False
     with bucket_input(address):
         return bool(file_system(address).isfile(f"{address}/{CONFIG_FILE}"))
-
-
-def find_files(pattern: str) -> list[str]:
-    """The addresses of the files that an address names, or a glob of addresses; sorted.
-
-    Raises:
-      InputError: as for `holds_run`.
-    """
-    address = address_of(pattern)
-    with bucket_input(address):
-        files = file_system(address)
-        files.invalidate_cache()  # others write there, too
-        found = {address: {"type": "file"}} if files.isfile(address) else files.glob(address, detail=True)
-        names = [name for name, about in found.items() if about["type"] == "file" and not name.endswith("/")]
-        return sorted(f"gs://{name.removeprefix('gs://')}" for name in names)
-
-
-def read_file(address: str) -> bytes:
-    """A whole file. Raises OSError if that can't be."""
-    with bucket_errors(address):
-        return bytes(file_system(address).cat_file(address))
 
 
 def working_copy(path: str | Path) -> Path:
@@ -161,16 +79,15 @@ def working_copy(path: str | Path) -> Path:
         shown = " ".join(repr(character)[1:-1] for character in dict.fromkeys(odd))
         raise InputError(f"{address!r}: has {shown} in it, which stand for a pattern there; choose another name")
     files = file_system(address)
-    cache = cache_root()
-    if cache is None:
+    copies = _directory_of_copies()
+    if copies is None:
         raise InputError(f"{address}: needs a directory for a working copy: set HOME or XDG_CACHE_HOME")
-    local = cache / "mod_star" / "runs" / hashlib.sha256(address.encode()).hexdigest()[:12] / address.rpartition("/")[2]
+    local = copies / hashlib.sha256(address.encode()).hexdigest()[:12] / address.rpartition("/")[2]
     with bucket_input(address):
         local.mkdir(parents=True, exist_ok=True)
         with _alone(local):
             if not is_locked(local):
                 _fetch(files, address, local)
-    _copies[local] = address
     return local
 
 
@@ -192,8 +109,12 @@ def copied_from(run: Path) -> str | None:
 
 def with_addresses(message: str) -> str:
     """A message that names runs in buckets by their addresses, not by their working copies."""
-    for local, address in _copies.items():
-        message = message.replace(str(local), address)
+    copies = _directory_of_copies()
+    for named in [] if copies is None else re.findall(re.escape(f"{copies}/") + "[0-9a-f]{12}(?=/)", message):
+        for local in Path(named).glob("*"):
+            with suppress(OSError, ValueError):  # an error is being told, which counts
+                if address := copied_from(local):
+                    message = message.replace(str(local), address)
     return message
 
 
@@ -228,15 +149,10 @@ def bring_back(local: Path) -> None:
             _write_copy_file(local, address, known)
 
 
-def bring_back_at_end(local: Path) -> None:
-    """Lets `bring_back_all` do so for a working copy."""
-    _written_to.add(local)
-
-
-def bring_back_all() -> None:
-    """Brings all of them back. Errors as `bring_back`."""
-    for local in sorted(_written_to):
-        bring_back(local)
+def _directory_of_copies() -> Path | None:
+    """Where all working copies are; None: the user has no cache directory."""
+    cache = cache_root()
+    return None if cache is None else cache / "mod_star" / "runs"
 
 
 def _fetch(files: Any, address: str, local: Path) -> None:
@@ -265,9 +181,7 @@ def _fetch(files: Any, address: str, local: Path) -> None:
         target = local / short
         if known.get(short, [])[2:] != [there[short]] or not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
-            beside = target.with_name(target.name + UNFINISHED)
-            beside.write_bytes(files.cat_file(f"{root}{short}"))
-            os.replace(beside, target)
+            write_atomically(target, files.cat_file(f"{root}{short}"))
             known[short] = [*_stamp(target), there[short]]
     here = _stamps(local).keys()
     removed = {short for short in (here & known.keys()) - wanted if short.split("/")[0] not in LEFT_THERE}
@@ -314,6 +228,4 @@ def _read_copy_file(local: Path) -> dict[str, Any] | None:
 
 
 def _write_copy_file(local: Path, address: str, known: dict[str, list[Any]]) -> None:
-    beside = local / (COPY_FILE + UNFINISHED)
-    beside.write_text(json.dumps({"address": address, "files": known}), encoding="utf-8")
-    os.replace(beside, local / COPY_FILE)
+    write_atomically(local / COPY_FILE, json.dumps({"address": address, "files": known}))

@@ -19,36 +19,58 @@ that it was copied to, where a checkpoint without any counts as whole.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import grain
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from mod_star.data import merge_states
 from mod_star.distributed.processes import gather
 from mod_star.distributed.sharding import place, placed_shapes, shardings
-from mod_star.errors import InputError
-from mod_star.runs.buckets import bucket_errors, find_files, is_address, read_file
+from mod_star.errors import InputError, TrainingError
+from mod_star.runs.disk_errors import disk_errors, silence_disk_errors
 from mod_star.runs.integrity import COMMIT_FILE, SUMS_FILE, find_damage, write_sums
 from mod_star.runs.params_file import PARAMS_NAME, read_params_file, write_params_file
 from mod_star.runs.plain_paths import plain_path
-from mod_star.training.interrupt import TrainingError
-from mod_star.training.state import TrainState
+from mod_star.storage import find_files, is_address, read_file
 
 # After which Orbax gives up a save. It goes by the wall clock, which a laptop that slept in the middle of a save, or a
 # machine that has just been told the time, find to have jumped: more than any jump.
 PATIENCE_SECONDS = 100 * 365 * 24 * 3600
+
+
+class State(Protocol):
+    """What a checkpoint is made from: a frozen dataclass of arrays, such as `mod_star.training.state.TrainState`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def step(self) -> jax.Array:
+        """int32 number of steps done; names the checkpoint."""
+        ...
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Parameters; a nested dict, kept apart from the rest."""
+        ...
+
+    @property
+    def key(self) -> jax.Array:
+        """Typed random key; kept as plain numbers."""
+        ...
+
+
+StateT = TypeVar("StateT", bound=State)
 
 
 class CheckpointWriter:
@@ -64,6 +86,7 @@ class CheckpointWriter:
     def __init__(self, directory: Path, keep: int) -> None:
         self._directory = directory if is_address(directory) else directory.absolute()
         self._saving = 0
+        self._has_failed = False
         self._small: dict[str, Any] | None = None  # of what was saved last: what is read of it, until that is done
         if not is_address(directory):
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -82,8 +105,9 @@ class CheckpointWriter:
                 async_options=ocp.AsyncOptions(PATIENCE_SECONDS, post_finalization_callback=self._write_sums),
             ),
         )
+        self._log_again = silence_disk_errors()
 
-    def save(self, state: TrainState, batches: grain.DatasetIterator, progress: dict[str, Any]) -> None:
+    def save(self, state: State, batches: grain.DatasetIterator, progress: dict[str, Any]) -> None:
         """Copies the state and returns; writing goes on in the background. The state's buffers may be donated at once.
 
         Args:
@@ -99,7 +123,7 @@ class CheckpointWriter:
         self._saving = step
         saved = _to_saved(state)
         self._small = {"params": _smallest(saved["params"]), "training": {"step": _shape(saved["training"]["step"])}}
-        with _disk_errors(self._directory / str(step)):
+        with self._saves(self._directory / str(step)):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -119,7 +143,7 @@ class CheckpointWriter:
           TrainingError: it was written, but can't be opened by the door that `restore_state` goes through.
         """
         checkpoint = self._directory / str(self._saving)
-        with _disk_errors(checkpoint):
+        with self._saves(checkpoint):
             self._manager.wait_until_finished()
         if self._small is not None:
             small, self._small = self._small, None
@@ -134,8 +158,20 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Waits and ends the background threads. What went wrong in a save is `wait`'s to raise."""
-        with suppress(OSError), _disk_errors(self._directory / str(self._saving)):
+        with suppress(OSError), self._saves(self._directory / str(self._saving)):
             self._manager.close()
+        if not self._has_failed:  # threads of a save that failed may log until the process ends
+            self._log_again()
+
+    @contextmanager
+    def _saves(self, checkpoint: Path) -> Iterator[None]:
+        """`disk_errors`, and takes note of what goes wrong."""
+        try:
+            with disk_errors(checkpoint):
+                yield
+        except BaseException:
+            self._has_failed = True
+            raise
 
     def _write_sums(self) -> None:
         # Orbax calls this when all files are written, just before the rename that makes the checkpoint, and only in the
@@ -219,17 +255,17 @@ def delete_after(directory: Path, step: int) -> None:
 def restore_state(
     directory: Path,
     step: int,
-    like: TrainState,
+    like: StateT,
     batches: grain.DatasetIterator,
     mesh: Mesh | None = None,
     data: str | None = None,
-) -> tuple[TrainState, dict[str, Any]]:
+) -> tuple[StateT, dict[str, Any]]:
     """Loads a checkpoint to train on from; sets `batches` to where it was, unless the data is not what it was.
 
     Args:
       directory: RUN/checkpoints.
       step: which checkpoint.
-      like: the state's shapes and types, as from `jax.eval_shape`.
+      like: the state's shapes and types, as from `jax.eval_shape`; the result is of its class.
       batches: an iterator over the same data, whatever rows of the batch it makes.
       mesh: where the state is to lie, wherever it was when it was saved; None: one device.
       data: what the batches are made from, a `fingerprint` as in `progress`; None: the same as then. Other data is read
@@ -254,7 +290,7 @@ def restore_state(
         batches.set_state(found["data"])
     training = dict(found["training"])
     key = jax.random.wrap_key_data(training.pop("key"))
-    return TrainState(params=found["params"], key=key, **training), found["progress"]
+    return dataclasses.replace(like, params=found["params"], key=key, **training), found["progress"]
 
 
 def restore_params(directory: Path, step: int, like: Any, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -315,11 +351,8 @@ def _require_opened(directory: Path, step: int, small: dict[str, Any]) -> None:
 
 def _smallest(tree: dict[str, Any]) -> dict[str, Any]:
     """The tree's smallest array, as shape and place, in a tree with nothing else."""
-    path, leaf = min(jax.tree_util.tree_leaves_with_path(tree), key=lambda entry: entry[1].size)
-    alone: Any = _shape(leaf)
-    for entry in reversed(path):
-        alone = {entry.key: alone}
-    return dict(alone)
+    path, leaf = min(flatten_dict(tree).items(), key=lambda entry: entry[1].size)
+    return dict(unflatten_dict({path: _shape(leaf)}))
 
 
 def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:
@@ -331,47 +364,7 @@ def _not_loaded(checkpoint: Path, error: Exception) -> InputError:
     return InputError(f"checkpoint {checkpoint} cannot be loaded: {type(error).__name__}: {reason}")
 
 
-@contextmanager
-def _disk_errors(checkpoint: Path) -> Iterator[None]:
-    """Makes an OSError that names the checkpoint of what Orbax and tensorstore make of a full or failing disk."""
-    if is_address(checkpoint):
-        with bucket_errors(str(checkpoint)):
-            yield
-        return
-    try:
-        yield
-    except Exception as error:
-        number = _error_number(error)
-        if number is None:
-            raise
-        raise OSError(number, os.strerror(number), str(checkpoint)) from error
-
-
-def _error_number(error: BaseException | None) -> int | None:
-    """The operating system's, of an error that came from there; tensorstore's is a ValueError with it in the text."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    return None if found is None else int(found[1])
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for the tracebacks of a full or failing disk, or of another process that is gone: `wait` raises the same,
-    once and in one line.
-
-    Nor is it news that other threads of a failed save can't go on when the process ends.
-    """
-    error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        return False
-    return _error_number(error) is None and "cannot schedule new futures after" not in str(error)
-
-
-for _name in ("absl", "asyncio"):  # Orbax's background threads log there
-    logging.getLogger(_name).addFilter(_is_news)
-
-
-def _to_saved(state: TrainState) -> dict[str, Any]:
+def _to_saved(state: State) -> dict[str, Any]:
     """The state as two pytrees that Orbax can write: parameters, and the rest with the key as plain numbers."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}
     return {"params": state.params, "training": rest | {"key": jax.random.key_data(state.key)}}

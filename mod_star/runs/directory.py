@@ -29,11 +29,12 @@ import jax
 from jax.sharding import Mesh
 
 import mod_star
+from mod_star.atomic_files import UNFINISHED
 from mod_star.config import RunConfig, to_dict
-from mod_star.data import Tokenizer, load_saved_tokenizer, load_tokenizer, save_tokenizer
 from mod_star.data.identity import Identity
 from mod_star.distributed.sharding import all_devices, require_model_fits
 from mod_star.errors import InputError, require
+from mod_star.initial_params import initial_params
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.runs.buckets import (
@@ -42,7 +43,6 @@ from mod_star.runs.buckets import (
     FETCHING_FILE,
     bring_back,
     checkpoints_of,
-    is_address,
     working_copy,
 )
 from mod_star.runs.checkpoints import choose_checkpoint, restore_params
@@ -63,7 +63,8 @@ from mod_star.runs.stored_config import (
     write_json,
 )
 from mod_star.stages import config_at
-from mod_star.training.state import initial_params
+from mod_star.storage import is_address
+from mod_star.tokenization import Tokenizer, load_saved_tokenizer, load_tokenizer, save_tokenizer
 
 __all__ = [
     "CHECKPOINTS_DIRECTORY",
@@ -87,8 +88,8 @@ __all__ = [
 ]
 
 OF_A_WORKING_COPY = {COPY_FILE, FETCHING_FILE}
-MADE_BEFORE_CONFIG = {LOCK_FILE, TOKENIZER_DIRECTORY, PARTS_FILE, CONFIG_FILE + ".new"} | OF_A_WORKING_COPY
-MADE_BEFORE_CONFIG |= {DATA_FILE, DATA_FILE + ".new"}
+MADE_BEFORE_CONFIG = {LOCK_FILE, TOKENIZER_DIRECTORY, PARTS_FILE, CONFIG_FILE + UNFINISHED} | OF_A_WORKING_COPY
+MADE_BEFORE_CONFIG |= {DATA_FILE, DATA_FILE + UNFINISHED}
 """What a directory can hold that a new run was about to be made in when its process was killed."""
 
 
@@ -319,7 +320,14 @@ def created(
             bring_back(path)
         except BaseException as error:
             shutil.rmtree(path / TOKENIZER_DIRECTORY, ignore_errors=True)
-            for name in (PARTS_FILE, CONFIG_FILE + ".new", CONFIG_FILE, DATA_FILE + ".new", DATA_FILE, LOCK_FILE):
+            for name in (
+                PARTS_FILE,
+                CONFIG_FILE + UNFINISHED,
+                CONFIG_FILE,
+                DATA_FILE + UNFINISHED,
+                DATA_FILE,
+                LOCK_FILE,
+            ):
                 (path / name).unlink(missing_ok=True)
             if new:
                 path.rmdir()

@@ -9,8 +9,8 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mod_star.runs.buckets import is_address
 from mod_star.runs.params_file import PARAMS_NAME
+from mod_star.storage import is_address
 
 SUMS_FILE = "SHA256SUMS"
 PARAMS_ITEM = "params"

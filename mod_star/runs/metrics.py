@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +23,7 @@ from typing import Any, Self, TextIO
 
 import numpy as np
 
+from mod_star.atomic_files import write_atomically
 from mod_star.errors import InputError
 from mod_star.runs.tensorboard import EventFile
 
@@ -115,10 +115,7 @@ def open_records(path: Path, resume_step: int | None) -> TextIO:
     kept = []
     if resume_step is not None and path.exists():
         kept = [line for line, record in _records(path) if record["step"] <= resume_step]
-    # Written aside and moved into place: a crash here loses nothing.
-    beside = path.with_suffix(".jsonl.new")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
+    write_atomically(path, "".join(kept))  # a crash here loses nothing
     return path.open("a", encoding="utf-8")
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -25,7 +25,7 @@ from mod_star.errors import InputError
 PARAMS_NAME = "params/params.safetensors"
 
 
-def write_params_file(checkpoint: Path, params: Mapping[str, Any]) -> None:
+def write_params_file(checkpoint: Path, params: dict[str, Any]) -> None:
     """Writes the file into a checkpoint's directory. Arrays in host memory are not copied.
 
     Raises:
@@ -33,13 +33,14 @@ def write_params_file(checkpoint: Path, params: Mapping[str, Any]) -> None:
     """
     file = checkpoint / PARAMS_NAME
     file.parent.mkdir(parents=True)
+    leaves = flatten_dict(params, sep="/")
     try:
-        save_file({name: np.ascontiguousarray(leaf) for name, leaf in _named(params).items()}, file)
+        save_file({name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}, file)
     except SafetensorError as error:
         raise OSError(f"{file}: {error}") from error
     shutil.copymode(file.parent, file)  # `save_file` leaves it to its owner alone
     os.chmod(file, file.stat().st_mode & 0o666)
-    _require_holds(file, {name: tuple(leaf.shape) for name, leaf in _named(params).items()})
+    _require_holds(file, {name: tuple(leaf.shape) for name, leaf in leaves.items()})
 
 
 def _require_holds(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -53,7 +54,7 @@ def _require_holds(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         raise OSError(5, "does not hold what was written", str(file))
 
 
-def read_params_file(checkpoint: Path, like: Mapping[str, Any]) -> dict[str, Any]:
+def read_params_file(checkpoint: Path, like: dict[str, Any]) -> dict[str, Any]:
     """The parameters in a checkpoint's directory, on the default device.
 
     Args:
@@ -67,30 +68,22 @@ def read_params_file(checkpoint: Path, like: Mapping[str, Any]) -> dict[str, Any
     try:
         with safe_open(path, "np") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        expected = {name: leaf.shape for name, leaf in _named(like).items()}
+        leaves = flatten_dict(like, sep="/")
+        expected = {name: leaf.shape for name, leaf in leaves.items()}
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):
                 raise InputError(
                     f"checkpoint {checkpoint} cannot be loaded: {name} has shape {found.get(name)}, expected "
                     f"{expected.get(name)}"
                 )
-        return {name: _read(path, value, name) for name, value in like.items()}
+        return unflatten_dict({name: _read(path, leaf, name) for name, leaf in leaves.items()}, sep="/")
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"checkpoint {checkpoint} cannot be loaded: {type(error).__name__}: {reason}") from error
 
 
-def _read(path: Path, like: Any, name: str) -> Any:
-    if isinstance(like, Mapping):
-        return {key: _read(path, value, f"{name}/{key}") for key, value in like.items()}
+def _read(path: Path, like: Any, name: str) -> jax.Array:
     # Mapped anew for each array: what was read is out of memory again.
     with safe_open(path, "np") as file:
         array = file.get_tensor(name).astype(like.dtype, copy=False)
     return jax.device_put(array, may_alias=True)
-
-
-def _named(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _named(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mod_star.atomic_files import write_atomically
 from mod_star.config import RunConfig, from_dict
 from mod_star.errors import InputError
 
@@ -109,10 +110,8 @@ def change_config(path: Path, run: RunConfig, step: int) -> None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a JSON file aside and moves it into place, so that it is there as a whole or not at all."""
-    beside = file.with_name(file.name + ".new")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, file)
+    """Writes a JSON file that is there as a whole or not at all. Errors as for `write_atomically`."""
+    write_atomically(file, json.dumps(content, indent=2) + "\n")
 
 
 def _read(path: Path, entry: str) -> RunConfig | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mod_star.errors import InputError
 from mod_star.runs.stored_config import SUMMARY_FILE, write_json
-from mod_star.views.terminal import duration, short_number
+from mod_star.units import duration, short_number
 
 __all__ = ["SUMMARY_FILE", "TrainSummary", "describe", "read_summary", "write_summary"]
 

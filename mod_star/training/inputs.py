@@ -10,7 +10,7 @@ import grain
 from jax.sharding import Mesh
 
 from mod_star.config import RunConfig
-from mod_star.data import Batch, Tokenizer, held_out_batches, train_batches
+from mod_star.data import Batch, held_out_batches, train_batches
 from mod_star.data.identity import Identity, fingerprint, identify
 from mod_star.distributed.processes import gather
 from mod_star.distributed.sharding import require_fits, rows_of_process
@@ -19,6 +19,7 @@ from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.runs.directory import require_vocabulary
 from mod_star.stages import StagePlan, plan_stages
+from mod_star.tokenization import Tokenizer
 
 
 @dataclass(frozen=True)

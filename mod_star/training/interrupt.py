@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from mod_star.errors import TrainingError
+
 
 class Interrupted(Exception):
     """SIGTERM, SIGHUP or Ctrl-C ended training after a whole step; everything is saved.
@@ -56,12 +58,6 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
 
 def _name(number: int) -> str:
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on, through no fault of the input's form; the message is one line."""
-
-    exit_code = 1
 
 
 class LostProcess(TrainingError):

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mod_star.config import RunConfig
-from mod_star.data import Tokenizer
 from mod_star.distributed.sharding import batch_sharding, place, placed_shapes, replicated, shardings, use_mesh
+from mod_star.initial_params import initial_params
 from mod_star.model import Decoder
+from mod_star.tokenization import Tokenizer
 from mod_star.training.objectives import Objective, objective_of
-from mod_star.training.state import TrainState, init_state, initial_params
+from mod_star.training.state import TrainState, init_state
 from mod_star.training.step import make_train_step
 
 

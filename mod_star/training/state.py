@@ -11,9 +11,8 @@ from flax import struct
 
 from mod_star import random_streams
 from mod_star.config import RunConfig
-from mod_star.data import Tokenizer
+from mod_star.initial_params import init_params
 from mod_star.model import Decoder
-from mod_star.thinking.parameters import thinking_init
 from mod_star.training.optimizer import optimizer_of
 
 
@@ -32,34 +31,6 @@ class TrainState:
     """int32 number of steps skipped because loss or gradient was not finite."""
     streak: jax.Array
     """int32 number of such steps in a row up to now."""
-
-
-def init_params(decoder: Decoder, seed: int) -> dict[str, Any]:
-    """Initial float32 parameters, a plain nested dict."""
-    tokens_S = jnp.zeros(2, jnp.int32)
-    return decoder.init(jax.random.key(seed), tokens_S, key=jax.random.key(0))["params"]
-
-
-def initial_params(
-    decoder: Decoder, run: RunConfig, tokenizer: Tokenizer, base: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """What a run starts with: the decoder's parameters and, if it is to think, those of `mod_star.thinking`.
-
-    Args:
-      decoder: makes the parameters.
-      run: its objective, its thinking and its seed.
-      tokenizer: spells the texts that <start> and <end> begin as.
-      base: parameters of another run to start from; None: random ones. Its thinking is kept if it has learned any, and
-        left out where the objective does not need it.
-    """
-    params = init_params(decoder, run.train.seed) if base is None else base
-    if not run.thinks:
-        return {name: value for name, value in params.items() if name != "thinking"}
-    if "thinking" in params:
-        return params
-    key = jax.random.fold_in(jax.random.key(run.train.seed), random_streams.THINKING_PARAMETERS)
-    start, end = (tokenizer.encode(text) for text in (run.thinking.start_text, run.thinking.end_text))
-    return {**params, "thinking": thinking_init(key, run.model, params["embedding"], start, end, decoder.parts)}
 
 
 def init_state(decoder: Decoder, run: RunConfig, total_steps: int, params: dict[str, Any] | None = None) -> TrainState:

@@ -10,12 +10,11 @@ from typing import Literal
 from rich.console import Console
 
 from mod_star.config import RunConfig
-from mod_star.data import HuggingFaceTokenizer, load_saved_tokenizer, load_tokenizer
 from mod_star.data.identity import changes, identify
 from mod_star.distributed.options import MeshConfig
 from mod_star.distributed.processes import decide_first, is_first
 from mod_star.distributed.sharding import make_mesh
-from mod_star.errors import InputError, require
+from mod_star.errors import InputError, TrainingError, require
 from mod_star.runs import checkpoints
 from mod_star.runs import directory as run_dir
 from mod_star.runs.base_run import load_base
@@ -24,10 +23,11 @@ from mod_star.runs.plain_paths import plain_path
 from mod_star.runs.stored_config import change_config, read_data, write_data
 from mod_star.runs.summary import SUMMARY_FILE, TrainSummary, describe, read_summary
 from mod_star.standard_streams import lasting_output
+from mod_star.tokenization import HuggingFaceTokenizer, load_saved_tokenizer, load_tokenizer
 from mod_star.training.extension import require_extendable
 from mod_star.training.inputs import Inputs, load_inputs
-from mod_star.training.interrupt import LostProcess, TrainingError
-from mod_star.training.loop import CURVES_FILE, TrainingSession, draw_curves
+from mod_star.training.interrupt import LostProcess
+from mod_star.training.session import CURVES_FILE, TrainingSession, draw_curves
 
 __all__ = ["SUMMARY_FILE", "LostProcess", "TrainSummary", "TrainingError", "describe", "train"]
 

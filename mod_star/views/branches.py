@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group
@@ -12,10 +12,12 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from mod_star.decoding import Completion
-from mod_star.decoding.answers import Span
-from mod_star.decoding.branches import RANKINGS, Branch, Branches, Ranking, path_log_prob
 from mod_star.views.terminal import visible
+
+if TYPE_CHECKING:
+    from mod_star.decoding import Completion
+    from mod_star.decoding.answers import Span
+    from mod_star.decoding.branches import Branch, Branches, Ranking
 
 NAMES: dict[Ranking, str] = {"delta": "Δ", "log_prob": "log p", "normalised_log_prob": "log p/tok"}
 DIM, WON, SPAN = Style(dim=True), Style(color="green", bold=True), Style(bold=True, reverse=True)
@@ -67,7 +69,7 @@ def beams_table(beams: Sequence[Completion], width: int = 80) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("text", ratio=1, overflow="fold")
     for index, beam in enumerate(beams):
-        log_prob, normalised = path_log_prob(beam)
+        log_prob, normalised = beam.path_log_prob()
         text = excerpt(beam.text, None, max(20, width - 34) * LINES - 8)
         if beam.finished == "length":
             text.append(" (cut by the length limit)", Style(italic=True, dim=True))
@@ -150,7 +152,7 @@ def _branch_record(branch: Branch) -> dict[str, Any]:
         "first_token": branch.first_token,
         "answer": branch.answer,
         "span": branch.span,
-        **{ranking: branch.score(ranking) for ranking in RANKINGS},
+        **{ranking: branch.score(ranking) for ranking in NAMES},
         "dropped": branch.dropped,
         "continuation": branch.continuation,
         **_completion_record(branch.completion),
@@ -159,7 +161,7 @@ def _branch_record(branch: Branch) -> dict[str, Any]:
 
 def beam_record(beam: Completion) -> dict[str, Any]:
     """A text that beam search found as plain data for JSON."""
-    log_prob, normalised = path_log_prob(beam)
+    log_prob, normalised = beam.path_log_prob()
     return {"log_prob": log_prob, "normalised_log_prob": normalised, **_completion_record(beam)}
 
 

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from mod_star.atomic_files import write_atomically
+
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
@@ -49,14 +51,10 @@ def save_figure(figure: Any, path: str | Path, **options: Any) -> None:
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
     FigureCanvasAgg(figure)  # makes itself the figure's canvas
-    try:
-        figure.savefig(beside, format=path.suffix.removeprefix(".") or "png", **options)
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    write_atomically(
+        path, lambda beside: figure.savefig(beside, format=path.suffix.removeprefix(".") or "png", **options)
+    )
 
 
 def try_to_draw(path: str | Path, draw: Callable[[], None]) -> str | None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from mod_star.config import to_dict
-from mod_star.planning.advice import size
-from mod_star.planning.collectives import Collective
-from mod_star.planning.plan import Plan
-from mod_star.views.terminal import Cell, duration, result_table, short_number
+from mod_star.units import duration, short_number, size
+from mod_star.views.terminal import Cell, result_table
+
+if TYPE_CHECKING:
+    from mod_star.planning.collectives import Collective
+    from mod_star.planning.plan import Plan
 
 
 def plan_report(plan: Plan, name: str) -> Group:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
-from mod_star.views.terminal import duration, short_number
+from mod_star.units import duration, short_number
 
 SMOOTHING_SECONDS = 10.0
 """Time constant of the tokens/s shown: what happened longer ago hardly counts."""

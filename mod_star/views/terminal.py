@@ -20,29 +20,6 @@ Cell = str | int | float | None
 RAMP = ((62, 74, 137), (38, 130, 142), (53, 183, 121), (253, 231, 37))
 
 
-def short_number(value: float) -> str:
-    """Three digits and a suffix: 1234567 -> "1.23M"; from 1e15 on in powers of ten."""
-    magnitude = abs(value)
-    if magnitude >= 1e15:
-        return f"{value:.2e}"
-    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if magnitude >= 0.9995 * limit:
-            return f"{value / limit:#.3g}".rstrip(".") + suffix
-    return f"{value:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """In the two largest units: "8 s", "3 min 05 s", "2 h 07 min", "1 d 04 h"."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    if whole < 86_400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-    return f"{whole // 86_400} d {whole % 86_400 // 3600:02} h"
-
-
 def visible(text: str) -> str:
     """The text with newlines and tabs as signs, and every other control character (escape sequences too) as ·."""
     signs = {"\n": "↵", "\r": "↵", "\t": "→"}

@@ -17,13 +17,13 @@ from thinking_models import thinking_params
 
 from mod_star.cli import main
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig
-from mod_star.data import ByteTokenizer
 from mod_star.decoding import Generator, Sampling, Think
 from mod_star.errors import InputError
 from mod_star.inspection.thoughts import thoughts_of
 from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
 from mod_star.runs.directory import LoadedRun, load_run
+from mod_star.tokenization import ByteTokenizer
 from mod_star.views.thoughts import Floats, TextThoughts
 
 TEXT = "The é of\ntokens, and a few more words."

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from chat_tokenizers import CHATML, INST, PLAIN, THINKS, TURNS, WHOLE, chat_tokenizer
 
-from mod_star.data import ByteTokenizer, HuggingFaceTokenizer, begin
 from mod_star.data.conversations import Conversation, conversation_of, is_conversation, tokenise
 from mod_star.errors import InputError
+from mod_star.tokenization import ByteTokenizer, HuggingFaceTokenizer, begin
 
 USER, ANSWER = {"role": "user", "content": "Why is it?"}, {"role": "assistant", "content": "It is here."}
 TWO = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}, USER, ANSWER)

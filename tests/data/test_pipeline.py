@@ -20,9 +20,10 @@ from chat_tokenizers import CHATML, INST, chat_tokenizer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mod_star.config import DataConfig
-from mod_star.data import ByteTokenizer, held_out_batches, merge_states, prefetch_to_device, train_batches
+from mod_star.data import held_out_batches, merge_states, prefetch_to_device, train_batches
 from mod_star.data.pipeline import Batch
 from mod_star.errors import InputError
+from mod_star.tokenization import ByteTokenizer
 
 BOS, EOS = 256, 257
 DTYPES = {"tokens": "int32", "targets": "int32", "positions": "int32", "segment_ids": "int32", "weights": "float32"}
@@ -310,7 +311,8 @@ def test_a_program_imports_no_framework_and_may_leave_in_the_middle() -> None:
     code = """
 import sys
 from mod_star.config import DataConfig
-from mod_star.data import ByteTokenizer, prefetch_to_device, train_batches
+from mod_star.data import prefetch_to_device, train_batches
+from mod_star.tokenization import ByteTokenizer
 iterator = iter(prefetch_to_device(train_batches(DataConfig(), ByteTokenizer(), 64, 2)))
 next(iterator)
 print({"tensorflow", "tensorflow_datasets", "torch"} & set(sys.modules))

@@ -16,7 +16,6 @@ from symbols import END_IDS, SYMBOLS, Subject, SymbolTokenizer
 
 from mod_star.decoding import Think
 from mod_star.decoding.beam import LENGTH_PENALTY, BeamSearch, Hypothesis, _run, beam_search
-from mod_star.decoding.branches import path_log_prob
 from mod_star.decoding.text import StopWatch
 from mod_star.errors import InputError
 
@@ -165,7 +164,7 @@ def test_texts_come_best_first_and_cut_at_stop_strings(subjects: dict[str, Subje
         generator, tokenizer, prompts, NEW, beams=W, length_penalty=1.0, stop=(stop,), encoded=encoded
     ):
         assert all(stop not in beam.text for beam in beams)
-        scores = [path_log_prob(beam)[1] for beam in beams]
+        scores = [beam.path_log_prob()[1] for beam in beams]
         assert scores == sorted(scores, reverse=True), "ranked without what a cut text would have gone on with"
     beam_search(generator, tokenizer, prompts, NEW, beams=W, length_penalty=1.0, encoded=encoded)
     assert compiled._cache_size() == known, "the same search again compiles nothing"

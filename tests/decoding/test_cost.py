@@ -20,12 +20,12 @@ from mod_star.decoding import Sampling, programs
 from mod_star.decoding.caches import FullCache, RoutedCache, cache_bytes
 from mod_star.decoding.state import DecodeState
 from mod_star.decoding.step import own_params
+from mod_star.initial_params import init_params
 from mod_star.model import Decoder
 from mod_star.model.layers import swiglu, swiglu_init
 from mod_star.model.parts import Part, Parts
 from mod_star.model.routing import routed_share
 from mod_star.model.rows import rows_at_once
-from mod_star.training.state import init_params
 
 NEW, GREEDY = 12, Sampling(0)
 calls: Counter[str] = Counter()

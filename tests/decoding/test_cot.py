@@ -14,13 +14,13 @@ from decoding_models import CONTEXT, VOCAB, make_prompts
 from sentence_piece import sentence_piece
 from symbols import END_IDS, SYMBOLS, Subject, SymbolTokenizer
 
-from mod_star.data import begin
 from mod_star.decoding import Generated, Sampling, Think
 from mod_star.decoding.answers import LastNumber, Phrase
 from mod_star.decoding.branches import Branches
 from mod_star.decoding.cot import ANSWER_TOKENS, continue_texts, cot_decode, read_branches, self_consistency
 from mod_star.decoding.text import completion_of
 from mod_star.errors import InputError
+from mod_star.tokenization import begin
 
 NEW, K = 7, 6
 TOKENIZER, NUMBER = SymbolTokenizer(), LastNumber()

@@ -13,9 +13,9 @@ import tokenizers
 from decoding_models import Model
 from tokenizers import decoders, models, pre_tokenizers
 
-from mod_star.data import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 from mod_star.decoding import Completion, Generated, Generator, Sampling, Think, complete, encode_prompts
 from mod_star.errors import InputError
+from mod_star.tokenization import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 
 BYTES = ByteTokenizer()
 END = BYTES.eos_id

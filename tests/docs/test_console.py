@@ -18,8 +18,8 @@ from fork_server import succeed
 
 from mod_star.cli import COMMANDS
 from mod_star.config import RunConfig
-from mod_star.data import ByteTokenizer
 from mod_star.runs.directory import created
+from mod_star.tokenization import ByteTokenizer
 
 ROOT = Path(__file__).parents[2]
 GENERATED = {"configuration", "command_line"}  # of docs/reference, by docs/_ext

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from sentence_piece import sentence_piece
 
-from mod_star.data.chat import Message
-from mod_star.data.tokenizers import ByteTokenizer
 from mod_star.decoding import encode_prompts
 from mod_star.errors import InputError
 from mod_star.evaluation.prompts import Prompts, few_shot, subset
 from mod_star.evaluation.tasks import Item, Task, load_task
+from mod_star.tokenization.chat import Message
+from mod_star.tokenization.tokenizers import ByteTokenizer
 
 ITEM = Item("7", "How many?", "3", "number")
 EXAMPLE = Item("1", "2 + 2?", "4", "number", solution="Two and two is 4.")

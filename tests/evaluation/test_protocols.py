@@ -15,7 +15,6 @@ from numpy_decoder import decode, float64
 from sentence_piece import sentence_piece
 
 from mod_star.config import ModelConfig, RoutingConfig
-from mod_star.data.tokenizers import ByteTokenizer, train_bpe
 from mod_star.decoding import Sampling, complete
 from mod_star.decoding.answers import LastNumber
 from mod_star.decoding.beam import BeamSearch
@@ -29,6 +28,7 @@ from mod_star.evaluation.protocols import Subject, measures
 from mod_star.evaluation.scoring import score
 from mod_star.evaluation.tasks import Item
 from mod_star.model import Decoder
+from mod_star.tokenization.tokenizers import ByteTokenizer, train_bpe
 
 CONTEXT = 64
 CONFIG = ModelConfig(

@@ -14,8 +14,9 @@ from fault_runs import SMALLEST, arrays, records
 from fork_server import Server, shared_server
 
 from mod_star.config import DataConfig
-from mod_star.data import load_tokenizer, train_batches
+from mod_star.data import train_batches
 from mod_star.runs.checkpoints import saved_steps
+from mod_star.tokenization import load_tokenizer
 
 STEPS = 30
 

@@ -14,7 +14,7 @@ import pytest
 
 from mod_star import presets
 from mod_star.config import RunConfig
-from mod_star.training import loop
+from mod_star.training import session
 from mod_star.training.train import train
 from mod_star.views.progress import TrainingProgress
 
@@ -36,7 +36,7 @@ def make_run() -> RunConfig:
 
 
 def test_a_batch_that_is_not_on_the_device_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "prefetch_to_device", lambda batches, where: batches)
+    monkeypatch.setattr(session, "prefetch_to_device", lambda batches, where: batches)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         train(make_run(), tmp_path / "run", quiet=True)
 

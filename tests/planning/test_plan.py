@@ -18,13 +18,15 @@ from mod_star.cli import main
 from mod_star.commands.plan import _source
 from mod_star.config import RunConfig
 from mod_star.flops import parameter_count, scoring_flops, training_step_flops
+from mod_star.initial_params import init_params
 from mod_star.model import Decoder
-from mod_star.planning.advice import advice, size
+from mod_star.planning.advice import advice
 from mod_star.planning.memory import Memory
-from mod_star.planning.plan import Plan, wanted_bytes
+from mod_star.planning.plan import Plan
+from mod_star.planning.plan_training import wanted_bytes
 from mod_star.planning.topologies import parse_topology
 from mod_star.presets import PRESETS, large, large_mod, large_quiet
-from mod_star.training.state import init_params
+from mod_star.units import size
 
 SMALL = ("--model.width", "32", "--model.layers", "1", "--model.vocab-size", "320", "--routing.every", "1")
 
@@ -34,7 +36,7 @@ from dataclasses import replace
 from mod_star.planning.topologies import parse_topology, prepare_environment
 prepare_environment()
 from mod_star.errors import InputError
-from mod_star.planning.plan import plan_training
+from mod_star.planning.plan_training import plan_training
 from mod_star.views.plan import plan_record
 from mod_star.presets import tiny
 from mod_star.distributed.sharding import MeshConfig

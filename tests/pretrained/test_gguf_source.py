@@ -18,7 +18,6 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import HEAD, HEADS, HIDDEN, KEY_HEADS, LAYERS, WIDTH, network_tensors, write_gguf, write_model
 
 from mod_star.config import ModelConfig
-from mod_star.data import HuggingFaceTokenizer
 from mod_star.errors import InputError
 from mod_star.pretrained import gguf_source
 from mod_star.pretrained.build import build_params
@@ -27,6 +26,7 @@ from mod_star.pretrained.gguf_header import read_gguf
 from mod_star.pretrained.gguf_source import dequantised, open_gguf
 from mod_star.pretrained.importing import import_model, open_source
 from mod_star.runs.directory import load_run
+from mod_star.tokenization import HuggingFaceTokenizer
 
 
 def half(raw: bytes) -> float:

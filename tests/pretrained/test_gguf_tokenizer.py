@@ -10,10 +10,10 @@ import pytest
 import tokenizers
 from gguf_files import REFERENCES, byte_level_metadata, sentence_piece_metadata, write_gguf
 
-from mod_star.data import HuggingFaceTokenizer, begin, load_saved_tokenizer, save_tokenizer
 from mod_star.errors import InputError
 from mod_star.pretrained.gguf_header import read_gguf
 from mod_star.pretrained.gguf_tokenizer import read_gguf_tokenizer
+from mod_star.tokenization import HuggingFaceTokenizer, begin, load_saved_tokenizer, save_tokenizer
 
 
 def tokenizer_of(path: Path, metadata: dict[str, Any], rows: int | None = None) -> HuggingFaceTokenizer:

@@ -17,7 +17,6 @@ from safetensors.numpy import load_file
 
 from mod_star.cli import main
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig
-from mod_star.data import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.pretrained.build import DENSE
@@ -26,6 +25,7 @@ from mod_star.pretrained.export import export_model
 from mod_star.pretrained.importing import import_model, open_source
 from mod_star.runs.directory import LoadedRun, load_run
 from mod_star.runs.integrity import find_damage
+from mod_star.tokenization import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 from mod_star.training.train import train
 
 

@@ -18,7 +18,6 @@ from thinking_models import Thinker, scores
 
 from mod_star import presets
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig
-from mod_star.data import load_tokenizer
 from mod_star.decoding import Generator, Sampling
 from mod_star.errors import InputError
 from mod_star.model import Decoder
@@ -28,6 +27,7 @@ from mod_star.pretrained.upcycle import default_stages, upcycle, upcycled_config
 from mod_star.runs.directory import load_run, read_config
 from mod_star.runs.metrics import read_metrics
 from mod_star.thinking.objective import predicted
+from mod_star.tokenization import load_tokenizer
 from mod_star.training.objectives.next_token import make_loss
 from mod_star.training.train import train
 

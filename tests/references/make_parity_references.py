@@ -120,9 +120,9 @@ def compare(run: str, stored: str) -> None:
     """Prints how far a run's ids and logits are from stored ones."""
     import jax
 
-    from mod_star.data import begin
     from mod_star.model.transformer import head_matrix
     from mod_star.runs.directory import load_run
+    from mod_star.tokenization import begin
 
     loaded, found = load_run(run), np.load(stored)
     ids = begin(loaded.tokenizer, TEXT)

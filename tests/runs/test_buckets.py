@@ -24,13 +24,15 @@ from etils import epath
 from fork_server import succeed
 from pyarrow import parquet
 
+from mod_star import storage
 from mod_star.cli import main
 from mod_star.data import read_sources
 from mod_star.errors import InputError
 from mod_star.evaluation.tasks import load_task
 from mod_star.runs import buckets, checkpoints
-from mod_star.runs.buckets import address_of, bring_back, is_address, working_copy
+from mod_star.runs.buckets import bring_back, working_copy
 from mod_star.runs.directory import load_run
+from mod_star.storage import address_of, is_address
 
 RUN = "gs://bucket/runs/mine"
 OPTIONS = (
@@ -56,8 +58,6 @@ def here(served: tuple[Bucket, dict[str, str]], tmp_path: Path, monkeypatch: pyt
     bucket, environment = served
     for name, value in (environment | {"XDG_CACHE_HOME": str(tmp_path)}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(buckets, "_copies", {})
-    monkeypatch.setattr(buckets, "_written_to", set())
     return bucket
 
 
@@ -268,8 +268,8 @@ def test_folders_of_a_console_are_no_files(here: Bucket) -> None:
     here.write("texts/sub/b.txt", b"b")
     assert not (working_copy("gs://bucket/runs/empty") / "config.json").exists()
     assert (working_copy("gs://bucket/runs/full") / "config.json").read_text() == "{}"
-    assert buckets.find_files("gs://bucket/texts/*") == ["gs://bucket/texts/a.txt"]
-    assert buckets.find_files("gs://bucket/texts/sub/b.txt") == ["gs://bucket/texts/sub/b.txt"]
+    assert storage.find_files("gs://bucket/texts/*") == ["gs://bucket/texts/a.txt"]
+    assert storage.find_files("gs://bucket/texts/sub/b.txt") == ["gs://bucket/texts/sub/b.txt"]
 
 
 @pytest.mark.slow

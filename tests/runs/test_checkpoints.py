@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -144,3 +145,21 @@ def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.saved_steps(tmp_path) == [7]
     checkpoints.delete_after(tmp_path, 6)
     assert checkpoints.saved_steps(tmp_path) == []
+
+
+def test_logs_are_filtered_only_while_a_writer_is_open(tmp_path: Path) -> None:
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [list(logger.filters) for logger in loggers]
+
+    def heard(number: int) -> list[bool]:
+        error = OSError(number, "full")
+        record = logging.LogRecord("x", logging.ERROR, "", 0, "", (), (OSError, error, None))
+        return [bool(logger.filter(record)) for logger in loggers]
+
+    assert heard(28) == [True, True]
+    first, second = checkpoints.CheckpointWriter(tmp_path / "a", 1), checkpoints.CheckpointWriter(tmp_path / "b", 1)
+    assert heard(28) == [False, False]
+    first.close()
+    assert heard(28) == [False, False]
+    second.close()
+    assert heard(28) == [True, True] and [logger.filters for logger in loggers] == before

@@ -18,16 +18,18 @@ import pytest
 
 from mod_star import presets
 from mod_star.config import RunConfig
-from mod_star.data import load_tokenizer, train_batches, train_bpe
+from mod_star.data import train_batches
 from mod_star.errors import InputError
+from mod_star.initial_params import init_params
 from mod_star.model import Decoder
 from mod_star.runs import directory as run_dir
 from mod_star.runs.base_run import load_base
 from mod_star.runs.checkpoints import CheckpointWriter, restore_state, saved_steps
 from mod_star.runs.metrics import MetricsWriter, read_metrics
+from mod_star.tokenization import load_tokenizer, train_bpe
 from mod_star.training.interrupt import Interrupted
-from mod_star.training.loop import TrainingSession
-from mod_star.training.state import init_params, init_state
+from mod_star.training.loop import TrainingLoop
+from mod_star.training.state import init_state
 from mod_star.training.train import TrainSummary, train
 
 STEPS = 4
@@ -137,7 +139,7 @@ def test_interrupted_and_resumed_without_the_other_run(
     gone, path = shutil.copytree(base, tmp_path / "base"), tmp_path / "run"
     run = fine(gone)
     with monkeypatch.context() as patched:
-        stopping(patched, TrainingSession, "_compile", lambda *_: True)
+        stopping(patched, TrainingLoop, "_compile", lambda *_: True)
         with pytest.raises(Interrupted, match="stopped before the first step"):
             train(run, path, quiet=True)
     assert saved_steps(path / "checkpoints") == [0]

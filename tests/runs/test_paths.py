@@ -23,12 +23,12 @@ FEW = "--preset tiny --model.width 16 --model.layers 1 --model.heads 2 --model.m
 OPTIONS = [*FEW.split(), "--train.steps", "4", "--train.batch-size", "2", "--train.eval-batches", "1"]
 TERM_AT_2 = """import signal
 from mod_star.training import loop
-record = loop.TrainingSession._record
+record = loop.TrainingLoop._record
 def recorded(self, unread):
     record(self, unread)
     if unread is not None and unread.step == 1 and self.start == 0:
         os.kill(os.getpid(), signal.SIGTERM)
-loop.TrainingSession._record = recorded
+loop.TrainingLoop._record = recorded
 """
 
 

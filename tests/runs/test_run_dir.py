@@ -17,11 +17,11 @@ import pytest
 
 from mod_star import presets
 from mod_star.config import RunConfig, from_dict, to_dict
-from mod_star.data import load_tokenizer
 from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.runs import directory as run_dir
 from mod_star.runs.checkpoints import CheckpointWriter
+from mod_star.tokenization import load_tokenizer
 from mod_star.training.state import init_state
 
 BYTES = load_tokenizer("bytes")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tokenizers
 
-from mod_star.data import HuggingFaceTokenizer, train_bpe
+from mod_star.tokenization import HuggingFaceTokenizer, train_bpe
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

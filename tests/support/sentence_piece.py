@@ -7,8 +7,8 @@ import string
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
-from mod_star.data.special_tokens import SpecialTokens
-from mod_star.data.tokenizers import HuggingFaceTokenizer, TokenizerFiles
+from mod_star.tokenization.special_tokens import SpecialTokens
+from mod_star.tokenization.tokenizers import HuggingFaceTokenizer, TokenizerFiles
 
 MERGES = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("e", "n"), ("▁", "▁"), ("▁", "S"), ("▁S", "o")]
 

@@ -14,18 +14,18 @@ from conftest import make_batch, random_params
 from thinking_models import Thinker, thinking_params
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig
-from mod_star.data import ByteTokenizer
 from mod_star.decoding import Generator, Sampling
 from mod_star.decoding.think import Think
 from mod_star.errors import InputError
 from mod_star.flops import scoring_flops
+from mod_star.initial_params import initial_params
 from mod_star.model.parts import Part, Parts, ThoughtInput
 from mod_star.model.transformer import apply_blocks, head_matrix
 from mod_star.thinking.objective import Places, Talk, predicted
 from mod_star.thinking.rewards import above_mean
 from mod_star.thinking.thought import THOUGHT_INPUTS, Thought, embed_thought
+from mod_star.tokenization import ByteTokenizer
 from mod_star.training.objectives import quiet_star
-from mod_star.training.state import initial_params
 
 MODEL = ModelConfig(vocab_size=29, width=16, layers=1, heads=2, kv_heads=1, mlp_width=24, context=16)
 THINKING = ThinkingConfig(thought_length=3, n_true=2, n_thoughts=2, chunk=5)

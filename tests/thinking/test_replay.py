@@ -14,7 +14,6 @@ import pytest
 from thinking_models import Thinker, thinking_params
 
 from mod_star.config import RunConfig, ThinkingConfig
-from mod_star.data import ByteTokenizer
 from mod_star.decoding import Generator, Sampling
 from mod_star.decoding.think import Think
 from mod_star.evaluation import scoring
@@ -31,6 +30,7 @@ from mod_star.thinking.objective import Places, memory_of, sample_thoughts
 from mod_star.thinking.sample import Place, ThinkingDecoder, thought_slots
 from mod_star.thinking.score import Scored, score_thought
 from mod_star.thinking.thought import Thought
+from mod_star.tokenization import ByteTokenizer
 from mod_star.training.objectives.next_token import forward
 from mod_star.training.objectives.quiet_star import make_examples, make_quiet_star_eval, make_quiet_star_loss
 

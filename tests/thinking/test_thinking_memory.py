@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
+from mod_star.initial_params import init_params
 from mod_star.model import Decoder
 from mod_star.thinking.objective import place_count
 from mod_star.thinking.parameters import thinking_init
 from mod_star.training.objectives.quiet_star import make_quiet_star_loss
-from mod_star.training.state import init_params
 
 S, V = 128, 256
 FIELDS: dict[str, Any] = {"thought_length": 8, "n_true": 2, "n_thoughts": 2, "chunk": 8, "think_fraction": 0.5}

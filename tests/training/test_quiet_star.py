@@ -17,7 +17,6 @@ from thinking_models import thinking_params
 
 from mod_star import presets
 from mod_star.config import RunConfig, ThinkingConfig
-from mod_star.data import load_tokenizer
 from mod_star.model import Decoder
 from mod_star.model.cross_entropy import cross_entropy_by_token, token_entropy
 from mod_star.model.transformer import head_matrix
@@ -25,6 +24,7 @@ from mod_star.runs.checkpoints import saved_steps
 from mod_star.runs.metrics import MetricsWriter, read_metrics
 from mod_star.thinking.objective import Places, sample_thoughts, talk_loss
 from mod_star.thinking.sample import ThinkingDecoder
+from mod_star.tokenization import load_tokenizer
 from mod_star.training.interrupt import Interrupted
 from mod_star.training.objectives.next_token import forward
 from mod_star.training.objectives.quiet_star import (

@@ -9,8 +9,9 @@ from rich.console import Console, RenderableType
 
 from mod_star.errors import InputError
 from mod_star.runs.metrics import MetricsWriter
+from mod_star.units import duration, short_number
 from mod_star.views.plots import plot_curves, plot_routes
-from mod_star.views.terminal import duration, result_table, routes_text, short_number, visible
+from mod_star.views.terminal import result_table, routes_text, visible
 
 BLUE = np.array([0x00, 0x72, 0xB2])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from flax import struct
 
 from mod_star import random_streams
 from mod_star.config import RunConfig, ThinkingConfig
-from mod_star.data import Tokenizer
 from mod_star.model import Decoder, Trace
 from mod_star.model.cross_entropy import cross_entropy_by_token, token_entropy
 from mod_star.model.routing import select_share, select_top
@@ -39,6 +38,9 @@ from mod_star.thinking.where import position_scores
 from mod_star.training.agreement import require_thinker
 from mod_star.training.objectives.next_token import forward, next_token_metrics, routing_sums
 from mod_star.training.objectives.objective import Batch, Metrics, Objective
+
+if TYPE_CHECKING:
+    from mod_star.tokenization import Tokenizer
 
 DECILES = 10
 EXAMPLES = 4

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 from mod_star.config import RunConfig
-from mod_star.data import Batch, Tokenizer
+from mod_star.data import Batch
 from mod_star.model import Decoder
 from mod_star.runs.metrics import open_records
+from mod_star.tokenization import Tokenizer
 from mod_star.training.objectives import objective_of
 from mod_star.training.objectives.quiet_star import describe_examples
 

@@ -11,24 +11,24 @@ from typing import Protocol
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mod_star.data.chat import Message, render_chat
-from mod_star.data.special_tokens import (
+from mod_star.errors import InputError, require
+from mod_star.home import expanded
+from mod_star.tokenization.chat import Message, render_chat
+from mod_star.tokenization.special_tokens import (
     END_OF_TEXT,
     SPECIAL_TOKENS_NAME,
     SpecialTokens,
     special_tokens,
     vocabulary_size,
 )
-from mod_star.data.templates import unicode_text
-from mod_star.data.tokenizer_files import (
+from mod_star.tokenization.tokenizer_files import (
     CHAT_TEMPLATE_NAME,
     chat_template_in,
     chat_template_of,
     complete,
     read_tokenizer_directory,
 )
-from mod_star.errors import InputError, require
-from mod_star.home import expanded
+from mod_star.tokenization.unicode_text import unicode_text
 
 SAVED_NAME = "tokenizer.json"
 """Name of a tokenizer inside a run directory."""
@@ -154,7 +154,7 @@ class HuggingFaceTokenizer:
     """A `tokenizer.json`, read by the `tokenizers` package. Its truncation, padding and template are not applied.
 
     Tokens that it lacks, what starts and ends a text, and the chat template come from the files beside it: a run's own,
-    or those of a Hugging Face model's directory (see `mod_star.data.tokenizer_files` and `special_tokens`).
+    or those of a Hugging Face model's directory (see `mod_star.tokenization.tokenizer_files` and `special_tokens`).
     """
 
     notes: tuple[str, ...]

@@ -10,8 +10,8 @@ from typing import Any
 
 import tokenizers
 
-from mod_star.data.tokenizer_files import TokenizerDirectory, read_json_object, spelling
 from mod_star.errors import InputError, require
+from mod_star.tokenization.tokenizer_files import TokenizerDirectory, read_json_object, spelling
 
 SPECIAL_TOKENS_NAME = "special_tokens.json"
 """Name of stored `SpecialTokens` inside a run's tokenizer directory."""

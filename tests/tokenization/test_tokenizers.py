@@ -10,8 +10,9 @@ import pytest
 import tokenizers
 from sentence_piece import sentence_piece
 
-from mod_star.data.special_tokens import SpecialTokens
-from mod_star.data.tokenizers import (
+from mod_star.errors import InputError
+from mod_star.tokenization.special_tokens import SpecialTokens
+from mod_star.tokenization.tokenizers import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     StreamDecoder,
@@ -23,7 +24,6 @@ from mod_star.data.tokenizers import (
     save_tokenizer,
     train_bpe,
 )
-from mod_star.errors import InputError
 
 TEXT = "The naïve café — 日本語, 🙂🙂! 'tis\n\ttabs  and   spaces \ufffd end"
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mod_star.data.chat import check_template, render_chat
 from mod_star.errors import InputError
+from mod_star.tokenization.chat import check_template, render_chat
 
 ASK = [{"role": "user", "content": "2 < 3?"}]
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -12,8 +12,8 @@ import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
 
 from mod_star.config import RunConfig
-from mod_star.data import HuggingFaceTokenizer, load_saved_tokenizer, save_tokenizer
 from mod_star.errors import InputError
+from mod_star.tokenization import HuggingFaceTokenizer, load_saved_tokenizer, save_tokenizer
 from mod_star.training.train import train
 
 START, END = "<|im_start|>", "<|im_end|>"
