@@ -53,7 +53,7 @@ class Finder(ABC):
 
 
 FindAnswer = Callable[[str], Span | None]
-"""A function from a text to the characters of its answer; None: it gives none."""
+"""A function from a text to the characters of its answer, or None if it gives none."""
 
 
 @dataclass(frozen=True)

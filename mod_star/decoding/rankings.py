@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mod_star.decoding.branches import Branch
 
 Score = Callable[["Branch"], float | None]
-"""The number that a branch is ranked by; None only for branches that were dropped."""
+"""A function from a branch to the number that it is ranked by, or None for some that were dropped."""
 
 
 @dataclass(frozen=True)
