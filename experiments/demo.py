@@ -30,7 +30,7 @@ from mod_star import presets
 from mod_star.commands import keep_compiled_programs, parse_options
 from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, TrainConfig
 from mod_star.data import held_out_batches
-from mod_star.decoding import Completion, Generator, Sampling, complete, encode_prompts
+from mod_star.decoding import Completion, GenerationConfig, Generator, Sampling, complete, encode_prompts
 from mod_star.errors import InputError
 from mod_star.flops import forward_flops
 from mod_star.inspection.routes import routes_of
@@ -107,7 +107,7 @@ def demo(options: Options) -> None:
         "MoD": train(mod, paths["MoD"]),
     }
     loaded = {name: load_run(path) for name, path in paths.items()}
-    generators = {name: Generator(run.decoder, run.params, (run.tokenizer.eos_id,)) for name, run in loaded.items()}
+    generators = {name: Generator(run.model, (run.tokenizer.eos_id,)) for name, run in loaded.items()}
 
     console.print()
     console.print(Rule("Mixture-of-Depths and its dense twin, at equal training FLOPs", style="bold"))
@@ -166,11 +166,11 @@ def decode_speeds(generators: dict[str, Generator], prompts: list[list[int]]) ->
     """Tokens per second at batch 1, compiled beforehand: the median of five texts, the models taking turns."""
     measured: dict[str, list[float]] = {name: [] for name in generators}
     for generator in generators.values():
-        generator.warm_up(prompts, room(generator, prompts), SAMPLING)
+        generator.warm_up(prompts, GenerationConfig(room(generator, prompts), SAMPLING))
     for seed in range(5):
         for name, generator in generators.items():
             new_tokens = room(generator, prompts)
-            state = jax.block_until_ready(generator.start(prompts, new_tokens, seed))
+            state = jax.block_until_ready(generator.start(prompts, GenerationConfig(new_tokens, seed=seed)))
             began = time.perf_counter()
             state = jax.block_until_ready(generator.advance(state, new_tokens, SAMPLING))
             measured[name].append(int(state.step) / (time.perf_counter() - began))
@@ -214,7 +214,7 @@ def show_sample(console: Console, generator: Generator, run: LoadedRun) -> None:
     prompts = encode_prompts(run.tokenizer, [PROMPT])
     console.print(f"[dim]prompt “{PROMPT}”, causal routing, temperature {SAMPLING.temperature}, seed 0[/]\n")
     console.print(Text(PROMPT, "bold"), end="", soft_wrap=True)
-    bursts = complete(generator, run.tokenizer, [PROMPT], room(generator, prompts), SAMPLING)
+    bursts = complete(generator, [PROMPT], GenerationConfig(room(generator, prompts), SAMPLING))
     last = _stream(console, bursts)
     shares = ", ".join(f"{share:.0%}" for share in last.routed_fraction)
     console.print(f"\n\n[dim]the routed blocks computed {shares} of these tokens[/]\n")

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
         ThinkingConfig,
         TrainConfig,
     )
-    from mod_star.decoding import Completion, Generator, Sampling, Think, complete
+    from mod_star.decoding import Completion, GenerationConfig, Generator, Sampling, Think, complete
     from mod_star.decoding.answers import LastNumber, LastOption, Phrase
     from mod_star.decoding.cot import cot_decode, self_consistency
     from mod_star.errors import InputError
+    from mod_star.loaded_model import Model
     from mod_star.model import Decoder
     from mod_star.model.parts import Part, Parts
     from mod_star.runs.directory import LoadedRun, load_run
@@ -37,10 +38,11 @@ _PLACES = {
     "mod_star.config": (
         "DataConfig", "ModelConfig", "OptimizerConfig", "RoutingConfig", "RunConfig", "ThinkingConfig", "TrainConfig",
     ),
-    "mod_star.decoding": ("Completion", "Generator", "Sampling", "Think", "complete"),
+    "mod_star.decoding": ("Completion", "GenerationConfig", "Generator", "Sampling", "Think", "complete"),
     "mod_star.decoding.answers": ("LastNumber", "LastOption", "Phrase"),
     "mod_star.decoding.cot": ("cot_decode", "self_consistency"),
     "mod_star.errors": ("InputError",),
+    "mod_star.loaded_model": ("Model",),
     "mod_star.model": ("Decoder",),
     "mod_star.model.parts": ("Part", "Parts"),
     "mod_star.runs.directory": ("LoadedRun", "load_run"),
@@ -52,11 +54,13 @@ __all__ = [
     "Completion",
     "DataConfig",
     "Decoder",
+    "GenerationConfig",
     "Generator",
     "InputError",
     "LastNumber",
     "LastOption",
     "LoadedRun",
+    "Model",
     "ModelConfig",
     "OptimizerConfig",
     "Part",

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from experiments.benchmarks.mod import read_bandwidth
 from experiments.support.timing import in_turns
-from mod_star.decoding import Generator, Sampling
+from mod_star.decoding import GenerationConfig, Generator, Sampling
 from mod_star.decoding.lengths import PROMPT, ROOM, rounded_up
 from mod_star.errors import require
 from mod_star.model import Decoder
@@ -66,7 +66,7 @@ def step_calls(generator: Generator, prompt: list[int], case: Case) -> Callable[
 
     def call() -> Any:
         if state["step"] >= BURST * BURSTS:
-            started = generator.start([prompt] * case.prompts, BURST * BURSTS, branches=case.branches)
+            started = generator.start([prompt] * case.prompts, GenerationConfig(BURST * BURSTS, branches=case.branches))
             state["now"], state["step"] = jax.block_until_ready(started), 0
             if case.sampling.branch:  # the first token is drawn in another way
                 state["now"], state["step"] = generator.advance(state["now"], 1, case.sampling), 1
@@ -80,7 +80,7 @@ def step_calls(generator: Generator, prompt: list[int], case: Case) -> Callable[
 def steps(run: LoadedRun, prompt: list[int], dtype: str, rounds: int) -> dict[str, float]:
     """Seconds of a step in each case, and the read bandwidth, in turns; no row ever ends."""
     decoder = Decoder(replace(run.config.model, dtype=dtype), run.config.routing)  # type: ignore[arg-type]
-    generator = Generator(decoder, run.params)
+    generator = Generator(replace(run.model, decoder=decoder), end_ids=())
     cases = {name: step_calls(generator, prompt, case) for name, case in CASES.items()}
     reads = read_bandwidth()
     times = in_turns(cases | {name: call for name, (call, _) in reads.items()}, rounds)
@@ -95,17 +95,16 @@ def question_and_batch(run: LoadedRun, prompt: list[int], rounds: int) -> tuple[
 
     Both generate the same number of tokens for each of ten rows.
     """
-    generator = Generator(run.decoder, run.params)
+    generator = Generator(run.model, end_ids=())
     room = BURST * BURSTS
 
     def whole(case: Case) -> Callable[[], Any]:
         prompts = [prompt] * case.prompts
-        return lambda: (
-            generator.advance(generator.start(prompts, room, branches=case.branches), room, case.sampling).tokens_BxT
-        )
+        config = GenerationConfig(room, branches=case.branches)
+        return lambda: generator.advance(generator.start(prompts, config), room, case.sampling).tokens_BxT
 
     times = in_turns({"cot": whole(CASES["cot"]), "plain": whole(CASES["ten"])}, rounds)
-    caches = generator.start([prompt], room, branches=BRANCHES).caches
+    caches = generator.start([prompt], GenerationConfig(room, branches=BRANCHES)).caches
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches) if leaf.ndim == 4)
     config = run.config.model
     per_token = 2 * config.layers * config.key_heads * config.head_size * 4

@@ -27,13 +27,16 @@ from experiments.support.timing import in_turns
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, TrainConfig
 from mod_star.decoding.caches import cache_bytes
 from mod_star.decoding.generate import Generator
+from mod_star.decoding.generation_config import GenerationConfig
 from mod_star.decoding.sampling import Sampling
 from mod_star.flops import forward_flops, parameter_count, training_step_flops
 from mod_star.initial_params import init_params
+from mod_star.loaded_model import Model
 from mod_star.model import Decoder
 from mod_star.model.cross_entropy import cross_entropy
 from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import head_matrix
+from mod_star.tokenization.tokenizers import ByteTokenizer
 from mod_star.training.objectives.next_token import forward
 from mod_star.training.state import init_state
 from mod_star.training.step import make_train_step
@@ -182,7 +185,7 @@ def decoding(generators: dict[str, Generator], batch_size: int, burst: int = 8, 
     rng = np.random.default_rng(0)
     room = burst * (bursts + 1)
     prompts = [rng.integers(0, 4096, CONTEXT - room).tolist() for _ in range(batch_size)]
-    states = {arm: generator.start(prompts, room) for arm, generator in generators.items()}
+    states = {arm: generator.start(prompts, GenerationConfig(room)) for arm, generator in generators.items()}
     times: dict[str, list[float]] = {arm: [] for arm in generators}
     for number in range(bursts + 1):
         for arm, generator in generators.items():
@@ -227,7 +230,7 @@ def measure() -> dict[str, float]:
     generators = {}
     for arm, routing in ARMS.items():
         decoder = Decoder(model(CONTEXT), routing)
-        generators[arm] = Generator(decoder, calibrated(decoder))
+        generators[arm] = Generator(Model(decoder, calibrated(decoder), ByteTokenizer()), end_ids=())
     for batch_size in (1, 16):
         measured = decoding(generators, batch_size)
         share, name = measured["share"], f"b{batch_size}"

@@ -26,14 +26,16 @@ from rich.console import Console
 
 from experiments.support.timing import in_turns
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
-from mod_star.decoding import Generator, Sampling, Think
+from mod_star.decoding import GenerationConfig, Generator, Sampling, Think
 from mod_star.flops import sampling_flops, scoring_flops, training_step_flops
 from mod_star.initial_params import init_params
+from mod_star.loaded_model import Model
 from mod_star.model import Decoder
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.objective import choose_places, sample_thoughts, talk_loss
 from mod_star.thinking.parameters import thinking_init
 from mod_star.thinking.sample import ThinkingDecoder
+from mod_star.tokenization.tokenizers import ByteTokenizer
 from mod_star.training.objectives.next_token import forward
 from mod_star.training.objectives.quiet_star import make_quiet_star_loss
 from mod_star.training.state import init_state
@@ -169,17 +171,19 @@ def measure_generation() -> dict[str, float]:
     """Seconds per token of one row: without thoughts, with one before each token, and before a quarter of them."""
     run = make_run(context=256)
     decoder = Decoder(run.model, run.routing)
-    generator = Generator(decoder, make_params(run, decoder), thinking=run.thinking)
+    generator = Generator(Model(decoder, make_params(run, decoder), ByteTokenizer(), run.thinking), end_ids=())
     room = BURST * (BURSTS + 1)
     prompt = np.random.default_rng(0).integers(0, run.model.vocab_size, (1, 256 - room)).tolist()
-    found = generator.advance(generator.start(prompt, room), room, SAMPLING, Think("auto", threshold=-1e9))
+    found = generator.advance(
+        generator.start(prompt, GenerationConfig(room)), room, SAMPLING, Think("auto", threshold=-1e9)
+    )
     entropies = generator.results(found)[0].entropies
     ways = {
         "plain": Think(),
         "always": Think("always"),
         "auto": Think("auto", threshold=float(np.quantile(entropies, 0.75)), share=0.25),
     }
-    states = {name: generator.start(prompt, room) for name in ways}
+    states = {name: generator.start(prompt, GenerationConfig(room)) for name in ways}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(BURSTS + 1):
         for name, way in ways.items():

@@ -22,10 +22,12 @@ from experiments.support.pretraining import DENSE, pretrained
 from experiments.support.reporting import write_aside
 from experiments.support.worked_lines import HELD_OUT, LENGTH, TOKENIZER, Question, make_batch, question
 from mod_star.config import ModelConfig
-from mod_star.decoding import Generator, Sampling
+from mod_star.decoding import GenerationConfig, Generator, Sampling
 from mod_star.decoding.answers import LastOption
-from mod_star.decoding.branches import RANKINGS, Branch, Branches
+from mod_star.decoding.branches import Branch, Branches
 from mod_star.decoding.cot import cot_decode, self_consistency
+from mod_star.decoding.rankings import RANKINGS
+from mod_star.loaded_model import Model
 from mod_star.model import Decoder
 
 MODEL = ModelConfig(
@@ -66,18 +68,16 @@ def ask(options: Options, seed: int) -> None:
     path = options.out / f"results-{seed}.json"
     if path.exists():
         return
-    generator = Generator(Decoder(MODEL, DENSE), base_params(options, seed), TOKENIZER.end_ids)
+    generator = Generator(Model(Decoder(MODEL, DENSE), base_params(options, seed), TOKENIZER))
     questions = [question(int(number)) for number in HELD_OUT]
     branches: list[Branches] = []
     samples: dict[float, list[Branches]] = {temperature: [] for temperature in TEMPERATURES}
     for first in track(range(0, len(questions), AT_ONCE), f"asking, seed {seed}"):
         prompts = [asked.text for asked in questions[first : first + AT_ONCE]]
-        branches += cot_decode(generator, TOKENIZER, prompts, NEW_TOKENS, STATE, branches=BRANCHES)
+        branches += cot_decode(generator, prompts, GenerationConfig(NEW_TOKENS, branches=BRANCHES), STATE)
         for temperature, found in samples.items():
-            found += self_consistency(
-                generator, TOKENIZER, prompts, NEW_TOKENS, STATE, samples=BRANCHES, sampling=Sampling(temperature),
-                seed=seed * 1000 + first,
-            )  # fmt: skip
+            config = GenerationConfig(NEW_TOKENS, Sampling(temperature), branches=BRANCHES, seed=seed * 1000 + first)
+            found += self_consistency(generator, prompts, config, STATE)
     result = {
         "seed": seed,
         "questions": len(questions),
@@ -99,7 +99,7 @@ def accuracies(
     for k in range(1, BRANCHES + 1):
         first = [result.first(k) for result in branches]
         ways = {
-            f"{ranking} {'aggregated' if aggregate else 'max'}": [r.answer(ranking, aggregate) for r in first]
+            f"{ranking} {'aggregated' if aggregate else 'max'}": [r.answer(RANKINGS[ranking], aggregate) for r in first]
             for ranking in RANKINGS
             for aggregate in (False, True)
         }
@@ -130,8 +130,8 @@ def openings(questions: list[Question], branches: list[Branches]) -> dict[str, d
         table[token] = {"branches": len(group) / len(questions), "dropped": 1 - len(counting) / len(group)}
         if counting:
             table[token]["right"] = float(np.mean([right for right, _ in counting]))
-            for ranking in RANKINGS:
-                table[token][ranking] = float(np.mean([branch.score(ranking) for _, branch in counting]))
+            for name, ranking in RANKINGS.items():
+                table[token][name] = float(np.mean([ranking.of(branch) for _, branch in counting]))
     return table
 
 

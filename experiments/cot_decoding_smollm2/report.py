@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Console
 
 from experiments.support.reporting import markdown
-from mod_star.decoding.branches import Branches, Ranking
-from mod_star.evaluation.branch_records import RANKING_NAMES, branches_of
+from mod_star.decoding.branches import Branches
+from mod_star.decoding.rankings import RANKINGS
+from mod_star.evaluation.branch_records import COUNTED, branches_of
 from mod_star.evaluation.intervals import Estimate, accuracy, paired_difference
 from mod_star.evaluation.records import RECORDS_FILE, write_json
 from mod_star.views.pictures import as_shipped, save_figure, try_to_draw
@@ -36,20 +37,23 @@ def methods() -> dict[str, Method]:
         "temperature 0.7": lambda branches, samples: samples.branches[0].answer,
         "self-consistency, 10": lambda branches, samples: samples.majority_answer(),
     }
-    for ranking in RANKING_NAMES:
+    for ranking in RANKINGS:
         for aggregate in (False, True):
             for k in KS:
                 found[cot(k, ranking, aggregate)] = _cot(k, ranking, aggregate)
     return found
 
 
-def cot(k: int, ranking: Ranking, aggregate: bool) -> str:
+LABELS = {ranking.name: label for label, ranking in COUNTED.items()}
+
+
+def cot(k: int, ranking: str, aggregate: bool) -> str:
     """Name of a variant of CoT-decoding."""
-    return f"CoT {'aggregated' if aggregate else 'max'}, {RANKING_NAMES[ranking]}, k = {k}"
+    return f"CoT {'aggregated' if aggregate else 'max'}, {LABELS[ranking]}, k = {k}"
 
 
-def _cot(k: int, ranking: Ranking, aggregate: bool) -> Method:
-    return lambda branches, samples: branches.first(k).answer(ranking, aggregate)
+def _cot(k: int, ranking: str, aggregate: bool) -> Method:
+    return lambda branches, samples: branches.first(k).answer(RANKINGS[ranking], aggregate)
 
 
 def read(out: Path) -> tuple[Marks, list[dict[str, Any]]]:
@@ -112,7 +116,7 @@ def report(out: Path, console: Console, picture: Path | None = None) -> None:
 
 def _tables() -> dict[str, list[str]]:
     delta = [cot(k, "delta", aggregate) for aggregate in (False, True) for k in KS]
-    rankings = [cot(10, ranking, aggregate) for aggregate in (False, True) for ranking in RANKING_NAMES]
+    rankings = [cot(10, ranking, aggregate) for aggregate in (False, True) for ranking in RANKINGS]
     bounds = [name.format(rows) for rows in ("branches", "samples") for name in (ANY, ANY_AT_ALL)]
     return {
         "Methods": ["greedy", "temperature 0.7", "self-consistency, 10", *delta],

@@ -106,8 +106,8 @@ def ask(options: Options, console: Console) -> None:
     todo = list(chunks(options))
     keep_compiled_programs()
     loaded = load_run(options.run)
-    model = dataclasses.replace(loaded.decoder.config, dtype=options.dtype)
-    generator = Generator(loaded.decoder.clone(config=model), loaded.params, loaded.tokenizer.end_ids)
+    decoder = loaded.decoder.clone(config=dataclasses.replace(loaded.decoder.config, dtype=options.dtype))
+    generator = Generator(dataclasses.replace(loaded.model, decoder=decoder))
     config = {
         "dtype": options.dtype,
         "parts": [dataclasses.asdict(part) | {"sha256": load_task(part.task, options.data / part.file).sha256}
@@ -128,7 +128,7 @@ def ask(options: Options, console: Console) -> None:
             missing = [item for item in asked if record_id(part, prompt, item) not in records.by_id]
             if missing:
                 prompts = Prompts(loaded.tokenizer, PLAIN, chat=True, step_by_step=PROMPTS[prompt])
-                for record in answer(generator, loaded.tokenizer, prompts, part, prompt, number, asked):
+                for record in answer(generator, prompts, part, prompt, number, asked):
                     if record["id"] not in records.by_id:
                         records.add(record)
             bar.update(line, advance=len(asked), description=f"{part.task}, {prompt}")
@@ -137,11 +137,12 @@ def ask(options: Options, console: Console) -> None:
 
 
 def answer(
-    generator: Any, tokenizer: Any, prompts: Prompts, part: Part, prompt: str, number: int, asked: Sequence[Item]
+    generator: Any, prompts: Prompts, part: Part, prompt: str, number: int, asked: Sequence[Item]
 ) -> list[dict[str, Any]]:
     """The records of some questions; ten branches and ten samples each. The same questions give the same samples."""
-    from mod_star.decoding.cot import BRANCHING, read_branches
-    from mod_star.decoding.sampling import Sampling
+    from mod_star.decoding import GenerationConfig
+    from mod_star.decoding.cot import Reading, read_branches
+    from mod_star.decoding.sampling import BRANCHING, Sampling
     from mod_star.decoding.text import complete_many
     from mod_star.evaluation.branch_records import branch_record
 
@@ -152,13 +153,12 @@ def answer(
     found: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for name, sampling in (("branches", BRANCHING), ("samples", Sampling(TEMPERATURE))):
         found[name] = {}
-        for index, completions in complete_many(
-            generator, tokenizer, texts, part.new_tokens, sampling, rows=BRANCHES * len(asked), branches=BRANCHES,
-            seed=seed, stop=STOP, encoded=encoded,
-        ):  # fmt: skip
-            (made,) = read_branches(
-                generator, tokenizer, completions, asked[index].finder, BRANCHES, encoded=[encoded[index]]
-            )
+        config = GenerationConfig(
+            part.new_tokens, sampling, STOP, branches=BRANCHES, seed=seed, rows=BRANCHES * len(asked)
+        )
+        for index, completions in complete_many(generator, texts, config, encoded):
+            finder = asked[index].finder
+            (made,) = read_branches(generator, completions, config, finder, [encoded[index]], Reading())
             found[name][index] = [branch_record(branch) for branch in made.branches]
     seconds = (time.perf_counter() - began) / len(asked)
     return [

@@ -126,8 +126,7 @@ def answer(options: Options, arm: str, think: Think, console: Console) -> None:
             run = run or load_run(options.base if arm == "before" else options.out / arm.replace(" ", "_"))
             # Trained on 128 tokens, which not all questions fit into; the model was made for 8,192.
             decoder = Decoder(replace(run.config.model, context=512), run.config.routing, run.decoder.parts)
-            thinking = run.config.thinking if "thinking" in run.params else None
-            subject = Subject(decoder, run.params, run.tokenizer, Prompts(run.tokenizer), thinking, think)
+            subject = Subject(replace(run.model, decoder=decoder), Prompts(run.tokenizer), think)
             for record in track(
                 ExpectedProbability(options.batch_size).records(subject, missing),
                 f"{arm}, thinking {think.when}: {task}", len(missing), console=console,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mod_star.commands import keep_compiled_programs, on_working_copy, parse_options, require_writable
+from mod_star.decodings import FIELDS, Decoding, DecodingName, chosen_decoding
 from mod_star.distributed.options import MeshConfig
 from mod_star.errors import InputError, require
 from mod_star.runs.buckets import bring_back, checkpoints_of, copied_from
@@ -80,7 +81,7 @@ class EvaluateOptions:
     """Of the questions, the examples and what is drawn while generating."""
     protocol: Literal["generate", "choice", "expected"] = "generate"
     """How answers are judged, see above."""
-    decoding: Literal["greedy", "temperature", "self-consistency", "beam", "cot"] | None = None
+    decoding: DecodingName | None = None
     """How answers are generated; if not given greedy."""
     branches: int | None = None
     """Branches of cot, samples of self-consistency, width of beam. If not given 10, for beam 4."""
@@ -138,7 +139,9 @@ OF_GENERATE = (
     "decoding", "branches", "new_tokens", "temperature", "top_k", "top_p", "stop", "continuation", "skip_first",
     "length_penalty", "answer_rule",
 )  # fmt: skip
-OF_DRAWING = ("temperature", "top_k", "top_p")
+OF_DECODINGS = tuple(name for name in FIELDS if name not in ("answer", "continuation", "ranking", "aggregate"))
+"""What a decoding takes from the options: --answer is the gold one here, --continuation goes with every decoding, and
+all rankings are counted."""
 DEFAULT_NEW_TOKENS = 256
 WITHOUT_INFLUENCE = ("out", "batch_size", "mesh")
 """Options that records don't depend on."""
@@ -155,7 +158,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _run(options: EvaluateOptions) -> None:
-    _check(options)
+    decoding = _checked(options)
 
     # Only now, when the command line is known to be good: JAX takes seconds to import.
     from rich.console import Console
@@ -173,9 +176,9 @@ def _run(options: EvaluateOptions) -> None:
 
     how = _task(options)
     task = load_task(how, options.data)
-    asked = subset(task.items, options.limit, options.seed)
+    items = subset(task.items, options.limit, options.seed)
     examples, preamble, examples_digest = few_shot(
-        options.few_shot, options.few_shot_data, task, asked, how, options.seed
+        options.few_shot, options.few_shot_data, task, items, how, options.seed
     )
     if options.answer_rule is not None:
         examples = tuple(dataclasses.replace(each, solution=each.published or each.solution) for each in examples)
@@ -186,7 +189,7 @@ def _run(options: EvaluateOptions) -> None:
     prompts = Prompts(
         loaded.tokenizer, options.prompt_template, options.chat, options.step_by_step, examples, preamble
     )  # fmt: skip
-    protocol = _protocol(options, prompts, asked, loaded.decoder.config.context)
+    protocol = _protocol(options, decoding, prompts, items, loaded.decoder.config.context)
     config = _config(options, loaded.step) | {"data_sha256": task.sha256, "few_shot_sha256": examples_digest}
     config["checkpoint_sha256"] = params_digest(checkpoints_of(options.run), loaded.step)
     think = chosen_think(loaded, options)
@@ -200,29 +203,26 @@ def _run(options: EvaluateOptions) -> None:
     decoder = loaded.decoder
     if options.headroom is not None:
         decoder = decoder.clone(routing=dataclasses.replace(decoder.routing, headroom=options.headroom))
-    subject = Subject(
-        decoder, loaded.params, loaded.tokenizer, prompts, loaded.config.thinking, think, mesh=mesh, donate=True
-    )  # fmt: skip
-    protocol.check(subject, asked)
+    subject = Subject(dataclasses.replace(loaded.model, decoder=decoder), prompts, think, donate=True)
+    protocol.check(subject, items)
     keep_compiled_programs()
     console = Console(highlight=False)
     if isinstance(protocol, GeneratedAnswer):
         for note in _notes(options, protocol, examples):
             print(f"note: {note}", file=sys.stderr)
     with open_records(out, config) as records:
-        todo = [(number, item) for number, item in enumerate(asked) if item.id not in records.by_id]
-        if len(todo) < len(asked):
-            console.print(f"{len(asked) - len(todo)} of {len(asked)} questions are done already", markup=False)
-        _ask(subject, protocol, todo, len(asked), records, options.run)
+        todo = [(number, item) for number, item in enumerate(items) if item.id not in records.by_id]
+        if len(todo) < len(items):
+            console.print(f"{len(items) - len(todo)} of {len(items)} questions are done already", markup=False)
+        _ask(subject, protocol, todo, len(items), records, options.run)
         _report(task, protocol, config, records, out, console)
 
 
-def _check(options: EvaluateOptions) -> None:
-    """Raises InputError for options that don't go together."""
+def _checked(options: EvaluateOptions) -> Decoding:
+    """The decoding. Raises InputError for options that don't go together."""
     require(0 <= options.seed < 2**31, "--seed", options.seed, "must lie in [0, 2^31)")
     require(options.batch_size >= 1, "--batch-size", options.batch_size, "must be at least 1")
     require(all(options.stop), "--stop", "", "must not be empty")
-    require(options.branches is None or options.branches >= 1, "--branches", options.branches, "must be at least 1")
     fine = options.continuation is None or bool(options.continuation.strip())
     require(fine, "--continuation", options.continuation, "must not be empty")
     given = [name for name in OF_CUSTOM if getattr(options, name) is not None]
@@ -239,20 +239,7 @@ def _check(options: EvaluateOptions) -> None:
                     f"{_flag(name)}: cannot be combined with --protocol {options.protocol}, which generates nothing"
                 )
     require(not options.choice_texts or options.protocol == "choice", "--choice-texts", True, "needs --protocol choice")
-    decoding = options.decoding or "greedy"
-    fine = decoding != "self-consistency" or options.temperature is None or options.temperature > 0
-    require(fine, "--temperature", options.temperature, "must be above 0: samples must differ")
-    for names, decodings in (
-        (OF_DRAWING, ("temperature", "self-consistency")),
-        (("branches",), ("self-consistency", "beam", "cot")),
-        (("skip_first",), ("cot",)),
-        (("length_penalty",), ("beam",)),
-    ):
-        for name in names:
-            if getattr(options, name) not in (None, (), False) and decoding not in decodings:
-                raise InputError(
-                    f"{_flag(name)}: cannot be combined with --decoding {decoding}, only with {', '.join(decodings)}"
-                )
+    return chosen_decoding(options.decoding or "greedy", {name: getattr(options, name) for name in OF_DECODINGS})
 
 
 def _task(options: EvaluateOptions) -> str | CustomTask:
@@ -264,11 +251,12 @@ def _task(options: EvaluateOptions) -> str | CustomTask:
     return CustomTask(options.question, options.answer, options.kind, options.choices, options.item_id)
 
 
-def _protocol(options: EvaluateOptions, prompts: Prompts, asked: Sequence[Item], context: int) -> ProtocolOf:
-    from mod_star.decoding import Sampling
+def _protocol(
+    options: EvaluateOptions, decoding: Decoding, prompts: Prompts, items: Sequence[Item], context: int
+) -> ProtocolOf:
     from mod_star.decoding.answers import KINDS
-    from mod_star.decoding.beam import LENGTH_PENALTY
     from mod_star.decoding.cot import tokens_after
+    from mod_star.decoding.generation_config import config_of
     from mod_star.evaluation.generation import GeneratedAnswer
     from mod_star.evaluation.likelihood import ChoiceLikelihood, ExpectedProbability
 
@@ -276,22 +264,16 @@ def _protocol(options: EvaluateOptions, prompts: Prompts, asked: Sequence[Item],
         return ChoiceLikelihood(options.choice_texts, options.batch_size, options.seed)
     if options.protocol == "expected":
         return ExpectedProbability(options.batch_size, options.seed)
-    decoding = options.decoding or "greedy"
-    temperature = {"temperature": 0.8, "self-consistency": 0.7}.get(decoding, 0.0)
-    temperature = temperature if options.temperature is None else options.temperature
-    branches = options.branches or (4 if decoding == "beam" else 10)
+    config_of(decoding, 1)  # an error of these options is told now
     new_tokens = options.new_tokens
     if new_tokens is None:
-        room = context - max(len(prompts.encode(item)) for item in asked)
+        room = context - max(len(prompts.encode(item)) for item in items)
         room -= 0 if options.continuation is None else tokens_after(prompts.tokenizer, options.continuation)
         new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
-    sampling = Sampling(temperature, options.top_k or 0, 1.0 if options.top_p is None else options.top_p)
+    rule = None if options.answer_rule is None else KINDS[options.answer_rule]
     return GeneratedAnswer(
-        decoding, new_tokens, branches, sampling, options.stop or prompts.stop, options.skip_first,
-        options.continuation, options.batch_size, options.seed,
-        LENGTH_PENALTY if options.length_penalty is None else options.length_penalty,
-        None if options.answer_rule is None else KINDS[options.answer_rule],
-    )  # fmt: skip
+        decoding, new_tokens, options.stop or prompts.stop, options.continuation, options.batch_size, options.seed, rule
+    )
 
 
 def _notes(options: EvaluateOptions, protocol: GeneratedAnswer, examples: Sequence[Item]) -> list[str]:
@@ -357,18 +339,18 @@ def _report(
     from mod_star.evaluation.records import RESULTS_FILE, write_json
     from mod_star.views.terminal import result_table
 
-    found = measures(list(records.by_id.values()))
+    estimates = measures(list(records.by_id.values()))
     results = {
         "task": task.name,
         "items": len(records.by_id),
         "headline": protocol.headline,
-        "measures": {name: dataclasses.asdict(estimate) for name, estimate in found.items()},
+        "measures": {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()},
         "seconds": round(sum(record["seconds"] for record in records.by_id.values()), 3),
         "config": config,
     }
     write_json(out / RESULTS_FILE, results)
     title = f"{task.name}, {len(records.by_id)} questions"
-    console.print(result_table(title, ("", "right", "95 % interval"), [_row(*entry) for entry in found.items()]))
+    console.print(result_table(title, ("", "right", "95 % interval"), [_row(*entry) for entry in estimates.items()]))
     console.print(f"records and results: {out}", markup=False, soft_wrap=True)
 
 

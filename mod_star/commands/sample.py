@@ -14,13 +14,22 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 import tyro
 
 from mod_star.commands import keep_compiled_programs, on_working_copy, parse_options
+from mod_star.decodings import (
+    DECODINGS,
+    FIELDS,
+    Decoding,
+    DecodingName,
+    chosen_decoding,
+    decodings_with,
+    require_decoding,
+)
 from mod_star.distributed.options import MeshConfig
 from mod_star.errors import InputError, require
 from mod_star.views.sample import completion_record, summary, write_completions, write_stream
 
 if TYPE_CHECKING:
-    from mod_star.commands.sample_branches import Answering
-    from mod_star.decoding import Sampling, Think
+    from mod_star.commands.sample_branches import Answering, BeamTexts
+    from mod_star.decoding import Think
     from mod_star.runs.directory import LoadedRun
 
 DEFAULT_NEW_TOKENS = 200
@@ -58,7 +67,7 @@ class SampleOptions:
     """The most tokens to generate. If not given 200, or as many as the context has room for."""
     chat: bool = False
     """Put each prompt to the model as a user's message, by the chat template that its tokenizer comes with."""
-    decoding: Literal["greedy", "temperature", "beam", "self-consistency", "cot"] = "temperature"
+    decoding: DecodingName = "temperature"
     """How the text is chosen, see above."""
     temperature: float | None = None
     """Below 1 sharpens the model's distribution, above 1 flattens it; 0: always the most probable token. 0.8 if not
@@ -73,14 +82,16 @@ class SampleOptions:
     """Write a table of all branches instead of the text that won."""
     answer: str | None = None
     """What cot and self-consistency look for: number, yes-no, even-odd, letters (A to E), text (any words, as a
-    continuation gives them), gsm8k-strict or gsm8k-flexible (numbers by the rules of lm-evaluation-harness), or options
-    with commas between them, such as red,green. What follows "the answer is" in a branch is its answer, or else the
+    continuation gives them), gsm8k-strict or gsm8k-flexible (numbers by the rules of lm-evaluation-harness), options
+    with commas between them, such as red,green, or FILE.py:NAME, a function of your own from a text to the start and
+    end of its answer, or None. What follows "the answer is" in a branch is its answer, or else the
     last one. number if not given."""
     continuation: str | None = None
     """Continue every branch with this, such as 'So the answer is', and take the answer that the model gives then, at
     the last place in the branch where it stands. 'So the answer is' if not given with --answer text, else none."""
-    ranking: Literal["delta", "log-prob", "normalised-log-prob"] | None = None
-    """What cot ranks branches by. delta if not given: how sure the model is of the answer."""
+    ranking: str | None = None
+    """What cot ranks branches by: delta, log-prob, normalised-log-prob, or FILE.py:NAME, a function of your own from a
+    branch to a number. delta if not given: how sure the model is of the answer."""
     aggregate: bool = False
     """Write the text of cot's aggregated answer, that with the largest sum over branches; else of the best branch."""
     skip_first: bool = False
@@ -108,22 +119,6 @@ class SampleOptions:
     """One JSON object per prompt and line: prompt, text, tokens, log_probs, finished (end, length, stop), ..."""
 
 
-# Which options go with which decoding only; in the order in which a mistake is told.
-ONLY_WITH: dict[str, tuple[str, ...]] = {
-    "temperature": ("temperature", "self-consistency"),
-    "top_k": ("temperature", "self-consistency"),
-    "top_p": ("temperature", "self-consistency"),
-    "branches": ("cot", "self-consistency", "beam"),
-    "show_branches": ("cot", "self-consistency", "beam"),
-    "answer": ("cot", "self-consistency"),
-    "continuation": ("cot", "self-consistency"),
-    "ranking": ("cot",),
-    "aggregate": ("cot",),
-    "skip_first": ("cot",),
-    "length_penalty": ("beam",),
-}
-
-
 def run(argv: Sequence[str]) -> None:
     """Runs the command. Errors are `mod_star.cli`'s to show."""
     with on_working_copy(parse_options(SampleOptions, argv, "mod-star sample")) as options:
@@ -131,45 +126,46 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _run(options: SampleOptions) -> None:
-    _check(options)
+    decoding = _checked(options)
 
     # Only now, when the command line is known to be good: JAX takes seconds to import.
     from mod_star.commands.sample_branches import ways_to_answer
-    from mod_star.decoding import Sampling, Think
+    from mod_star.decoding import Think
+    from mod_star.decoding.generation_config import config_of
     from mod_star.distributed.sharding import make_small_mesh
     from mod_star.runs.directory import load_run
 
-    temperature = {"temperature": 0.8, "self-consistency": 0.7}.get(options.decoding, 0.0)
-    temperature = temperature if options.temperature is None else options.temperature
-    sampling = Sampling(temperature, options.top_k, options.top_p)
-    Think("always", temperature=options.think_temperature)  # an error of this option is told first of all
-    answering = ways_to_answer(options, sampling)
+    config_of(decoding, 1)  # an error of these options is told first of all
+    Think("always", temperature=options.think_temperature)
+    answering = ways_to_answer(options, decoding)
     prompts = options.prompt or ("",) if options.prompt_file is None else _read_prompts(options.prompt_file)
     keep_compiled_programs()
     mesh = make_small_mesh(options.mesh)
     loaded = load_run(options.run, options.step, mesh=mesh)
-    _sample(loaded, prompts, sampling, chosen_think(loaded, options), options, answering)
+    think = chosen_think(loaded, options)
+    _sample(loaded, prompts, decoding, think, options, answering)
 
 
-def _check(options: SampleOptions) -> None:
-    """Raises InputError for options that can't be, or not together; without JAX."""
+def _checked(options: SampleOptions) -> Decoding:
+    """The decoding. Raises InputError for options that can't be, or not together; without JAX."""
     require(0 <= options.seed < 2**32, "--seed", options.seed, "must lie in [0, 2^32)")
     require(all(options.stop), "--stop", "", "must not be empty")
     if options.prompt and options.prompt_file is not None:
         raise InputError("--prompt-file: give prompts either so or with --prompt, not both")
-    defaults = {field.name: field.default for field in dataclasses.fields(SampleOptions)}
-    for name, decodings in ONLY_WITH.items():
-        if getattr(options, name) != defaults[name] and options.decoding not in decodings:
-            names = " or ".join(decodings) if len(decodings) < 3 else ", ".join(decodings)
-            raise InputError(
-                f"--{name.replace('_', '-')}: goes with --decoding {names}, and --decoding is {options.decoding}"
-            )
-    if options.branches is not None:
-        require(options.branches >= 1, "--branches", options.branches, "must be at least 1")
+    defaults = {each.name: each.default for each in dataclasses.fields(SampleOptions)}
+    values = {name: getattr(options, name) for name in FIELDS}
+    decoding = chosen_decoding(
+        options.decoding, {name: value for name, value in values.items() if value != defaults[name]}
+    )
+    of_several_texts = decodings_with("branches")
+    if options.show_branches:
+        require_decoding(options.decoding, "show_branches", of_several_texts)
     if options.aggregate and options.show_branches:
         raise InputError("--aggregate: the table of --show-branches shows the aggregated answer too, leave one out")
-    if options.show_thoughts and options.decoding in ("beam", "self-consistency", "cot"):
-        raise InputError(f"--show-thoughts: goes with --decoding greedy or temperature, it is {options.decoding}")
+    if options.show_thoughts:
+        others = [name for name in DECODINGS if name not in of_several_texts]
+        require_decoding(options.decoding, "show_thoughts", others)
+    return decoding
 
 
 def _read_prompts(path: Path) -> tuple[str, ...]:
@@ -225,39 +221,37 @@ def chosen_think(loaded: LoadedRun, options: ThinkOptions) -> Think:
 def _sample(
     loaded: LoadedRun,
     prompts: Sequence[str],
-    sampling: Sampling,
+    decoding: Decoding,
     think: Think,
     options: SampleOptions,
-    answering: Answering | None,
+    answering: Answering | BeamTexts | None,
 ) -> None:
     import jax
     from rich.console import Console
 
     from mod_star.decoding import Generator, complete, encode_prompts
+    from mod_star.decoding.generation_config import config_of
 
     decoder, tokenizer = loaded.decoder, loaded.tokenizer
     if options.headroom is not None:
         decoder = decoder.clone(routing=dataclasses.replace(decoder.routing, headroom=options.headroom))
-    key, thinking = jax.random.key(options.seed), loaded.config.thinking
-    # Nothing but the generator needs the parameters: the weights exist once.
-    generator = Generator(decoder, loaded.params, tokenizer.end_ids, key, thinking, loaded.mesh, donate=True)
-    asked = [tokenizer.apply_chat([{"role": "user", "content": each}]) for each in prompts] if options.chat else prompts
-    encoded = encode_prompts(tokenizer, asked)
+    model = dataclasses.replace(loaded.model, decoder=decoder, routing_key=jax.random.key(options.seed))
+    generator = Generator(model, donate=True)  # nothing else needs the parameters: the weights exist once
+    texts = [tokenizer.apply_chat([{"role": "user", "content": each}]) for each in prompts] if options.chat else prompts
+    encoded = encode_prompts(tokenizer, texts)
     new_tokens = options.new_tokens
     if new_tokens is None:
         spare = 0 if answering is None else answering.tokens_after(tokenizer)
         new_tokens = max(1, min(DEFAULT_NEW_TOKENS, decoder.config.context - max(map(len, encoded)) - spare))
+    config = config_of(decoding, new_tokens, stop=options.stop, think=think, seed=options.seed)
     notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=options.json)
     if answering is not None:
-        answering.run(generator, tokenizer, prompts, encoded, new_tokens, think, notes)
+        answering.run(generator, prompts, encoded, config, notes)
         return
     with notes.status("compiling"):
-        generator.warm_up(encoded, new_tokens, sampling, think)
+        generator.warm_up(encoded, config)
     began = time.perf_counter()
-    bursts = complete(
-        generator, tokenizer, prompts, new_tokens, sampling, seed=options.seed, stop=options.stop, think=think,
-        encoded=encoded,
-    )  # fmt: skip
+    bursts = complete(generator, prompts, config, encoded)
     show_thoughts = options.show_thoughts or sys.stdout.isatty()
     if len(prompts) == 1 and not options.json:
         completions = write_stream(prompts[0], bursts, show_thoughts)

@@ -7,62 +7,55 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from mod_star.decoding import Completion, Generator, Sampling, Think
-from mod_star.decoding.answers import Finder, Phrase, make_finder
-from mod_star.decoding.beam import LENGTH_PENALTY, beam_search, check_beams
-from mod_star.decoding.branches import Branches, Ranking
+from mod_star.decoding import Completion, GenerationConfig, Generator
+from mod_star.decoding.answers import Finder, make_finder
+from mod_star.decoding.beam import beam_search, check_beams
+from mod_star.decoding.branches import Branches
 from mod_star.decoding.cot import SO_THE_ANSWER_IS, cot_decode, self_consistency, tokens_after
+from mod_star.decoding.rankings import DELTA, Ranking, make_ranking
+from mod_star.decodings import Beam, Cot, Decoding, SelfConsistency
 from mod_star.errors import require
-from mod_star.tokenization import Tokenizer
+from mod_star.tokenization.tokenizers import Tokenizer
 from mod_star.views.branches import beam_record, beams_table, branches_record, branches_table, outcome
 from mod_star.views.sample import write
 
 if TYPE_CHECKING:
     from mod_star.commands.sample import SampleOptions
 
-DEFAULT_BRANCHES, DEFAULT_BEAMS = 10, 4
 
-
-def ways_to_answer(options: SampleOptions, sampling: Sampling) -> Answering | None:
+def ways_to_answer(options: SampleOptions, decoding: Decoding) -> Answering | BeamTexts | None:
     """What the options ask for; None: one text per prompt. Raises InputError for options that can't be."""
-    if options.decoding in ("greedy", "temperature"):
-        return None
-    if options.decoding == "beam":
-        check_beams(options.branches or DEFAULT_BEAMS, length_penalty_of(options))
-        return Answering(options, sampling)
-    if options.decoding == "self-consistency":
-        require(sampling.temperature > 0, "--temperature", options.temperature, "must be above 0: samples must differ")
-    finder = make_finder(options.answer or "number", "--answer")
-    continuation = options.continuation
-    if continuation is None and isinstance(finder, Phrase):
-        continuation = SO_THE_ANSWER_IS
-    require(continuation is None or bool(continuation.strip()), "--continuation", continuation, "must not be empty")
-    return Answering(options, sampling, finder, continuation)
-
-
-def length_penalty_of(options: SampleOptions) -> float:
-    """What beams are ranked by."""
-    return LENGTH_PENALTY if options.length_penalty is None else options.length_penalty
+    match decoding:
+        case Beam():
+            check_beams(decoding.branches, decoding.length_penalty)
+            return BeamTexts(options, decoding)
+        case Cot() | SelfConsistency():
+            finder = make_finder(decoding.answer, "--answer")
+            continuation = decoding.continuation
+            if continuation is None and finder.needs_continuation:
+                continuation = SO_THE_ANSWER_IS
+            fine = continuation is None or bool(continuation.strip())
+            require(fine, "--continuation", continuation, "must not be empty")
+            ranking = make_ranking(decoding.ranking, "--ranking") if isinstance(decoding, Cot) else DELTA
+            return Answering(options, decoding, finder, continuation, ranking)
+        case _:
+            return None
 
 
 @dataclass(frozen=True)
 class Answering:
-    """One of these decodings, as the options have it."""
+    """One of the decodings that answer questions, as the options have it."""
 
     options: SampleOptions
-    sampling: Sampling
-    finder: Finder | None = None
-    """None: beam search, which looks for no answer."""
-    continuation: str | None = None
-
-    @property
-    def ranking(self) -> Ranking:
-        """As the library calls it."""
-        return cast(Ranking, (self.options.ranking or "delta").replace("-", "_"))
+    decoding: Cot | SelfConsistency
+    finder: Finder
+    continuation: str | None
+    ranking: Ranking
+    """What branches are ranked by; for samples, which vote, what a table shows of them."""
 
     def tokens_after(self, tokenizer: Tokenizer) -> int:
         """Room that the context must have beyond the new tokens."""
@@ -71,60 +64,36 @@ class Answering:
     def run(
         self,
         generator: Generator,
-        tokenizer: Tokenizer,
         prompts: Sequence[str],
         encoded: Sequence[Sequence[int]],
-        new_tokens: int,
-        think: Think,
+        config: GenerationConfig,
         notes: Console,
     ) -> None:
         """Generates and writes what the options ask for."""
-        options, began = self.options, time.perf_counter()
-        with notes.status(f"generating from {len(prompts)} prompt{'s' * (len(prompts) > 1)}"):
-            if self.finder is None:
-                beams = beam_search(
-                    generator, tokenizer, prompts, new_tokens, beams=options.branches or DEFAULT_BEAMS,
-                    length_penalty=length_penalty_of(options), stop=options.stop, think=think, encoded=encoded,
-                )  # fmt: skip
-            else:
-                results = self._answers(generator, tokenizer, prompts, encoded, new_tokens, think)
+        began = time.perf_counter()
+        with notes.status(_generating(prompts)):
+            results = self._answers(generator, prompts, encoded, config)
         seconds = time.perf_counter() - began
-        if self.finder is None:
-            self._write_beams(beams)
-            tokens = sum(len(beam.tokens) for found in beams for beam in found)
-        else:
-            self._write_answers(results, notes)
-            tokens = sum(len(branch.completion.tokens) for result in results for branch in result.branches)
-        sys.stdout.flush()
-        notes.print(f"{tokens} tokens in {seconds:.1f} s, compilation included", style="dim")
+        self._write(results, notes)
+        _summarise([branch.completion for result in results for branch in result.branches], seconds, notes)
 
     def _answers(
-        self,
-        generator: Generator,
-        tokenizer: Tokenizer,
-        prompts: Sequence[str],
-        encoded: Sequence[Sequence[int]],
-        new_tokens: int,
-        think: Think,
+        self, generator: Generator, prompts: Sequence[str], encoded: Sequence[Sequence[int]], config: GenerationConfig
     ) -> list[Branches]:
-        assert self.finder is not None
-        options = self.options
-        count = options.branches or DEFAULT_BRANCHES
-        if options.decoding == "cot":
+        decoding, continuation = self.decoding, self.continuation
+        if isinstance(decoding, Cot):
             return cot_decode(
-                generator, tokenizer, prompts, new_tokens, self.finder, branches=count, skip_first=options.skip_first,
-                continuation=self.continuation, stop=options.stop, think=think, encoded=encoded,
+                generator, prompts, config, self.finder, skip_first=decoding.skip_first, continuation=continuation,
+                encoded=encoded,
             )  # fmt: skip
-        return self_consistency(
-            generator, tokenizer, prompts, new_tokens, self.finder, samples=count, sampling=self.sampling,
-            seed=options.seed, continuation=self.continuation, stop=options.stop, think=think, encoded=encoded,
-        )  # fmt: skip
+        return self_consistency(generator, prompts, config, self.finder, continuation=continuation, encoded=encoded)
 
-    def _write_answers(self, results: list[Branches], notes: Console) -> None:
-        samples, ranking = self.options.decoding == "self-consistency", self.ranking
+    def _write(self, results: list[Branches], notes: Console) -> None:
+        samples, ranking = isinstance(self.decoding, SelfConsistency), self.ranking
+        aggregate = isinstance(self.decoding, Cot) and self.decoding.aggregate
         out = Console(highlight=False)
         for number, result in enumerate(results):
-            answer = result.majority_answer() if samples else result.answer(ranking, self.options.aggregate)
+            answer = result.majority_answer() if samples else result.answer(ranking, aggregate)
             if self.options.json:
                 print(json.dumps({"answer": answer, **branches_record(result, ranking, samples)}))
                 continue
@@ -136,7 +105,7 @@ class Answering:
                 continue
             if answer is not None:
                 best = result.max_path(ranking)
-                if samples or self.options.aggregate or best is None:
+                if samples or aggregate or best is None:
                     best = result.representative(answer, ranking)
                 write(result.branches[best].completion.text)
             write("\n")
@@ -144,18 +113,62 @@ class Answering:
             for line in outcome(result, ranking, samples):
                 notes.print(line)
 
-    def _write_beams(self, beams: list[list[Completion]]) -> None:
+
+@dataclass(frozen=True)
+class BeamTexts:
+    """Beam search, which looks for no answer, as the options have it."""
+
+    options: SampleOptions
+    decoding: Beam
+
+    def tokens_after(self, tokenizer: Tokenizer) -> int:
+        """Room that the context must have beyond the new tokens: none."""
+        return 0
+
+    def run(
+        self,
+        generator: Generator,
+        prompts: Sequence[str],
+        encoded: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        notes: Console,
+    ) -> None:
+        """Generates and writes what the options ask for."""
+        began = time.perf_counter()
+        with notes.status(_generating(prompts)):
+            beams = beam_search(
+                generator, prompts, config, length_penalty=self.decoding.length_penalty, encoded=encoded
+            )
+        seconds = time.perf_counter() - began
+        self._write(beams)
+        _summarise([beam for of_prompt in beams for beam in of_prompt], seconds, notes)
+
+    def _write(self, beams: list[list[Completion]]) -> None:
         out = Console(highlight=False)
-        for number, found in enumerate(beams):
-            prompt = found[0].prompt
+        for number, of_prompt in enumerate(beams):
+            prompt = of_prompt[0].prompt
             if self.options.json:
-                record = {"prompt": prompt, "text": found[0].text, "beams": [beam_record(beam) for beam in found]}
+                record = {
+                    "prompt": prompt,
+                    "text": of_prompt[0].text,
+                    "beams": [beam_record(beam) for beam in of_prompt],
+                }
                 print(json.dumps(record))
                 continue
             write("\n" * bool(number))
             write(prompt, dim=True)
             if self.options.show_branches:
                 write("\n\n")
-                out.print(beams_table(found, out.width))
+                out.print(beams_table(of_prompt, out.width))
             else:
-                write(f"{found[0].text}\n")
+                write(f"{of_prompt[0].text}\n")
+
+
+def _generating(prompts: Sequence[str]) -> str:
+    return f"generating from {len(prompts)} prompt{'s' * (len(prompts) > 1)}"
+
+
+def _summarise(completions: Sequence[Completion], seconds: float, notes: Console) -> None:
+    sys.stdout.flush()
+    tokens = sum(len(completion.tokens) for completion in completions)
+    notes.print(f"{tokens} tokens in {seconds:.1f} s, compilation included", style="dim")

@@ -1,4 +1,4 @@
-"""`mod-star thoughts`: shows what a model thinks behind every token of a text, and what that changes."""
+"""`mod-star thoughts`: shows what a model thinks after every token of a text, and what that changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HTML_FILE = "thoughts.html"
 
 @dataclass(frozen=True)
 class ThoughtsOptions:
-    """Shows the thoughts of the model in RUN behind every token of a text, and where they help: in the terminal, and as
+    """Shows the thoughts of the model in RUN after every token of a text, and where they help: in the terminal, and as
     an HTML page in which a click on a token shows its thought.
 
     Examples:

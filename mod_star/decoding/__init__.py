@@ -2,6 +2,7 @@
 
 from mod_star.decoding.generate import Generator
 from mod_star.decoding.generated import Generated
+from mod_star.decoding.generation_config import GenerationConfig
 from mod_star.decoding.sampling import Sampling
 from mod_star.decoding.text import Completion, complete, complete_many, encode_prompts
 from mod_star.decoding.think import Think
@@ -9,6 +10,7 @@ from mod_star.decoding.think import Think
 __all__ = [
     "Completion",
     "Generated",
+    "GenerationConfig",
     "Generator",
     "Sampling",
     "Think",

@@ -55,20 +55,20 @@ def marks(text: str, options: bool) -> list[Mark]:
       text: any.
       options: whether "choice is" and "option is" say an answer, too, and what stands before "is the answer" is one.
     """
-    found = [
+    all_marks = [
         Mark("said", *sentence_after(text, match.end()), match["wrong"] is not None)
         for match in _PATTERNS[options].finditer(text)
     ]
-    found += [Mark("hashes", match.end(), _line_end(text, match.end())) for match in _HASHES.finditer(text)]
-    found += [Mark("boxed", match.end(), _closing_brace(text, match.end())) for match in _BOXED.finditer(text)]
+    all_marks += [Mark("hashes", match.end(), _line_end(text, match.end())) for match in _HASHES.finditer(text)]
+    all_marks += [Mark("boxed", match.end(), _closing_brace(text, match.end())) for match in _BOXED.finditer(text)]
     if options:
         for match in _BEFORE.finditer(text):
             stops = [stop.end() for stop in _STOP.finditer(text, max(0, match.start() - 300), match.start())]
             # "(B) is correct" may begin a line: the full stop of "B." ends no sentence.
             stops = [stop for stop in stops if not re.search(r"(?:^|\n)\W*\w\.$", text[:stop])]
             denied = re.search(r"\b(?:not|incorrect|wrong|false)\b", match[0], re.IGNORECASE) is not None
-            found.append(Mark("before", stops[-1] if stops else max(0, match.start() - 300), match.start(), denied))
-    return sorted(found, key=lambda mark: mark.start)
+            all_marks.append(Mark("before", stops[-1] if stops else max(0, match.start() - 300), match.start(), denied))
+    return sorted(all_marks, key=lambda mark: mark.start)
 
 
 def sentence_after(text: str, place: int) -> tuple[int, int]:

@@ -128,11 +128,11 @@ class LastOption(Finder):
                 return place.start, place.end
         return None
 
-    def spell(self, found: str) -> str:
+    def spell(self, answer: str) -> str:
         """The option that it is."""
-        same = [name for name in self.options if name.casefold() == found.casefold()]
+        same = [name for name in self.options if name.casefold() == answer.casefold()]
         # The pattern takes ı and i for one letter too, as İ and I.
-        return (same or [name for name in self.options if re.fullmatch(re.escape(name), found, re.IGNORECASE)])[0]
+        return (same or [name for name in self.options if re.fullmatch(re.escape(name), answer, re.IGNORECASE)])[0]
 
     def _places(self, text: str) -> list[_Place]:
         places = []

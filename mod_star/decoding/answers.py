@@ -2,7 +2,8 @@
 
 A finder knows one kind of answer: `LastNumber`, `LastOption` (yes or no, even or odd, letters), `Phrase` (any words,
 for a text that was continued with "So the answer is"), or `HarnessNumber`, numbers by the rules of
-lm-evaluation-harness. All are pure text: no model, no tokens.
+lm-evaluation-harness. All are pure text: no model, no tokens. A kind of your own is a subclass of `Finder`, or a
+function (text) -> (start, end) | None, which goes wherever a finder goes.
 
     LastNumber().find("That makes $1,234.50.")        (12, 20), the last number
     LastNumber().find("The answer is 10 (step 3).")   (14, 16), what the text calls its answer
@@ -15,17 +16,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mod_star.decoding.answer_marks import Mark, marks
 from mod_star.decoding.answer_options import LastOption
-from mod_star.decoding.finder import Finder, Span
+from mod_star.decoding.finder import Finder, FoundBy, Span, as_finder
 from mod_star.decoding.written_numbers import Written, result_of, spell_number, within, written_numbers
 from mod_star.errors import InputError
+from mod_star.user_code import load_from_file
 
 __all__ = [
-    "EVEN_ODD", "KINDS", "LETTERS", "YES_NO", "Finder", "HarnessNumber", "LastNumber", "LastOption", "Phrase", "Span",
-    "make_finder", "tokens_of_span",
+    "EVEN_ODD", "KINDS", "LETTERS", "YES_NO", "Finder", "FoundBy", "HarnessNumber", "LastNumber", "LastOption",
+    "Phrase", "Span", "as_finder", "make_finder", "tokens_of_span",
 ]  # fmt: skip
 
 
@@ -68,9 +70,9 @@ class LastNumber(Finder):
         numbers = written_numbers(text)
         return _span(result_of(text, numbers, 0, len(text))) if numbers else None
 
-    def spell(self, found: str) -> str:
+    def spell(self, answer: str) -> str:
         """Canonical form of one number."""
-        return spell_number(found)
+        return spell_number(answer)
 
 
 def _span(number: Written) -> Span | None:
@@ -124,9 +126,9 @@ class HarnessNumber(Finder):
         """The first match of the strict rule, the last of the flexible one."""
         return self.find_first(text) if self.rule == "strict" else super().find(text)
 
-    def spell(self, found: str) -> str:
+    def spell(self, answer: str) -> str:
         """As the harness compares it."""
-        return re.sub(r"\.$", "", found.replace(",", "").replace("$", "")).lower()
+        return re.sub(r"\.$", "", answer.replace(",", "").replace("$", "")).lower()
 
 
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
@@ -152,6 +154,8 @@ class Phrase(Finder):
     case with single blanks, without quotes, brackets and punctuation around it.
     """
 
+    needs_continuation: ClassVar[bool] = True
+
     def spans(self, text: str) -> list[Span]:
         """The first sentence, without what surrounds it; at most one."""
         begin = len(text) - len(text.lstrip())
@@ -164,9 +168,9 @@ class Phrase(Finder):
             end -= 1
         return [(start, end)] if end > start else []
 
-    def spell(self, found: str) -> str:
+    def spell(self, answer: str) -> str:
         """In lower case, with single blanks."""
-        return " ".join(found.casefold().split())
+        return " ".join(answer.casefold().split())
 
     def align(self, text: str, answer: str) -> Span | None:
         """The last place where these words stand, in upper or lower case and with any white space between them."""
@@ -188,15 +192,27 @@ KINDS: dict[str, Finder] = {
 
 
 def make_finder(kind: str, option: str = "answer") -> Finder:
-    """The finder that `kind` names: one of `KINDS`, or options with commas between them ("red,green,blue").
+    """The finder that `kind` names.
+
+    Args:
+      kind: one of `KINDS`, options with commas between them ("red,green,blue"), or FILE.py:NAME of a `Finder` or of a
+        function (text) -> (start, end) | None.
+      option: what the user calls it, for error messages.
 
     Raises:
-      InputError: it is neither; the message calls it `option`.
+      InputError: it is none of these, or the file fails.
     """
     if kind in KINDS:
         return KINDS[kind]
+    if ".py:" in kind:
+        finder = load_from_file(kind, option, "a Finder or a function from a text to the characters of its answer")
+        if not isinstance(finder, Finder) and (not callable(finder) or isinstance(finder, type)):
+            allowed = "must be a Finder, or a function from a text to the characters of its answer"
+            raise InputError(f"{option} = {kind!r}: {allowed}, not {type(finder).__name__}")
+        return as_finder(finder)
     if "," not in kind:
-        raise InputError(f"{option} = {kind!r}: must be {', '.join(KINDS)}, or options with commas between them")
+        allowed = f"{', '.join(KINDS)}, options with commas between them, or FILE.py:NAME"
+        raise InputError(f"{option} = {kind!r}: must be {allowed}")
     try:
         return LastOption(tuple(name.strip() for name in kind.split(",")))
     except InputError as error:

@@ -8,16 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
 from mod_star.decoding.answers import Finder, Span, tokens_of_span
+from mod_star.decoding.rankings import DELTA, Ranking, Score, as_ranking
 from mod_star.decoding.text import Completion
 from mod_star.errors import require
-
-Ranking = Literal["delta", "log_prob", "normalised_log_prob"]
-RANKINGS: tuple[Ranking, ...] = ("delta", "log_prob", "normalised_log_prob")
 
 
 @dataclass(frozen=True)
@@ -43,16 +40,6 @@ class Branch:
     continuation: str | None = None
     """What the model answered when the branch was continued with "So the answer is"."""
 
-    def score(self, ranking: Ranking) -> float | None:
-        """The number that it is ranked by, the larger the better; None for Δ without an answer in the text."""
-        scores: dict[Ranking, float | None] = {
-            "delta": self.delta,
-            "log_prob": self.log_prob,
-            "normalised_log_prob": self.normalised_log_prob,
-        }
-        require(ranking in scores, "ranking", ranking, f"must be one of {', '.join(RANKINGS)}")
-        return scores[ranking]
-
 
 @dataclass(frozen=True)
 class Branches:
@@ -71,60 +58,55 @@ class Branches:
         """Indices of the branches that were not dropped."""
         return [index for index, branch in enumerate(self.branches) if branch.dropped is None]
 
-    def max_path(self, ranking: Ranking = "delta") -> int | None:
+    def max_path(self, ranking: Ranking | Score = DELTA) -> int | None:
         """Index of the branch with the largest score, the first of equals; None if all were dropped."""
-        scores = [self._score(index, ranking) for index in self.counting]
+        score = as_ranking(ranking).of
+        scores = [score(self.branches[index]) for index in self.counting]
         return self.counting[int(np.argmax(scores))] if scores else None
 
-    def totals(self, ranking: Ranking = "delta") -> dict[str, float]:
+    def totals(self, ranking: Ranking | Score = DELTA) -> dict[str, float]:
         """What the branches of each answer have together, answers in the order of their first branch.
 
         ΣΔ; for the log-probability rankings, whose sum would punish an answer for every branch that gives it, the
-        log of the summed probabilities (for normalised_log_prob of the mean probability per token).
+        log of the summed probabilities (per token: of the mean probability); for a function of your own the sum.
         """
+        ranking = as_ranking(ranking)
         groups: dict[str, list[float]] = {}
         for index in self.counting:
             branch = self.branches[index]
             assert branch.answer is not None
-            groups.setdefault(branch.answer, []).append(self._score(index, ranking))
-        if ranking == "delta":
-            return {answer: math.fsum(scores) for answer, scores in groups.items()}
-        return {answer: float(np.logaddexp.reduce(scores)) for answer, scores in groups.items()}
+            groups.setdefault(branch.answer, []).append(ranking.of(branch))
+        return {answer: ranking.total(scores) for answer, scores in groups.items()}
 
-    def aggregated_answer(self, ranking: Ranking = "delta") -> str | None:
+    def aggregated_answer(self, ranking: Ranking | Score = DELTA) -> str | None:
         """The answer with the largest total; of equals, the one with the first branch."""
         return _largest(self.totals(ranking))
 
     def votes(self) -> dict[str, int]:
         """How many branches give each answer, in the order of their first branch."""
-        found: dict[str, int] = {}
+        votes: dict[str, int] = {}
         for index in self.counting:
             answer = self.branches[index].answer
             assert answer is not None
-            found[answer] = found.get(answer, 0) + 1
-        return found
+            votes[answer] = votes.get(answer, 0) + 1
+        return votes
 
     def majority_answer(self) -> str | None:
         """The answer that most branches give (self-consistency); of equals, the one that came first."""
         return _largest(self.votes())
 
-    def answer(self, ranking: Ranking = "delta", aggregate: bool = False) -> str | None:
+    def answer(self, ranking: Ranking | Score = DELTA, aggregate: bool = False) -> str | None:
         """The answer of the max path, or the aggregated one; None if all branches were dropped."""
         if aggregate:
             return self.aggregated_answer(ranking)
         best = self.max_path(ranking)
         return None if best is None else self.branches[best].answer
 
-    def representative(self, answer: str, ranking: Ranking = "delta") -> int:
+    def representative(self, answer: str, ranking: Ranking | Score = DELTA) -> int:
         """Index of the branch with the largest score among those that give `answer`."""
+        score = as_ranking(ranking).of
         same = [index for index in self.counting if self.branches[index].answer == answer]
-        return max(same, key=lambda index: self._score(index, ranking))
-
-    def _score(self, index: int, ranking: Ranking) -> float:
-        """Of a branch that counts, which therefore has an answer."""
-        score = self.branches[index].score(ranking)
-        assert score is not None
-        return score
+        return max(same, key=lambda index: score(self.branches[index]))
 
 
 def _largest(totals: dict[str, float] | dict[str, int]) -> str | None:

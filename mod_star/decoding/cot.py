@@ -7,59 +7,62 @@ answer the model is surest of. Prompts run as one batch; a prompt's keys/values 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from mod_star.decoding.answers import Finder, Phrase
+from mod_star.decoding.answers import Finder, as_finder
 from mod_star.decoding.branches import Branches, read_branch
-from mod_star.decoding.generate import NEVER, Generator
-from mod_star.decoding.sampling import Sampling
+from mod_star.decoding.finder import FindAnswer
+from mod_star.decoding.generate import Generator
+from mod_star.decoding.generation_config import GenerationConfig
+from mod_star.decoding.sampling import BRANCHING, GREEDY, Sampling
 from mod_star.decoding.text import Completion, complete, complete_many, encode_prompts
-from mod_star.decoding.think import Think
+from mod_star.decodings import Cot, SelfConsistency
 from mod_star.errors import InputError, require
 from mod_star.tokenization.tokenizers import Tokenizer
 
-GREEDY = Sampling(0.0)
-BRANCHING = Sampling(0.0, branch=True)
-SAMPLES = Sampling(0.7)
 SO_THE_ANSWER_IS = "So the answer is"
 ANSWER_TOKENS = 32
-"""Room for the answer behind a continuation."""
+"""Room for the answer after a continuation."""
 BURST = 32
 """Tokens between two looks for stop strings."""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How the answer of a branch is looked for."""
+
+    continuation: str | None = None
+    """Ask for the answer with these words; None: it is in the branch."""
+    skip_first: bool = False
+    """Leave the branched token out of Δ where it is part of the answer."""
+
+
 def cot_decode(
     generator: Generator,
-    tokenizer: Tokenizer,
     prompts: Sequence[str],
-    new_tokens: int,
-    finder: Finder,
+    config: GenerationConfig,
+    finder: Finder | FindAnswer,
     *,
-    branches: int = 10,
     skip_first: bool = False,
     continuation: str | None = None,
-    stop: Sequence[str] = (),
-    think: Think = NEVER,
-    rows: int | None = None,
     encoded: Sequence[Sequence[int]] | None = None,
 ) -> list[Branches]:
     """Answers questions by CoT-decoding.
 
-    All rankings are of the same branches, so they are for the result to choose: `result.answer("delta")` is the max
-    path's, `result.answer("delta", aggregate=True)` the aggregated one, and `result.first(5)` is what 5 branches give.
+    All rankings are of the same branches, so they are for the result to choose: `result.answer()` is the answer of the
+    path with the largest Δ, `result.answer(aggregate=True)` the aggregated one, `result.answer(LOG_PROB)` goes by
+    another of `mod_star.decoding.rankings` or by a function of your own, and `result.first(5)` is what 5 branches give.
 
     Args:
-      generator: the model; its end ids should be the tokenizer's.
-      tokenizer: the model's.
+      generator: the model.
       prompts: the questions, with whatever the model expects around them.
-      new_tokens: the most tokens of a branch. A branch that needs more is dropped.
-      finder: of the kind of answer, see `mod_star.decoding.answers`.
-      branches: k, how many first tokens to branch on.
+      config: at most so many tokens of a branch (a branch that needs more is dropped), k branches (10 if not given),
+        when to think (branches are then of the mixed distribution), ... Its `sampling` is left out: a branch starts
+        with its own token and goes on greedily.
+      finder: of the kind of answer, see `mod_star.decoding.answers`; or a function (text) -> (start, end) | None.
       skip_first: leave the branched token out of Δ where it is part of the answer.
       continuation: None: the answer is the last one in a branch. Otherwise every branch is continued with this, such as
         `SO_THE_ANSWER_IS`, and what the model answers is aligned back to its last place in the branch.
-      stop: strings that end a branch.
-      think: when to think; branches are then of the mixed distribution.
-      rows: the most of a batch, as for `complete_many`; None: all in one.
       encoded: the prompts' token ids, if they are not what `encode_prompts` makes of them.
 
     Returns:
@@ -67,124 +70,86 @@ def cot_decode(
 
     Raises:
       InputError: more branches than the vocabulary has tokens, no room for a continuation, an answer of any words
-        without one, or as for `complete`.
+        without one, a way of sampling, or as for `complete`.
     """
-    encoded = encode_prompts(tokenizer, prompts) if encoded is None else encoded
-    check_finder(generator, tokenizer, encoded, new_tokens, finder, continuation)
-    completions = _complete(
-        generator, tokenizer, prompts, new_tokens, BRANCHING, branches, 0, stop, think, rows, encoded
-    )
-    return read_branches(
-        generator, tokenizer, completions, finder, branches, encoded=encoded, skip_first=skip_first,
-        continuation=continuation, stop=stop, think=think, rows=rows,
-    )  # fmt: skip
+    left_out = config.sampling in (None, BRANCHING)
+    require(left_out, "sampling", config.sampling, "must be left out, CoT-decoding has a rule of its own")
+    branches = Cot.branches if config.branches is None else config.branches
+    config = replace(config, sampling=BRANCHING, branches=branches)
+    return _answers(generator, prompts, config, as_finder(finder), encoded, Reading(continuation, skip_first))
 
 
 def self_consistency(
     generator: Generator,
-    tokenizer: Tokenizer,
     prompts: Sequence[str],
-    new_tokens: int,
-    finder: Finder,
+    config: GenerationConfig,
+    finder: Finder | FindAnswer,
     *,
-    samples: int = 10,
-    sampling: Sampling = SAMPLES,
-    seed: int = 0,
     continuation: str | None = None,
-    stop: Sequence[str] = (),
-    think: Think = NEVER,
-    rows: int | None = None,
     encoded: Sequence[Sequence[int]] | None = None,
 ) -> list[Branches]:
     """Answers questions by the majority of samples: `result.majority_answer()`.
 
-    Args as for `cot_decode`, but for:
-      samples: how many for each prompt; those that would be dropped as branches don't vote.
-      sampling: how they are drawn.
-      seed: of the draws.
+    Args as for `cot_decode`, but for `config`: its `branches` are the samples of each prompt (10 if not given; those
+    that would be dropped as branches don't vote), and its `sampling` is how they are drawn (temperature 0.7 if not
+    given).
     """
+    sampling = Sampling(SelfConsistency.temperature) if config.sampling is None else config.sampling
     drawn = not sampling.branch and sampling.temperature > 0
     require(drawn, "sampling", sampling, "must draw every token: temperature above 0, branch False")
-    encoded = encode_prompts(tokenizer, prompts) if encoded is None else encoded
-    check_finder(generator, tokenizer, encoded, new_tokens, finder, continuation)
-    completions = _complete(
-        generator, tokenizer, prompts, new_tokens, sampling, samples, seed, stop, think, rows, encoded
-    )
-    return read_branches(
-        generator, tokenizer, completions, finder, samples, encoded=encoded, continuation=continuation, stop=stop,
-        think=think, rows=rows,
-    )  # fmt: skip
+    branches = SelfConsistency.branches if config.branches is None else config.branches
+    config = replace(config, sampling=sampling, branches=branches)
+    return _answers(generator, prompts, config, as_finder(finder), encoded, Reading(continuation))
 
 
-def _complete(
-    generator: Generator,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    new_tokens: int,
-    sampling: Sampling,
-    branches: int,
-    seed: int,
-    stop: Sequence[str],
-    think: Think,
-    rows: int | None,
-    encoded: Sequence[Sequence[int]],
-) -> list[Completion]:
-    """The completions of the first prompt's branches, then of the second's, ..."""
-    if rows is None:
-        *_, completions = complete(
-            generator, tokenizer, prompts, new_tokens, sampling, seed=seed, stop=stop, think=think, branches=branches,
-            encoded=encoded, burst=BURST if stop else new_tokens,
-        )  # fmt: skip
-        return completions
-    found = dict(
-        complete_many(
-            generator, tokenizer, prompts, new_tokens, sampling, rows=rows, branches=branches, seed=seed, stop=stop,
-            think=think, encoded=encoded,
-        )
-    )  # fmt: skip
-    return [completion for number in range(len(prompts)) for completion in found[number]]
+def _answers(
+    generator: Generator, prompts: Sequence[str], config: GenerationConfig, finder: Finder,
+    encoded: Sequence[Sequence[int]] | None, reading: Reading,
+) -> list[Branches]:  # fmt: skip
+    """Generates the branches of each prompt and reads their answers."""
+    encoded = encode_prompts(generator.tokenizer, prompts) if encoded is None else encoded
+    check_finder(generator, encoded, config.new_tokens, finder, reading.continuation)
+    if config.rows is None:
+        burst = config.burst or (BURST if config.stop else config.new_tokens)
+        *_, completions = complete(generator, prompts, replace(config, burst=burst), encoded)
+    else:
+        by_prompt = dict(complete_many(generator, prompts, config, encoded))
+        completions = [completion for number in range(len(prompts)) for completion in by_prompt[number]]
+    return read_branches(generator, completions, config, finder, encoded, reading)
 
 
 def read_branches(
     generator: Generator,
-    tokenizer: Tokenizer,
     completions: Sequence[Completion],
+    config: GenerationConfig,
     finder: Finder,
-    branches: int,
-    *,
     encoded: Sequence[Sequence[int]],
-    skip_first: bool = False,
-    continuation: str | None = None,
-    stop: Sequence[str] = (),
-    think: Think = NEVER,
-    rows: int | None = None,
+    reading: Reading,
 ) -> list[Branches]:
     """The second half of `cot_decode` and `self_consistency`: from completions to scored answers.
 
     Args:
       generator: the model; asked for nothing unless there is a continuation.
-      tokenizer: the model's.
       completions: of the first prompt's branches, then of the second's, ...
+      config: how they were generated: so many branches of each prompt; when to think and which strings end a text hold
+        for what follows a continuation, too.
       finder: of the kind of answer.
-      branches: how many each prompt has.
       encoded: token ids of the prompts.
-      skip_first: as for `cot_decode`.
-      continuation: as there.
-      stop: strings that end what the model says after the continuation, too.
-      think: as there.
-      rows: as there.
+      reading: how the answer is looked for.
     """
+    tokenizer, branches = generator.tokenizer, config.rows_per_prompt
     continued: Sequence[str | None] = [None] * len(completions)
-    if continuation is not None:
+    if reading.continuation is not None:
         ids = [prompt for prompt in encoded for _ in range(branches)]
-        said = continue_texts(generator, tokenizer, ids, completions, continuation, think, rows)
-        continued = [text[: min((at for each in stop if (at := text.find(each)) >= 0), default=None)] for text in said]
-    made = [
-        read_branch(each, tokenizer.token_text(each.tokens[0]) if each.tokens else "", finder, skip_first, rest)
+        said = continue_texts(generator, ids, completions, reading.continuation, config)
+        ends = [min((at for stop in config.stop if (at := text.find(stop)) >= 0), default=None) for text in said]
+        continued = [text[:end] for text, end in zip(said, ends, strict=True)]
+    read = [
+        read_branch(each, tokenizer.token_text(each.tokens[0]) if each.tokens else "", finder, reading.skip_first, rest)
         for each, rest in zip(completions, continued, strict=True)
     ]
-    firsts = range(0, len(made), branches)
-    return [Branches(completions[first].prompt, made[first : first + branches]) for first in firsts]
+    firsts = range(0, len(read), branches)
+    return [Branches(completions[first].prompt, read[first : first + branches]) for first in firsts]
 
 
 def tokens_after(tokenizer: Tokenizer, continuation: str) -> int:
@@ -194,7 +159,6 @@ def tokens_after(tokenizer: Tokenizer, continuation: str) -> int:
 
 def check_finder(
     generator: Generator,
-    tokenizer: Tokenizer,
     encoded: Sequence[Sequence[int]],
     new_tokens: int,
     finder: Finder,
@@ -202,12 +166,12 @@ def check_finder(
 ) -> None:
     """Raises InputError if answers can't be found so: before anything is compiled."""
     if continuation is None:
-        needed = isinstance(finder, Phrase)
+        needed = finder.needs_continuation
         require(not needed, "continuation", None, "is needed, with an answer of any words there is no other way")
         return
     require(bool(continuation.strip()), "continuation", continuation, "must not be empty")
     context = generator.decoder.config.context
-    more = tokens_after(tokenizer, continuation)
+    more = tokens_after(generator.tokenizer, continuation)
     for number, prompt in enumerate(encoded, 1):
         if len(prompt) + new_tokens + more > context:
             raise InputError(
@@ -218,35 +182,33 @@ def check_finder(
 
 def continue_texts(
     generator: Generator,
-    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Completion],
     continuation: str,
-    think: Think = NEVER,
-    rows: int | None = None,
+    config: GenerationConfig,
 ) -> list[str]:
     """What the model says, greedily, when each of its texts is continued.
 
     Args:
       generator: the model.
-      tokenizer: the model's.
       prompts: token ids of the prompt of each text.
       completions: the texts. What is left of a token that a stop string has cut is encoded anew.
-      continuation: the words to put behind them.
-      think: when to think.
-      rows: as for `cot_decode`.
+      continuation: the words to put after them.
+      config: how the texts were generated: when to think, and the most rows of a batch.
     """
+    tokenizer = generator.tokenizer
     texts = []
     for prompt, completion in zip(prompts, completions, strict=True):
         tokens = completion.tokens
         if completion.finished == "stop":
             tokens = _without_stop(tokenizer, prompt, completion)
         texts.append([*prompt, *tokens, *_joined(tokenizer, tokens, continuation)])
-    if rows is None:
-        results = generator.generate(texts, ANSWER_TOKENS, GREEDY, think=think)
+    greedy = GenerationConfig(ANSWER_TOKENS, GREEDY, think=config.think, rows=config.rows)
+    if config.rows is None:
+        results = generator.generate(texts, greedy)
     else:
-        found = dict(generator.generate_many(texts, ANSWER_TOKENS, GREEDY, rows=rows, think=think))
-        results = [result for number in range(len(texts)) for result in found[number]]
+        by_text = dict(generator.generate_many(texts, greedy))
+        results = [result for number in range(len(texts)) for result in by_text[number]]
     return [
         tokenizer.decode([*text, *result.tokens])[len(tokenizer.decode(text)) :]
         for text, result in zip(texts, results, strict=True)

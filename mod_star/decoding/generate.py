@@ -9,22 +9,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from mod_star.config import ThinkingConfig
 from mod_star.decoding import programs
 from mod_star.decoding.generated import Generated, results_of
+from mod_star.decoding.generation_config import GenerationConfig
 from mod_star.decoding.lengths import PROMPT, ROOM, ROOM_OF_MANY, rounded_up
 from mod_star.decoding.sampling import Sampling, compiled_for
 from mod_star.decoding.state import DecodeState, take_prompts
 from mod_star.decoding.step import own_params
-from mod_star.decoding.think import Think
+from mod_star.decoding.think import NEVER, Think
 from mod_star.distributed.sharding import batch_sharding, replicated, use_mesh
 from mod_star.errors import InputError, require
-from mod_star.model import Decoder
+from mod_star.loaded_model import Model
 
-NEVER = Think()
 Stop = Callable[[list[Generated]], Sequence[bool]]
+BURST, BURST_OF_MANY = 8, 16
+"""Tokens per row between two looks at what is finished, in one batch and in a collection."""
 ENDS = 8
 """End tokens are data, filled up to a multiple of this."""
 
@@ -33,40 +34,25 @@ class Generator:
     """Generates with one model. Batch sizes, prompt lengths and room are rounded up, see `mod_star.decoding.lengths`;
     for each combination that comes up, one program is compiled for prompts and one for new tokens, for all generators.
 
-    It holds the weights once, unstacked and in memory of its own: what becomes of `params` later, it does not matter.
+    It holds the weights once, unstacked and in memory of its own: what becomes of `model.params` later, it does not
+    matter. On a mesh, prompts and their rows are shared out over data and fsdp where their number allows.
 
     Args:
-      decoder: the model.
-      params: its parameters as trained (stacked).
-      end_ids: tokens that end a row.
-      routing_key: for models with stochastic routing; `jax.random.key(0)` if not given, as in scoring.
-      thinking: length and kind of thoughts, for a model that can think; `params` then has the entry "thinking".
-      mesh: where `params` lie, if on several devices. Prompts and their rows are shared out over data and fsdp where
-        their number allows.
-      donate: `params` are given away: their arrays are deleted while they are taken over, so that the weights never
-        exist twice.
+      model: what generates.
+      end_ids: tokens that end a row; None: the tokenizer's.
+      donate: the model's parameters are given away: their arrays are deleted while they are taken over, so that the
+        weights never exist twice.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        params: dict[str, Any],
-        end_ids: Sequence[int] = (),
-        routing_key: jax.Array | None = None,
-        thinking: ThinkingConfig | None = None,
-        mesh: Mesh | None = None,
-        donate: bool = False,
-    ) -> None:
-        self.decoder, self._mesh = decoder, mesh
-        self.thinking = ThinkingConfig() if thinking is None else thinking
-        self._can_think = thinking is not None and "thinking" in params
-        self.params = own_params(decoder, params, donate)
-        self._end_ids = tuple(end_ids)
-        self._ends_E = np.full(-(-max(1, len(self._end_ids)) // ENDS) * ENDS, -1, np.int32)
-        self._ends_E[: len(self._end_ids)] = self._end_ids
-        self._routing_key = None
-        if decoder.routing.selection == "stochastic":
-            self._routing_key = jax.random.key(0) if routing_key is None else routing_key
+    def __init__(self, model: Model, end_ids: Sequence[int] | None = None, donate: bool = False) -> None:
+        self.decoder, self.tokenizer, self.mesh = model.decoder, model.tokenizer, model.mesh
+        self.thinking = ThinkingConfig() if model.thinking is None else model.thinking
+        self.routing_key = model.routing_key_in_force
+        self.end_ids = tuple(model.tokenizer.end_ids if end_ids is None else end_ids)
+        self._can_think = model.can_think
+        self.params = own_params(model.decoder, model.params, donate)
+        self._ends_E = np.full(-(-max(1, len(self.end_ids)) // ENDS) * ENDS, -1, np.int32)
+        self._ends_E[: len(self.end_ids)] = self.end_ids
 
     @property
     def _recorded(self) -> ThinkingConfig | None:
@@ -74,39 +60,31 @@ class Generator:
         return self.thinking if self._can_think else None
 
     def start(
-        self,
-        prompts: Sequence[Sequence[int]],
-        new_tokens: int,
-        seed: int = 0,
-        branches: int = 1,
-        numbers: Sequence[int] | None = None,
+        self, prompts: Sequence[Sequence[int]], config: GenerationConfig, numbers: Sequence[int] | None = None
     ) -> DecodeState:
         """Runs the prompts and returns the state before the first new token.
 
         Args:
           prompts: token ids, at least one per prompt; lengths may differ.
-          new_tokens: the most tokens to generate per row.
-          seed: of the rows' random keys.
-          branches: rows per prompt. They share its keys/values, which are computed once.
+          config: how many new tokens and branches there may be, and the seed of the rows' random keys. A prompt's
+            branches share its keys/values, which are computed once.
           numbers: of the prompts in a larger collection: with one seed, rows of one number draw the same wherever
             they are. 0, 1, ... by default.
 
         Raises:
-          InputError: a prompt is empty, holds an id that the model doesn't have, or leaves no room for `new_tokens` in
-            the model's context.
+          InputError: a prompt is empty, holds an id that the model doesn't have, or leaves no room for the new tokens
+            in the model's context.
         """
-        self._check(prompts, new_tokens)
-        require(branches >= 1, "branches", branches, "must be at least 1")
-        room = rounded_up(new_tokens, ROOM, self.decoder.config.context)
+        self._check_prompts(prompts, config.new_tokens)
+        room = rounded_up(config.new_tokens, ROOM, self.decoder.config.context)
         batch = rounded_up(len(prompts), 1, 2 * len(prompts))
-        numbers = range(len(prompts)) if numbers is None else numbers
-        return self._start(prompts, new_tokens, seed, branches, numbers, batch, room)
+        return self._start(prompts, config, range(len(prompts)) if numbers is None else numbers, batch, room)
 
     def _start(
-        self, prompts: Sequence[Sequence[int]], new_tokens: int, seed: int, branches: int, numbers: Sequence[int],
-        batch: int, room: int,
-    ) -> DecodeState:  # fmt: skip
+        self, prompts: Sequence[Sequence[int]], config: GenerationConfig, numbers: Sequence[int], batch: int, room: int
+    ) -> DecodeState:
         """`start`, in a batch of that many prompts and with that much room; copies of the last prompt fill it up."""
+        branches = config.rows_per_prompt
         filled = [*prompts, *[prompts[-1]] * (batch - len(prompts))]
         first = np.asarray([*numbers, *[numbers[-1]] * (batch - len(prompts))])
         tokens = np.zeros((batch, rounded_up(max(map(len, filled)), PROMPT, self.decoder.config.context)), np.int32)
@@ -115,24 +93,23 @@ class Generator:
         lengths = np.array([len(prompt) for prompt in filled], np.int32)
         rows = (first[:, None] * branches + np.arange(branches)).reshape(-1).astype(np.uint32)
         tokens_QxP, lengths_Q, rows_B = self._shared_out((tokens, lengths, rows))
-        made = programs.Prompts(
-            tokens_QxP, lengths_Q, rows_B, np.int32(len(prompts)), np.int32(new_tokens), jax.random.key(seed)
-        )
-        with use_mesh(self._mesh):
+        count, limit = np.int32(len(prompts)), np.int32(config.new_tokens)
+        padded = programs.Prompts(tokens_QxP, lengths_Q, rows_B, count, limit, jax.random.key(config.seed))
+        with use_mesh(self.mesh):
             return programs.prefill(
-                self.decoder, self._recorded, self.params, made, self._routing_key, room=room, branches=branches
+                self.decoder, self._recorded, self.params, padded, self.routing_key, room=room, branches=branches
             )
 
     def _shared_out(self, arrays: Any) -> Any:
         """Arrays with a leading axis of prompts or rows, on the mesh."""
-        if self._mesh is None:
+        if self.mesh is None:
             return arrays
         Q = arrays[0].shape[0]
-        shares = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        where = replicated(self._mesh) if Q % shares else batch_sharding(self._mesh)
+        shares = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        where = replicated(self.mesh) if Q % shares else batch_sharding(self.mesh)
         return jax.device_put(arrays, where)
 
-    def _check(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+    def _check_prompts(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         context, V = self.decoder.config.context, self.decoder.config.vocab_size
         require(len(prompts) > 0, "prompts", list(prompts), "must be at least one")
         allowed = f"must lie in [1, {context - 1}] (context {context} minus a token of the prompt)"
@@ -152,62 +129,49 @@ class Generator:
         Raises:
           InputError: the model is asked to think and can't.
         """
-        self._check_thinking(think)
+        self.require_thinking(think)
         fixed = NEVER if think.when == "never" else replace(think, threshold=0.0)
         bounds = programs.Bounds(
             np.int32(until), np.float32(think.threshold or 0.0), np.float32(sampling.temperature),
             np.float32(sampling.top_p), self._ends_E,
         )  # fmt: skip
-        with use_mesh(self._mesh):
+        with use_mesh(self.mesh):
             advanced: DecodeState = programs.advance_program()(
-                self.decoder, self._recorded, self.params, state, bounds, self._routing_key,
+                self.decoder, self._recorded, self.params, state, bounds, self.routing_key,
                 sampling=compiled_for(sampling), think=fixed,
             )  # fmt: skip
         return advanced
 
-    def _check_sampling(self, sampling: Sampling, think: Think, branches: int) -> None:
-        """Raises InputError for what can't be, before anything is compiled."""
-        V = self.decoder.config.vocab_size
+    def check(self, config: GenerationConfig) -> None:
+        """Raises InputError for what this model can't be asked, before anything is compiled."""
+        V, branches = self.decoder.config.vocab_size, config.rows_per_prompt
         allowed = f"must be at most the vocabulary, {V}: each branch starts with another token"
-        require(not sampling.branch or branches <= V, "branches", branches, allowed)
-        self._check_thinking(think)
+        require(not config.drawn.branch or branches <= V, "branches", branches, allowed)
+        self.require_thinking(config.think)
 
-    def _check_thinking(self, think: Think) -> None:
+    def require_thinking(self, think: Think) -> None:
+        """Raises InputError if the model is asked to think and has not learned to."""
         possible = self._can_think or think.when == "never"
         require(possible, "think.when", think.when, "must be never, the model has not learned to think")
 
     def results(self, state: DecodeState) -> list[Generated]:
         """What has been generated up to now, row by row."""
-        return results_of(state, self._end_ids)
+        return results_of(state, self.end_ids)
 
     def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        new_tokens: int,
-        sampling: Sampling,
-        seed: int = 0,
-        burst: int = 8,
-        stop: Stop | None = None,
-        think: Think = NEVER,
-        branches: int = 1,
+        self, prompts: Sequence[Sequence[int]], config: GenerationConfig, stop: Stop | None = None
     ) -> Iterator[list[Generated]]:
-        """Yields the results so far after every `burst` tokens; the last one yielded is complete.
+        """Yields the results so far after every `config.burst` tokens; the last one yielded is complete.
 
         Args:
           prompts: as for `start`.
-          new_tokens: as for `start`.
-          sampling: how to draw.
-          seed: as for `start`.
-          burst: tokens per row between two results.
+          config: what is generated. Its stop strings are for texts: see `complete`.
           stop: sees the results before they are yielded, and says for each row whether to end it here; None: never.
-          think: when to think.
-          branches: as for `start`.
         """
-        require(burst >= 1, "burst", burst, "must be at least 1")
-        self._check_sampling(sampling, think, branches)
-        state = self.start(prompts, new_tokens, seed, branches)
-        for until in range(burst, new_tokens + burst, burst):
-            state = self.advance(state, until, sampling, think)
+        self.check(config)
+        state, burst = self.start(prompts, config), config.burst or BURST
+        for until in range(burst, config.new_tokens + burst, burst):
+            state = self.advance(state, until, config.drawn, config.think)
             results = self.results(state)
             if stop is not None:
                 state = replace(state, done_B=_ended(state, stop(results)))
@@ -215,31 +179,16 @@ class Generator:
             if bool(jnp.all(state.done_B)):
                 return
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        new_tokens: int,
-        sampling: Sampling,
-        seed: int = 0,
-        think: Think = NEVER,
-        branches: int = 1,
-    ) -> list[Generated]:
-        """All at once: `new_tokens` tokens per row, or fewer where an end token comes first."""
-        self._check_sampling(sampling, think, branches)
-        return self.results(self.advance(self.start(prompts, new_tokens, seed, branches), new_tokens, sampling, think))
+    def generate(self, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[Generated]:
+        """All at once: `config.new_tokens` tokens per row, or fewer where an end token comes first."""
+        self.check(config)
+        return self.results(self.advance(self.start(prompts, config), config.new_tokens, config.drawn, config.think))
 
     def generate_many(
         self,
         prompts: Sequence[Sequence[int]],
-        new_tokens: int,
-        sampling: Sampling,
-        *,
-        rows: int,
-        branches: int = 1,
-        seed: int = 0,
-        burst: int = 16,
+        config: GenerationConfig,
         stop: Callable[[int, list[Generated]], Sequence[bool]] | None = None,
-        think: Think = NEVER,
         numbers: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, list[Generated]]]:
         """Any number of prompts, in batches of prompts of about equal length; yields each when it is finished.
@@ -249,43 +198,40 @@ class Generator:
 
         Args:
           prompts: as for `start`. What is drawn for a prompt depends on its number, not on its batch.
-          new_tokens: as for `start`.
-          sampling: how to draw.
-          rows: the most of a batch; at least `branches`.
-          branches: as for `start`.
-          seed: as for `start`.
-          burst: tokens per row between two looks at what is finished.
+          config: what is generated, `config.rows` rows at a time.
           stop: sees a prompt's index and its results so far, and says for each branch whether to end it.
-          think: when to think.
           numbers: as for `start`, where these prompts are only some of a collection.
 
         Yields:
           A prompt's index here and its branches.
         """
+        branches = config.rows_per_prompt
+        rows = len(prompts) * branches if config.rows is None else config.rows
         require(rows >= branches, "rows", rows, f"must be at least the number of branches, {branches}")
-        self._check(prompts, new_tokens)
-        self._check_sampling(sampling, think, branches)
+        self._check_prompts(prompts, config.new_tokens)
+        self.check(config)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         at_once = min(rows // branches, rounded_up(len(order), 1, 2 * len(order)))
-        room = min(-(-new_tokens // ROOM_OF_MANY) * ROOM_OF_MANY, self.decoder.config.context)
+        room = min(-(-config.new_tokens // ROOM_OF_MANY) * ROOM_OF_MANY, self.decoder.config.context)
         for first in range(0, len(order), at_once):
             batch = order[first : first + at_once]
             drawn = batch if numbers is None else [numbers[i] for i in batch]
             # The last batch is filled up: no program for it alone.
-            state = self._start([prompts[i] for i in batch], new_tokens, seed, branches, drawn, at_once, room)
-            yield from self._finish_batch(state, np.array(batch), new_tokens, sampling, burst, stop, think)
+            state = self._start([prompts[i] for i in batch], config, drawn, at_once, room)
+            yield from self._finish_batch(state, np.array(batch), config, stop)
 
     def _finish_batch(
-        self, state: DecodeState, numbers_N: np.ndarray, new_tokens: int, sampling: Sampling, burst: int,
-        stop: Callable[[int, list[Generated]], Sequence[bool]] | None, think: Think,
+        self, state: DecodeState, numbers_N: np.ndarray, config: GenerationConfig,
+        stop: Callable[[int, list[Generated]], Sequence[bool]] | None,
     ) -> Iterator[tuple[int, list[Generated]]]:  # fmt: skip
         """Runs a batch to its end. The first N of its prompts have these numbers and count, the others fill it up."""
         k, Q = state.branches, len(state.lengths_B) // state.branches
         numbers_Q = np.pad(numbers_N, (0, Q - len(numbers_N)), constant_values=-1)
         told_Q = numbers_Q < 0
         sizes = (-(-Q // 4), -(-Q // 2))
+        new_tokens, burst = config.new_tokens, config.burst or BURST_OF_MANY
         for until in range(burst, new_tokens + burst, burst):
-            state = self.advance(state, until, sampling, think)
+            state = self.advance(state, until, config.drawn, config.think)
             results = self.results(state)
             of_prompt = [results[first : first + k] for first in range(0, len(results), k)]
             done_QxK = np.array(state.done_B).reshape(-1, k)
@@ -303,17 +249,10 @@ class Generator:
                 kept = np.argsort(told_Q, kind="stable")[:size].astype(np.int32)
                 state, numbers_Q, told_Q = take_prompts(state, kept), numbers_Q[kept], told_Q[kept]
 
-    def warm_up(
-        self,
-        prompts: Sequence[Sequence[int]],
-        new_tokens: int,
-        sampling: Sampling,
-        think: Think = NEVER,
-        branches: int = 1,
-    ) -> None:
+    def warm_up(self, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> None:
         """Compiles what generating with these arguments takes, so that the next call can be timed. Draws no token."""
-        self._check_sampling(sampling, think, branches)
-        jax.block_until_ready(self.advance(self.start(prompts, new_tokens, branches=branches), 0, sampling, think))
+        self.check(config)
+        jax.block_until_ready(self.advance(self.start(prompts, config), 0, config.drawn, config.think))
 
 
 def _ended(state: DecodeState, told: Sequence[bool]) -> jax.Array:

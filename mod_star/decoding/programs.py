@@ -19,8 +19,8 @@ from mod_star.config import ThinkingConfig
 from mod_star.decoding.caches import Cache, full_cache, in_place_options, routed_cache, text_of
 from mod_star.decoding.sampling import Sampling, draw, log_prob_and_gap, ranked_tokens
 from mod_star.decoding.state import DecodeState
-from mod_star.decoding.step import decode_step
-from mod_star.decoding.think import Think, ThoughtRecord, empty_record, think_step
+from mod_star.decoding.step import NewTokens, decode_step
+from mod_star.decoding.think import LastTokens, Think, ThoughtRecord, empty_record, think_step
 from mod_star.model import Decoder
 from mod_star.model.layers import lookup
 from mod_star.model.routing import causal_slots
@@ -166,9 +166,8 @@ def _advance(
             tokens_B = jax.lax.cond(state.step == 0, ranked, lambda: tokens_B)
         log_probs_B, gaps_B = log_prob_and_gap(logits_BxV, tokens_B)
         ends_B = state.done_B | jnp.any(tokens_B[:, None] == bounds.ends_E, -1)
-        hidden_BxD, caches = decode_step(
-            decoder, params, state.caches, tokens_B, state.lengths_B, state.step, ~ends_B, state.branches, routing_key
-        )
+        new = NewTokens(tokens_B, state.lengths_B, state.step, ~ends_B)
+        hidden_BxD, caches = decode_step(decoder, params, state.caches, new, state.branches, routing_key)
 
         def write(buffer: jax.Array, values: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(buffer, values[:, None], state.step, 1)
@@ -216,7 +215,6 @@ def think_in(
         return jax.random.fold_in(jax.random.fold_in(key, random_streams.THOUGHTS), state.step)
 
     text = text_of(decoder.routing, state.caches, state.lengths_B, state.step)
-    return think_step(
-        decoder, params, thinking, think, threshold, state.hidden_BxD, text, state.lengths_B + state.step - 1,
-        jax.vmap(key_of)(state.keys_B), ~state.done_B, state.branches,
-    )  # fmt: skip
+    positions_B, keys_B = state.lengths_B + state.step - 1, jax.vmap(key_of)(state.keys_B)
+    last = LastTokens(state.hidden_BxD, text, positions_B, keys_B, ~state.done_B)
+    return think_step(decoder, params, thinking, think, threshold, last, state.branches)

@@ -33,6 +33,10 @@ class Sampling:
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
 
 
+GREEDY = Sampling(0.0)
+BRANCHING = Sampling(0.0, branch=True)
+"""CoT-decoding's."""
+
 Numbers = tuple[jax.Array | float, jax.Array | float]
 """Temperature and top_p, where a program takes them as data."""
 

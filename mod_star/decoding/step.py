@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from mod_star.decoding.caches import Cache, FullCache, over_rows
 from mod_star.model import Decoder
@@ -58,10 +59,10 @@ def own_params(decoder: Decoder, params: dict[str, Any], donate: bool = False) -
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     types = jax.tree.leaves(narrowed(decoder, params))
     own = [take(leaf, dtype, path[0].key == "groups") for (path, leaf), dtype in zip(leaves, types, strict=True)]
-    found = jax.tree.unflatten(tree, own)
+    whole = jax.tree.unflatten(tree, own)
     blocks: Any = jax.tree.structure(params["groups"])
-    by_leaf = blocks.flatten_up_to(found["groups"])
-    return {**found, "groups": tuple(blocks.unflatten([leaf[i] for leaf in by_leaf]) for i in range(count))}
+    by_leaf = blocks.flatten_up_to(whole["groups"])
+    return {**whole, "groups": tuple(blocks.unflatten([leaf[i] for leaf in by_leaf]) for i in range(count))}
 
 
 def _taken_over(leaf: Any, dtype: Any, slices: int | None, donate: bool) -> Any:
@@ -104,27 +105,35 @@ def narrowed(decoder: Decoder, params: dict[str, Any]) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(narrow, params)
 
 
+@struct.dataclass
+class NewTokens:
+    """A token for every row of a batch."""
+
+    tokens_B: jax.Array
+    """int32 the rows' tokens."""
+    lengths_B: jax.Array
+    """int32 prompt lengths; the token's position is this plus `step`."""
+    step: jax.Array
+    """int32 scalar; how many tokens each row has generated before."""
+    active_B: jax.Array
+    """bool; rows that are finished are computed in full blocks but never in routed ones."""
+
+
 def decode_step(
     decoder: Decoder,
     params: dict[str, Any],
     caches: tuple[Cache, ...],
-    tokens_B: jax.Array,
-    lengths_B: jax.Array,
-    step: jax.Array,
-    active_B: jax.Array,
+    new: NewTokens,
     branches: int = 1,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """Runs generated token number `step` of every row.
+    """Runs one token of every row.
 
     Args:
       decoder: the model.
       params: from `own_params` (or `unstack`).
       caches: one per block, in order.
-      tokens_B: int32 the rows' tokens.
-      lengths_B: int32 prompt lengths; the token's position is this plus `step`.
-      step: int32 scalar.
-      active_B: bool; rows that are finished are computed in full blocks but never in routed ones.
+      new: the tokens.
       branches: rows per prompt, see `caches.over_rows`.
       key: of stochastic routing, the same as for the prefill.
 
@@ -132,24 +141,24 @@ def decode_step(
       Hidden states BxD after the final norm, and the caches with the token in them.
     """
     config, routing = decoder.config, decoder.routing
-    x_BxD = lookup(params["embedding"], tokens_B).astype(config.dtype)
-    positions_B = lengths_B + step
+    x_BxD = lookup(params["embedding"], new.tokens_B).astype(config.dtype)
+    positions_B = new.lengths_B + new.step
     names = block_names(routing)
     updated: list[Cache] = []
     for index, group in enumerate(params["groups"]):
         group_key = None if key is None else jax.random.fold_in(key, index)
         for name in names:
             cache, block = caches[len(updated)], group[name]
-            own_text = cache.own_segments(lengths_B, step)
+            own_text = cache.own_segments(new.lengths_B, new.step)
             if isinstance(cache, FullCache):
                 full_row = functools.partial(_full_row, decoder, block)
                 delta_BxD, own = over_rows(full_row, (x_BxD, positions_B, own_text), cache.segments(), branches)
-                updated.append(cache.append(own, step))
+                updated.append(cache.append(own, new.step))
             else:
                 scores_B = decoder.parts.score(block["router"], x_BxD)
                 noise_B = stochastic_noise(group_key, positions_B, routing)
                 wanted_B = causal_logit(block, x_BxD, scores_B, noise_B, routing, config.context) > 0
-                wanted_B &= active_B
+                wanted_B &= new.active_B
                 computed_B = wanted_B & (cache.count_B < cache.slots)
                 routed_row = functools.partial(_routed_row, decoder, block)
                 rows = (computed_B, x_BxD, scores_B, positions_B, own_text)

@@ -8,11 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mod_star.decoding.generate import NEVER, Generator
+from mod_star.decoding.generate import Generator
 from mod_star.decoding.generated import Generated
-from mod_star.decoding.sampling import Sampling
-from mod_star.decoding.think import Think
-from mod_star.errors import require
+from mod_star.decoding.generation_config import GenerationConfig
 from mod_star.tokenization.tokenizers import StreamDecoder, Tokenizer, begin
 
 
@@ -66,82 +64,62 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[in
 
 def complete(
     generator: Generator,
-    tokenizer: Tokenizer,
     prompts: Sequence[str],
-    new_tokens: int,
-    sampling: Sampling,
-    *,
-    seed: int = 0,
-    stop: Sequence[str] = (),
-    burst: int = 8,
-    think: Think = NEVER,
-    branches: int = 1,
+    config: GenerationConfig,
     encoded: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[list[Completion]]:
     """Completes texts, all in one batch.
 
     Args:
-      generator: the model; its end ids should be the tokenizer's `end_ids`.
-      tokenizer: the model's.
+      generator: the model.
       prompts: the texts to go on from.
-      new_tokens: the most tokens to generate for each.
-      sampling: how to draw them.
-      seed: of the draws.
-      stop: strings that end a text, wherever their first and last character fall within tokens.
-      burst: tokens per row between two results; a row generates up to this many beyond its stop string.
-      think: when to think.
-      branches: completions of each prompt, see `Generator.start`.
+      config: how. A row generates up to `config.burst` tokens beyond its stop string.
       encoded: the prompts' token ids, if they are not what `encode_prompts` makes of them (a chat's).
 
     Yields:
       The completions so far, those of one prompt after those of another, after every burst; the last ones are finished.
 
     Raises:
-      InputError: a stop string is empty, the model is asked to think and can't, or as for `Generator.start`.
+      InputError: the model is asked to think and can't, or as for `Generator.start`.
     """
-    require(all(stop), "stop", tuple(stop), "must not be an empty string")
+    tokenizer = generator.tokenizer
     encoded = encode_prompts(tokenizer, prompts) if encoded is None else encoded
-    rows = [_Row(prompt, tokenizer, new_tokens, stop) for prompt in prompts for _ in range(branches)]
+    rows = [
+        _Row(prompt, tokenizer, config.new_tokens, config.stop)
+        for prompt in prompts
+        for _ in range(config.rows_per_prompt)
+    ]
 
     def stopped(results: list[Generated]) -> list[bool]:
         return _take(rows, results)
 
-    for results in generator.stream(encoded, new_tokens, sampling, seed, burst, stopped, think, branches):
+    for results in generator.stream(encoded, config, stopped):
         yield [row.completion(result) for row, result in zip(rows, results, strict=True)]
 
 
 def complete_many(
     generator: Generator,
-    tokenizer: Tokenizer,
     prompts: Sequence[str],
-    new_tokens: int,
-    sampling: Sampling,
-    *,
-    rows: int,
-    branches: int = 1,
-    seed: int = 0,
-    stop: Sequence[str] = (),
-    burst: int = 16,
-    think: Think = NEVER,
+    config: GenerationConfig,
     encoded: Sequence[Sequence[int]] | None = None,
     numbers: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, list[Completion]]]:
-    """Completes any number of texts in batches of `rows` rows, see `Generator.generate_many`; else as `complete`.
+    """Completes any number of texts, `config.rows` rows at a time, see `Generator.generate_many`; else as `complete`.
 
     Yields:
       A prompt's index and the completions of its branches, as prompts get finished.
     """
-    require(all(stop), "stop", tuple(stop), "must not be an empty string")
+    tokenizer = generator.tokenizer
     encoded = encode_prompts(tokenizer, prompts) if encoded is None else encoded
-    texts = {
-        i: [_Row(prompt, tokenizer, new_tokens, stop) for _ in range(branches)] for i, prompt in enumerate(prompts)
-    }
-    finished = generator.generate_many(
-        encoded, new_tokens, sampling, rows=rows, branches=branches, seed=seed, burst=burst, think=think,
-        numbers=numbers,
-        stop=lambda number, results: _take(texts[number], results),
-    )  # fmt: skip
-    for number, results in finished:
+    texts = [
+        [_Row(prompt, tokenizer, config.new_tokens, config.stop) for _ in range(config.rows_per_prompt)]
+        for prompt in prompts
+    ]
+
+    def stopped(number: int, results: list[Generated]) -> list[bool]:
+        return _take(texts[number], results)
+
+    for number, results in generator.generate_many(encoded, config, stopped, numbers):
         yield number, [row.completion(result) for row, result in zip(texts[number], results, strict=True)]
 
 
@@ -217,10 +195,11 @@ class _Row:
         seen = len(self._text)
         self._text += piece
         places = [self._text.find(stop, max(0, seen - len(stop) + 1)) for stop in self._stop]
-        if found := [place for place in places if place >= 0]:
-            self._text = self._text[: min(found)]
+        completed = [place for place in places if place >= 0]
+        if completed:
+            self._text = self._text[: min(completed)]
             self.finished = "stop"
-        return bool(found)
+        return bool(completed)
 
     def completion(self, result: Generated) -> Completion:
         """The row's state, with the numbers of the latest result."""

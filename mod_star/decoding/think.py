@@ -49,6 +49,9 @@ class Think:
         require(allowed, "think.temperature", self.temperature, "must be 0 (greedy) or at least 1e-6")
 
 
+NEVER = Think()
+
+
 @struct.dataclass
 class ThoughtRecord:
     """What was thought before each token; as a whole [B, T, ...], or one step's with T left out."""
@@ -72,17 +75,29 @@ def empty_record(rows: int, new_tokens: int, thinking: ThinkingConfig) -> Though
     return ThoughtRecord(none, nowhere, nowhere, thoughts, none)
 
 
+@struct.dataclass
+class LastTokens:
+    """The last token of every row of a batch, after which there may be a thought."""
+
+    hidden_BxD: jax.Array
+    """Hidden state at it, after the final norm."""
+    text: tuple[Any, Any]
+    """Keys/values up to it, from `caches.text_of`."""
+    positions_B: jax.Array
+    """int32 position of it."""
+    keys_B: jax.Array
+    """Random keys of the thoughts' draws."""
+    active_B: jax.Array
+    """bool; finished rows never think."""
+
+
 def think_step(
     decoder: Decoder,
     params: dict[str, Any],
     thinking: ThinkingConfig,
     think: Think,
     threshold: jax.Array | float,
-    hidden_BxD: jax.Array,
-    text: tuple[Any, Any],
-    positions_B: jax.Array,
-    keys_B: jax.Array,
-    active_B: jax.Array,
+    last: LastTokens,
     branches: int = 1,
 ) -> tuple[jax.Array, ThoughtRecord]:
     """Predicts the next token of every row, after a thought where one is due.
@@ -96,20 +111,16 @@ def think_step(
       thinking: length and kind of thoughts.
       think: always or auto.
       threshold: float32 scalar, in place of `think.threshold`: one program for all thresholds.
-      hidden_BxD: at the last token.
-      text: keys/values up to the last token, from `caches.text_of`.
-      positions_B: int32 position of the last token.
-      keys_B: of the thoughts' draws.
-      active_B: bool; finished rows never think.
+      last: the rows as they are before the next token.
       branches: rows per prompt, see `caches.over_rows`.
 
     Returns:
       Float32 logits BxV, those of the plain prediction where a row doesn't think; and the step's record.
     """
-    base_BxV = logits_of(params, hidden_BxD)
+    base_BxV = logits_of(params, last.hidden_BxD)
     log_p_BxV = jax.nn.log_softmax(base_BxV)
     entropies_B = -jnp.sum(jnp.exp(log_p_BxV) * log_p_BxV, -1)
-    thinks_B = active_B if think.when == "always" else active_B & (entropies_B > threshold)
+    thinks_B = last.active_B if think.when == "always" else last.active_B & (entropies_B > threshold)
     after_thought = functools.partial(_after_thought, decoder, thinking, think.temperature)
 
     def row(row: tuple[Any, ...], shared: Any) -> tuple[jax.Array, ...]:
@@ -120,13 +131,13 @@ def think_step(
         )
         return result
 
-    own, shared = text
+    own, shared = last.text
     logits_BxV, thoughts_BxN, weights_B = over_rows(
-        row, (thinks_B, hidden_BxD, own, positions_B, keys_B), shared, branches
+        row, (thinks_B, last.hidden_BxD, own, last.positions_B, last.keys_B), shared, branches
     )
     record = ThoughtRecord(
-        jnp.where(active_B, entropies_B, 0.0),
-        active_B,
+        jnp.where(last.active_B, entropies_B, 0.0),
+        last.active_B,
         thinks_B,
         jnp.where(thinks_B[:, None], thoughts_BxN, -1),
         jnp.where(thinks_B, weights_B, 0.0),

@@ -79,14 +79,14 @@ def written_numbers(text: str) -> list[Written]:
     list that is numbered 1., 2., ...).
     """
     markers = _list_markers(text)
-    found = []
+    numbers = []
     place = 0
     while match := _NUMBER.search(text, place):
         written = _read_match(text, match)
         place = match.end() if written is None else max(written.end, match.start() + 1)
         if written is not None and not _is_label(text, match, markers):
-            found.append(written)
-    return found
+            numbers.append(written)
+    return numbers
 
 
 def spell_number(number: str) -> str:

@@ -9,15 +9,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mod_star.decoding.branches import RANKINGS, Branch, Branches, Ranking
+from mod_star.decoding.branches import Branch, Branches
+from mod_star.decoding.rankings import DELTA, LOG_PROB, NORMALISED_LOG_PROB, Ranking
 from mod_star.decoding.text import Completion
 
-RANKING_NAMES: dict[Ranking, str] = {
-    "delta": "Δ",
-    "log_prob": "log-prob",
-    "normalised_log_prob": "log-prob per token",
-}
-"""What tables call the rankings."""
+COUNTED: dict[str, Ranking] = {"Δ": DELTA, "log-prob": LOG_PROB, "log-prob per token": NORMALISED_LOG_PROB}
+"""The rankings that are counted, by what records and tables call them."""
 DIGITS = 6  # of what is kept of deltas and log-probabilities
 
 
@@ -40,7 +37,7 @@ def branch_record(branch: Branch) -> dict[str, Any]:
 
 def branches_of(records: list[dict[str, Any]], prompt: str = "") -> Branches:
     """The branches again, with all that rankings and answers depend on; tokens and their numbers are not kept."""
-    made = []
+    branches = []
     for record in records:
         completion = Completion(
             prompt=prompt, text=record["text"], tokens=[], log_probs=[], finished=record["finished"],
@@ -51,7 +48,7 @@ def branches_of(records: list[dict[str, Any]], prompt: str = "") -> Branches:
             -math.inf if record[name] is None else record[name] for name in ("log_prob", "normalised_log_prob")
         )
         span = None if record["span"] is None else (record["span"][0], record["span"][1])
-        made.append(
+        branches.append(
             Branch(
                 completion,
                 record["first_token"],
@@ -64,7 +61,7 @@ def branches_of(records: list[dict[str, Any]], prompt: str = "") -> Branches:
                 record["continuation"],
             )
         )
-    return Branches(prompt, made)
+    return Branches(prompt, branches)
 
 
 def cot_answers(branches: Branches) -> dict[str, str | None]:
@@ -72,12 +69,12 @@ def cot_answers(branches: Branches) -> dict[str, str | None]:
 
     Greedy decoding answers what branch 0 says, even where it was cut by the limit of new tokens.
     """
-    found: dict[str, str | None] = {}
-    for ranking in RANKINGS:
-        found[f"CoT aggregated, {RANKING_NAMES[ranking]}"] = branches.answer(ranking, aggregate=True)
-        found[f"CoT max, {RANKING_NAMES[ranking]}"] = branches.answer(ranking)
-    found["greedy (branch 0)"] = branches.branches[0].answer
-    return found
+    answers: dict[str, str | None] = {}
+    for name, ranking in COUNTED.items():
+        answers[f"CoT aggregated, {name}"] = branches.answer(ranking, aggregate=True)
+        answers[f"CoT max, {name}"] = branches.answer(ranking)
+    answers["greedy (branch 0)"] = branches.branches[0].answer
+    return answers
 
 
 def sample_answers(samples: Branches) -> dict[str, str | None]:

@@ -21,14 +21,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from mod_star.decoding import Generator, Sampling, Think
+from mod_star.decoding import GenerationConfig, Generator, Sampling, Think
 from mod_star.decoding.text import complete_many
 from mod_star.distributed.options import MeshConfig
 from mod_star.distributed.sharding import make_small_mesh
 from mod_star.errors import InputError, require
-from mod_star.evaluation.scoring import require_shareable, score_rolling, score_stream, shares_of
+from mod_star.evaluation.scoring import ScoringConfig, require_shareable, score_rolling, score_stream, shares_of
 from mod_star.inspection.calibration import read_calibration
-from mod_star.runs.directory import load_run
+from mod_star.loaded_model import Model
 from mod_star.tokenization.tokenizers import begin
 
 Request = tuple[tuple[str, str], list[int], list[int]]
@@ -63,9 +63,9 @@ def register() -> type:
     except ModuleNotFoundError as error:
         missing = (error.name or "lm_eval").partition(".")[0]
         raise InputError(f"{missing} is not installed: pip install 'mod-star[harness]'") from None
-    made = type("ModStarLM", (HarnessModel, model.TemplateLM), {"__doc__": HarnessModel.__doc__})
-    registry.register_model("mod_star")(made)
-    return made
+    adapter = type("ModStarLM", (HarnessModel, model.TemplateLM), {"__doc__": HarnessModel.__doc__})
+    registry.register_model("mod_star")(adapter)
+    return adapter
 
 
 class HarnessModel:
@@ -121,10 +121,10 @@ class HarnessModel:
         require_shareable("batch_size", int(size), mesh)
         require(isinstance(seed, int) and 0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
         self._batch_size, self._seed, self._overlap, self._max_gen_toks = int(size), seed, overlap, max_gen_toks
-        self._run = load_run(run, step, option="step", mesh=mesh)
-        self.tokenizer = self._run.tokenizer
+        self._model = Model.load(run, step, mesh)
+        self.tokenizer = self._model.tokenizer
         self._think = self._when_to_think(run, think, think_temperature)
-        context = self._run.decoder.config.context
+        context = self._model.decoder.config.context
         self._max_length = context if max_length is None else max_length
         require(2 <= self._max_length <= context, "max_length", max_length, f"must lie in [2, {context}], the context")
         require(1 <= overlap <= self._max_length, "overlap", overlap, f"must lie in [1, {self._max_length}]")
@@ -135,7 +135,7 @@ class HarnessModel:
         require(when in ("never", "always", "auto"), "think", when, allowed)
         if when == "never":
             return Think()
-        require("thinking" in self._run.params, "think", when, f"must be never, {directory} has not learned to think")
+        require(self._model.can_think, "think", when, f"must be never, {directory} has not learned to think")
         if when == "always":
             return Think("always", temperature=temperature)
         calibration = read_calibration(Path(directory))
@@ -216,7 +216,7 @@ class HarnessModel:
         pairs = [(before[-max(1, window + 1 - len(after)) :], after) for _, before, after in requests]
         results: dict[int, tuple[float, bool]] = {}
         with _Bar("log-likelihoods", len(pairs), disable_tqdm) as bar:
-            for index, scored in score_stream(self._run.decoder, self._run.params, pairs, **self._options()):
+            for index, scored in score_stream(self._model, pairs, self._scoring):
                 results[index] = (sum(scored.log_probs), all(scored.is_greedy))
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
                 bar.show(len(results))
@@ -226,11 +226,11 @@ class HarnessModel:
         """Log-likelihood of whole texts in nats, each token given what fits before it into the model's context."""
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
         with _Bar("windows of long texts", None, disable_tqdm) as bar:
-            found = score_rolling(
-                self._run.decoder, self._run.params, texts, self.prefix_token_id, window=self._max_length,
-                overlap=self._overlap, progress=bar.show, **self._options(),
+            scores = score_rolling(
+                self._model, texts, self.prefix_token_id, self._scoring, window=self._max_length,
+                overlap=self._overlap, progress=bar.show,
             )  # fmt: skip
-        results = [sum(scored.log_probs) for scored in found]
+        results = [sum(scored.log_probs) for scored in scores]
         for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
         return results
@@ -253,31 +253,25 @@ class HarnessModel:
                 prompts = [requests[index].args[0] for index in indices]
                 encoded = [self.tok_encode(prompt) for prompt in prompts]
                 self._tell_of_cuts(len(ids) + new_tokens for ids in encoded)
-                found = complete_many(
-                    self._get_generator(), self.tokenizer, prompts, new_tokens, sampling, rows=self._batch_size,
-                    seed=self._seed, stop=stop, think=self._think, encoded=[ids[-room:] for ids in encoded],
-                )  # fmt: skip
-                for number, (completion,) in found:
+                config = GenerationConfig(
+                    new_tokens, sampling, tuple(stop), self._think, seed=self._seed, rows=self._batch_size
+                )
+                completions = complete_many(self._get_generator(), prompts, config, [ids[-room:] for ids in encoded])
+                for number, (completion,) in completions:
                     results[indices[number]] = completion.text
                     self.cache_hook.add_partial("generate_until", (prompts[number], given), completion.text)
                     done += 1
                     bar.show(done)
         return results
 
-    def _options(self) -> dict[str, Any]:
+    @property
+    def _scoring(self) -> ScoringConfig:
         """What all scoring has in common."""
-        thinking = self._run.config.thinking if "thinking" in self._run.params else None
-        return {
-            "think": self._think, "thinking": thinking, "batch_size": self._batch_size, "seed": self._seed,
-            "mesh": self._run.mesh,
-        }  # fmt: skip
+        return ScoringConfig(self._think, self._batch_size, self._seed)
 
     def _get_generator(self) -> Generator:
         if self._generator is None:
-            run = self._run
-            self._generator = Generator(
-                run.decoder, run.params, run.tokenizer.end_ids, thinking=run.config.thinking, mesh=run.mesh
-            )
+            self._generator = Generator(self._model)
         return self._generator
 
     def _tell_of_cuts(self, lengths: Any) -> None:

@@ -10,7 +10,7 @@ from mod_star.errors import InputError, require
 from mod_star.evaluation.prompts import joined
 from mod_star.evaluation.protocols import Numbered, Subject, stopwatch
 from mod_star.evaluation.records import Record
-from mod_star.evaluation.scoring import Pair, Scored, score_stream
+from mod_star.evaluation.scoring import Pair, Scored, ScoringConfig, score_stream
 from mod_star.evaluation.tasks import Item
 from mod_star.tokenization.tokenizers import Tokenizer
 
@@ -37,17 +37,17 @@ class ChoiceLikelihood:
         pairs: list[Pair] = []
         owners: list[int] = []
         for place, (_, item) in enumerate(items):
-            made = self._pairs(subject, item)
-            pairs += made
-            owners += [place] * len(made)
+            of_choices = self._pairs(subject, item)
+            pairs += of_choices
+            owners += [place] * len(of_choices)
         first = {place: index for index, place in reversed(list(enumerate(owners)))}
         scored: dict[int, dict[int, Scored]] = {}
         lap = stopwatch()
-        for index, found in _scores(subject, pairs, None, self.batch_size, self.seed):
+        for index, score in _scores(subject, pairs, None, self.batch_size, self.seed):
             place = owners[index]
             _, item = items[place]
             of_item = scored.setdefault(place, {})
-            of_item[index - first[place]] = found
+            of_item[index - first[place]] = score
             if len(of_item) == len(item.choices):
                 totals = [math.fsum(scored[place].pop(choice).log_probs) for choice in range(len(item.choices))]
                 yield self._record(subject, item, totals) | {"seconds": lap()}
@@ -81,7 +81,7 @@ class ChoiceLikelihood:
 class ExpectedProbability:
     """The evaluation of the Quiet-STaR paper (Zelikman et al., arXiv 2403.09629), and the accuracy that goes with it.
 
-    The gold answer and a newline are put behind the prompt. The expected probability is the product over their tokens
+    The gold answer and a newline are put after the prompt. The expected probability is the product over their tokens
     of p(token), renormalised over digits (numbers) or the choices' tokens (choices), and the newline: how often a model
     that samples under that restriction would be right. A token that is neither, such as the sign of a negative number,
     makes it 0. The argmax is right if each of those tokens is the most probable of the allowed ones, greedy decoding if
@@ -102,7 +102,7 @@ class ExpectedProbability:
     def records(self, subject: Subject, items: Sequence[Numbered]) -> Iterator[Record]:
         """A record per item, with the probability of each token of the answer."""
         groups: dict[tuple[int, ...], list[Item]] = {}
-        numbers = digit_ids(subject.tokenizer) if items and items[0][1].kind == "number" else ()
+        numbers = digit_ids(subject.model.tokenizer) if items and items[0][1].kind == "number" else ()
         for _, item in items:
             groups.setdefault(self._allowed(subject, item, numbers), []).append(item)
         lap = stopwatch()
@@ -125,7 +125,7 @@ class ExpectedProbability:
                         "argmax": right,
                         "greedy": all(scored.is_greedy),
                     },
-                    "tokens": [subject.tokenizer.token_text(token) for token in pairs[index][1]],
+                    "tokens": [subject.model.tokenizer.token_text(token) for token in pairs[index][1]],
                     "probabilities": probabilities,
                     "log_probs": scored.log_probs,
                     "is_greedy": scored.is_greedy,
@@ -139,7 +139,7 @@ class ExpectedProbability:
         """Context and answer with its newline. A blank that is a token of its own belongs to the context."""
         prompt = subject.prompts.text(item)
         pairs = continuations(subject, item, [joined(prompt, answer)[len(prompt) :] + "\n" for answer in answers])
-        decode = subject.tokenizer.decode  # in context: a decoder may drop a text's first blank
+        decode = subject.model.tokenizer.decode  # in context: a decoder may drop a text's first blank
         blanks = [decode([*before, after[0]]) == decode(before) + " " for before, after in pairs]
         return [
             ([*before, after[0]], after[1:]) if blank else (before, after)
@@ -162,8 +162,8 @@ def continuations(subject: Subject, item: Item, texts: Sequence[str]) -> list[Pa
     """
     context = subject.prompts.encode(item)
     prompt = subject.prompts.text(item)
-    start = len(context) - len(subject.tokenizer.encode(prompt))  # bos, if there is one
-    wholes = [[*context[:start], *subject.tokenizer.encode(prompt + text)] for text in texts]
+    start = len(context) - len(subject.model.tokenizer.encode(prompt))  # bos, if there is one
+    wholes = [[*context[:start], *subject.model.tokenizer.encode(prompt + text)] for text in texts]
     shared = min(_shared(context, whole) for whole in wholes)
     if shared < 1:
         raise InputError(f"item {item.id!r}: its prompt and answer are one token, there is nothing to predict it from")
@@ -172,21 +172,18 @@ def continuations(subject: Subject, item: Item, texts: Sequence[str]) -> list[Pa
 
 def digit_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids of all tokens that are nothing but ASCII digits, perhaps with a blank before them."""
-    found = []
+    digits = []
     for token in range(tokenizer.vocab_size):
         text = tokenizer.decode([token]).removeprefix(" ")
         if text.isascii() and text.isdigit():
-            found.append(token)
-    return tuple(found)
+            digits.append(token)
+    return tuple(digits)
 
 
 def _scores(
     subject: Subject, pairs: Sequence[Pair], allowed: Sequence[int] | None, batch_size: int, seed: int
 ) -> Iterator[tuple[int, Scored]]:
-    return score_stream(
-        subject.decoder, subject.params, pairs, allowed_ids=allowed, thinking=subject.thinking, think=subject.think,
-        batch_size=batch_size, seed=seed, routing_key=subject.routing_key, mesh=subject.mesh,
-    )  # fmt: skip
+    return score_stream(subject.model, pairs, ScoringConfig(subject.think, batch_size, seed, allowed))
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:
@@ -198,7 +195,7 @@ def _shared(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _require_room(subject: Subject, item: Item, pairs: Sequence[Pair]) -> None:
-    context = subject.decoder.config.context
+    context = subject.model.decoder.config.context
     longest = max(len(before) + len(after) for before, after in pairs)
     if longest > context + 1:
         raise InputError(

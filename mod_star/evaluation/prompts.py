@@ -69,9 +69,9 @@ class Prompts:
             messages.append(_message("user", self._ask(item.question)))
             messages[0]["content"] = self.preamble + messages[0]["content"]
             return self.tokenizer.apply_chat(messages)
-        asked = [self._ask(example.question) for example in self.examples]
+        questions = [self._ask(example.question) for example in self.examples]
         solved = [example.solution for example in self.examples]
-        shown = [f"{joined(before, after)}\n\n" for before, after in zip(asked, solved, strict=True)]
+        shown = [f"{joined(before, after)}\n\n" for before, after in zip(questions, solved, strict=True)]
         return self.preamble + "".join(shown) + self._ask(item.question)
 
     def encode(self, item: Item) -> list[int]:
@@ -84,10 +84,10 @@ class Prompts:
         return Template(default if self.template is None else self.template, "--prompt-template")
 
     def _ask(self, question: str) -> str:
-        asked = self._compiled.render({"question": question}, "prompt")
+        put = self._compiled.render({"question": question}, "prompt")
         if not self.step_by_step:
-            return asked
-        return f"{asked}\n{STEP_BY_STEP}" if self.chat else joined(asked, STEP_BY_STEP)
+            return put
+        return f"{put}\n{STEP_BY_STEP}" if self.chat else joined(put, STEP_BY_STEP)
 
 
 def joined(prompt: str, answer: str) -> str:
@@ -106,7 +106,7 @@ def subset(items: Sequence[Item], limit: int | None, seed: int) -> tuple[Item, .
 
 
 def few_shot(
-    count: int, source: str | Path | None, task: Task, asked: Sequence[Item], how: str | CustomTask, seed: int
+    count: int, source: str | Path | None, task: Task, items: Sequence[Item], how: str | CustomTask, seed: int
 ) -> tuple[tuple[Item, ...], str, str]:
     """The examples before every question.
 
@@ -115,7 +115,7 @@ def few_shot(
       source: a file of questions in the task's format, or a text that is put before every prompt as it is (which one,
         its name says, see `mod_star.data.files`); None: questions of the task that are not asked.
       task: the task.
-      asked: its items that are evaluated.
+      items: its items that are evaluated.
       how: how the task's files are read.
       seed: of the draw.
 
@@ -134,10 +134,10 @@ def few_shot(
         require(count > 0, "--few-shot", count, "must be positive with --few-shot-data")
         other = load_task(how, source)
         pool, digest, name = other.items, other.sha256, str(source)
-        questions = {item.question for item in asked}
+        questions = {item.question for item in items}
         pool = tuple(item for item in pool if item.question not in questions)  # nobody may be told the answer
     else:
-        ids = {item.id for item in asked}
+        ids = {item.id for item in items}
         pool, digest, name = tuple(item for item in task.items if item.id not in ids), "", task.path
     allowed = f"there are only {len(pool)} questions in {name} that are not asked; see --few-shot-data"
     require(count <= len(pool), "--few-shot", count, allowed)

@@ -16,40 +16,28 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import jax
-from jax.sharding import Mesh
-
-from mod_star.config import ThinkingConfig
-from mod_star.decoding.generate import NEVER, Generator
-from mod_star.decoding.think import Think
+from mod_star.decoding.generate import Generator
+from mod_star.decoding.think import NEVER, Think
 from mod_star.evaluation.intervals import Estimate, accuracy, mean
 from mod_star.evaluation.prompts import Prompts
 from mod_star.evaluation.records import Record
 from mod_star.evaluation.tasks import Item
-from mod_star.model import Decoder
-from mod_star.tokenization.tokenizers import Tokenizer
+from mod_star.loaded_model import Model
 
 
 @dataclass(frozen=True)
 class Subject:
     """The model that is evaluated, and how it is asked."""
 
-    decoder: Decoder
-    params: dict[str, Any]
-    tokenizer: Tokenizer
+    model: Model
     prompts: Prompts
-    thinking: ThinkingConfig | None = None
     think: Think = NEVER
-    routing_key: jax.Array | None = None
-    mesh: Mesh | None = None
-    """Where `params` lie, if on several devices."""
     donate: bool = False
-    """Whether the first generator takes `params` over, see `Generator`: for a subject that is asked once."""
+    """Whether the first generator takes the parameters over, see `Generator`: for a subject that is asked once."""
 
     def generator(self) -> Generator:
         """To generate with."""
-        end_ids = self.tokenizer.end_ids
-        return Generator(self.decoder, self.params, end_ids, self.routing_key, self.thinking, self.mesh, self.donate)
+        return Generator(self.model, donate=self.donate)
 
 
 Numbered = tuple[int, Item]
@@ -92,11 +80,11 @@ def measures(records: Sequence[Record]) -> dict[str, Estimate]:
     Raises:
       InputError: there are no records.
     """
-    found: dict[str, list[Any]] = {}
+    by_name: dict[str, list[Any]] = {}
     for record in sorted(records, key=lambda record: record["id"]):  # the bootstrap depends on the order
         for name, score in record["scores"].items():
-            found.setdefault(name, []).append(score)
+            by_name.setdefault(name, []).append(score)
     return {
         name: accuracy(scores) if all(isinstance(score, bool) for score in scores) else mean(scores)
-        for name, scores in found.items()
+        for name, scores in by_name.items()
     }

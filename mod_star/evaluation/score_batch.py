@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from mod_star.config import ThinkingConfig
-from mod_star.decoding.think import Think, think_step
+from mod_star.decoding.think import LastTokens, Think, think_step
 from mod_star.distributed.sharding import BATCH_AXES, axis_size, batch_vmap, constrain
 from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
@@ -29,6 +30,38 @@ THOUGHT_BYTES = 2**28
 """Bytes of text keys/values that such thoughts may have copied for them; fewer think at once where texts are long."""
 
 
+@struct.dataclass
+class TextBatch:
+    """A batch of texts, and the places in them that are scored. N and S are padded; arrays of NumPy outside of jit."""
+
+    tokens_BxS: Any
+    """int32 texts."""
+    lengths_B: Any
+    """int32 lengths."""
+    where_Nx2: Any
+    """int32 (row, position) whose next token is scored."""
+    targets_NxT: Any
+    """int32 tokens to score there."""
+    draws_N: Any
+    """uint32, what the draws of each place's thought depend on besides the seed: the text before it, hashed."""
+    count: Any
+    """int32 places; the rest of N is padding."""
+
+
+@struct.dataclass
+class ScoreNumbers:
+    """What all batches of a scoring are told as data."""
+
+    allowed_A: Any
+    """int32 ids to renormalise over, or None."""
+    threshold: Any
+    """float32 scalar, in place of `Think.threshold`."""
+    seed: Any
+    """int32, of thoughts' draws."""
+    routing_key: jax.Array | None
+    """Of stochastic routing, or None."""
+
+
 @functools.partial(jax.jit, static_argnames=("decoder", "thinking", "think", "rows"))
 def score_batch(
     decoder: Decoder,
@@ -37,47 +70,33 @@ def score_batch(
     rows: int,
     params: dict[str, Any],
     groups: Any,
-    tokens_BxS: jax.Array,
-    lengths_B: jax.Array,
-    where_Nx2: jax.Array,
-    targets_NxT: jax.Array,
-    count: jax.Array,
-    allowed_A: jax.Array | None,
-    threshold: jax.Array,
-    seed: jax.Array,
-    draws_N: jax.Array,
-    routing_key: jax.Array | None,
+    batch: TextBatch,
+    numbers: ScoreNumbers,
 ) -> tuple[jax.Array, ...]:
-    """Runs a batch and scores `count` places of it; what lies behind them in the results means nothing.
+    """Runs a batch and scores its places; what lies after the last of them in the results means nothing.
 
     Args:
       decoder: the model.
       thinking: None: don't think.
-      think: when and how; its threshold is in `threshold`.
+      think: when and how; its threshold is in `numbers`.
       rows: places that are computed at a time, or fewer; for each share, where a mesh shares the batch out.
       params: stacked.
       groups: the same parameters of the blocks, unrolled; None without thinking.
-      tokens_BxS: int32 texts, padded.
-      lengths_B: int32 lengths.
-      where_Nx2: int32 (row, position) whose next token is scored.
-      targets_NxT: int32 tokens to score there.
-      count: int32 places; the rest of N is padding.
-      allowed_A: int32 ids to renormalise over, or None.
-      threshold: float32 scalar, of `think`.
-      seed: int32, of thoughts' draws.
-      draws_N: uint32, what the draws of each place's thought depend on besides: the text before it, hashed.
-      routing_key: of stochastic routing, or None.
+      batch: the texts and places.
+      numbers: everything else that is data.
 
     Returns:
       Float32 log-probabilities NxT, bool NxT whether greedy, the same two renormalised, bool N whether it thought.
     """
-    (S, N, T), context = (tokens_BxS.shape[1], *targets_NxT.shape), decoder.config.context
+    tokens_BxS, lengths_B, count = batch.tokens_BxS, batch.lengths_B, batch.count
+    where_Nx2, targets_NxT, draws_N, allowed_A = batch.where_Nx2, batch.targets_NxT, batch.draws_N, numbers.allowed_A
+    S, (N, T), context = tokens_BxS.shape[1], targets_NxT.shape, decoder.config.context
     segment_ids_BxS = (jnp.arange(S, dtype=jnp.int32) < lengths_B[:, None]).astype(jnp.int32)
     slots = causal_slots(decoder.routing, context)  # as in generation, however the texts are padded
 
     def run(tokens_S: jax.Array, segment_ids_S: jax.Array) -> Any:
         return decoder.apply(
-            {"params": params}, tokens_S, None, segment_ids_S, mode="causal", slots=slots, key=routing_key,
+            {"params": params}, tokens_S, None, segment_ids_S, mode="causal", slots=slots, key=numbers.routing_key,
             keep_keys_values=thinking is not None,
         )  # fmt: skip
 
@@ -99,11 +118,10 @@ def score_batch(
             logits_RxV, thinks_R = logits_of(head, hidden_RxD), jnp.zeros(R, bool)
         else:
             text = _texts_of_rows(decoder, output.keys_values, row_R)
-            keys_R = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(cut(draws_N))
-            logits_RxV, record = think_step(
-                decoder, {**params, **head, "groups": groups}, thinking, think, threshold, hidden_RxD, text, position_R,
-                keys_R, active_R,
-            )  # fmt: skip
+            keys_R = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(numbers.seed)))(cut(draws_N))
+            last = LastTokens(hidden_RxD, text, position_R, keys_R, active_R)
+            unrolled = {**params, **head, "groups": groups}
+            logits_RxV, record = think_step(decoder, unrolled, thinking, think, numbers.threshold, last)
             thinks_R = record.thinks_BxT
         log_p_RxV = jax.nn.log_softmax(logits_RxV)
         log_probs_RxT = jnp.take_along_axis(log_p_RxV, targets_RxT, 1)
@@ -120,8 +138,8 @@ def score_batch(
         return jax.tree.map(put, results, new)
 
     M = where_Nx2.shape[0]
-    numbers, flags = jnp.zeros((M, T), jnp.float32), jnp.zeros((M, T), bool)
-    empty = (numbers, flags, numbers, flags, jnp.zeros(M, bool))
+    zeros, flags = jnp.zeros((M, T), jnp.float32), jnp.zeros((M, T), bool)
+    empty = (zeros, flags, zeros, flags, jnp.zeros(M, bool))
     return jax.lax.fori_loop(0, (count + R - 1) // R, portion, empty)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from mod_star.config import ThinkingConfig
-from mod_star.decoding.generate import NEVER
 from mod_star.decoding.lengths import PROMPT, rounded_up
 from mod_star.decoding.step import unstack
-from mod_star.decoding.think import Think
+from mod_star.decoding.think import NEVER, Think
 from mod_star.distributed.sharding import batch_sharding, use_mesh
 from mod_star.errors import InputError, require
-from mod_star.evaluation.score_batch import HEAD_ROWS, THOUGHT_ROWS, score_batch
+from mod_star.evaluation.score_batch import HEAD_ROWS, THOUGHT_ROWS, ScoreNumbers, TextBatch, score_batch
+from mod_star.loaded_model import Model
 from mod_star.model import Decoder
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -49,36 +47,40 @@ class Scored:
     """Whether the model thought before it; empty if it wasn't asked to."""
 
 
+@dataclass(frozen=True)
+class ScoringConfig:
+    """How texts are scored."""
+
+    think: Think = NEVER
+    """When to think before a scored token, and how. Never while reading the context."""
+    batch_size: int = 8
+    """Texts at a time, a multiple of the mesh's shares; changes speed and memory, not the result."""
+    seed: int = 0
+    """Of thoughts' draws, which else depend on the text before them alone; greedy ones don't depend on it."""
+    allowed_ids: Sequence[int] | None = None
+    """Ids to renormalise the probabilities over, besides (the evaluation of Quiet-STaR)."""
+    truncate: bool = False
+    """Drop the beginning of contexts that are too long, instead of refusing them."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
+
+
+DEFAULT = ScoringConfig()
+Progress = Callable[[int, int], None]
+"""Is told how many pairs are done, and of how many, after every batch."""
+
+
 def score(
-    decoder: Decoder,
-    params: dict[str, Any],
-    pairs: Sequence[Pair],
-    *,
-    allowed_ids: Sequence[int] | None = None,
-    thinking: ThinkingConfig | None = None,
-    think: Think = NEVER,
-    batch_size: int = 8,
-    truncate: bool = False,
-    seed: int = 0,
-    routing_key: jax.Array | None = None,
-    mesh: Mesh | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    model: Model, pairs: Sequence[Pair], config: ScoringConfig = DEFAULT, progress: Progress | None = None
 ) -> list[Scored]:
     """Log-probabilities of the tokens of each continuation after its context, routed causally in a MoD model.
 
     Args:
-      decoder: the model.
-      params: its parameters as trained (stacked).
+      model: what scores. On a mesh, texts are shared out over data and fsdp.
       pairs: token ids of context and continuation; a context has at least one token (bos, where there is nothing else).
-      allowed_ids: ids to renormalise the probabilities over, besides (the evaluation of Quiet-STaR).
-      thinking: length and kind of thoughts, for a model that can think; `params` then has the entry "thinking".
-      think: when to think before a scored token, and how. Never while reading the context.
-      batch_size: texts at a time, a multiple of the mesh's shares; changes speed and memory, not the result.
-      truncate: drop the beginning of contexts that are too long, instead of refusing them.
-      seed: of thoughts' draws, which else depend on the text before them alone; greedy ones don't depend on it.
-      routing_key: for models with stochastic routing.
-      mesh: where `params` lie, if on several devices. Texts are shared out over data and fsdp.
-      progress: called with the number of pairs that are done, and of all, after every batch.
+      config: how.
+      progress: called after every batch.
 
     Returns:
       One result per pair, in their order.
@@ -87,41 +89,21 @@ def score(
       InputError: a context is empty, a pair doesn't fit into the model's context, an id is none of the model's, the
         model is asked to think and can't, or the mesh can't share out batches of that size.
     """
-    found = score_stream(
-        decoder, params, pairs, allowed_ids=allowed_ids, thinking=thinking, think=think, batch_size=batch_size,
-        truncate=truncate, seed=seed, routing_key=routing_key, mesh=mesh, progress=progress,
-    )  # fmt: skip
-    results = dict(found)
+    results = dict(score_stream(model, pairs, config, progress))
     return [results[index] for index in range(len(pairs))]
 
 
 def score_stream(
-    decoder: Decoder,
-    params: dict[str, Any],
-    pairs: Sequence[Pair],
-    *,
-    allowed_ids: Sequence[int] | None = None,
-    thinking: ThinkingConfig | None = None,
-    think: Think = NEVER,
-    batch_size: int = 8,
-    truncate: bool = False,
-    seed: int = 0,
-    routing_key: jax.Array | None = None,
-    mesh: Mesh | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    model: Model, pairs: Sequence[Pair], config: ScoringConfig = DEFAULT, progress: Progress | None = None
 ) -> Iterator[tuple[int, Scored]]:
     """`score`, batch by batch: yields (index of the pair, result) as they come, long texts first."""
-    require(batch_size >= 1, "batch_size", batch_size, "must be at least 1")
-    require_shareable("batch_size", batch_size, mesh)
-    can_think = thinking is not None and "thinking" in params
-    thinks = think.when != "never"
-    require(can_think or not thinks, "think.when", think.when, "must be never, the model has not learned to think")
-    allowed = None if allowed_ids is None else _checked_ids(allowed_ids, decoder.config.vocab_size)
-    texts = _texts(decoder, pairs, truncate)
-    return _stream(
-        decoder, params, texts, len(pairs), batch_size, allowed, thinking if thinks else None, think, seed,
-        _routing_key(decoder, routing_key), mesh, progress,
-    )  # fmt: skip
+    require_shareable("batch_size", config.batch_size, model.mesh)
+    possible = model.can_think or config.think.when == "never"
+    require(possible, "think.when", config.think.when, "must be never, the model has not learned to think")
+    ids, vocab_size = config.allowed_ids, model.decoder.config.vocab_size
+    allowed = None if ids is None else _checked_ids(ids, vocab_size)
+    texts = _texts(model.decoder, pairs, config.truncate)
+    return _stream(model, texts, config, allowed, progress)
 
 
 def shares_of(mesh: Mesh | None) -> int:
@@ -168,35 +150,35 @@ def rolling_windows(tokens: Sequence[int], first: int, window: int, overlap: int
 
 
 def score_rolling(
-    decoder: Decoder,
-    params: dict[str, Any],
+    model: Model,
     texts: Sequence[Sequence[int]],
     first: int,
+    config: ScoringConfig = DEFAULT,
     *,
     window: int | None = None,
     overlap: int = 1,
-    **options: Any,
+    progress: Progress | None = None,
 ) -> list[Scored]:
     """Log-probabilities of all tokens of long texts, in windows.
 
     Args:
-      decoder: the model.
-      params: its parameters as trained (stacked).
+      model: what scores.
       texts: token ids, any number.
       first: id that a text's first token is predicted from, such as bos.
+      config: how.
       window: most tokens that the model reads at a time; its context by default.
       overlap: tokens before it that a token sees at least, see `rolling_windows`.
-      **options: those of `score`.
+      progress: called after every batch, with numbers of windows.
 
     Returns:
       One result per text, one entry per token.
     """
-    window = decoder.config.context if window is None else window
-    allowed = f"must be at most {decoder.config.context}, the model's context"
-    require(window <= decoder.config.context, "window", window, allowed)
+    context = model.decoder.config.context
+    window = context if window is None else window
+    require(window <= context, "window", window, f"must be at most {context}, the model's context")
     windows = [rolling_windows(text, first, window, overlap) for text in texts]
-    scored = iter(score(decoder, params, [pair for each in windows for pair in each], **options))
-    return [_joined([next(scored) for _ in each], options.get("allowed_ids") is not None) for each in windows]
+    scored = iter(score(model, [pair for each in windows for pair in each], config, progress))
+    return [_joined([next(scored) for _ in each], config.allowed_ids is not None) for each in windows]
 
 
 def _joined(parts: list[Scored], restricted: bool) -> Scored:
@@ -251,12 +233,6 @@ def _checked_ids(ids: Sequence[int], vocab_size: int) -> npt.NDArray[np.int32]:
     return np.asarray(unique, np.int32)
 
 
-def _routing_key(decoder: Decoder, key: jax.Array | None) -> jax.Array | None:
-    if decoder.routing.selection == "learned" or decoder.routing.every == 0:
-        return None
-    return jax.random.key(0) if key is None else key
-
-
 def padded_length(tokens: int, context: int, steps: int = 8) -> int:
     """Length that a text is padded to where many batches follow: with 8 steps at most a quarter is padding.
 
@@ -272,59 +248,40 @@ def _few_lengths(tokens: int, context: int) -> int:
 
 
 def _stream(
-    decoder: Decoder,
-    params: dict[str, Any],
+    model: Model,
     texts: list[_Text],
-    count: int,
-    batch_size: int,
+    config: ScoringConfig,
     allowed: npt.NDArray[np.int32] | None,
-    thinking: ThinkingConfig | None,
-    think: Think,
-    seed: int,
-    routing_key: jax.Array | None,
-    mesh: Mesh | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> Iterator[tuple[int, Scored]]:
+    decoder, think, shares = model.decoder, config.think, shares_of(model.mesh)
+    thinking = model.thinking if think.when != "never" else None
     # A thought runs token by token: there, slicing stacked weights at every step would copy them.
-    groups = unstack(decoder, params)["groups"] if thinking is not None else None
+    groups = unstack(decoder, model.params)["groups"] if thinking is not None else None
     threshold = jnp.float32(think.threshold or 0.0)
     fixed = replace(think, threshold=0.0) if think.when == "auto" else think  # a new threshold is no new program
-    shares = shares_of(mesh)
+    numbers = ScoreNumbers(allowed, threshold, config.seed, model.routing_key_in_force)
     enough = rounded_up(max(1, len(texts)), 1, 2 * len(texts) + 1)
-    batch_size = min(batch_size, -(-enough // shares) * shares)
-    starts = range(0, len(texts), batch_size)
-    plans = [_plan(texts[start : start + batch_size]) for start in starts]
+    batch_size = min(config.batch_size, -(-enough // shares) * shares)
+    batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    plans = [_plan(batch) for batch in batches]
     most = max((len(plan) for plan in plans), default=0)
     rows = HEAD_ROWS if thinking is None else min(-(-most // (8 * shares)) * 8, THOUGHT_ROWS)
-    context = decoder.config.context
+    context, total = decoder.config.context, sum(len(text.pairs) for text in texts)
     done = 0
-    for start, plan in zip(starts, plans, strict=True):
-        batch = texts[start : start + batch_size]
+    for batch, plan in zip(batches, plans, strict=True):
         longest = len(batch[0].tokens)
         if thinking is not None:  # takes long to compile, and the text is the smaller part of its work
             S = padded_length(max(longest, min(PROMPT, context)), context, 1)
         else:
-            S = (padded_length if len(starts) >= MANY_BATCHES else _few_lengths)(longest, context)
-        tokens, lengths = np.zeros((batch_size, S), np.int32), np.ones(batch_size, np.int32)
-        for row, text in enumerate(batch):
-            tokens[row, : len(text.tokens)], lengths[row] = text.tokens, len(text.tokens)
-        width = max(len(targets) for targets in plan.values())
-        width = 1 << (width - 1).bit_length()
-        N = batch_size * S
-        where, targets = np.zeros((N, 2), np.int32), np.zeros((N, width), np.int32)
-        draws = np.zeros(N, np.uint32)
-        slots: dict[tuple[int, int], int] = {}
-        for slot, ((row, position), wanted) in enumerate(plan.items()):
-            slots[row, position] = slot
-            where[slot], targets[slot, : len(wanted)] = (row, position), list(wanted)
-            draws[slot] = zlib.crc32(tokens[row, : position + 1].tobytes())
-        inputs = (tokens, lengths) if mesh is None else jax.device_put((tokens, lengths), batch_sharding(mesh))
-        with use_mesh(mesh):
-            found = score_batch(
-                decoder, thinking, fixed, rows, params, groups, *inputs, where, targets, np.int32(len(plan)),
-                allowed, threshold, seed, draws, routing_key,
-            )  # fmt: skip
-        log_probs, greedy, restricted, restricted_greedy, thinks = jax.device_get(found)
+            S = (padded_length if len(batches) >= MANY_BATCHES else _few_lengths)(longest, context)
+        inputs, slots = _inputs(batch, plan, batch_size, S)
+        if model.mesh is not None:
+            shared = jax.device_put((inputs.tokens_BxS, inputs.lengths_B), batch_sharding(model.mesh))
+            inputs = replace(inputs, tokens_BxS=shared[0], lengths_B=shared[1])
+        with use_mesh(model.mesh):
+            outputs = score_batch(decoder, thinking, fixed, rows, model.params, groups, inputs, numbers)
+        log_probs, greedy, restricted, restricted_greedy, thinks = jax.device_get(outputs)
         for row, text in enumerate(batch):
             for index, position, after in text.pairs:
                 at = [slots[row, position + i] for i in range(len(after))]
@@ -341,7 +298,27 @@ def _stream(
                 )
         done += sum(len(text.pairs) for text in batch)
         if progress is not None:
-            progress(done, count)
+            progress(done, total)
+
+
+def _inputs(
+    batch: list[_Text], plan: dict[tuple[int, int], dict[int, int]], batch_size: int, S: int
+) -> tuple[TextBatch, dict[tuple[int, int], int]]:
+    """The texts of a batch, padded, and the places to score; and the index of each (row, position) among these."""
+    tokens, lengths = np.zeros((batch_size, S), np.int32), np.ones(batch_size, np.int32)
+    for row, text in enumerate(batch):
+        tokens[row, : len(text.tokens)], lengths[row] = text.tokens, len(text.tokens)
+    width = max(len(targets) for targets in plan.values())
+    width = 1 << (width - 1).bit_length()
+    N = batch_size * S
+    where, targets = np.zeros((N, 2), np.int32), np.zeros((N, width), np.int32)
+    draws = np.zeros(N, np.uint32)
+    slots: dict[tuple[int, int], int] = {}
+    for slot, ((row, position), columns) in enumerate(plan.items()):
+        slots[row, position] = slot
+        where[slot], targets[slot, : len(columns)] = (row, position), list(columns)
+        draws[slot] = zlib.crc32(tokens[row, : position + 1].tobytes())
+    return TextBatch(tokens, lengths, where, targets, draws, np.int32(len(plan))), slots
 
 
 def _plan(batch: list[_Text]) -> dict[tuple[int, int], dict[int, int]]:

@@ -273,12 +273,12 @@ def _gold(given: str, kind: Kind, choices: tuple[str, ...], where: str, what: st
     if span is None:
         missing = "no number" if kind == "number" else "no answer"
         raise InputError(f"{where}: {what} = {_short(given.strip())}: holds {missing}")
-    found = given[span[0] : span[1]]
+    answer = given[span[0] : span[1]]
     if kind == "text" and re.search(r"\w", given[span[1] :]):
         raise InputError(
-            f"{where}: {what} = {_short(given.strip())}: must be no more than a sentence, only {found!r} would count"
+            f"{where}: {what} = {_short(given.strip())}: must be no more than a sentence, only {answer!r} would count"
         )
-    return finder.spell(found), found if kind == "number" else ""
+    return finder.spell(answer), answer if kind == "number" else ""
 
 
 def _number_of(where: str) -> str:

@@ -110,13 +110,13 @@ def read_calibration(directory: Path) -> Calibration | None:
     path = directory / CALIBRATION_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        found = Calibration(
+        calibration = Calibration(
             float(values["threshold"]), float(values["share"]), float(values["achieved_share"]),
             int(values["step"]), int(values["tokens"]),
         )  # fmt: skip
-        require_share(found.share)
+        require_share(calibration.share)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError):
         raise InputError(f"{path}: cannot be read; mod-star calibrate {directory} writes it anew") from None
-    return found
+    return calibration

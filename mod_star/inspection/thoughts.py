@@ -51,8 +51,8 @@ def thoughts_of(run: LoadedRun, text: str, temperature: float = 0.0, seed: int =
     padded = np.zeros(-(-len(ids) // POSITIONS_AT_ONCE) * POSITIONS_AT_ONCE, np.int32)
     padded[: len(ids)] = ids
     length, key = jnp.int32(len(ids)), jax.random.key(seed)
-    found = _think_everywhere(run.decoder, run.params, thinking, temperature, padded, length, key)
-    base, talk, weights, entropies, thoughts_SxT = (np.asarray(array) for array in found)
+    arrays = _think_everywhere(run.decoder, run.params, thinking, temperature, padded, length, key)
+    base, talk, weights, entropies, thoughts_SxT = (np.asarray(array) for array in arrays)
     # What follows position i is token i + 1; nothing stands before the first.
     shifted = lambda values: [None, *values[: len(ids) - 1].astype(float).tolist()]  # noqa: E731
     thoughts = [[], *([i for i in row.tolist() if i >= 0] for row in thoughts_SxT[: len(ids) - 1])]

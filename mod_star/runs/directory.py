@@ -35,6 +35,7 @@ from mod_star.data.identity import Identity
 from mod_star.distributed.sharding import all_devices, require_model_fits
 from mod_star.errors import InputError, require
 from mod_star.initial_params import initial_params
+from mod_star.loaded_model import Model
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.runs.buckets import (
@@ -107,6 +108,12 @@ class LoadedRun:
     """Step of the checkpoint that the parameters are from."""
     mesh: Mesh | None = None
     """Where the parameters lie, if on several devices."""
+
+    @property
+    def model(self) -> Model:
+        """The model alone: what generation, scoring and evaluation are given."""
+        thinking = self.config.thinking if "thinking" in self.params else None
+        return Model(self.decoder, self.params, self.tokenizer, thinking, self.mesh)
 
 
 def load_run(

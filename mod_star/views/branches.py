@@ -17,16 +17,16 @@ from mod_star.views.terminal import visible
 if TYPE_CHECKING:
     from mod_star.decoding import Completion
     from mod_star.decoding.answers import Span
-    from mod_star.decoding.branches import Branch, Branches, Ranking
+    from mod_star.decoding.branches import Branch, Branches
+    from mod_star.decoding.rankings import Ranking
 
-NAMES: dict[Ranking, str] = {"delta": "Δ", "log_prob": "log p", "normalised_log_prob": "log p/tok"}
 DIM, WON, SPAN = Style(dim=True), Style(color="green", bold=True), Style(bold=True, reverse=True)
 LONGEST_CELL = 12
 LINES = 3
 """Lines that the text of a branch may take."""
 
 
-def branches_table(result: Branches, ranking: Ranking = "delta", samples: bool = False, width: int = 80) -> Group:
+def branches_table(result: Branches, ranking: Ranking, samples: bool = False, width: int = 80) -> Group:
     """The branches and, below them, which answers won and by how much; to print with rich.
 
     Args:
@@ -37,13 +37,13 @@ def branches_table(result: Branches, ranking: Ranking = "delta", samples: bool =
     """
     best = None if samples else result.max_path(ranking)
     answer = result.majority_answer() if samples else result.aggregated_answer(ranking)
-    columns = ("", "first", "answer", NAMES[ranking], "won")
+    columns = ("", "first", "answer", ranking.symbol, "won")
     rows = []
     for index, branch in enumerate(result.branches):
         won = ["max"] * (index == best)
         if branch.dropped is None and branch.answer == answer:
             won.append("vote" if samples else "Σ")
-        score = branch.score(ranking)
+        score = ranking.score(branch)
         shown = "–" if branch.answer is None else visible(branch.answer)
         first = branch.first_token
         rows.append((str(index), _cut(first), _cut(shown), "–" if score is None else f"{score:.3f}", " ".join(won)))
@@ -102,7 +102,7 @@ def excerpt(text: str, span: Span | None, room: int) -> Text:
     return shown
 
 
-def outcome(result: Branches, ranking: Ranking = "delta", samples: bool = False) -> list[Text]:
+def outcome(result: Branches, ranking: Ranking, samples: bool = False) -> list[Text]:
     """Lines that say which answers won, and what each answer has."""
     total, dropped = len(result.branches), len(result.branches) - len(result.counting)
     what = "samples" if samples else "branches"
@@ -118,10 +118,9 @@ def outcome(result: Branches, ranking: Ranking = "delta", samples: bool = False)
     else:
         best, answer = result.max_path(ranking), result.aggregated_answer(ranking)
         assert best is not None and answer is not None
-        name, totals = NAMES[ranking], result.totals(ranking)
-        sum_name = "ΣΔ" if ranking == "delta" else f"log Σ exp({name})"
+        name, sum_name, totals = ranking.symbol, ranking.total_symbol, result.totals(ranking)
         max_answer = result.branches[best].answer or ""
-        lines.append(_line("max path", max_answer, f"branch {best}, {name} {result.branches[best].score(ranking):.3f}"))
+        lines.append(_line("max path", max_answer, f"branch {best}, {name} {ranking.of(result.branches[best]):.3f}"))
         count = f"{votes[answer]} branch{'es' * (votes[answer] > 1)}"
         lines.append(_line("aggregated", answer, f"{sum_name} {totals[answer]:.3f} of {count}"))
         others = sorted((value, other) for other, value in totals.items() if other != answer)[::-1]
@@ -138,21 +137,28 @@ def branches_record(result: Branches, ranking: Ranking, samples: bool) -> dict[s
     best = None if samples else result.max_path(ranking)
     won = result.majority_answer() if samples else result.aggregated_answer(ranking)
     outcome = {"majority": won, "votes": result.votes()} if samples else {
-        "ranking": ranking,
+        "ranking": ranking.name,
         "max_path": best,
         "max_answer": result.answer(ranking),
         "aggregated_answer": won,
         "totals": result.totals(ranking),
     }  # fmt: skip
-    return {"prompt": result.prompt, **outcome, "branches": [_branch_record(branch) for branch in result.branches]}
-
-
-def _branch_record(branch: Branch) -> dict[str, Any]:
     return {
+        "prompt": result.prompt,
+        **outcome,
+        "branches": [_branch_record(branch, ranking) for branch in result.branches],
+    }
+
+
+def _branch_record(branch: Branch, ranking: Ranking) -> dict[str, Any]:
+    own = {ranking.name: ranking.score(branch)}  # of a ranking of the user's; the built-in ones are there anyway
+    return own | {
         "first_token": branch.first_token,
         "answer": branch.answer,
         "span": branch.span,
-        **{ranking: branch.score(ranking) for ranking in NAMES},
+        "delta": branch.delta,
+        "log_prob": branch.log_prob,
+        "normalised_log_prob": branch.normalised_log_prob,
         "dropped": branch.dropped,
         "continuation": branch.continuation,
         **_completion_record(branch.completion),

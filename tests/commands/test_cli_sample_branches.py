@@ -61,18 +61,47 @@ def test_the_text_that_won(capsys: pytest.CaptureFixture[str], trained_run: Path
     out, err = sample(capsys, trained_run, *COT)
     assert out == "How many?Say 7.\n"
     assert "max path   7  branch 2, Δ 0.600\naggregated 5  ΣΔ 0.700 of 2 branches\n" in err
-    assert asked.options["branches"] == 10 and asked.options["continuation"] is None
+    assert asked.args[2].branches == 10 and asked.options["continuation"] is None
     out, _ = sample(capsys, trained_run, *COT, "--aggregate", "--branches", "4", "--new-tokens", "9", "--stop", "Q:")
     assert out == "How many?It is 5.\n"
-    assert asked.options["branches"] == 4 and asked.options["stop"] == ("Q:",)
-    assert asked.args[2:] == (("How many?",), 9, LastNumber())
+    config = asked.args[2]
+    assert (config.branches, config.stop, config.new_tokens) == (4, ("Q:",), 9)
+    assert (asked.args[1], asked.args[3]) == (("How many?",), LastNumber())
     out, _ = sample(
         capsys, trained_run, *COT, "--ranking", "normalised-log-prob", "--answer", "even-odd", "--skip-first"
     )
     assert out == "How many?It is 5.\n", "all are equal, the first wins"
-    assert asked.args[4] == EVEN_ODD and asked.options["skip_first"]
+    assert asked.args[3] == EVEN_ODD and asked.options["skip_first"]
     sample(capsys, trained_run, *COT, "--answer", "gsm8k-flexible")
-    assert asked.args[4] == HarnessNumber("flexible")
+    assert asked.args[3] == HarnessNumber("flexible")
+
+
+MINE = """
+def last_word(text):
+    start = text.rstrip(" .?").rfind(" ") + 1
+    return (start, len(text.rstrip(" .?"))) if text.strip() else None
+
+def early(branch):
+    return 0.0 if branch.span is None else 1 / (1 + branch.span[0])
+
+number = 5
+"""
+
+
+def test_a_finder_and_a_ranking_of_the_users(
+    capsys: pytest.CaptureFixture[str], trained_run: Path, asked: Asked, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(MINE)
+    out, err = sample(capsys, trained_run, *COT, "--answer", f"{file}:last_word", "--ranking", f"{file}:early")
+    finder = asked.args[3]
+    assert finder.canonical("Say  seven.") == "seven" and finder.canonical(" ") is None
+    assert out == "How many?5 it is\n", "the branch whose answer comes first"
+    assert "max path   5  branch 3, early 1.000\naggregated 5  Σ early 1.143 of 2 branches\n" in err
+    record = json.loads(sample(capsys, trained_run, *COT, "--json", "--ranking", f"{file}:early")[0])
+    assert record["ranking"] == "early" and [each["early"] for each in record["branches"]][3] == 1.0
+    assert "must be a Finder, or a function" in error_of(capsys, trained_run, *COT, "--answer", f"{file}:number")
+    assert "must be a function from a branch" in error_of(capsys, trained_run, *COT, "--ranking", f"{file}:number")
 
 
 def test_the_table(
@@ -102,12 +131,12 @@ def test_any_words_are_found_by_a_continuation(
     capsys: pytest.CaptureFixture[str], trained_run: Path, asked: Asked
 ) -> None:
     sample(capsys, trained_run, *COT, "--answer", "text", "--new-tokens", "5")
-    assert asked.args[4] == Phrase()
+    assert asked.args[3] == Phrase()
     assert asked.options["continuation"] == "So the answer is"
     sample(capsys, trained_run, *COT, "--continuation", "Hence")
     assert asked.options["continuation"] == "Hence"
     # The context is 64: 10 of the prompt with bos, 6 of " Hence", 32 for the answer.
-    assert asked.args[3] == 64 - 10 - 6 - 32, "the default leaves room for what comes after"
+    assert asked.args[2].new_tokens == 64 - 10 - 6 - 32, "the default leaves room for what comes after"
 
 
 @pytest.mark.slow
@@ -159,15 +188,15 @@ def test_what_cannot_be(capsys: pytest.CaptureFixture[str], trained_run: Path, m
     monkeypatch.setattr("mod_star.decoding.programs.prefill", trace)
     cot, votes = ("--decoding", "cot"), ("--decoding", "self-consistency")
     for argv, message in (
-        (("--branches", "3"), "--branches: goes with --decoding cot, self-consistency, beam, and --decoding is temper"),
-        ((*cot, "--temperature", "1"), "--temperature: goes with --decoding temperature or self-consistency, and"),
-        ((*cot, "--top-k", "5"), "--top-k: goes with --decoding temperature or self-consistency"),
-        (("--decoding", "greedy", "--answer", "number"), "--answer: goes with --decoding cot or self-consistency"),
-        ((*votes, "--aggregate"), "--aggregate: goes with --decoding cot, and --decoding is self-consistency"),
-        ((*votes, "--ranking", "delta"), "--ranking: goes with --decoding cot"),
-        ((*cot, "--length-penalty", "1"), "--length-penalty: goes with --decoding beam"),
+        (("--branches", "3"), "--branches: cannot be combined with --decoding temperature, only with self-cons"),
+        ((*cot, "--temperature", "1"), "--temperature: cannot be combined with --decoding cot, only with temperatu"),
+        ((*cot, "--top-k", "5"), "--top-k: cannot be combined with --decoding cot, only with temperature, self-"),
+        (("--decoding", "greedy", "--answer", "number"), "--answer: cannot be combined with --decoding greedy, only"),
+        ((*votes, "--aggregate"), "--aggregate: cannot be combined with --decoding self-consistency, only with cot"),
+        ((*votes, "--ranking", "delta"), "--ranking: cannot be combined with --decoding self-consistency"),
+        ((*cot, "--length-penalty", "1"), "--length-penalty: cannot be combined with --decoding cot, only with beam"),
         ((*cot, "--aggregate", "--show-branches"), "--aggregate: the table of --show-branches shows"),
-        ((*cot, "--show-thoughts"), "--show-thoughts: goes with --decoding greedy or temperature"),
+        ((*cot, "--show-thoughts"), "--show-thoughts: cannot be combined with --decoding cot, only with greedy"),
         ((*votes, "--temperature", "0"), "--temperature = 0.0: must be above 0"),
         ((*cot, "--branches", "0"), "--branches = 0: must be at least 1"),
         ((*cot, "--branches", "1000"), "branches = 1000: must be at most the vocabulary, "),

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding_models import make_generator
 from fork_server import succeed
 from thinking_models import thinking_params
 
 from mod_star.cli import main
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig
-from mod_star.decoding import Generator, Sampling, Think
+from mod_star.decoding import GenerationConfig, Sampling, Think
 from mod_star.errors import InputError
 from mod_star.inspection.thoughts import thoughts_of
 from mod_star.model import Decoder
@@ -72,9 +73,9 @@ def test_base_predictions_are_those_of_the_network(loaded: LoadedRun, thoughts: 
 
 @pytest.mark.slow
 def test_thoughts_are_those_of_generating_the_same_text(loaded: LoadedRun) -> None:
-    generator = Generator(loaded.decoder, loaded.params, thinking=loaded.config.thinking)
+    generator = make_generator(loaded.decoder, loaded.params, thinking=loaded.config.thinking)
     prompt, new = [256, *b"The "], 30
-    (result,) = generator.generate([prompt], new, Sampling(1.0), 0, Think("always"))
+    (result,) = generator.generate([prompt], GenerationConfig(new, Sampling(1.0), seed=0, think=Think("always")))
 
     class Echo:
         """Any text is the generated one."""

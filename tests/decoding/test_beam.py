@@ -14,9 +14,11 @@ import pytest
 from decoding_models import VOCAB, make_prompts
 from symbols import END_IDS, SYMBOLS, Subject, SymbolTokenizer
 
-from mod_star.decoding import Think
-from mod_star.decoding.beam import LENGTH_PENALTY, BeamSearch, Hypothesis, _run, beam_search
+from mod_star.decoding import GenerationConfig, Think
+from mod_star.decoding.beam import BeamSearch, beam_search
+from mod_star.decoding.beam_rules import Hypothesis, run_search
 from mod_star.decoding.text import StopWatch
+from mod_star.decodings import Beam
 from mod_star.errors import InputError
 
 NEW, W = 5, 3
@@ -145,7 +147,7 @@ def test_texts_come_best_first_and_cut_at_stop_strings(subjects: dict[str, Subje
     generator, tokenizer = subjects["routed"].generator, SymbolTokenizer()
     encoded = [[token % len(SYMBOLS) for token in prompt] for prompt in PROMPTS]
     prompts = [tokenizer.decode(prompt) for prompt in encoded]
-    found = beam_search(generator, tokenizer, prompts, NEW, beams=W, length_penalty=1.0, encoded=encoded)
+    found = beam_search(generator, prompts, GenerationConfig(NEW, branches=W), length_penalty=1.0, encoded=encoded)
     for prompt, ids, beams, hypotheses in zip(
         prompts, encoded, found, BeamSearch(generator, W, 1.0).search(encoded, NEW), strict=True
     ):
@@ -156,19 +158,19 @@ def test_texts_come_best_first_and_cut_at_stop_strings(subjects: dict[str, Subje
             assert beam.finished == ("end" if each.finished else "length")
             assert len(beam.gaps) == len(beam.log_probs) == len(beam.tokens) == len(each.tokens) - each.finished
             assert (beam.end_log_prob is not None) == each.finished
-    compiled: Any = _run
+    compiled: Any = run_search
     known = compiled._cache_size()
     longest = max(itertools.chain(*found), key=lambda beam: len(beam.text)).text
     stop = longest[2]
     for beams in beam_search(
-        generator, tokenizer, prompts, NEW, beams=W, length_penalty=1.0, stop=(stop,), encoded=encoded
+        generator, prompts, GenerationConfig(NEW, branches=W, stop=(stop,)), length_penalty=1.0, encoded=encoded
     ):
         assert all(stop not in beam.text for beam in beams)
         scores = [beam.path_log_prob()[1] for beam in beams]
         assert scores == sorted(scores, reverse=True), "ranked without what a cut text would have gone on with"
-    beam_search(generator, tokenizer, prompts, NEW, beams=W, length_penalty=1.0, encoded=encoded)
+    beam_search(generator, prompts, GenerationConfig(NEW, branches=W), length_penalty=1.0, encoded=encoded)
     assert compiled._cache_size() == known, "the same search again compiles nothing"
-    assert LENGTH_PENALTY == 1.0, "as in transformers"
+    assert Beam().length_penalty == 1.0, "as in transformers"
 
 
 def test_bad_searches_are_refused(subjects: dict[str, Subject]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from decoding_models import log_softmax
 
 from mod_star.decoding import Completion
 from mod_star.decoding.answers import LastNumber, Phrase
-from mod_star.decoding.branches import RANKINGS, Branch, Branches, answer_delta, read_branch
+from mod_star.decoding.branches import Branch, Branches, answer_delta, read_branch
+from mod_star.decoding.rankings import LOG_PROB, RANKINGS, Ranking, make_ranking
 from mod_star.errors import InputError
 
 NUMBER = LastNumber()
@@ -118,14 +120,47 @@ def test_the_max_path_and_the_aggregated_answer_may_differ() -> None:
 def test_log_probability_rankings_take_the_same_branches() -> None:
     long, short = branch("5", 0.9, -6.0, length=12), branch("7", 0.1, -2.0, length=1)
     result = Branches("", [short, long, long, long])
-    assert [result.answer(ranking) for ranking in RANKINGS] == ["5", "7", "5"]
-    totals = result.totals("log_prob")
+    assert [result.answer(ranking) for ranking in RANKINGS.values()] == ["5", "7", "5"]
+    totals = result.totals(LOG_PROB)
     assert totals == {"7": pytest.approx(-2), "5": pytest.approx(math.log(3 * math.exp(-6)))}
-    assert result.answer("log_prob", aggregate=True) == "7"
+    assert result.answer(LOG_PROB, aggregate=True) == "7"
     nearly = Branches("", [branch("7", 0.1, -6.5), long, long])
-    assert nearly.answer("log_prob", aggregate=True) == "5"
+    assert nearly.answer(LOG_PROB, aggregate=True) == "5"
     deep = Branches("", [branch("7", 0.0, -2000.0), branch("5", 0.0, -2000.5), branch("5", 0.0, -2000.5)])
-    assert deep.answer("log_prob", aggregate=True) == "5", "probabilities too small for floats still add up"
+    assert deep.answer(LOG_PROB, aggregate=True) == "5", "probabilities too small for floats still add up"
+
+
+def test_a_function_of_the_users_ranks_branches(tmp_path: Path) -> None:
+    branches = [branch("5", 0.9, -3.0), branch("7", 0.2, -1.0), branch(None, None, -0.1), branch("5", 0.1, -4.0)]
+    result = Branches("", branches)
+
+    def unsure(branch: Branch) -> float:
+        return 0.0 if branch.delta is None else 1 - branch.delta
+
+    assert result.max_path(unsure) == 3
+    assert result.totals(unsure) == {"5": pytest.approx(1.0), "7": pytest.approx(0.8)}
+    assert (result.answer(unsure), result.answer(unsure, aggregate=True)) == ("5", "5")
+    assert (result.representative("5"), result.representative("5", unsure)) == (0, 3)
+    best = Ranking(unsure, "unsure", "1 - Δ", max)
+    assert result.totals(best) == {"5": pytest.approx(0.9), "7": pytest.approx(0.8)}
+    # The command line names it by its file; the built-in ones go through the same door.
+    file = tmp_path / "mine.py"
+    file.write_text("def unsure(branch):\n    return 1 - branch.delta\n\n\nword = 'x'\n")
+    mine = make_ranking(f"{file}:unsure", "--ranking")
+    assert (mine.name, result.answer(mine)) == ("unsure", "5")
+    assert [make_ranking(name.replace("_", "-")) for name in RANKINGS] == list(RANKINGS.values())
+    for name, message in (
+        ("length", "--ranking = 'length': must be delta, log-prob, normalised-log-prob, or FILE.py:NAME"),
+        (f"{file}:word", "must be a function from a branch to a number"),
+        (f"{file}:missing", "must be a function from a branch to a number"),
+        (f"{file}x.py:unsure", "there is no file"),
+    ):
+        with pytest.raises(InputError) as error:
+            make_ranking(name, "--ranking")
+        assert message in str(error.value)
+    for bad in (lambda branch: None, lambda branch: math.nan):
+        with pytest.raises(InputError, match=r"must be a number for every branch with an answer"):
+            result.answer(bad)
 
 
 def test_of_equals_the_first_wins() -> None:
@@ -146,7 +181,7 @@ def test_without_any_candidate_there_is_no_answer() -> None:
 
 def test_bad_arguments() -> None:
     result = Branches("", [branch("5", 0.5)])
-    with pytest.raises(InputError, match=r"^ranking = 'length': must be one of delta, log_prob, normalised_log_prob"):
+    with pytest.raises(InputError, match=r"^ranking = 'length': must be a Ranking, or a function"):
         result.answer("length")  # type: ignore[arg-type]
     for count in (0, 2):
         with pytest.raises(InputError, match=rf"^branches = {count}: must lie in \[1, 1\]"):

@@ -16,7 +16,7 @@ from conftest import AS_SHIPPED
 from decoding_models import Model, lowered_advance, make_prompts
 
 from mod_star.config import ModelConfig, RoutingConfig
-from mod_star.decoding import Sampling, programs
+from mod_star.decoding import GenerationConfig, Sampling, programs
 from mod_star.decoding.caches import FullCache, RoutedCache, cache_bytes
 from mod_star.decoding.state import DecodeState
 from mod_star.decoding.step import own_params
@@ -59,7 +59,9 @@ class Counting:
         """Decodes step by step with `shift` added to the logit of the causal rule."""
         self.generator.params = self.params
         prompts = make_prompts((5, 9, 2, 7, 4)[:batch])
-        state = self.generator._start(prompts, NEW, 0, 1, range(batch), batch, NEW)  # no row fills the batch up
+        state = self.generator._start(
+            prompts, GenerationConfig(NEW), range(batch), batch, NEW
+        )  # no row fills the batch up
         groups = tuple(
             {"routed": {**group["routed"], "predictor": {**group["routed"]["predictor"], "shift": jnp.float32(shift)}}}
             for group in self.params["groups"]
@@ -120,7 +122,7 @@ def test_chunks_are_sized_by_the_capacity_in_force() -> None:
 @pytest.mark.slow
 def test_each_routed_block_is_a_branch_of_the_compiled_step(every: int) -> None:
     generator = Model({"every": every}, layers=4).generator()
-    state = jax.eval_shape(lambda: generator.start(make_prompts((5,)), NEW))
+    state = jax.eval_shape(lambda: generator.start(make_prompts((5,)), GenerationConfig(NEW)))
     lowered = lowered_advance(generator, state, GREEDY)
     assert str(lowered.compile(AS_SHIPPED).as_text()).count(" conditional(") == (2 if every else 0)
 

@@ -14,10 +14,11 @@ from decoding_models import CONTEXT, VOCAB, make_prompts
 from sentence_piece import sentence_piece
 from symbols import END_IDS, SYMBOLS, Subject, SymbolTokenizer
 
-from mod_star.decoding import Generated, Sampling, Think
+from mod_star.decoding import Generated, GenerationConfig, Sampling, Think
 from mod_star.decoding.answers import LastNumber, Phrase
 from mod_star.decoding.branches import Branches
-from mod_star.decoding.cot import ANSWER_TOKENS, continue_texts, cot_decode, read_branches, self_consistency
+from mod_star.decoding.cot import ANSWER_TOKENS, Reading, continue_texts, cot_decode, read_branches, self_consistency
+from mod_star.decoding.rankings import RANKINGS
 from mod_star.decoding.text import completion_of
 from mod_star.errors import InputError
 from mod_star.tokenization import begin
@@ -86,7 +87,11 @@ def results(subject: Subject) -> list[Branches]:
     think = Think("always") if subject.thinker else Think()
     count = 3 if subject.thinker else len(PROMPTS)  # the naive loop takes its time
     return cot_decode(
-        subject.generator, TOKENIZER, PROMPTS[:count], NEW, NUMBER, branches=K, think=think, encoded=ENCODED[:count]
+        subject.generator,
+        PROMPTS[:count],
+        GenerationConfig(NEW, branches=K, think=think),
+        NUMBER,
+        encoded=ENCODED[:count],
     )
 
 
@@ -110,21 +115,21 @@ def test_it_is_the_naive_loop(subject: Subject, results: list[Branches]) -> None
                 assert branch.span == expected.digits.span()
                 assert branch.delta == pytest.approx(expected.score("delta"), abs=2e-4)
         counting = [branch for branch in naive if not branch.dropped]
-        for ranking in ("delta", "log_prob", "normalised_log_prob"):
-            scores = [(branch.score(ranking), str(int(branch.digits[0]))) for branch in counting]
-            assert result.answer(ranking) == (max(scores)[1] if scores else None)  # type: ignore[arg-type]
+        for name, ranking in RANKINGS.items():
+            scores = [(branch.score(name), str(int(branch.digits[0]))) for branch in counting]
+            assert result.answer(ranking) == (max(scores)[1] if scores else None)
             totals: dict[str, float] = {}
             for score, answer in scores:
-                totals[answer] = totals.get(answer, 0.0) + (score if ranking == "delta" else math.exp(score))
+                totals[answer] = totals.get(answer, 0.0) + (score if name == "delta" else math.exp(score))
             expected_answer = max(totals, key=lambda answer: totals[answer]) if totals else None
-            assert result.answer(ranking, aggregate=True) == expected_answer  # type: ignore[arg-type]
+            assert result.answer(ranking, aggregate=True) == expected_answer
     assert whys[None] >= 2 and len(whys) >= 3, f"the test shows less than it should: {whys}"
 
 
 @pytest.mark.parametrize("subject", ["routed"], indirect=True)
 @pytest.mark.slow
 def test_small_batches_give_the_same(subject: Subject, results: list[Branches]) -> None:
-    rows = cot_decode(subject.generator, TOKENIZER, PROMPTS, NEW, NUMBER, branches=K, encoded=ENCODED, rows=K)
+    rows = cot_decode(subject.generator, PROMPTS, GenerationConfig(NEW, branches=K, rows=K), NUMBER, encoded=ENCODED)
     for found, expected in zip(rows, results, strict=True):
         for ours, theirs in zip(found.branches, expected.branches, strict=True):
             assert (ours.completion.text, ours.dropped) == (theirs.completion.text, theirs.dropped)
@@ -136,8 +141,8 @@ def test_small_batches_give_the_same(subject: Subject, results: list[Branches]) 
 @pytest.mark.slow
 def test_the_branched_token_can_be_left_out_of_delta(subject: Subject, results: list[Branches]) -> None:
     skipped = cot_decode(
-        subject.generator, TOKENIZER, PROMPTS, NEW, NUMBER, branches=K, encoded=ENCODED, skip_first=True
-    )  # fmt: skip
+        subject.generator, PROMPTS, GenerationConfig(NEW, branches=K), NUMBER, encoded=ENCODED, skip_first=True
+    )
     changed = 0
     for found, expected in zip(skipped, results, strict=True):
         for ours, theirs in zip(found.branches, expected.branches, strict=True):
@@ -157,8 +162,8 @@ def test_a_continuation_is_what_the_model_says_after_each_whole_branch(
 ) -> None:
     monkeypatch.setattr("mod_star.decoding.cot.ANSWER_TOKENS", 9)  # the context is small
     found = cot_decode(
-        subject.generator, TOKENIZER, PROMPTS, NEW, NUMBER, branches=K, encoded=ENCODED, continuation="=> "
-    )  # fmt: skip
+        subject.generator, PROMPTS, GenerationConfig(NEW, branches=K), NUMBER, encoded=ENCODED, continuation="=> "
+    )
     aligned = 0
     for result, expected, prompt in zip(found, results, ENCODED, strict=True):
         for branch, before in zip(result.branches, expected.branches, strict=True):
@@ -181,6 +186,9 @@ def test_a_continuation_is_what_the_model_says_after_each_whole_branch(
 class Listener:
     """Stands for a `Generator`: keeps what it is asked to go on from."""
 
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
     def generate(self, texts: list[list[int]], *_: Any, **__: Any) -> list[Generated]:
         self.texts = texts
         return [Generated([], [], True, [], 0, []) for _ in texts]
@@ -194,8 +202,8 @@ def test_what_a_stop_string_leaves_is_continued_as_it_stands(cut: str, stop: str
     tokens = tokenizer.encode(f"\n{cut}{stop} more")[2:]  # without the line's blank and end
     completion = completion_of(tokenizer, prompt, Generated(tokens, [], False, [], 0, []), 99, (stop,))
     assert (completion.text, completion.finished) == (cut, "stop")
-    listener: Any = Listener()
-    continue_texts(listener, tokenizer, [before], [completion], "So")
+    listener: Any = Listener(tokenizer)
+    continue_texts(listener, [before], [completion], "So", GenerationConfig(99))
     (asked,) = listener.texts
     # Where there is no text, the tokenizer itself puts a blank before the continuation.
     blank = "" if cut and cut[-1].isspace() else " "
@@ -207,9 +215,9 @@ def test_what_a_stop_string_leaves_is_continued_as_it_stands(cut: str, stop: str
 @pytest.mark.parametrize("subject", ["dense"], indirect=True)
 def test_self_consistency_votes_over_independent_samples(subject: Subject) -> None:
     found = self_consistency(
-        subject.generator, TOKENIZER, PROMPTS, NEW, NUMBER, samples=K, sampling=Sampling(1.5), seed=3, encoded=ENCODED
+        subject.generator, PROMPTS, GenerationConfig(NEW, Sampling(1.5), branches=K, seed=3), NUMBER, encoded=ENCODED
     )
-    plain = subject.generator.generate(ENCODED, NEW, Sampling(1.5), seed=3, branches=K)
+    plain = subject.generator.generate(ENCODED, GenerationConfig(NEW, Sampling(1.5), seed=3, branches=K))
     for number, result in enumerate(found):
         texts = [TOKENIZER.decode(each.tokens) for each in plain[number * K : (number + 1) * K]]
         assert [branch.completion.text for branch in result.branches] == texts
@@ -220,7 +228,7 @@ def test_self_consistency_votes_over_independent_samples(subject: Subject) -> No
             assert votes[result.majority_answer()] == max(votes.values())
     for sampling in (Sampling(0), Sampling(1, branch=True)):
         with pytest.raises(InputError, match=r"^sampling = Sampling\(.*must draw every token"):
-            self_consistency(subject.generator, TOKENIZER, PROMPTS, NEW, NUMBER, sampling=sampling, encoded=ENCODED)
+            self_consistency(subject.generator, PROMPTS, GenerationConfig(NEW, sampling), NUMBER, encoded=ENCODED)
 
 
 @pytest.mark.parametrize("subject", ["dense"], indirect=True)
@@ -231,6 +239,11 @@ def test_bad_requests_are_refused_before_anything_is_compiled(
         raise AssertionError("bad input must be found before anything is compiled")
 
     monkeypatch.setattr("mod_star.decoding.programs.prefill", compiles)
+
+    def ask(subject: Subject, how: dict[str, Any], finder: Any, own: dict[str, Any]) -> None:
+        config = GenerationConfig(**({"new_tokens": NEW} | how))
+        cot_decode(subject.generator, PROMPTS, config, finder, encoded=ENCODED, **own)
+
     room = CONTEXT - 30 - 3 - ANSWER_TOKENS
     cases: list[tuple[dict[str, Any], str]] = [
         ({"branches": VOCAB + 1}, f"branches = {VOCAB + 1}: must be at most the vocabulary, {VOCAB}"),
@@ -240,23 +253,26 @@ def test_bad_requests_are_refused_before_anything_is_compiled(
         ({"continuation": " "}, "continuation = ' ': must not be empty"),
         ({"continuation": "=>", "new_tokens": 30}, rf"prompt 1 = 3 tokens: must have at most {max(0, room)} "),
         ({"stop": ("",)}, "stop = "),
+        ({"stop": "."}, "stop = '.': must be a tuple of texts"),
+        ({"sampling": Sampling(0.7)}, r"sampling = Sampling\(.*must be left out"),
         ({"rows": K - 1, "branches": K}, f"rows = {K - 1}: must be at least the number of branches, {K}"),
         ({"think": Think("always")}, "think.when = 'always': must be never"),
     ]
     for change, message in cases:
-        arguments: dict[str, Any] = {"new_tokens": NEW, "finder": NUMBER, "encoded": ENCODED} | change
+        own = {name: change[name] for name in ("continuation",) if name in change}
+        finder = change.get("finder", NUMBER)
+        how = {name: value for name, value in change.items() if name not in ("continuation", "finder")}
         with pytest.raises(InputError, match=f"^{message}"):
-            cot_decode(subject.generator, TOKENIZER, PROMPTS, **arguments)
+            ask(subject, how, finder, own)
 
 
 def test_a_continuation_ends_at_stop_strings_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a base model asks itself next is no answer."""
     made = Generated(TOKENIZER.encode("8 9"), [-0.1] * 3, True, [], 0, [0.5] * 3, -0.1, 0.5)
     completions = [completion_of(TOKENIZER, "?", made, NEW)] * 2
-    generator: Any = None  # what it would be asked for is given here
+    generator: Any = Listener(TOKENIZER)  # what it would be asked for is given here
     for stop, answers in ((("\nQ:", "never"), ["8", None]), ((), ["8", "9"])):
         monkeypatch.setattr("mod_star.decoding.cot.continue_texts", lambda *_: [" 8\nQ: 9", " \nQ: 9"])
-        (found,) = read_branches(
-            generator, TOKENIZER, completions, NUMBER, 2, encoded=[[0]], continuation="So", stop=stop
-        )  # fmt: skip
+        config = GenerationConfig(NEW, branches=2, stop=stop)
+        (found,) = read_branches(generator, completions, config, NUMBER, [[0]], Reading("So"))
         assert [branch.answer for branch in found.branches] == answers

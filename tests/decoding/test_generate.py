@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from decoding_models import CONTEXT, Model, draw_naively, log_softmax, make_prompts, program_counts, restrict_naively
 
-from mod_star.decoding import Generated, Sampling, generate
+from mod_star.decoding import Generated, GenerationConfig, Sampling, generate
 from mod_star.decoding.caches import RoutedCache
 from mod_star.errors import InputError
 
@@ -29,7 +29,7 @@ def generator(mod: Model) -> generate.Generator:
 
 @pytest.fixture(scope="module")
 def greedy(generator: generate.Generator) -> list[Generated]:
-    return generator.generate(PROMPTS, NEW, GREEDY, SEED)
+    return generator.generate(PROMPTS, GenerationConfig(NEW, GREEDY, seed=SEED))
 
 
 def next_token(logits_V: np.ndarray, sampling: Sampling, row: int, step: int) -> int:
@@ -57,7 +57,7 @@ def check(model: Model, prompt: list[int], result: Generated, sampling: Sampling
 def test_decoding_is_teacher_forced_causal_routing(
     mod: Model, generator: generate.Generator, sampling: Sampling
 ) -> None:
-    results = generator.generate(PROMPTS, NEW, sampling, SEED)
+    results = generator.generate(PROMPTS, GenerationConfig(NEW, sampling, seed=SEED))
     for row, (prompt, result) in enumerate(zip(PROMPTS, results, strict=True)):
         assert len(result.tokens) == NEW and not result.finished
         check(mod, prompt, result, sampling, row)
@@ -80,9 +80,9 @@ VARIANTS = {
 def test_every_kind_of_routing_decodes_as_it_is_taught(name: str) -> None:
     model = VARIANTS[name]
     generator = model.generator()
-    generator.warm_up(PROMPTS, NEW, SAMPLED)
+    generator.warm_up(PROMPTS, GenerationConfig(NEW, SAMPLED))
     compiled = program_counts()
-    results = generator.generate(PROMPTS, NEW, SAMPLED, SEED)
+    results = generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED))
     assert program_counts() == compiled, "warm_up has compiled all that it takes"
     for row, (prompt, result) in enumerate(zip(PROMPTS, results, strict=True)):
         check(model, prompt, result, SAMPLED, row)
@@ -93,7 +93,7 @@ def test_every_kind_of_routing_decodes_as_it_is_taught(name: str) -> None:
 @pytest.mark.slow
 def test_bfloat16_stays_close() -> None:
     model = Model({}, dtype="bfloat16")
-    for prompt, result in zip(PROMPTS, model.generator().generate(PROMPTS, NEW, GREEDY), strict=True):
+    for prompt, result in zip(PROMPTS, model.generator().generate(PROMPTS, GenerationConfig(NEW, GREEDY)), strict=True):
         teacher = model.teach(prompt + result.tokens)
         expected = log_softmax(teacher.logits_SxV[len(prompt) - 1 : -1])[np.arange(NEW), result.tokens]
         # A token whose logit of the causal rule is close to 0 may be routed in one and not in the other.
@@ -111,16 +111,16 @@ def same(found: Generated, expected: Generated) -> None:
 @pytest.mark.slow
 def test_a_row_does_not_depend_on_the_rows_beside_it(generator: generate.Generator, greedy: list[Generated]) -> None:
     for prompt, expected in zip(PROMPTS, greedy, strict=True):
-        same(generator.generate([prompt], NEW, GREEDY)[0], expected)
-    (found,) = generator.generate(PROMPTS[:1], NEW, SAMPLED, SEED)
-    same(found, generator.generate(PROMPTS, NEW, SAMPLED, SEED)[0])
+        same(generator.generate([prompt], GenerationConfig(NEW, GREEDY))[0], expected)
+    (found,) = generator.generate(PROMPTS[:1], GenerationConfig(NEW, SAMPLED, seed=SEED))
+    same(found, generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED))[0])
 
 
 @pytest.mark.parametrize("burst", [1, 5, NEW, 100])
 def test_a_stream_ends_in_what_generate_gives(
     generator: generate.Generator, greedy: list[Generated], burst: int
 ) -> None:
-    bursts = list(generator.stream(PROMPTS, NEW, GREEDY, SEED, burst))
+    bursts = list(generator.stream(PROMPTS, GenerationConfig(NEW, GREEDY, seed=SEED, burst=burst)))
     assert [len(results[0].tokens) for results in bursts] == [*range(burst, NEW, burst), NEW]
     for results in bursts:
         for result, whole in zip(results, greedy, strict=True):
@@ -131,11 +131,12 @@ def test_a_stream_ends_in_what_generate_gives(
 
 def test_seeds_reproduce_and_differ(generator: generate.Generator) -> None:
     first, again, other = (
-        [result.tokens for result in generator.generate(PROMPTS, NEW, SAMPLED, seed)] for seed in (1, 1, 2)
+        [result.tokens for result in generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=seed))]
+        for seed in (1, 1, 2)
     )
     assert first == again
     assert first != other
-    same_prompt = generator.generate([PROMPTS[1]] * 4, NEW, SAMPLED, 1)
+    same_prompt = generator.generate([PROMPTS[1]] * 4, GenerationConfig(NEW, SAMPLED, seed=1))
     assert len({tuple(result.tokens) for result in same_prompt}) > 1, "rows draw apart"
 
 
@@ -144,7 +145,9 @@ def test_an_end_token_ends_its_row_alone(mod: Model, greedy: list[Generated]) ->
     generator = mod.generator(end_ids=(end, 10_000))
     ended = [end in whole.tokens for whole in greedy]
     assert any(ended) and not all(ended)
-    for prompt, result, whole in zip(PROMPTS, generator.generate(PROMPTS, NEW, GREEDY, SEED), greedy, strict=True):
+    for prompt, result, whole in zip(
+        PROMPTS, generator.generate(PROMPTS, GenerationConfig(NEW, GREEDY, seed=SEED)), greedy, strict=True
+    ):
         assert result.finished == (end in whole.tokens)
         count = whole.tokens.index(end) if result.finished else NEW
         assert result.tokens == whole.tokens[:count]
@@ -153,7 +156,7 @@ def test_an_end_token_ends_its_row_alone(mod: Model, greedy: list[Generated]) ->
         teacher = mod.teach(prompt + result.tokens)
         np.testing.assert_allclose(result.routed_fraction, teacher.selected_LxS.mean(1))
         assert result.overflow == teacher.overflow_LxS.sum()
-    alone = generator.start([PROMPTS[1]], NEW)
+    alone = generator.start([PROMPTS[1]], GenerationConfig(NEW))
     alone = generator.advance(alone, NEW, GREEDY)
     assert int(alone.step) == greedy[1].tokens.index(end) + 1, "when all rows have ended, so does the loop"
 
@@ -162,12 +165,14 @@ def test_a_stream_ends_rows_when_told(generator: generate.Generator, greedy: lis
     def first_row_after_six(results: list[Generated]) -> list[bool]:
         return [row == 0 and len(result.tokens) >= 6 for row, result in enumerate(results)]
 
-    *_, last = generator.stream(PROMPTS, NEW, GREEDY, SEED, 3, first_row_after_six)
+    *_, last = generator.stream(PROMPTS, GenerationConfig(NEW, GREEDY, seed=SEED, burst=3), first_row_after_six)
     assert [len(result.tokens) for result in last] == [6, NEW, NEW, NEW]
     assert not last[0].finished
     for result, whole in zip(last, greedy, strict=True):
         assert result.tokens == whole.tokens[: len(result.tokens)]
-    bursts = list(generator.stream(PROMPTS, NEW, GREEDY, SEED, 3, lambda results: [True] * 4))
+    bursts = list(
+        generator.stream(PROMPTS, GenerationConfig(NEW, GREEDY, seed=SEED, burst=3), lambda results: [True] * 4)
+    )
     assert len(bursts) == 1, "nothing is generated for nobody"
 
 
@@ -176,10 +181,12 @@ def test_the_context_can_be_filled_to_the_last_token() -> None:
     model = VARIANTS["router decides"]
     generator = model.generator()
     longest = make_prompts((CONTEXT - 1, 1))
-    for row, (prompt, result) in enumerate(zip(longest, generator.generate(longest, 1, GREEDY), strict=True)):
+    for row, (prompt, result) in enumerate(
+        zip(longest, generator.generate(longest, GenerationConfig(1, GREEDY)), strict=True)
+    ):
         assert len(result.tokens) == 1
         check(model, prompt, result, GREEDY, row)
-    (result,) = generator.generate(longest[1:], CONTEXT - 1, GREEDY)
+    (result,) = generator.generate(longest[1:], GenerationConfig(CONTEXT - 1, GREEDY))
     assert len(result.tokens) == CONTEXT - 1
     check(model, longest[1], result, GREEDY, 0)
 
@@ -200,16 +207,16 @@ def test_bad_prompts_are_refused(
     generator: generate.Generator, prompts: list[list[int]], new_tokens: int, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        generator.start(prompts, new_tokens)
+        generator.start(prompts, GenerationConfig(new_tokens))
 
 
 def test_bursts_must_be_positive(generator: generate.Generator) -> None:
     with pytest.raises(InputError, match="burst = 0: must be at least 1"):
-        next(generator.stream(PROMPTS, NEW, GREEDY, burst=0))
+        next(generator.stream(PROMPTS, GenerationConfig(NEW, GREEDY, burst=0)))
 
 
 def test_routed_caches_hold_nothing_but_computed_tokens(mod: Model, generator: generate.Generator) -> None:
-    state = generator.advance(generator.start(PROMPTS, NEW, SEED), NEW, GREEDY)
+    state = generator.advance(generator.start(PROMPTS, GenerationConfig(NEW, seed=SEED)), NEW, GREEDY)
     results = generator.results(state)
     routed = [cache for cache in state.caches if isinstance(cache, RoutedCache)]
     for layer, cache in enumerate(routed):

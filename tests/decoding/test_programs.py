@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 from conftest import random_params
-from decoding_models import make_prompts, program_counts
+from decoding_models import make_generator, make_model, make_prompts, program_counts
 
 from mod_star.config import ModelConfig, RoutingConfig
-from mod_star.decoding import Generated, Generator, Sampling
-from mod_star.decoding.beam import BeamSearch, _run
+from mod_star.decoding import Generated, GenerationConfig, Generator, Sampling
+from mod_star.decoding.beam import BeamSearch
+from mod_star.decoding.beam_rules import run_search
 from mod_star.decoding.lengths import rounded_up
 from mod_star.evaluation.score_batch import score_batch
 from mod_star.evaluation.scoring import score
@@ -31,7 +32,7 @@ def params() -> dict[str, Any]:
 
 
 def generator(params: dict[str, Any], end_ids: tuple[int, ...] = ()) -> Generator:
-    return Generator(Decoder(MODEL, ROUTING), params, end_ids)
+    return make_generator(Decoder(MODEL, ROUTING), params, end_ids)
 
 
 def compiled_since(before: tuple[int, int]) -> tuple[int, int]:
@@ -61,39 +62,41 @@ def test_lengths_are_rounded_up_in_coarse_steps() -> None:
 def test_prompts_and_outputs_of_many_lengths_share_programs(params: dict[str, Any]) -> None:
     before = program_counts()
     one = generator(params)
-    alone = [one.generate([prompt], NEW, GREEDY)[0] for prompt in PROMPTS]
+    alone = [one.generate([prompt], GenerationConfig(NEW, GREEDY))[0] for prompt in PROMPTS]
     assert compiled_since(before) == (2, 2)
     for count in (1, 33, 100):
-        (result,) = one.generate(PROMPTS[:1], count, GREEDY)
+        (result,) = one.generate(PROMPTS[:1], GenerationConfig(count, GREEDY))
         assert len(result.tokens) == count and result.tokens[:NEW] == alone[0].tokens[:count]
     for end_ids, seed in (((), 3), ((4, 5), 3)):
-        generator(params, end_ids).generate(PROMPTS[3:4], 50, GREEDY, seed)  # a generator of its own
+        generator(params, end_ids).generate(
+            PROMPTS[3:4], GenerationConfig(50, GREEDY, seed=seed)
+        )  # a generator of its own
     assert compiled_since(before) == (2, 2), "neither lengths nor seeds nor end tokens nor generators are programs"
     for prompt in PROMPTS:  # all the room there is
-        (result,) = one.generate([prompt], MODEL.context - len(prompt), GREEDY)
+        (result,) = one.generate([prompt], GenerationConfig(MODEL.context - len(prompt), GREEDY))
         assert len(result.tokens) == MODEL.context - len(prompt)
     assert compiled_since(before) == (4, 4)
     # Padding changes nothing: neither that of one length by another nor that of the batch by rows.
     before = program_counts()
-    for found, expected in zip(one.generate(PROMPTS, NEW, GREEDY), alone, strict=True):
+    for found, expected in zip(one.generate(PROMPTS, GenerationConfig(NEW, GREEDY)), alone, strict=True):
         same(found, expected)
-    one.generate([*PROMPTS, [1]], NEW, GREEDY)
+    one.generate([*PROMPTS, [1]], GenerationConfig(NEW, GREEDY))
     assert compiled_since(before) == (1, 1), "seven prompts and eight are a batch of eight"
 
 
 def test_numbers_of_sampling_are_data(params: dict[str, Any]) -> None:
     one = generator(params)
-    one.generate(PROMPTS[:1], 5, Sampling(0.7, top_p=0.9))
+    one.generate(PROMPTS[:1], GenerationConfig(5, Sampling(0.7, top_p=0.9)))
     before = program_counts()
     drawn = {
-        tuple(one.generate(PROMPTS[:1], 5, Sampling(temperature, top_p=top_p), seed)[0].tokens)
+        tuple(one.generate(PROMPTS[:1], GenerationConfig(5, Sampling(temperature, top_p=top_p), seed=seed))[0].tokens)
         for temperature, top_p, seed in ((0.2, 0.9, 0), (3.0, 0.9, 0), (3.0, 0.5, 1))
     }
     assert compiled_since(before) == (0, 0)
     assert len(drawn) == 3
     # What is drawn is what a program of these very numbers would draw.
-    cold = one.generate(PROMPTS[:1], 5, Sampling(1e-6, top_p=0.9))
-    same(cold[0], one.generate(PROMPTS[:1], 5, GREEDY)[0])
+    cold = one.generate(PROMPTS[:1], GenerationConfig(5, Sampling(1e-6, top_p=0.9)))
+    same(cold[0], one.generate(PROMPTS[:1], GenerationConfig(5, GREEDY))[0])
 
 
 @pytest.mark.slow
@@ -102,10 +105,10 @@ def test_collections_branches_and_beams_share_programs(params: dict[str, Any]) -
     before = program_counts()
     for count in (NEW, NEW + 3):
         for number in (7, 5, 3):  # the last batch is filled up
-            dict(one.generate_many(PROMPTS[:number], count, branching, rows=6, branches=3, burst=99))
+            dict(one.generate_many(PROMPTS[:number], GenerationConfig(count, branching, rows=6, branches=3, burst=99)))
     assert compiled_since(before) == (2, 2)
     before = program_counts()
-    beams: Any = _run
+    beams: Any = run_search
     known = beams._cache_size()
     for count in (4, 7):
         for prompts in (PROMPTS[:3], PROMPTS[1:4]):
@@ -125,10 +128,10 @@ def test_scoring_shares_programs(params: dict[str, Any]) -> None:
     program: Any = score_batch
     before = program._cache_size()
     for prompt in PROMPTS:
-        score(Decoder(MODEL, ROUTING), params, [(prompt, [1, 2])])
+        score(make_model(Decoder(MODEL, ROUTING), params), [(prompt, [1, 2])])
     assert program._cache_size() - before == 2
     for count in (5, 6):
-        score(Decoder(MODEL, ROUTING), params, [(prompt, [1, 2]) for prompt in PROMPTS[:count]])
+        score(make_model(Decoder(MODEL, ROUTING), params), [(prompt, [1, 2]) for prompt in PROMPTS[:count]])
     assert program._cache_size() - before == 3, "five texts are run as six"
 
 
@@ -138,19 +141,19 @@ def test_a_generator_holds_the_weights_once_and_in_memory_of_its_own(params: dic
         given = jax.tree.map(lambda leaf: leaf + 0, params)
         sizes = jax.tree.map(lambda leaf: leaf.nbytes, given)
         weights = sum(jax.tree.leaves(sizes))
-        (expected,) = Generator(Decoder(model, ROUTING), given).generate(PROMPTS[:1], 5, GREEDY)
+        (expected,) = make_generator(Decoder(model, ROUTING), given).generate(PROMPTS[:1], GenerationConfig(5, GREEDY))
         before = live_bytes()
-        copied = Generator(Decoder(model, ROUTING), given)
+        copied = make_generator(Decoder(model, ROUTING), given)
         assert live_bytes() - before == sum(leaf.nbytes for leaf in jax.tree.leaves(copied.params)) <= weights
         jax.tree.map(lambda leaf: leaf.delete(), given)  # as a training step does with a state that is donated to it
-        assert copied.generate(PROMPTS[:1], 5, GREEDY)[0].tokens == expected.tokens
+        assert copied.generate(PROMPTS[:1], GenerationConfig(5, GREEDY))[0].tokens == expected.tokens
         del copied
 
         given = jax.tree.map(lambda leaf: leaf + 0, params)
         before = live_bytes()
-        owner = Generator(Decoder(model, ROUTING), given, donate=True)
+        owner = make_generator(Decoder(model, ROUTING), given, donate=True)
         assert live_bytes() <= before - (dtype == "bfloat16") * weights // 4
-        assert owner.generate(PROMPTS[:1], 5, GREEDY)[0].tokens == expected.tokens
+        assert owner.generate(PROMPTS[:1], GenerationConfig(5, GREEDY))[0].tokens == expected.tokens
         assert given["groups"]["full_0"]["block"]["query"].is_deleted()
 
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding_models import Model, make_prompts
+from decoding_models import Model, make_generator, make_prompts
 
 from mod_star import random_streams
 from mod_star.config import ModelConfig, RoutingConfig
-from mod_star.decoding import Generator
+from mod_star.decoding import GenerationConfig
 from mod_star.model.parts import DEFAULT_PARTS, Part, Parts
 from mod_star.model.transformer import group_init, stochastic_noise
 
@@ -32,15 +32,15 @@ def test_stochastic_routing_and_draws_of_tokens_are_independent(given: int | Non
     """As `mod-star sample` does it: the seed gives the routing key and the rows' keys. Step and position go along."""
     model, seed = Model({"selection": "stochastic", "every": 1}), given or 0
     key = None if given is None else jax.random.key(given)
-    generator = Generator(model.decoder, model.params, routing_key=key)
-    state = generator.start(make_prompts((3, 5)), 4, seed=seed, branches=2)
+    generator = make_generator(model.decoder, model.params, routing_key=key)
+    state = generator.start(make_prompts((3, 5)), GenerationConfig(4, seed=seed, branches=2))
     steps = jnp.arange(POSITIONS, dtype=jnp.int32)
     uniform = jax.jit(
         lambda key: jax.vmap(lambda step: jax.random.uniform(jax.random.fold_in(key, step), (), jnp.float32))(steps)
     )
     noise = jax.jit(lambda key: stochastic_noise(key, steps, model.routing))
-    assert generator._routing_key is not None
-    by_block = [noise(jax.random.fold_in(generator._routing_key, block)) for block in range(4)]
+    assert generator.routing_key is not None
+    by_block = [noise(jax.random.fold_in(generator.routing_key, block)) for block in range(4)]
     thoughts = jax.random.fold_in(state.keys_B[0], random_streams.THOUGHTS)
     for drawn in (*(uniform(row) for row in state.keys_B), uniform(thoughts)):
         for block in by_block:

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import AS_SHIPPED
-from decoding_models import CONTEXT, VOCAB, Model, log_softmax, lowered_advance, make_prompts
+from decoding_models import CONTEXT, VOCAB, Model, log_softmax, lowered_advance, make_generator, make_prompts
 from thinking_models import thinking_params
 
 from mod_star.config import RunConfig, ThinkingConfig
-from mod_star.decoding import Generated, Generator, Sampling, Think
+from mod_star.decoding import Generated, GenerationConfig, Generator, Sampling, Think
 from mod_star.decoding.caches import FullCache
 from mod_star.decoding.state import reorder
 from mod_star.errors import InputError
@@ -37,7 +37,7 @@ def generator(model: Model) -> Generator:
 
 @pytest.fixture(scope="module")
 def branched(generator: Generator) -> list[Generated]:
-    return generator.generate(PROMPTS, NEW, BRANCHING, SEED, branches=BRANCHES)
+    return generator.generate(PROMPTS, GenerationConfig(NEW, BRANCHING, seed=SEED, branches=BRANCHES))
 
 
 def same(one: Generated, other: Generated) -> None:
@@ -66,8 +66,10 @@ def test_branches_are_greedy_after_the_most_probable_first_tokens(model: Model, 
 
 @pytest.mark.slow
 def test_sampled_branches_are_rows_of_their_own(generator: Generator) -> None:
-    together = generator.generate(PROMPTS, NEW, SAMPLED, SEED, branches=BRANCHES)
-    apart = generator.generate([prompt for prompt in PROMPTS for _ in range(BRANCHES)], NEW, SAMPLED, SEED)
+    together = generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, branches=BRANCHES))
+    apart = generator.generate(
+        [prompt for prompt in PROMPTS for _ in range(BRANCHES)], GenerationConfig(NEW, SAMPLED, seed=SEED)
+    )
     for one, other in zip(together, apart, strict=True):
         same(one, other)
     assert len({tuple(result.tokens) for result in together[:BRANCHES]}) == BRANCHES
@@ -79,13 +81,16 @@ def test_branches_of_a_thinking_model_think(when: Any) -> None:
     model = Model({"every": 0 if when == "always" else 1, "headroom": 1.0}, layers=1)
     run = RunConfig(model=model.config, routing=model.routing)
     thinking = ThinkingConfig(thought_length=3, n_true=2)
-    generator = Generator(model.decoder, thinking_params(run, model.params), thinking=thinking)
+    generator = make_generator(model.decoder, thinking_params(run, model.params), thinking=thinking)
     think = Think(when, threshold=math.inf if when == "auto" else None)
     if when == "auto":  # about half of the rows are to think
-        plain = generator.generate(PROMPTS[:2], 5, SAMPLED, SEED, think, branches=BRANCHES)
+        plain = generator.generate(PROMPTS[:2], GenerationConfig(5, SAMPLED, seed=SEED, think=think, branches=BRANCHES))
         think = Think("auto", threshold=float(np.median([result.entropies for result in plain])))
-    together = generator.generate(PROMPTS[:2], 5, SAMPLED, SEED, think, branches=BRANCHES)
-    apart = generator.generate([prompt for prompt in PROMPTS[:2] for _ in range(BRANCHES)], 5, SAMPLED, SEED, think)
+    together = generator.generate(PROMPTS[:2], GenerationConfig(5, SAMPLED, seed=SEED, think=think, branches=BRANCHES))
+    apart = generator.generate(
+        [prompt for prompt in PROMPTS[:2] for _ in range(BRANCHES)],
+        GenerationConfig(5, SAMPLED, seed=SEED, think=think),
+    )
     for one, other in zip(together, apart, strict=True):
         same(one, other)
     thought = [thoughts is not None for result in together for thoughts in result.thoughts]
@@ -95,7 +100,7 @@ def test_branches_of_a_thinking_model_think(when: Any) -> None:
 @pytest.mark.slow
 def test_the_prompt_is_held_once_and_never_copied(generator: Generator) -> None:
     prompt, new, branches = make_prompts((31,)), 6, 5  # padded to the context
-    state = jax.eval_shape(lambda: generator._start(prompt, new, 0, branches, [0], 1, room=new))
+    state = jax.eval_shape(lambda: generator._start(prompt, GenerationConfig(new, branches=branches), [0], 1, room=new))
     config = generator.decoder.config
     per_token = 2 * config.key_heads * config.head_size * 4
     for cache in state.caches:
@@ -113,7 +118,7 @@ def test_the_prompt_is_held_once_and_never_copied(generator: Generator) -> None:
 @pytest.mark.slow
 def test_no_step_copies_the_cache_of_generated_tokens(generator: Generator) -> None:
     prompt, new = make_prompts((7,)), 23
-    state = jax.eval_shape(lambda: generator.start(prompt, new, branches=2))
+    state = jax.eval_shape(lambda: generator.start(prompt, GenerationConfig(new, branches=2)))
     lowered = lowered_advance(generator, state, BRANCHING)
     full = next(cache for cache in state.caches if isinstance(cache, FullCache))
     shape = re.escape(f"f32[{','.join(map(str, full.keys_BxKxTxE.shape))}]")
@@ -125,7 +130,9 @@ def test_no_step_copies_the_cache_of_generated_tokens(generator: Generator) -> N
 @pytest.mark.slow
 def test_reordered_rows_go_on_as_the_rows_they_copy(generator: Generator, branched: list[Generated]) -> None:
     half, greedy = NEW // 2, Sampling(0)
-    state = generator.advance(generator.start(PROMPTS, NEW, SEED, BRANCHES), half, BRANCHING)
+    state = generator.advance(
+        generator.start(PROMPTS, GenerationConfig(NEW, seed=SEED, branches=BRANCHES)), half, BRANCHING
+    )
     rows = np.array([2, 0, 0, 3, 4, 5, 8, 8, 8])
     state = reorder(state, jnp.asarray(rows))
     results = generator.results(generator.advance(state, NEW, greedy))
@@ -137,10 +144,10 @@ def test_reordered_rows_go_on_as_the_rows_they_copy(generator: Generator, branch
 def test_many_prompts_are_what_each_is_alone() -> None:
     model, branches = Model({"every": 1, "headroom": 1.0}, layers=1), 2
     prompts = make_prompts((5, 20, 3, 11, 8, 2, 7), seed=3)
-    probe = model.generator().generate(prompts, 12, SAMPLED, SEED, branches=branches)
+    probe = model.generator().generate(prompts, GenerationConfig(12, SAMPLED, seed=SEED, branches=branches))
     end = probe[4].tokens[3]
     generator = model.generator((end,))
-    together = generator.generate(prompts, 12, SAMPLED, SEED, branches=branches)
+    together = generator.generate(prompts, GenerationConfig(12, SAMPLED, seed=SEED, branches=branches))
     told = 6
 
     def stop(number: int, results: list[Generated]) -> list[bool]:
@@ -148,7 +155,7 @@ def test_many_prompts_are_what_each_is_alone() -> None:
 
     found = dict(
         generator.generate_many(
-            prompts, 12, SAMPLED, rows=3 * branches, branches=branches, seed=SEED, burst=2, stop=stop
+            prompts, GenerationConfig(12, SAMPLED, rows=3 * branches, branches=branches, seed=SEED, burst=2), stop=stop
         )
     )
     assert sorted(found) == list(range(len(prompts)))
@@ -167,11 +174,14 @@ def test_many_prompts_are_what_each_is_alone() -> None:
     ("call", "message"),
     [
         (
-            lambda g: g.generate(PROMPTS, 2, BRANCHING, branches=VOCAB + 1),
+            lambda g: g.generate(PROMPTS, GenerationConfig(2, BRANCHING, branches=VOCAB + 1)),
             f"branches = {VOCAB + 1}: must be at most the",
         ),
-        (lambda g: g.generate(PROMPTS, 2, SAMPLED, branches=0), "branches = 0: must be at least 1"),
-        (lambda g: list(g.generate_many(PROMPTS, 2, SAMPLED, rows=2, branches=3)), "rows = 2: must be at least the"),
+        (lambda g: g.generate(PROMPTS, GenerationConfig(2, SAMPLED, branches=0)), "branches = 0: must be at least 1"),
+        (
+            lambda g: list(g.generate_many(PROMPTS, GenerationConfig(2, SAMPLED, rows=2, branches=3))),
+            "rows = 2: must be at least the",
+        ),
     ],
 )
 @pytest.mark.slow

@@ -13,7 +13,16 @@ import tokenizers
 from decoding_models import Model
 from tokenizers import decoders, models, pre_tokenizers
 
-from mod_star.decoding import Completion, Generated, Generator, Sampling, Think, complete, encode_prompts
+from mod_star.decoding import (
+    Completion,
+    Generated,
+    GenerationConfig,
+    Generator,
+    Sampling,
+    Think,
+    complete,
+    encode_prompts,
+)
 from mod_star.errors import InputError
 from mod_star.tokenization import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 
@@ -24,6 +33,8 @@ END = BYTES.eos_id
 class Scripted:
     """Stands for a `Generator`: each row generates a fixed list of tokens."""
 
+    tokenizer = BYTES
+
     def __init__(self, *rows: list[int]) -> None:
         self.rows = rows
         self.prompts: Sequence[Sequence[int]] = []
@@ -32,15 +43,11 @@ class Scripted:
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
-        new_tokens: int,
-        sampling: Sampling,
-        seed: int,
-        burst: int,
+        config: GenerationConfig,
         stop: Callable[[list[Generated]], Sequence[bool]],
-        think: Think,
-        branches: int,
     ) -> Iterator[list[Generated]]:
-        assert len(self.rows) == len(prompts) * branches
+        assert len(self.rows) == len(prompts) * config.rows_per_prompt
+        new_tokens, burst, think = config.new_tokens, config.burst or 8, config.think
         self.prompts = prompts
         done = [False] * len(self.rows)
         for until in range(burst, new_tokens + burst, burst):
@@ -68,7 +75,7 @@ class Scripted:
 
 
 def run(generator: Any, prompts: Sequence[str], new_tokens: int, **options: Any) -> list[list[Completion]]:
-    return list(complete(generator, BYTES, prompts, new_tokens, Sampling(), **options))
+    return list(complete(generator, prompts, GenerationConfig(new_tokens, **options)))
 
 
 def test_prompts_begin_with_bos_and_an_empty_one_is_bos_alone() -> None:
@@ -140,8 +147,9 @@ def test_a_first_word_keeps_its_space(tmp_path: Path) -> None:
     plain.save(str(tmp_path / "tokenizer.json"))
     tokenizer: Tokenizer = HuggingFaceTokenizer(tmp_path)
     generator: Any = Scripted([2])
-    ((after,),) = complete(generator, tokenizer, ["hello"], 1, Sampling())
-    ((alone,),) = complete(generator, tokenizer, [""], 1, Sampling())
+    generator.tokenizer = tokenizer
+    ((after,),) = complete(generator, ["hello"], GenerationConfig(1, Sampling()))
+    ((alone,),) = complete(generator, [""], GenerationConfig(1, Sampling()))
     assert (after.text, alone.text) == (" world", "world")
 
 
@@ -171,7 +179,6 @@ def test_an_empty_stop_string_is_refused() -> None:
 
 def test_with_a_real_generator() -> None:
     model = Model({"every": 0, "capacity": 1.0})
-    generator: Generator = model.generator()
     ids = [[1, 2, 3], [4]]
 
     class Letters(ByteTokenizer):
@@ -185,13 +192,14 @@ def test_with_a_real_generator() -> None:
         def decode(self, ids: Any) -> str:
             return "".join(chr(96 + i) for i in ids if 1 <= i <= 26)
 
-    whole = generator.generate([[0, *row] for row in ids], 9, Sampling(0))
-    *_, last = complete(generator, Letters(), ["abc", "d"], 9, Sampling(0), burst=4)
+    generator: Generator = model.generator(tokenizer=Letters())
+    whole = generator.generate([[0, *row] for row in ids], GenerationConfig(9, Sampling(0)))
+    *_, last = complete(generator, ["abc", "d"], GenerationConfig(9, Sampling(0), burst=4))
     for completion, expected in zip(last, whole, strict=True):
         assert completion.tokens == expected.tokens
         assert completion.text == Letters().decode(expected.tokens)
         assert completion.finished == "length"
     stop = Letters().decode(whole[0].tokens[5:7])
-    *_, last = complete(generator, Letters(), ["abc", "d"], 9, Sampling(0), stop=[stop], burst=2)
+    *_, last = complete(generator, ["abc", "d"], GenerationConfig(9, Sampling(0), stop=(stop,), burst=2))
     assert last[0].finished == "stop"
     assert last[0].text == Letters().decode(whole[0].tokens).partition(stop)[0]

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding_models import VOCAB, Model, draw_naively, log_softmax, make_prompts, program_counts
+from decoding_models import VOCAB, Model, draw_naively, log_softmax, make_generator, make_prompts, program_counts
 from numpy_decoder import decode, float64
 from thinking_models import thinking_params
 
 from mod_star.config import RunConfig, ThinkingConfig
-from mod_star.decoding import Generated, Generator, Sampling, Think
+from mod_star.decoding import Generated, GenerationConfig, Sampling, Think
 from mod_star.errors import InputError
 
 SAMPLED = Sampling(0.9)
@@ -33,7 +33,7 @@ class Thinker:
         self.model = Model({"every": every, "headroom": 4.0}, layers=layers, tie_embeddings=False)
         self.thinking = thinking
         self.params = thinking_params(RunConfig(model=self.model.config, routing=self.model.routing), self.model.params)
-        self.generator = Generator(self.model.decoder, self.params, thinking=thinking)
+        self.generator = make_generator(self.model.decoder, self.params, thinking=thinking)
         # The naive loop's vocabulary has <start> and <end> too.
         params = float64(self.params)
         own = params["thinking"]
@@ -87,7 +87,7 @@ def thinker(request: pytest.FixtureRequest) -> Thinker:
 
 @pytest.fixture(scope="module")
 def always(thinker: Thinker) -> list[Generated]:
-    return thinker.generator.generate(PROMPTS, NEW, SAMPLED, SEED, ALWAYS)
+    return thinker.generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, think=ALWAYS))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def auto(thinker: Thinker, always: list[Generated]) -> Think:
 
 @pytest.fixture(scope="module")
 def sometimes(thinker: Thinker, auto: Think) -> list[Generated]:
-    return thinker.generator.generate(PROMPTS, NEW, SAMPLED, SEED, auto)
+    return thinker.generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, think=auto))
 
 
 def same(found: Generated, expected: Generated) -> None:
@@ -115,7 +115,7 @@ def test_always_is_the_naive_loop(thinker: Thinker, always: list[Generated]) -> 
     for row, result in enumerate(always):
         assert None not in result.thoughts
         thinker.check(row, result)
-    never = thinker.generator.generate(PROMPTS, NEW, SAMPLED, SEED)
+    never = thinker.generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED))
     assert [r.tokens for r in never] != [r.tokens for r in always], "thoughts must matter for the test to show anything"
 
 
@@ -135,17 +135,23 @@ def test_auto_thinks_where_the_entropy_is_above_the_threshold_and_nowhere_else(
 @pytest.mark.parametrize("thinker", [2], indirect=True, ids=["routed"])
 @pytest.mark.slow
 def test_a_row_alone_thinks_as_in_a_batch(thinker: Thinker, auto: Think, sometimes: list[Generated]) -> None:
-    same(thinker.generator.generate(PROMPTS[:1], NEW, SAMPLED, SEED, auto)[0], sometimes[0])
+    same(
+        thinker.generator.generate(PROMPTS[:1], GenerationConfig(NEW, SAMPLED, seed=SEED, think=auto))[0], sometimes[0]
+    )
 
 
 @pytest.mark.parametrize("thinker", [2], indirect=True, ids=["routed"])
 @pytest.mark.slow
 def test_an_infinite_threshold_is_never_or_always(thinker: Thinker, auto: Think, always: list[Generated]) -> None:
     _, before = program_counts()
-    none = thinker.generator.generate(PROMPTS, NEW, SAMPLED, SEED, replace(auto, threshold=math.inf))
-    every = thinker.generator.generate(PROMPTS, NEW, SAMPLED, SEED, replace(auto, threshold=-math.inf))
+    none = thinker.generator.generate(
+        PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, think=replace(auto, threshold=math.inf))
+    )
+    every = thinker.generator.generate(
+        PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, think=replace(auto, threshold=-math.inf))
+    )
     assert program_counts()[1] <= before + 1, "a threshold is data"
-    never = thinker.generator.generate(PROMPTS, NEW, SAMPLED, SEED)
+    never = thinker.generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED))
     for found, expected in zip(none, never, strict=True):
         assert (found.tokens, found.routed_fraction) == (expected.tokens, expected.routed_fraction)
         assert [*found.thoughts, *found.mixing_weights] == [None] * (2 * NEW)
@@ -158,8 +164,8 @@ def test_an_infinite_threshold_is_never_or_always(thinker: Thinker, auto: Think,
 @pytest.mark.parametrize("thinker", [2], indirect=True, ids=["routed"])
 @pytest.mark.slow
 def test_never_is_what_a_model_without_thinking_generates(thinker: Thinker) -> None:
-    found = thinker.generator.generate(PROMPTS, NEW, SAMPLED, SEED)
-    assert found == thinker.model.generator().generate(PROMPTS, NEW, SAMPLED, SEED)
+    found = thinker.generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED))
+    assert found == thinker.model.generator().generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED))
 
 
 @pytest.mark.slow
@@ -167,16 +173,18 @@ def test_thoughts_that_weigh_nothing_change_nothing_not_even_what_is_drawn() -> 
     thinker = Thinker(0, layers=1)
     mixing = thinker.params["thinking"]["mixing"]
     mixing |= {"output": jnp.zeros_like(mixing["output"]), "output_bias": jnp.zeros(())}
-    generator = Generator(thinker.model.decoder, thinker.params, thinking=THINKING)
+    generator = make_generator(thinker.model.decoder, thinker.params, thinking=THINKING)
     drawn = Think("always", temperature=1.0)
-    results = generator.generate(PROMPTS, NEW, SAMPLED, SEED, drawn)
-    for found, expected in zip(results, generator.generate(PROMPTS, NEW, SAMPLED, SEED), strict=True):
+    results = generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, think=drawn))
+    for found, expected in zip(
+        results, generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED)), strict=True
+    ):
         assert found.tokens == expected.tokens
         np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-6)
         assert found.mixing_weights == [0.0] * NEW
-    again = generator.generate(PROMPTS, NEW, SAMPLED, SEED, drawn)
+    again = generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, think=drawn))
     assert [r.thoughts for r in again] == [r.thoughts for r in results]
-    other = generator.generate([PROMPTS[0]] * 4, NEW, SAMPLED, SEED, drawn)
+    other = generator.generate([PROMPTS[0]] * 4, GenerationConfig(NEW, SAMPLED, seed=SEED, think=drawn))
     assert other[0].thoughts == results[0].thoughts, "a row's draws are its own"
     assert len({str(result.thoughts) for result in other}) == 4
     assert other[0].thoughts[0] != other[0].thoughts[1] or other[1].thoughts[0] != other[1].thoughts[1]
@@ -184,7 +192,9 @@ def test_thoughts_that_weigh_nothing_change_nothing_not_even_what_is_drawn() -> 
 
 def test_pauses() -> None:
     thinker = Thinker(0, ThinkingConfig(thought_length=2, n_true=2, kind="pause", policy_weight=0.0, n_thoughts=1), 1)
-    for row, result in enumerate(thinker.generator.generate(PROMPTS, NEW, SAMPLED, SEED, ALWAYS)):
+    for row, result in enumerate(
+        thinker.generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, think=ALWAYS))
+    ):
         assert result.thoughts == [[]] * NEW
         thinker.check(row, result)
 
@@ -193,10 +203,10 @@ def test_pauses() -> None:
 @pytest.mark.slow
 def test_a_stream_with_an_end(thinker: Thinker, always: list[Generated]) -> None:
     end = always[0].tokens[2]
-    generator = Generator(thinker.model.decoder, thinker.params, (end,), thinking=THINKING)
-    generator.warm_up(PROMPTS, NEW, SAMPLED, ALWAYS)
+    generator = make_generator(thinker.model.decoder, thinker.params, (end,), thinking=THINKING)
+    generator.warm_up(PROMPTS, GenerationConfig(NEW, SAMPLED, think=ALWAYS))
     compiled = program_counts()
-    bursts = list(generator.stream(PROMPTS, NEW, SAMPLED, SEED, burst=4, think=ALWAYS))
+    bursts = list(generator.stream(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, burst=4, think=ALWAYS)))
     assert program_counts() == compiled
     assert len(bursts) == 2
     for row, whole in enumerate(always):
@@ -206,7 +216,7 @@ def test_a_stream_with_an_end(thinker: Thinker, always: list[Generated]) -> None
             assert burst[row].thoughts == whole.thoughts[:count]
             assert len(burst[row].entropies) == len(burst[row].mixing_weights) == count, "the end token has no entry"
     assert bursts[-1][0].finished and not all(result.finished for result in bursts[-1])
-    state = generator.advance(generator.start(PROMPTS, NEW, SEED), NEW, SAMPLED, ALWAYS)
+    state = generator.advance(generator.start(PROMPTS, GenerationConfig(NEW, seed=SEED)), NEW, SAMPLED, ALWAYS)
     assert state.record is not None
     first = always[0].tokens.index(end)
     assert np.asarray(state.record.thinks_BxT[0, :NEW]).tolist() == [step <= first for step in range(NEW)]
@@ -231,10 +241,10 @@ def test_bad_ways_of_thinking_are_refused(values: dict[str, Any], message: str) 
 
 def test_a_model_that_cannot_think_says_so_before_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model({"every": 0})
-    generator = Generator(model.decoder, model.params, thinking=THINKING)
+    generator = make_generator(model.decoder, model.params, thinking=THINKING)
     monkeypatch.setattr("mod_star.decoding.programs.prefill", None)
     for ask in (generator.generate, generator.warm_up):
         with pytest.raises(InputError, match=r"^think\.when = 'always': must be never, the model has not learned to"):
-            ask(PROMPTS, NEW, SAMPLED, think=ALWAYS)  # type: ignore[operator]
+            ask(PROMPTS, GenerationConfig(NEW, SAMPLED, think=ALWAYS))  # type: ignore[operator]
     with pytest.raises(InputError, match=r"^think\.when"):
-        next(generator.stream(PROMPTS, NEW, SAMPLED, think=ALWAYS))
+        next(generator.stream(PROMPTS, GenerationConfig(NEW, SAMPLED, think=ALWAYS)))

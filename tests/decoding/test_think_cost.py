@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from decoding_models import Model, make_prompts
+from decoding_models import Model, make_generator, make_prompts
 from thinking_models import thinking_params
 
 from mod_star.config import RunConfig, ThinkingConfig
-from mod_star.decoding import Generator, Sampling, Think
+from mod_star.decoding import GenerationConfig, Generator, Sampling, Think
 from mod_star.model.layers import swiglu, swiglu_init
 from mod_star.model.parts import Part, Parts
 from mod_star.model.rows import rows_at_once
@@ -36,7 +36,7 @@ def generator() -> Generator:
     parts = Parts(feed_forward=Part(swiglu_init, counted_swiglu))
     model = Model({"every": 0}, parts, layers=1, tie_embeddings=False)
     params = thinking_params(RunConfig(model=model.config, routing=model.routing), model.params)
-    return Generator(model.decoder, params, thinking=THINKING)
+    return make_generator(model.decoder, params, thinking=THINKING)
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -44,7 +44,7 @@ def generator() -> Generator:
 def test_only_rows_that_think_are_computed(generator: Generator, batch: int) -> None:
     share = 0.1
     chunk = rows_at_once(batch, share)
-    state = generator.start(make_prompts((5, 9, 2, 7)[:batch]), NEW)
+    state = generator.start(make_prompts((5, 9, 2, 7)[:batch]), GenerationConfig(NEW))
     seen = set()
     for step in range(NEW):
         jax.effects_barrier()

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from mod_star.cli import main
-from mod_star.decoding import Generator, Sampling
+from mod_star.decoding import GenerationConfig, Generator, Sampling
 from mod_star.decoding.text import complete
 from mod_star.errors import InputError
 from mod_star.evaluation import harness
 from mod_star.evaluation.harness import HarnessModel, generation_options
-from mod_star.evaluation.scoring import rolling_windows, score
+from mod_star.evaluation.scoring import ScoringConfig, rolling_windows, score
 from mod_star.runs.directory import LoadedRun, load_run
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +112,7 @@ def test_choices_get_our_log_likelihoods(samples: dict[str, Any], loaded: Loaded
         for ((value, greedy),), choice in zip(sample["resps"], record["choices"], strict=True):
             after = tokenizer.encode(f" {choice}")
             ids = before[-(context + 1 - len(after)) :]
-            (expected,) = score(loaded.decoder, loaded.params, [(ids, after)])
+            (expected,) = score(loaded.model, [(ids, after)])
             assert float(value) == pytest.approx(sum(expected.log_probs), abs=1e-3)
             assert str(greedy) == str(all(expected.is_greedy))
 
@@ -122,7 +122,7 @@ def test_long_texts_get_our_log_likelihood(samples: dict[str, Any], loaded: Load
     tokenizer, context = loaded.tokenizer, loaded.decoder.config.context
     for sample, record in zip(samples["ours_rolling"], TEXTS, strict=True):
         windows = rolling_windows(tokenizer.encode(record["text"]), tokenizer.bos_id, context)
-        expected = sum(sum(each.log_probs) for each in score(loaded.decoder, loaded.params, windows))
+        expected = sum(sum(each.log_probs) for each in score(loaded.model, windows))
         ((value,),) = sample["resps"]
         assert float(value if isinstance(value, str | float) else value[0]) == pytest.approx(expected, abs=2e-3)
 
@@ -136,10 +136,10 @@ def test_texts_are_what_we_generate(samples: dict[str, Any], loaded: LoadedRun) 
 
 
 def generate(run: LoadedRun, prompt: str, room: int, new_tokens: int, stop: list[str]) -> str:
-    generator = Generator(run.decoder, run.params, run.tokenizer.end_ids)
+    generator = Generator(run.model)
     encoded = [[run.tokenizer.bos_id, *run.tokenizer.encode(prompt)][-room:]]
     *_, (last,) = complete(
-        generator, run.tokenizer, [prompt], new_tokens, Sampling(temperature=0), stop=stop, encoded=encoded
+        generator, [prompt], GenerationConfig(new_tokens, Sampling(temperature=0), stop=tuple(stop)), encoded=encoded
     )
     return last.text
 
@@ -165,10 +165,7 @@ def test_a_thinking_run_thinks_before_what_is_scored(thinking_run: Path) -> None
     pair = (("a", " b"), [256, 97], [32, 98])
     plain = model(thinking_run)._loglikelihood_tokens([pair], disable_tqdm=True)
     ours = model(thinking_run, think="always")
-    run = ours._run
-    (expected,) = score(
-        run.decoder, run.params, [(pair[1], pair[2])], thinking=run.config.thinking, think=ours._think
-    )  # fmt: skip
+    (expected,) = score(ours._model, [(pair[1], pair[2])], ScoringConfig(think=ours._think))
     ((value, _),) = ours._loglikelihood_tokens([pair], disable_tqdm=True)
     assert value == pytest.approx(sum(expected.log_probs), abs=1e-5)
     assert ours._think.when == "always" and expected.thought == [True, True] and value != plain[0][0]

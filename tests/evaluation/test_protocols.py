@@ -15,18 +15,21 @@ from numpy_decoder import decode, float64
 from sentence_piece import sentence_piece
 
 from mod_star.config import ModelConfig, RoutingConfig
-from mod_star.decoding import Sampling, complete
+from mod_star.decoding import GenerationConfig, Sampling, complete
 from mod_star.decoding.answers import LastNumber
 from mod_star.decoding.beam import BeamSearch
 from mod_star.decoding.cot import cot_decode, self_consistency
+from mod_star.decoding.rankings import RANKINGS
+from mod_star.decodings import Beam, Cot, Greedy, SelfConsistency
 from mod_star.errors import InputError
 from mod_star.evaluation.branch_records import branch_record, branches_of, cot_answers
 from mod_star.evaluation.generation import GeneratedAnswer
 from mod_star.evaluation.likelihood import ChoiceLikelihood, ExpectedProbability, continuations
 from mod_star.evaluation.prompts import Prompts
 from mod_star.evaluation.protocols import Subject, measures
-from mod_star.evaluation.scoring import score
+from mod_star.evaluation.scoring import ScoringConfig, score
 from mod_star.evaluation.tasks import Item
+from mod_star.loaded_model import Model
 from mod_star.model import Decoder
 from mod_star.tokenization.tokenizers import ByteTokenizer, train_bpe
 
@@ -56,7 +59,7 @@ class Naive:
     @cached_property
     def subject(self) -> Subject:
         tokenizer = ByteTokenizer()
-        return Subject(Decoder(CONFIG, ROUTING), self.params, tokenizer, Prompts(tokenizer))
+        return Subject(Model(Decoder(CONFIG, ROUTING), self.params, tokenizer), Prompts(tokenizer))
 
     @cached_property
     def generator(self) -> Any:
@@ -143,7 +146,8 @@ def test_expected_probability_over_the_choices_tokens(naive: Naive) -> None:
 
 def test_a_continuation_is_split_where_its_tokens_are(tmp_path: Path, naive: Naive) -> None:
     tokenizer = train_bpe(["A: 12\nA: 7\nA: 12\n" * 20], 300, tmp_path / "tokenizer.json")
-    subject = dataclasses.replace(naive.subject, tokenizer=tokenizer, prompts=Prompts(tokenizer))
+    model = dataclasses.replace(naive.subject.model, tokenizer=tokenizer)
+    subject = Subject(model, Prompts(tokenizer))
     item = Item("a", "?", "12", "number")
     pairs = continuations(subject, item, [" 12", " 7", " 12\n"])
     bos = [tokenizer.bos_id] if tokenizer.starts_with_bos else []
@@ -153,7 +157,7 @@ def test_a_continuation_is_split_where_its_tokens_are(tmp_path: Path, naive: Nai
     assert len({tuple(before) for before, _ in pairs}) == 1
     # Without a bos, an empty prompt is bos all the same; one that is joined with the answer leaves nothing.
     without = sentence_piece(starts_with_bos=False)
-    subject = dataclasses.replace(naive.subject, prompts=Prompts(without, "{question}"), tokenizer=without)
+    subject = Subject(dataclasses.replace(model, tokenizer=without), Prompts(without, "{question}"))
     assert continuations(subject, Item("a", "", "1", "number"), ["1"]) == [([1], without.encode("1"))]
     with pytest.raises(InputError, match="item 'a': its prompt and answer are one token"):
         continuations(subject, Item("a", "t", "he", "text"), ["he"])
@@ -162,14 +166,14 @@ def test_a_continuation_is_split_where_its_tokens_are(tmp_path: Path, naive: Nai
 def test_a_blank_of_its_own_is_given_in_sentence_piece_too(naive: Naive) -> None:
     tokenizer = sentence_piece()
     config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
-    subject = Subject(Decoder(config, ROUTING), random_params(config, ROUTING), tokenizer, Prompts(tokenizer))
+    subject = Subject(Model(Decoder(config, ROUTING), random_params(config, ROUTING), tokenizer), Prompts(tokenizer))
     item = Item("a", "one?", "72", "number")
     ids = [1, *tokenizer.encode("Q: one?\nA: 72\n")]
     spelt = [tokenizer.token_text(token) for token in ids[-4:]]
     assert spelt == ["▁", "7", "2", "⏎"], "what is tested here"
     digits = [token for digit in "0123456789" for token in (tokenizer.encode(digit)[-1], 3 + ord(digit))]  # and bytes
     allowed = [*digits, ids[-1]]
-    (scored,) = score(subject.decoder, subject.params, [(ids[:-3], ids[-3:])], allowed_ids=allowed)
+    (scored,) = score(subject.model, [(ids[:-3], ids[-3:])], ScoringConfig(allowed_ids=allowed))
     (record,) = ExpectedProbability().records(subject, [(0, item)])
     assert record["tokens"] == ["7", "2", "⏎"]
     expected = math.exp(math.fsum(scored.restricted_log_probs or []))
@@ -181,40 +185,41 @@ def test_every_decoding_answers_as_it_does_alone(naive: Naive, monkeypatch: pyte
     subject, generator = naive.subject, naive.generator
     monkeypatch.setattr(Subject, "generator", lambda _: generator)  # compile once
     prompts = [subject.prompts.text(item) for item in NUMBERS]
-    tokenizer, finder, T = subject.tokenizer, LastNumber(), 16
+    tokenizer, finder, T = subject.model.tokenizer, LastNumber(), 16
 
-    cot = by_id(GeneratedAnswer("cot", T, branches=3), subject, NUMBERS)
-    for expected, item in zip(cot_decode(generator, tokenizer, prompts, T, finder, branches=3), NUMBERS, strict=True):
+    cot = by_id(GeneratedAnswer(Cot(branches=3), T), subject, NUMBERS)
+    for expected, item in zip(
+        cot_decode(generator, prompts, GenerationConfig(T, branches=3), finder), NUMBERS, strict=True
+    ):
         record = cot[item.id]
         assert [branch["text"] for branch in record["branches"]] == [b.completion.text for b in expected.branches]
-        for ranking in ("delta", "log_prob", "normalised_log_prob"):
-            name = {"delta": "Δ", "log_prob": "log-prob", "normalised_log_prob": "log-prob per token"}[ranking]
-            assert record["answers"][f"CoT max, {name}"] == expected.answer(ranking)  # type: ignore[arg-type]
-            aggregated = expected.answer(ranking, aggregate=True)  # type: ignore[arg-type]
+        for ranking in RANKINGS.values():
+            name = {"delta": "Δ", "log_prob": "log-prob", "normalised_log_prob": "log-prob per token"}[ranking.name]
+            assert record["answers"][f"CoT max, {name}"] == expected.answer(ranking)
+            aggregated = expected.answer(ranking, aggregate=True)
             assert record["answers"][f"CoT aggregated, {name}"] == aggregated
         assert record["answer"] == expected.answer(aggregate=True)
         assert record["answers"]["greedy (branch 0)"] == expected.branches[0].answer
 
-    greedy = by_id(GeneratedAnswer("greedy", T), subject, NUMBERS)
-    *_, alone = complete(generator, tokenizer, prompts, T, Sampling(0.0))
+    greedy = by_id(GeneratedAnswer(Greedy(), T), subject, NUMBERS)
+    *_, alone = complete(generator, prompts, GenerationConfig(T, Sampling(0.0)))
     for completion, item in zip(alone, NUMBERS, strict=True):
         assert greedy[item.id]["text"] == completion.text == cot[item.id]["branches"][0]["text"]
         assert greedy[item.id]["answer"] == finder.canonical(completion.text)
 
-    drawn = Sampling(1.5)
-    samples = by_id(GeneratedAnswer("self-consistency", T, 3, drawn, seed=5), subject, NUMBERS)
-    together = self_consistency(generator, tokenizer, prompts, T, finder, samples=3, sampling=drawn, seed=5)
+    drawn, sampled = Sampling(1.5), GeneratedAnswer(SelfConsistency(1.5, branches=3), T, seed=5)
+    samples = by_id(sampled, subject, NUMBERS)
+    together = self_consistency(generator, prompts, GenerationConfig(T, drawn, branches=3, seed=5), finder)
     for expected, item in zip(together, NUMBERS, strict=True):
         assert [b["text"] for b in samples[item.id]["branches"]] == [b.completion.text for b in expected.branches]
         assert samples[item.id]["answers"] == {
             "self-consistency": expected.majority_answer(), "one sample": expected.branches[0].answer,
         }  # fmt: skip
     # What is drawn depends on the item's number alone, so that an interrupted evaluation draws the same.
-    last = GeneratedAnswer("self-consistency", T, 3, drawn, seed=5)
-    (again,) = last.records(subject, [(2, NUMBERS[2])])
+    (again,) = sampled.records(subject, [(2, NUMBERS[2])])
     assert [branch["text"] for branch in again["branches"]] == [branch["text"] for branch in samples["c"]["branches"]]
 
-    beams = by_id(GeneratedAnswer("beam", T, branches=2), subject, NUMBERS)
+    beams = by_id(GeneratedAnswer(Beam(branches=2), T), subject, NUMBERS)
     best = BeamSearch(generator, 2).search([subject.prompts.encode(item) for item in NUMBERS], T)
     for expected_beams, item in zip(best, NUMBERS, strict=True):
         rows = beams[item.id]["branches"]
@@ -228,7 +233,7 @@ def test_every_decoding_answers_as_it_does_alone(naive: Naive, monkeypatch: pyte
 
 def test_branches_come_back_from_their_records(naive: Naive) -> None:
     prompts = [naive.subject.prompts.text(item) for item in NUMBERS]
-    for found in cot_decode(naive.generator, ByteTokenizer(), prompts, 16, LastNumber(), branches=3):
+    for found in cot_decode(naive.generator, prompts, GenerationConfig(16, branches=3), LastNumber()):
         kept = branches_of([branch_record(branch) for branch in found.branches])
         assert cot_answers(kept) == cot_answers(found)
         assert kept.totals() == pytest.approx(found.totals(), abs=1e-5)
@@ -257,7 +262,7 @@ def test_what_cannot_be_done_is_told_first(naive: Naive) -> None:
         (ExpectedProbability(), long, "item 'long' = 70 tokens with its prompt: must be at most 65 (context 64)"),
         (GeneratedAnswer(new_tokens=16), long, "item 'long' = 67 tokens with its prompt: must be at most 48 (context"),
         (GeneratedAnswer(new_tokens=64), NUMBERS, "--new-tokens = 64: must lie in [1, 63]"),
-        (GeneratedAnswer("cot", 8, branches=259), NUMBERS, "--branches = 259: must be at most the vocabulary, 258"),
+        (GeneratedAnswer(Cot(branches=259), 8), NUMBERS, "--branches = 259: must be at most the vocabulary, 258"),
         (GeneratedAnswer(new_tokens=8), text, "--continuation: is needed to find an answer of any words"),
         (GeneratedAnswer(new_tokens=8, continuation="So"), long, "must be at most 21 (context 64 minus 8 new"),
     ):  # fmt: skip

@@ -10,15 +10,16 @@ import jax
 import numpy as np
 import pytest
 from conftest import AS_SHIPPED, random_params
+from decoding_models import make_generator, make_model
 from numpy_decoder import decode, float64
 from thinking_models import thinking_params
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig
-from mod_star.decoding import Generator, Sampling, Think
+from mod_star.decoding import GenerationConfig, Generator, Sampling, Think
 from mod_star.errors import InputError
 from mod_star.evaluation import scoring
-from mod_star.evaluation.score_batch import HEAD_ROWS, score_batch
-from mod_star.evaluation.scoring import Pair, padded_length, rolling_windows, score, score_rolling
+from mod_star.evaluation.score_batch import HEAD_ROWS, ScoreNumbers, TextBatch, score_batch
+from mod_star.evaluation.scoring import Pair, ScoringConfig, padded_length, rolling_windows, score, score_rolling
 from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
 
@@ -57,7 +58,7 @@ class Model:
 
     @cached_property
     def generator(self) -> Generator:
-        return Generator(self.decoder, self.params, thinking=THINKING)
+        return make_generator(self.decoder, self.params, thinking=THINKING)
 
     @cached_property
     def naive(self) -> Any:
@@ -123,9 +124,11 @@ ALLOWED = [4, 1, 20, 4, 9]
 def test_pairs_are_what_the_whole_text_gives(model: Model) -> None:
     calls: list[tuple[int, int]] = []
     found = score(
-        model.decoder, model.params, PAIRS, allowed_ids=ALLOWED, batch_size=3, routing_key=ROUTING_KEY,
+        make_model(model.decoder, model.params, routing_key=ROUTING_KEY),
+        PAIRS,
+        ScoringConfig(allowed_ids=ALLOWED, batch_size=3),
         progress=lambda done, total: calls.append((done, total)),
-    )  # fmt: skip
+    )
     assert len(found) == len(PAIRS)
     for (before, after), scored in zip(PAIRS, found, strict=True):
         log_p = model.predictions([*before, *after][:-1])[len(before) - 1 :]
@@ -145,8 +148,8 @@ def test_pairs_are_what_the_whole_text_gives(model: Model) -> None:
 @pytest.mark.slow
 def test_batches_change_nothing(model: Model) -> None:
     pairs = [pair for pair in PAIRS if len(pair[0]) + len(pair[1]) < 32]
-    alone = score(model.decoder, model.params, pairs, batch_size=1)
-    many = score(model.decoder, model.params, pairs, batch_size=100)
+    alone = score(make_model(model.decoder, model.params), pairs, ScoringConfig(batch_size=1))
+    many = score(make_model(model.decoder, model.params), pairs, ScoringConfig(batch_size=100))
     for one, other in zip(alone, many, strict=True):
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
         assert one.is_greedy == other.is_greedy and one.restricted_log_probs is one.restricted_is_greedy is None
@@ -165,12 +168,14 @@ def test_generated_tokens_get_the_log_probs_that_generation_reports(model: Model
     prompts = [rng.integers(0, VOCAB, length).tolist() for length in (3, 20, 1)]
     think = Think(when, 0.0 if when == "auto" else None)
     if when == "auto":  # above the median of the entropies
-        nobody = model.generator.generate(prompts, 6, GREEDY, think=NOBODY_THINKS)
+        nobody = model.generator.generate(prompts, GenerationConfig(6, GREEDY, think=NOBODY_THINKS))
         think = Think("auto", float(np.median([result.entropies for result in nobody])))
-    results = model.generator.generate(prompts, 6, GREEDY, think=think)
+    results = model.generator.generate(prompts, GenerationConfig(6, GREEDY, think=think))
     pairs = [(prompt, result.tokens) for prompt, result in zip(prompts, results, strict=True)]
     for scored, result in zip(
-        score(model.decoder, model.params, pairs, thinking=THINKING, think=think), results, strict=True
+        score(make_model(model.decoder, model.params, thinking=THINKING), pairs, ScoringConfig(think=think)),
+        results,
+        strict=True,
     ):
         np.testing.assert_allclose(scored.log_probs, result.log_probs, atol=1e-5)
         assert scored.is_greedy == [True] * 6
@@ -184,8 +189,12 @@ def test_a_thought_before_each_token_is_the_naive_loop(model: Model) -> None:
     pairs = [PAIRS[0], PAIRS[3], PAIRS[4], ([5, 6, 7], [1, 2, 3, 4])]
     # Room for all that routed blocks want: the naive text with its thought is one text, with one count of slots.
     model = Model(replace(model.routing, headroom=4.0))
-    found = score(model.decoder, model.params, pairs, thinking=THINKING, think=Think("always"), allowed_ids=[1, 2, 4])
-    plain = score(model.decoder, model.params, pairs)
+    found = score(
+        make_model(model.decoder, model.params, thinking=THINKING),
+        pairs,
+        ScoringConfig(think=Think("always"), allowed_ids=[1, 2, 4]),
+    )
+    plain = score(make_model(model.decoder, model.params), pairs)
     for (before, after), scored, without in zip(pairs, found, plain, strict=True):
         log_p = np.array([model.thoughtful([*before, *after[:i]]) for i in range(len(after))])
         picked = log_p[np.arange(len(after)), after]
@@ -198,15 +207,17 @@ def test_a_thought_before_each_token_is_the_naive_loop(model: Model) -> None:
 @pytest.mark.slow
 def test_stochastic_routing_is_that_of_generation() -> None:
     model = Model(RoutingConfig(every=2, capacity=0.5, selection="stochastic"))
-    generator = Generator(model.decoder, model.params, routing_key=ROUTING_KEY)
-    (result,) = generator.generate([[1, 2, 3]], 6, GREEDY)
-    (scored,) = score(model.decoder, model.params, [([1, 2, 3], result.tokens)], routing_key=ROUTING_KEY)
+    generator = make_generator(model.decoder, model.params, routing_key=ROUTING_KEY)
+    (result,) = generator.generate([[1, 2, 3]], GenerationConfig(6, GREEDY))
+    (scored,) = score(make_model(model.decoder, model.params, routing_key=ROUTING_KEY), [([1, 2, 3], result.tokens)])
     np.testing.assert_allclose(scored.log_probs, result.log_probs, atol=1e-5)
-    (other,) = score(model.decoder, model.params, [([1, 2, 3], result.tokens)], routing_key=jax.random.key(5))
+    (other,) = score(
+        make_model(model.decoder, model.params, routing_key=jax.random.key(5)), [([1, 2, 3], result.tokens)]
+    )
     assert np.max(np.abs(np.subtract(other.log_probs, result.log_probs))) > 1e-3
     # Without a key both take the same one.
-    (result,) = Generator(model.decoder, model.params).generate([[1, 2, 3]], 6, GREEDY)
-    (scored,) = score(model.decoder, model.params, [([1, 2, 3], result.tokens)])
+    (result,) = make_generator(model.decoder, model.params).generate([[1, 2, 3]], GenerationConfig(6, GREEDY))
+    (scored,) = score(make_model(model.decoder, model.params), [([1, 2, 3], result.tokens)])
     np.testing.assert_allclose(scored.log_probs, result.log_probs, atol=1e-5)
 
 
@@ -217,7 +228,9 @@ def test_drawn_thoughts_depend_on_the_text_and_the_seed_alone(model: Model) -> N
     first, second = ([5, 6, 7], [1, 2]), (list(range(20)), [3, 4, 5])
 
     def log_probs(pairs: list[Pair], **options: Any) -> list[list[float]]:
-        found = score(model.decoder, model.params, pairs, thinking=THINKING, think=think, **options)
+        found = score(
+            make_model(model.decoder, model.params, thinking=THINKING), pairs, ScoringConfig(think=think, **options)
+        )
         return [scored.log_probs for scored in found]
 
     both = log_probs([first, second])
@@ -229,12 +242,12 @@ def test_drawn_thoughts_depend_on_the_text_and_the_seed_alone(model: Model) -> N
 def test_long_contexts_are_refused_or_cut_from_the_left(model: Model) -> None:
     before, after = list(range(VOCAB)) * 2, [1, 2]
     with pytest.raises(InputError, match=r"pair 2 = 58 \+ 2 tokens: must be at most 49"):
-        score(model.decoder, model.params, [([1], [2]), (before, after)])
-    (cut,) = score(model.decoder, model.params, [(before, after)], truncate=True)
-    (same,) = score(model.decoder, model.params, [(before[-CONTEXT + 1 :], after)])
+        score(make_model(model.decoder, model.params), [([1], [2]), (before, after)])
+    (cut,) = score(make_model(model.decoder, model.params), [(before, after)], ScoringConfig(truncate=True))
+    (same,) = score(make_model(model.decoder, model.params), [(before[-CONTEXT + 1 :], after)])
     np.testing.assert_allclose(cut.log_probs, same.log_probs, atol=1e-6)
     with pytest.raises(InputError, match="pair 1"):  # no room for a context at all
-        score(model.decoder, model.params, [([1], [2] * (CONTEXT + 1))], truncate=True)
+        score(make_model(model.decoder, model.params), [([1], [2] * (CONTEXT + 1))], ScoringConfig(truncate=True))
 
 
 @pytest.mark.parametrize(
@@ -253,8 +266,8 @@ def test_long_contexts_are_refused_or_cut_from_the_left(model: Model) -> None:
 def test_bad_input_is_refused(pairs: list[Pair], options: dict[str, Any], message: str) -> None:
     model = Model(ROUTINGS["dense"])
     with pytest.raises(InputError, match=message):
-        score(model.decoder, model.params, pairs, **options)
-    assert score(model.decoder, model.params, []) == []
+        score(make_model(model.decoder, model.params), pairs, ScoringConfig(**options))
+    assert score(make_model(model.decoder, model.params), []) == []
 
 
 @pytest.mark.parametrize(("length", "window", "overlap"), [(1, 4, 1), (4, 4, 1), (11, 4, 1), (11, 4, 3), (10, 4, 4)])
@@ -273,7 +286,9 @@ def test_windows_score_every_token_once(length: int, window: int, overlap: int) 
 def test_long_texts_in_windows(model: Model) -> None:
     rng = np.random.default_rng(2)
     texts = [rng.integers(0, VOCAB, length).tolist() for length in (100, 0, 5)]
-    found = score_rolling(model.decoder, model.params, texts, 3, window=20, overlap=8, allowed_ids=ALLOWED)
+    found = score_rolling(
+        make_model(model.decoder, model.params), texts, 3, ScoringConfig(allowed_ids=ALLOWED), window=20, overlap=8
+    )
     assert [len(scored.log_probs) for scored in found] == [100, 0, 5]
     expected: list[float] = []
     while len(expected) < 100:
@@ -286,9 +301,9 @@ def test_long_texts_in_windows(model: Model) -> None:
     np.testing.assert_allclose(found[0].log_probs, expected, atol=2e-4)
     assert len(found[0].restricted_log_probs or []) == len(found[0].restricted_is_greedy or []) == 100
     with pytest.raises(InputError, match="window = 49: must be at most 48"):
-        score_rolling(model.decoder, model.params, texts, 3, window=49)
+        score_rolling(make_model(model.decoder, model.params), texts, 3, window=49)
     with pytest.raises(InputError, match="overlap = 21"):
-        score_rolling(model.decoder, model.params, texts, 3, window=20, overlap=21)
+        score_rolling(make_model(model.decoder, model.params), texts, 3, window=20, overlap=21)
 
 
 def test_few_lengths_and_little_padding() -> None:
@@ -305,9 +320,10 @@ def test_logits_of_all_tokens_never_exist() -> None:
     decoder = Decoder(config, RoutingConfig(every=0))
     params = jax.eval_shape(lambda: random_params(config, decoder.routing))
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)  # noqa: E731
-    compiled = score_batch.lower(
-        decoder, None, Think(), HEAD_ROWS, params, None, ints(B, S), ints(B), ints(B * S, 2), ints(B * S, 1),
-        ints(), None, jax.ShapeDtypeStruct((), np.float32), ints(), jax.ShapeDtypeStruct((B * S,), np.uint32), None,
-    ).compile(AS_SHIPPED)  # fmt: skip
+    draws = jax.ShapeDtypeStruct((B * S,), np.uint32)
+    batch = TextBatch(ints(B, S), ints(B), ints(B * S, 2), ints(B * S, 1), draws, ints())
+    numbers = ScoreNumbers(None, jax.ShapeDtypeStruct((), np.float32), ints(), None)
+    lowered = score_batch.lower(decoder, None, Think(), HEAD_ROWS, params, None, batch, numbers)
+    compiled = lowered.compile(AS_SHIPPED)
     memory: Any = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < B * S * V * 4 / 2

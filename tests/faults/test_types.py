@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import random_params
+from decoding_models import make_generator
 from fork_server import succeed
 from thinking_models import thinking_params
 
 from mod_star.config import RunConfig, ThinkingConfig
-from mod_star.decoding import Generator
+from mod_star.decoding import GenerationConfig
 from mod_star.decoding.sampling import Sampling
 from mod_star.decoding.think import Think
 from mod_star.model import Decoder
@@ -68,8 +69,8 @@ def test_no_program_computes_in_64_bits_because_jax_could(tiny_run: RunConfig) -
         state = jax.eval_shape(lambda p: init_state(decoder, run, 10, p), params)
         assert not wide(jax.tree.leaves(state))
         text = lower_train_step(decoder, run, 10, state).as_text()
-        generator = Generator(decoder, params, thinking=thinking)
-        started = generator.start([[1, 2, 3]], 4)
+        generator = make_generator(decoder, params, thinking=thinking)
+        started = generator.start([[1, 2, 3]], GenerationConfig(4))
         assert not wide(jax.tree.leaves(started))
         assert not wide(jax.tree.leaves(generator.advance(started, 2, Sampling(top_k=3), Think("always"))))
     assert not set(re.findall(r"tensor<\d[\dx]*xf64>", text))

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_batch, random_params
+from decoding_models import make_generator
 from thinking_models import thinking_params
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
-from mod_star.decoding import Generator, programs
+from mod_star.decoding import programs
 from mod_star.decoding.sampling import Sampling
 from mod_star.decoding.think import Think
-from mod_star.evaluation.score_batch import score_batch
+from mod_star.evaluation.score_batch import ScoreNumbers, TextBatch, score_batch
 from mod_star.inspection.thoughts import _think_everywhere
 from mod_star.model import Decoder
 from mod_star.model.cross_entropy import token_entropy
@@ -77,7 +78,7 @@ class Programs:
         self.run = replace(run, train=replace(run.train, objective="quiet_star"))
         self.decoder, self.plain = Decoder(run.model, run.routing, parts), random_params(run.model, run.routing, parts)
         self.params, self.batch = thinking_params(run, self.plain), make_batch([[13, 7], [24]], 24, VOCAB)
-        self.generator = Generator(self.decoder, self.params, thinking=run.thinking)
+        self.generator = make_generator(self.decoder, self.params, thinking=run.thinking)
 
     def forward(self) -> list[Product]:
         return of(lambda p, b: forward(self.decoder, p, b, None), self.plain, self.batch)
@@ -144,11 +145,14 @@ class Programs:
 
     def _scoring(self, thinking: ThinkingConfig | None, think: Think) -> list[Product]:
         groups = None if thinking is None else self.generator.params["groups"]
-        return of(
-            score_batch, self.decoder, thinking, think, 2, self.params, groups, self.batch["tokens"],
-            jnp.array([3, 8], jnp.int32), jnp.zeros((4, 2), jnp.int32), jnp.zeros((4, 1), jnp.int32), jnp.int32(3),
-            jnp.arange(3, dtype=jnp.int32), jnp.float32(0), jnp.int32(0), jnp.zeros(4, jnp.uint32), None,
-        )  # fmt: skip
+        lengths, where, targets = (
+            jnp.array([3, 8], jnp.int32),
+            jnp.zeros((4, 2), jnp.int32),
+            jnp.zeros((4, 1), jnp.int32),
+        )
+        batch = TextBatch(self.batch["tokens"], lengths, where, targets, jnp.zeros(4, jnp.uint32), jnp.int32(3))
+        numbers = ScoreNumbers(jnp.arange(3, dtype=jnp.int32), jnp.float32(0), jnp.int32(0), None)
+        return of(score_batch, self.decoder, thinking, think, 2, self.params, groups, batch, numbers)
 
 
 @pytest.mark.slow

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding_models import make_generator
 from pretrained_models import CONFIGS, DATA, write_model
 
 from mod_star.config import ModelConfig
-from mod_star.decoding.generate import Generator
+from mod_star.decoding import GenerationConfig
 from mod_star.decoding.sampling import Sampling
 from mod_star.model import Decoder
 from mod_star.model.transformer import head_matrix
@@ -62,7 +63,9 @@ def test_decoding_with_caches_equals_the_whole_text_every_time(tmp_path: Path) -
     params = build_params(source)
     decoder = Decoder(source.config, DENSE)
     prompts = [TOKENS[:9].tolist(), TOKENS[9:12].tolist()]
-    generated = Generator(decoder, jax.tree.map(jnp.asarray, params), ()).generate(prompts, 8, Sampling(temperature=0))
+    generated = make_generator(decoder, jax.tree.map(jnp.asarray, params), ()).generate(
+        prompts, GenerationConfig(8, Sampling(temperature=0))
+    )
 
     @jax.jit
     def best(text: jax.Array, length: jax.Array) -> jax.Array:

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding_models import make_generator
 from fork_server import succeed
 from thinking_models import Thinker, scores
 
 from mod_star import presets
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig
-from mod_star.decoding import Generator, Sampling
+from mod_star.decoding import GenerationConfig, Sampling
 from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.model.transformer import head_matrix
@@ -100,7 +101,9 @@ def test_it_generates_what_the_dense_model_does(dense_params: Any) -> None:
     run = at_capacity_1(upcycled_config(DENSE, 0.125))
     prompts = [[1, 2, 3], [5, 4, 3, 2, 1, 0, 7], [28]]
     found = [
-        Generator(Decoder(one.model, one.routing), params).generate(prompts, 12, Sampling(temperature=0.8), seed=3)
+        make_generator(Decoder(one.model, one.routing), params).generate(
+            prompts, GenerationConfig(12, Sampling(temperature=0.8), seed=3)
+        )
         for one, params in ((DENSE, dense_params), (run, upcycled_params(dense_params, run)))
     ]
     for dense, routed in zip(*found, strict=True):

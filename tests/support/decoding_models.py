@@ -10,16 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from conftest import random_params
+from jax.sharding import Mesh
 
-from mod_star.config import ModelConfig, RoutingConfig
+from mod_star.config import ModelConfig, RoutingConfig, ThinkingConfig
 from mod_star.decoding import Generator, Sampling, Think, programs
 from mod_star.decoding.sampling import compiled_for
+from mod_star.loaded_model import Model as LoadedModel
 from mod_star.model import Decoder
 from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.model.routing import causal_slots
 from mod_star.model.transformer import head_matrix
+from mod_star.tokenization.tokenizers import ByteTokenizer, Tokenizer
 
 CONTEXT, VOCAB = 48, 29
+BYTES = ByteTokenizer()
 PROMPT_LENGTHS = (3, 20, 11, 1)
 ROUTING_KEY = jax.random.key(11)
 
@@ -49,8 +53,8 @@ class Model:
         self.decoder = Decoder(self.config, self.routing, parts)
         self.params = random_params(self.config, self.routing, parts)
 
-    def generator(self, end_ids: tuple[int, ...] = ()) -> Generator:
-        return Generator(self.decoder, self.params, end_ids, ROUTING_KEY)
+    def generator(self, end_ids: tuple[int, ...] = (), tokenizer: Tokenizer = BYTES) -> Generator:
+        return make_generator(self.decoder, self.params, end_ids, tokenizer=tokenizer, routing_key=ROUTING_KEY)
 
     def teach(self, tokens: list[int]) -> Teacher:
         """The pass over a text: logits after each of its tokens, and the routing of each."""
@@ -77,6 +81,35 @@ class Model:
         return jax.jit(run)
 
 
+def make_model(
+    decoder: Decoder,
+    params: Any,
+    *,
+    tokenizer: Tokenizer = BYTES,
+    thinking: ThinkingConfig | None = None,
+    routing_key: jax.Array | None = None,
+    mesh: Mesh | None = None,
+) -> LoadedModel:
+    """A model whose tokenizer matters only where a test gives one."""
+    return LoadedModel(decoder, params, tokenizer, thinking, mesh, routing_key)
+
+
+def make_generator(
+    decoder: Decoder,
+    params: Any,
+    end_ids: tuple[int, ...] = (),
+    *,
+    tokenizer: Tokenizer = BYTES,
+    thinking: ThinkingConfig | None = None,
+    routing_key: jax.Array | None = None,
+    mesh: Mesh | None = None,
+    donate: bool = False,
+) -> Generator:
+    """A generator with end tokens that are a test's own, whatever its tokenizer says."""
+    model = make_model(decoder, params, tokenizer=tokenizer, thinking=thinking, routing_key=routing_key, mesh=mesh)
+    return Generator(model, end_ids, donate)
+
+
 def program_counts() -> tuple[int, int]:
     """How many programs this process has compiled by now, of prefill and of decoding."""
     prefill: Any = programs.prefill
@@ -88,7 +121,7 @@ def lowered_advance(generator: Generator, state: Any, sampling: Sampling) -> Any
     one = np.float32(1)
     bounds = programs.Bounds(np.int32(1), one, one, one, np.full(8, -1, np.int32))
     return programs.advance_program().lower(
-        generator.decoder, None, generator.params, state, bounds, generator._routing_key,
+        generator.decoder, None, generator.params, state, bounds, generator.routing_key,
         sampling=compiled_for(sampling), think=Think(),
     )  # fmt: skip
 

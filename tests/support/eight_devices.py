@@ -17,10 +17,12 @@ import numpy as np
 from thinking_models import thinking_params
 
 from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
-from mod_star.decoding import Generator, Sampling, Think
+from mod_star.decoding import GenerationConfig, Generator, Sampling, Think
 from mod_star.distributed.options import MeshConfig
 from mod_star.distributed.sharding import batch_sharding, make_mesh, place, placed_shapes, shardings, use_mesh
+from mod_star.loaded_model import Model
 from mod_star.model import Decoder
+from mod_star.tokenization.tokenizers import ByteTokenizer
 from mod_star.training.lowering import lower_eval_step, lower_train_step
 from mod_star.training.objectives.next_token import forward
 from mod_star.training.optimizer import make_optimizer
@@ -97,11 +99,11 @@ def sample(name: str, out: Path) -> None:
     mesh = None if name == "one" else make_mesh(MeshConfig(*MESHES[name]))
     if mesh is not None:
         params = place(params, shardings(mesh, params))
-    generator = Generator(decoder, params, (), thinking=run.thinking, mesh=mesh)
+    generator = Generator(Model(decoder, params, ByteTokenizer(), run.thinking, mesh), end_ids=())
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11]]
     found = {}
     for way, think in (("plain", Think()), ("thinking", Think("always"))):
-        results = generator.generate(prompts, 6, Sampling(1.0), seed=3, think=think)
+        results = generator.generate(prompts, GenerationConfig(6, Sampling(1.0), seed=3, think=think))
         found[way] = [{"tokens": r.tokens, "log_probs": r.log_probs, "overflow": r.overflow} for r in results]
     (out / f"sample-{name}.json").write_text(json.dumps(found))
 

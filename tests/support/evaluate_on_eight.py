@@ -23,7 +23,7 @@ from mod_star.distributed.options import MeshConfig
 from mod_star.distributed.sharding import batch_sharding, make_mesh, place, shardings, use_mesh
 from mod_star.errors import InputError
 from mod_star.evaluation.harness import HarnessModel
-from mod_star.evaluation.score_batch import THOUGHT_ROWS, score_batch
+from mod_star.evaluation.score_batch import THOUGHT_ROWS, ScoreNumbers, TextBatch, score_batch
 from mod_star.model import Decoder
 
 MIXED = (2, 2, 2)
@@ -92,11 +92,12 @@ def program(name: str, think: Think) -> dict[str, float]:
     thinks = think.when != "never"
     groups = unstack(decoder, params)["groups"] if thinks else None
     shares = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    places = (np.zeros((B * S, 2), np.int32), np.zeros((B * S, 1), np.int32), np.int32(B * S))
+    places = (np.zeros((B * S, 2), np.int32), np.zeros((B * S, 1), np.int32), np.zeros(B * S, np.uint32))
+    batch = TextBatch(inputs[0], inputs[1], *places, np.int32(B * S))
+    numbers = ScoreNumbers(None, np.float32(0), np.int32(0), None)
     with use_mesh(mesh):
         compiled = score_batch.lower(
-            decoder, run.thinking if thinks else None, think, THOUGHT_ROWS // shares, params, groups, *inputs, *places,
-            None, np.float32(0), np.int32(0), np.zeros(B * S, np.uint32), None,
+            decoder, run.thinking if thinks else None, think, THOUGHT_ROWS // shares, params, groups, batch, numbers
         ).compile()  # fmt: skip
     memory: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis()

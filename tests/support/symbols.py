@@ -6,10 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from decoding_models import VOCAB, Model, log_softmax
+from decoding_models import VOCAB, Model, log_softmax, make_generator
 from test_think import THINKING, Thinker
-
-from mod_star.decoding import Generator
 
 SYMBOLS = '0123456789 ?!;(|&"=<>)#@'
 END_IDS = tuple(range(len(SYMBOLS), VOCAB))
@@ -48,12 +46,14 @@ class Subject:
         if kind == "thinking":
             self.thinker = Thinker(2)
             model = self.thinker.model
-            self.generator = Generator(model.decoder, self.thinker.params, END_IDS, thinking=THINKING)
+            self.generator = make_generator(
+                model.decoder, self.thinker.params, END_IDS, tokenizer=SymbolTokenizer(), thinking=THINKING
+            )
         else:
             # With so little headroom that caches fill up; with the embedding as head it would be too sure.
             routing = {"every": 0} if kind == "dense" else {"headroom": 1.0}
             self.model = Model(routing, tie_embeddings=False)
-            self.generator = self.model.generator(END_IDS)
+            self.generator = self.model.generator(END_IDS, SymbolTokenizer())
 
     def log_p(self, ids: Sequence[int]) -> np.ndarray:
         """Float64 log-probabilities V of the token after `ids`."""

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_batch, random_params
+from decoding_models import make_model
 from thinking_models import Thinker, thinking_params
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig
 from mod_star.decoding.think import Think
-from mod_star.evaluation.scoring import score
+from mod_star.evaluation.scoring import ScoringConfig, score
 from mod_star.inspection.thoughts import _think_everywhere
 from mod_star.model import Decoder
 from mod_star.model.cross_entropy import cross_entropy_by_token
@@ -179,7 +180,9 @@ def test_scores_and_thoughts_of_a_text_feel_a_small_weight(thinker: Thinker) -> 
     def scores(weight: float) -> np.ndarray:
         params = with_weight(thinker.params, weight)
         pair = (tokens[:1].tolist(), tokens[1:].tolist())
-        (scored,) = score(decoder, params, [pair], thinking=RUN.thinking, think=Think("always"))
+        (scored,) = score(
+            make_model(decoder, params, thinking=RUN.thinking), [pair], ScoringConfig(think=Think("always"))
+        )
         return np.array(scored.log_probs)
 
     def of_text(weight: float) -> np.ndarray:

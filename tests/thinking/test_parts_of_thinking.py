@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_batch, random_params
+from decoding_models import make_generator
 from thinking_models import Thinker, thinking_params
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig
-from mod_star.decoding import Generator, Sampling
+from mod_star.decoding import GenerationConfig, Sampling
 from mod_star.decoding.think import Think
 from mod_star.errors import InputError
 from mod_star.flops import scoring_flops
@@ -168,8 +169,9 @@ def test_a_mixing_of_ones_own_trains_and_generates() -> None:
     grad, expected = grads["thinking"]["mixing"]["weight"], expected_grads["thinking"]["mixing"]["output_bias"]
     np.testing.assert_allclose(grad, expected, rtol=1e-5)
     assert np.any(grad)
-    generator = Generator(own.decoder, own.params, thinking=THINKING)
-    (result,) = generator.generate([[1, 2, 3]], 4, Sampling(temperature=0), think=Think("always"))
+    generator = make_generator(own.decoder, own.params, thinking=THINKING)
+    config = GenerationConfig(4, Sampling(temperature=0), think=Think("always"))
+    (result,) = generator.generate([[1, 2, 3]], config)
     assert result.mixing_weights == [0.25] * 4
     run = replace(RUN, model=replace(MODEL, vocab_size=320), train=replace(RUN.train, objective="quiet_star"))
     initial = initial_params(replace(own, run=run).decoder, run, ByteTokenizer())

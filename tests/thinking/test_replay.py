@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding_models import make_generator
 from thinking_models import Thinker, thinking_params
 
 from mod_star.config import RunConfig, ThinkingConfig
-from mod_star.decoding import Generator, Sampling
+from mod_star.decoding import GenerationConfig, Sampling
 from mod_star.decoding.think import Think
 from mod_star.evaluation import scoring
 from mod_star.inspection.thoughts import thoughts_of
@@ -123,16 +124,16 @@ def test_a_thought_has_as_many_slots_in_evaluation_and_generation_as_in_training
     )
     params = thinking_params(run, random_params(run.model, run.routing))
     decoder, batch, key, one = Decoder(run.model, run.routing), make_batch([[32]], 32, 29), jax.random.key(0), 1.0
-    generator = Generator(decoder, params, thinking=thinking)
+    generator = make_generator(decoder, params, thinking=thinking)
     loaded = LoadedRun(run, ByteTokenizer(), decoder, params, 0)
     pairs = [([1, 2], [3])]
     doors: dict[str, Any] = {
         "training": lambda: jax.eval_shape(make_quiet_star_loss(decoder, run), params, batch, key, one, one),
         "evaluation": lambda: jax.eval_shape(make_quiet_star_eval(decoder, run), params, batch, key),
         "log": lambda: jax.eval_shape(make_examples(decoder, run), params, batch, key),
-        "generation": lambda: generator.generate([[1, 2, 3]], 4, Sampling(), think=Think("always")),
+        "generation": lambda: generator.generate([[1, 2, 3]], GenerationConfig(4, Sampling(), think=Think("always"))),
         "thoughts": lambda: thoughts_of(loaded, "a"),
-        "scoring": lambda: scoring.score(decoder, params, pairs, thinking=thinking, think=Think("always")),
+        "scoring": lambda: scoring.score(loaded.model, pairs, scoring.ScoringConfig(Think("always"))),
     }
     for door, through in list(doors.items())[: 6 if slots == 3 else 2]:
         slots_used: set[int] = set()

@@ -12,6 +12,7 @@ from rich.console import Console
 from mod_star.decoding import Completion
 from mod_star.decoding.answers import LastNumber
 from mod_star.decoding.branches import Branches, read_branch
+from mod_star.decoding.rankings import DELTA, LOG_PROB
 from mod_star.views.branches import SPAN, beam_record, beams_table, branches_record, branches_table, excerpt, outcome
 
 LONG = "First, " + "there are many words before it. " * 12 + "So 5 + 2 = 7 in all" + ", and many after it" * 12 + "."
@@ -46,7 +47,7 @@ def printed(*shown: Any, width: int = 80, color: bool = False) -> str:
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_table_says_who_won_and_fits(width: int) -> None:
-    table = printed(branches_table(branches(), width=width), width=width)
+    table = printed(branches_table(branches(), DELTA, width=width), width=width)
     lines = table.splitlines()
     assert max(map(len, lines)) <= width
     words = [line.split() for line in lines]
@@ -71,7 +72,7 @@ def test_the_table_says_who_won_and_fits(width: int) -> None:
 
 
 def test_the_answer_is_marked_in_the_text_and_dropped_branches_are_dim() -> None:
-    table = printed(branches_table(branches(), width=100), width=100, color=True)
+    table = printed(branches_table(branches(), DELTA, width=100), width=100, color=True)
     assert "It is \x1b[1;7m5\x1b[0m." in table
     assert "= \x1b[1;7m7\x1b[0m in all" in table
     assert "\x1b[2;3mcut by the length limit: \x1b[0m\x1b[2mand on" in table
@@ -79,17 +80,17 @@ def test_the_answer_is_marked_in_the_text_and_dropped_branches_are_dim() -> None
 
 
 def test_other_rankings_and_samples() -> None:
-    table = printed(branches_table(branches(), "log_prob"))
+    table = printed(branches_table(branches(), LOG_PROB))
     assert table.split()[:5] == ["first", "answer", "log", "p", "won"]
     assert "max path   5  branch 0, log p -0.900" in table
     assert "aggregated 5  log Σ exp(log p) " in table
-    table = printed(branches_table(branches(), samples=True))
+    table = printed(branches_table(branches(), DELTA, samples=True))
     assert "majority   5  2 of 3 votes" in table
     assert ["0", "t0", "5", "0.250", "vote", "It", "is", "5."] in [line.split() for line in table.splitlines()]
     assert "Σ" not in table and "max" not in table
     none = Branches("Q", branches().branches[4:])
-    assert "no answer: all 1 branches were dropped" in printed(branches_table(none))
-    assert [line.plain for line in outcome(none, samples=True)] == ["no answer: all 1 samples were dropped"]
+    assert "no answer: all 1 branches were dropped" in printed(branches_table(none, DELTA))
+    assert [line.plain for line in outcome(none, DELTA, samples=True)] == ["no answer: all 1 samples were dropped"]
 
 
 def test_excerpts() -> None:
@@ -106,7 +107,7 @@ def test_excerpts() -> None:
 
 
 def test_records_are_json_without_nan() -> None:
-    record = json.loads(json.dumps(branches_record(branches(), "delta", False), allow_nan=False))
+    record = json.loads(json.dumps(branches_record(branches(), DELTA, False), allow_nan=False))
     assert record.keys() == {
         "prompt", "ranking", "max_path", "max_answer", "aggregated_answer", "totals", "branches",
     }  # fmt: skip
@@ -116,7 +117,7 @@ def test_records_are_json_without_nan() -> None:
     assert (first["answer"], first["span"], first["delta"], first["dropped"]) == ("5", [6, 7], 0.25, None)
     assert first["log_prob"] == pytest.approx(-0.9) and first["gaps"] == [0.25] * 8
     assert (last["delta"], last["span"], last["dropped"]) == (None, None, "cut by the length limit")
-    votes = json.loads(json.dumps(branches_record(branches(), "delta", True), allow_nan=False))
+    votes = json.loads(json.dumps(branches_record(branches(), DELTA, True), allow_nan=False))
     assert (votes["majority"], votes["votes"]) == ("5", {"5": 2, "7": 1})
     assert json.loads(json.dumps(beam_record(completion("x", "length")), allow_nan=False))["end_gap"] is None
 
