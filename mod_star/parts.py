@@ -1,4 +1,4 @@
-"""Loads a user's own `Parts` (router, gate, feed-forward, block) from a Python file."""
+"""Loads a user's own `Parts` (router, gate, selection, feed-forward, block, ...) from a Python file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load_parts(reference: str | None) -> Parts:
     except (Exception, SystemExit) as error:
         said = " ".join(str(error).split())
         raise InputError(f"parts = {reference!r}: {path} fails with {type(error).__name__}: {said}") from error
-    found = getattr(module, name, None)
-    if not isinstance(found, Parts):
-        raise InputError(f"parts = {reference!r}: {name} must be a mod_star.Parts, found {type(found).__name__}")
-    return found
+    parts = getattr(module, name, None)
+    if not isinstance(parts, Parts):
+        raise InputError(f"parts = {reference!r}: {name} must be a mod_star.Parts, found {type(parts).__name__}")
+    return parts

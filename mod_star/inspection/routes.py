@@ -12,8 +12,7 @@ import numpy.typing as npt
 
 from mod_star.data.tokenizers import StreamDecoder, Tokenizer, begin
 from mod_star.errors import InputError
-from mod_star.model.routing import causal_slots
-from mod_star.model.transformer import RoutingMode
+from mod_star.model.routing import RoutingMode, causal_slots
 from mod_star.runs.directory import LoadedRun
 
 

@@ -11,6 +11,7 @@ from flax import struct
 from mod_star.config import ThinkingConfig
 from mod_star.model import Decoder, Trace
 from mod_star.model.layers import lookup
+from mod_star.model.routing import RoutingCall, Tokens
 from mod_star.model.transformer import apply_blocks
 from mod_star.thinking.sample import Thought, embed_thought, text_before, thought_slots
 
@@ -61,9 +62,8 @@ def score_thought(
     decided = None
     if thought.decided_GxT is not None:
         decided = jnp.pad(thought.decided_GxT, ((0, 0), (0, N - t)), constant_values=-1)
-    output = apply_blocks(
-        decoder, params, x_NxD.astype(decoder.config.dtype), position + 1 + jnp.arange(N, dtype=jnp.int32),
-        jnp.full(N, segment_id), slots=slots, memory=text_before(text, position), decided=decided,
-        keep_keys_values=False,
-    )  # fmt: skip
+    positions_N = position + 1 + jnp.arange(N, dtype=jnp.int32)
+    tokens = Tokens(x_NxD.astype(decoder.config.dtype), positions_N, jnp.full(N, segment_id))
+    call = RoutingCall(slots=slots, decided=decided)
+    output = apply_blocks(decoder, params, tokens, call, memory=text_before(text, position), keep_keys_values=False)
     return Scored(output.hidden[:t], output.hidden[t + 1 :], output.trace)

@@ -18,8 +18,7 @@ from mod_star.data import ByteTokenizer, train_bpe
 from mod_star.errors import InputError
 from mod_star.inspection.routes import routes_of, token_pieces
 from mod_star.model import Decoder
-from mod_star.model.routing import causal_slots
-from mod_star.model.transformer import RoutingMode
+from mod_star.model.routing import RoutingMode, causal_slots
 from mod_star.runs.directory import LoadedRun, load_run
 
 TEXT = "The é of\ntokens, and a few more words."

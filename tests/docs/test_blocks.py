@@ -33,7 +33,7 @@ def test_the_blocks_of_a_page_run_one_after_the_other(
 
 
 def test_the_parts_of_the_how_to_train_and_sample_through_the_cli(tmp_path: Path) -> None:
-    (source,) = blocks(ROOT / "docs/how-to/extend.md")
+    source = blocks(ROOT / "docs/how-to/extend.md")[0]
     (tmp_path / "my_parts.py").write_text(source)
     tiny = ["--preset", "tiny", "--train.steps", "2", "--train.log-every", "1", "--model.context", "32", "--quiet"]
     there = f"os.chdir({str(tmp_path)!r})"

@@ -14,6 +14,7 @@ from thinking_models import Batch, Thinker, scores, thinking_params
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig
 from mod_star.model import Output
 from mod_star.model.cross_entropy import cross_entropy_by_token
+from mod_star.model.routing import RoutingCall, Tokens
 from mod_star.model.transformer import apply_blocks, head_matrix
 from mod_star.thinking.mixing import mix, mixing_weight
 from mod_star.thinking.objective import (
@@ -82,10 +83,9 @@ def naive_loss(thinker: Thinker, params: Any, thoughts: Thought) -> jax.Array:
 
     def hidden(x: jax.Array) -> jax.Array:
         count = len(x)
-        return apply_blocks(
-            thinker.decoder, params, x, jnp.arange(count), jnp.ones(count, jnp.int32), slots=count,
-            keep_keys_values=False,
-        ).hidden  # fmt: skip
+        tokens = Tokens(x, jnp.arange(count), jnp.ones(count, jnp.int32))
+        call = RoutingCall(slots=count)
+        return apply_blocks(thinker.decoder, params, tokens, call, keep_keys_values=False).hidden
 
     def mixing(base: jax.Array, thought: jax.Array) -> jax.Array:
         p = own["mixing"]

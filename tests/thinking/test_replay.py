@@ -136,11 +136,11 @@ def test_a_thought_has_as_many_slots_in_evaluation_and_generation_as_in_training
     for door, through in list(doors.items())[: 6 if slots == 3 else 2]:
         found: set[int] = set()
 
-        def counting(*args: Any, slots: int, found: set[int] = found, **options: Any) -> Any:
-            found.add(slots)
+        def counting(*args: Any, found: set[int | None] = found, **options: Any) -> Any:
+            found.add(args[3].slots)
             if door in ("generation", "thoughts", "scoring"):  # traced is enough  # noqa: B023
                 raise InterruptedError
-            return transformer.apply_blocks(*args, slots=slots, **options)
+            return transformer.apply_blocks(*args, **options)
 
         for module in (sample, score_module):
             monkeypatch.setattr(module, "apply_blocks", counting)
