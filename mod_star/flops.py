@@ -36,9 +36,9 @@ class Flops:
     mlp: float = 0.0
     """Feed-forward layers."""
     router: float = 0.0
-    """Router scores of all tokens."""
+    """Router scores of all tokens, and a user's own selection."""
     predictor: float = 0.0
-    """The causal predictor."""
+    """The causal rule: the predictor, or a user's own."""
     head: float = 0.0
     """Logits."""
     mixing: float = 0.0
@@ -70,10 +70,8 @@ def forward_flops(model: ModelConfig, routing: RoutingConfig, tokens: int, parts
     for name in block_names(routing):
         if name == "routed":
             group += _block_flops(model, parts, capacity_of(routing, tokens))
-            group += Flops(router=_router_flops(model, parts, tokens))
-            if routing.selection == "learned" and routing.causal_rule == "predictor":
-                P = routing.predictor_width
-                group += Flops(predictor=2.0 * tokens * (D * P + P))
+            group += Flops(router=_router_flops(model, parts, tokens) + _selection_flops(routing, parts, tokens))
+            group += Flops(predictor=_rule_flops(model, routing, parts, tokens))
         else:
             group += full
     return group * group_count(model, routing) + Flops(head=2.0 * tokens * D * V)
@@ -85,9 +83,7 @@ def training_flops(model: ModelConfig, routing: RoutingConfig, tokens: int, part
     A backward pass costs twice the forward pass; the predictor's once, since its input is detached.
     """
     forward = forward_flops(model, routing, tokens, parts)
-    step = forward * 3
-    step = dataclasses.replace(step, predictor=2 * forward.predictor)
-    return step + _recomputed(model, routing, parts, forward)
+    return _forward_and_backward(forward, parts) + _recomputed(model, routing, parts, forward)
 
 
 def sampling_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> Flops:
@@ -123,7 +119,7 @@ def scoring_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> 
     )
     forward += _groups_flops(model, routing, parts, tokens, tokens, text_slots, text_slots)
     forward += Flops(head=2.0 * tokens * D * V)
-    step = dataclasses.replace(forward * 3, predictor=2 * forward.predictor)
+    step = _forward_and_backward(forward, parts)
     if model.dtype != "float32":  # two products' logits are mixed, see `mod_star.thinking.mixed_cross_entropy`
         step += Flops(head=2.0 * thoughts * n_true * D * V)
     return step + _recomputed(model, routing, parts, forward)
@@ -146,6 +142,12 @@ def training_step_flops(run: RunConfig, parts: Parts | None = None) -> float:
 def parameter_count(params: object) -> int:
     """Number of elements of a pytree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _forward_and_backward(forward: Flops, parts: Parts) -> Flops:
+    """Three forward passes, of the built-in predictor two: its input is detached. A user's own rule may not be."""
+    own = parts.causal_rule is not None
+    return dataclasses.replace(forward * 3, predictor=(3 if own else 2) * forward.predictor)
 
 
 def _recomputed(model: ModelConfig, routing: RoutingConfig, parts: Parts, forward: Flops) -> Flops:
@@ -174,9 +176,7 @@ def _groups_flops(
         if name == "routed":
             one = _block_flops(model, parts, 1, routed_keys)
             group += one * routed + Flops(router=_router_flops(model, parts, 1) * tokens)
-            if routing.causal_rule == "predictor":
-                P = routing.predictor_width
-                group += Flops(predictor=2.0 * tokens * (model.width * P + P))
+            group += Flops(predictor=_rule_flops(model, routing, parts, 1) * tokens)
         else:
             group += _block_flops(model, parts, 1, keys) * tokens
     return group * group_count(model, routing)
@@ -237,6 +237,33 @@ def _mixing_flops(model: ModelConfig, parts: Parts, rows: int) -> float:
     params = jax.eval_shape(lambda key: part.init(key, model), jax.random.key(0))
     hidden = jax.ShapeDtypeStruct((rows, D), model.dtype)
     return function_flops("mixing", part.apply, params, hidden, hidden)
+
+
+def _selection_flops(routing: RoutingConfig, parts: Parts, tokens: int) -> float:
+    """A user's own selection; the built-in ones compare and sort, which is left out."""
+    if parts.selection is None:
+        return 0.0
+    shape, dtypes = (tokens,), (jnp.float32, jnp.bool_, jnp.float32)
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes]
+
+    def select(scores: jax.Array, valid: jax.Array, noise: jax.Array) -> Any:
+        return parts.select(scores, valid, routing, lambda: noise)
+
+    return function_flops("parts.selection", select, *arrays)
+
+
+def _rule_flops(model: ModelConfig, routing: RoutingConfig, parts: Parts, tokens: int) -> float:
+    rule = parts.causal_rule_of(routing)
+    if rule.flops is not None:
+        return rule.flops(model, tokens, routing)
+    params = jax.eval_shape(lambda key: rule.init(key, model, routing), jax.random.key(0))
+    x = jax.ShapeDtypeStruct((tokens, model.width), model.dtype)
+    scores = jax.ShapeDtypeStruct((tokens,), jnp.float32)
+
+    def decide(params: Any, x: jax.Array, scores: jax.Array, noise: jax.Array) -> Any:
+        return rule.apply(params, x, scores, lambda: noise, routing, model.context)
+
+    return function_flops("parts.causal_rule", decide, params, x, scores, scores)
 
 
 def _part_flops(name: str, part: Part, model: ModelConfig, tokens: int) -> float:

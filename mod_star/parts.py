@@ -1,4 +1,4 @@
-"""Loads a user's own `Parts` (router, gate, feed-forward, block) from a Python file."""
+"""Loads a user's own `Parts` (router, gate, selection, feed-forward, block, ...) from a Python file."""
 
 from __future__ import annotations
 

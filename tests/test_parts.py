@@ -1,19 +1,25 @@
-"""A user's own router, feed-forward, gate and block, from a file outside the package."""
+"""A user's own router, feed-forward, gate, block and routing, from a file outside the package."""
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fork_server import succeed
 
-from mod_star.config import RunConfig
+from mod_star.config import RoutingConfig, RunConfig
 from mod_star.errors import InputError
 from mod_star.flops import forward_flops
 from mod_star.model import Decoder
-from mod_star.parts import DEFAULT_PARTS, load_parts
+from mod_star.model.routing import capacity_of, select_first, select_share
+from mod_star.parts import DEFAULT_PARTS, Part, Parts, load_parts
+from mod_star.training.objectives.next_token import forward
 from mod_star.training.state import TrainState
 from mod_star.training.step import make_train_step
 
@@ -127,3 +133,117 @@ def test_a_file_that_fails_is_one_clear_line(tmp_path: Path, source: str) -> Non
     with pytest.raises(InputError, match=r"broken\.py fails with \w+") as error:
         load_parts(f"{path}:parts")
     assert "\n" not in str(error.value)
+
+
+def documented(name: str) -> str:
+    """The Python block of docs/how-to/extend.md that is the file of this name."""
+    page = (Path(__file__).parents[1] / "docs/how-to/extend.md").read_text(encoding="utf-8")
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if block.startswith(f"# {name}"))
+    assert block.count("\n") <= 25
+    return str(block)
+
+
+@pytest.mark.parametrize("name", ["norm_router.py", "threshold.py"])
+def test_documented_routing_of_ones_own_trains_and_samples_by_the_command_line(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(documented(name))
+    tiny = ["--preset", "tiny", "--train.steps", "3", "--train.log-every", "1", "--model.context", "32", "--quiet"]
+    there = f"os.chdir({str(tmp_path)!r})"
+    succeed("train", "run", *tiny, "--parts", f"{name}:parts", before=there)
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [record["lm_loss"] for record in records if "lm_loss" in record]
+    assert len(losses) == 3 and np.all(np.isfinite(losses))
+    path.unlink()  # the run has its own copy
+    done = succeed("sample", "run", "--prompt", "A", "--new-tokens", "4", "--json", before=there)
+    assert len(json.loads(done.out)["routed_fraction"]) == 1
+
+
+def outputs_with(parts: Parts, run: RunConfig, batch: dict[str, jax.Array], mode: str) -> tuple[Decoder, Any, Any]:
+    decoder = Decoder(run.model, run.routing, parts)
+    params = decoder.init(jax.random.key(5), batch["tokens"][0])["params"]
+    return decoder, params, jax.vmap(lambda row: decoder.apply({"params": params}, row, mode=mode))(batch["tokens"])
+
+
+def of_file(name: str, tmp_path: Path) -> Parts:
+    path = tmp_path / name
+    path.write_text(documented(name))
+    return load_parts(f"{path}:parts")
+
+
+def test_the_norm_router_computes_the_tokens_with_the_largest_norms(
+    tiny_run: RunConfig, tiny_batch: dict[str, jax.Array], tmp_path: Path
+) -> None:
+    run = replace(tiny_run, routing=replace(tiny_run.routing, every=1))
+    _, params, output = outputs_with(of_file("norm_router.py", tmp_path), run, tiny_batch, "top_k")
+    x = np.asarray(params["embedding"], np.float64)[tiny_batch["tokens"]]
+    expected = np.sqrt(np.mean(x**2, -1))
+    np.testing.assert_allclose(output.trace.scores[:, 0], expected, rtol=1e-5)
+    capacity = capacity_of(run.routing, expected.shape[1])
+    for scores, selected in zip(np.asarray(output.trace.scores[:, 0]), output.trace.selected[:, 0], strict=True):
+        assert np.flatnonzero(selected).tolist() == sorted(np.argsort(-scores, kind="stable")[:capacity].tolist())
+
+
+def test_threshold_selection_equals_a_loop_and_decides_alike_without_the_future(
+    tiny_run: RunConfig, tiny_batch: dict[str, jax.Array], tmp_path: Path
+) -> None:
+    run = replace(tiny_run, routing=replace(tiny_run.routing, every=1, headroom=1.0))
+    parts = of_file("threshold.py", tmp_path)
+    decoder, params, output = outputs_with(parts, run, tiny_batch, "top_k")
+    assert "predictor" not in params["groups"]["routed"]
+    capacity, numbers = capacity_of(run.routing, tiny_batch["tokens"].shape[1]), set()
+    for scores, selected in zip(
+        output.trace.scores.reshape(-1, 24), output.trace.selected.reshape(-1, 24), strict=True
+    ):
+        chosen = [i for i, score in enumerate(np.asarray(scores).tolist()) if score > 0.1][:capacity]
+        assert np.flatnonzero(selected).tolist() == chosen
+        numbers.add(len(chosen))
+    assert max(numbers) > 0
+    causal: Any = jax.vmap(lambda row: decoder.apply({"params": params}, row, mode="causal"))(tiny_batch["tokens"])
+    np.testing.assert_array_equal(causal.trace.selected, output.trace.selected)
+    np.testing.assert_array_equal(causal.hidden, output.hidden)
+
+
+def test_a_causal_rule_of_ones_own_has_its_parameters_is_trained_by_ones_own_loss_and_counted(
+    tiny_run: RunConfig, tiny_batch: dict[str, jax.Array], random_state: Callable[..., TrainState]
+) -> None:
+    rule = Part(
+        lambda key, config, routing: {"weight": jax.random.normal(key, (config.width,))},
+        lambda params, x, scores, noise, routing, context: jax.lax.stop_gradient(x) @ params["weight"],
+    )
+
+    def squared(trace: Any, valid: jax.Array, target: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(valid[:, None], (trace.logits - target) ** 2, 0), (0, 2))
+
+    parts = replace(DEFAULT_PARTS, causal_rule=rule, auxiliary_loss=squared)
+    state = random_state(tiny_run, parts)
+    assert set(state.params["groups"]["routed"]["predictor"]) == {"weight"}
+    decoder = Decoder(tiny_run.model, tiny_run.routing, parts)
+    output: Any = forward(decoder, state.params, tiny_batch, None, "top_k")
+    _, metrics = jax.jit(make_train_step(decoder, tiny_run, 10))(state, tiny_batch)
+    valid = np.asarray(tiny_batch["segment_ids"] > 0)[:, None]
+    errors = (np.asarray(output.trace.logits, np.float64) - np.asarray(output.trace.selected)) ** 2
+    expected = np.sum(errors * valid) / (valid.sum() * errors.shape[1])
+    np.testing.assert_allclose(metrics["auxiliary_loss"], expected, rtol=1e-4)
+    counted = forward_flops(tiny_run.model, tiny_run.routing, 24, parts)
+    groups, D = errors.shape[1], tiny_run.model.width
+    assert counted.predictor == pytest.approx(groups * 2 * 24 * D, rel=0.1)
+
+
+def test_a_selection_with_another_number_of_slots_than_the_capacity_is_refused(
+    tiny_run: RunConfig, tiny_batch: dict[str, jax.Array]
+) -> None:
+    parts = replace(DEFAULT_PARTS, selection=lambda scores, valid, routing, noise: select_first(valid, 1))
+    capacity = capacity_of(tiny_run.routing, tiny_batch["tokens"].shape[1])
+    with pytest.raises(
+        InputError, match=rf"parts.selection = '1 slots': must have as many as the capacity, {capacity}"
+    ):
+        outputs_with(parts, tiny_run, tiny_batch, "top_k")
+
+
+def test_matrix_products_of_a_selection_are_counted(tiny_run: RunConfig) -> None:
+    def smoothed(scores: jax.Array, valid: jax.Array, routing: RoutingConfig, noise: Any) -> Any:
+        return select_share(jnp.ones((24, 24)) @ scores, valid, routing)
+
+    own = forward_flops(tiny_run.model, tiny_run.routing, 24, replace(DEFAULT_PARTS, selection=smoothed))
+    ours = forward_flops(tiny_run.model, tiny_run.routing, 24)
+    assert own.router - ours.router >= 2 * 24 * 24 and own.mlp == ours.mlp

@@ -23,7 +23,7 @@ from mod_star.decoding.step import NewTokens, decode_step
 from mod_star.decoding.think import LastTokens, Think, ThoughtRecord, empty_record, think_step
 from mod_star.model import Decoder
 from mod_star.model.layers import lookup
-from mod_star.model.routing import causal_slots
+from mod_star.model.routing import RoutingCall, Tokens, causal_slots
 from mod_star.model.transformer import apply_blocks, block_names, logits_of
 
 Data = Any
@@ -96,7 +96,8 @@ def prefill(
 
     def one(tokens_P: jax.Array, segment_ids_P: jax.Array) -> Any:
         x_PxD = lookup(params["embedding"], tokens_P).astype(decoder.config.dtype)
-        return apply_blocks(decoder, params, x_PxD, positions_P, segment_ids_P, slots=slots, key=routing_key)
+        tokens = Tokens(x_PxD, positions_P, segment_ids_P)
+        return apply_blocks(decoder, params, tokens, RoutingCall(slots=slots, key=routing_key))
 
     output = jax.vmap(one)(prompts.tokens_QxP, segment_ids_QxP)
     caches: list[Cache] = []

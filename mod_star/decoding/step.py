@@ -18,15 +18,9 @@ from mod_star.model import Decoder
 from mod_star.model.attention import KeyValues
 from mod_star.model.layers import lookup, rms_norm
 from mod_star.model.parts import DEFAULT_PARTS
-from mod_star.model.routing import routed_share
+from mod_star.model.routing import Tokens, causal_logit, routed_rows, routed_share, stochastic_noise
 from mod_star.model.rows import compute_if
-from mod_star.model.transformer import (
-    block_names,
-    causal_logit,
-    group_count,
-    routed_rows,
-    stochastic_noise,
-)
+from mod_star.model.transformer import block_names, group_count
 
 
 def unstack(decoder: Decoder, params: dict[str, Any]) -> dict[str, Any]:
@@ -156,8 +150,8 @@ def decode_step(
                 updated.append(cache.append(own, new.step))
             else:
                 scores_B = decoder.parts.score(block["router"], x_BxD)
-                noise_B = stochastic_noise(group_key, positions_B, routing)
-                wanted_B = causal_logit(block, x_BxD, scores_B, noise_B, routing, config.context) > 0
+                noise = stochastic_noise(group_key, positions_B)
+                wanted_B = causal_logit(decoder, block, x_BxD, scores_B, noise) > 0
                 wanted_B &= new.active_B
                 computed_B = wanted_B & (cache.count_B < cache.slots)
                 routed_row = functools.partial(_routed_row, decoder, block)
@@ -190,10 +184,8 @@ def _routed_row(
         block: Any, x_D: jax.Array, score: jax.Array, position: jax.Array, memory: tuple[KeyValues, ...]
     ) -> tuple[jax.Array, KeyValues]:
         one = jnp.ones(1, jnp.int32)
-        delta, _, own = routed_rows(
-            block, x_D[None], score[None], position[None], one, one > 0, memory,
-            decoder.config, decoder.routing, decoder.parts,
-        )  # fmt: skip
+        token = Tokens(x_D[None], position[None], one)
+        delta, _, own = routed_rows(decoder, block, token, score[None], one > 0, memory)
         return delta[0], own
 
     *token, own_text = values

@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mod_star.errors import InputError
-from mod_star.model.routing import causal_slots
-from mod_star.model.transformer import RoutingMode
+from mod_star.model.routing import RoutingMode, causal_slots
 from mod_star.runs.directory import LoadedRun
 from mod_star.tokenization.tokenizers import StreamDecoder, Tokenizer, begin
 

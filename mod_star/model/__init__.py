@@ -1,5 +1,6 @@
 """What the network computes, as pure functions of (params, arrays); knows nothing of files, devices or loops."""
 
-from mod_star.model.transformer import Decoder, Output, Trace
+from mod_star.model.routing import Trace
+from mod_star.model.transformer import Decoder, Output
 
 __all__ = ["Decoder", "Output", "Trace"]

@@ -13,12 +13,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mod_star.config import RoutingConfig
+from mod_star.config import ModelConfig, RoutingConfig
+from mod_star.errors import require
 from mod_star.model.attention import KeyValues
 from mod_star.model.blocks import block, block_init
 from mod_star.model.layers import swiglu, swiglu_init
+from mod_star.model.moves import Selection
 from mod_star.model.precision import highest_products, products_of
-from mod_star.model.routing import GATES, linear_router, linear_router_init
+from mod_star.model.routing import (
+    GATES,
+    Noise,
+    capacity_of,
+    expert_choice,
+    linear_router,
+    linear_router_init,
+    no_flops,
+    no_parameters,
+    predictor_flops,
+    predictor_init,
+    predictor_rule,
+    router_rule,
+    rule_cross_entropy,
+    stochastic_choice,
+    stochastic_noise,
+    stochastic_rule,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +52,20 @@ class Part:
     flops: Callable[..., float] | None = None
     """(ModelConfig, tokens) -> operations of `apply`, two per multiply-add; a block's gets as third argument how many
     keys each token attends to. None: counted. Needed where that can't be (an unknown number of iterations)."""
+
+
+SELECTIONS = {"learned": expert_choice, "stochastic": stochastic_choice}
+"""How tokens are selected in top_k mode, by `RoutingConfig.selection`."""
+_STOCHASTIC_RULE = Part(no_parameters, stochastic_rule, no_flops)
+CAUSAL_RULES = {
+    ("learned", "predictor"): Part(predictor_init, predictor_rule, predictor_flops),
+    ("learned", "router"): Part(no_parameters, router_rule, no_flops),
+    ("stochastic", "predictor"): _STOCHASTIC_RULE,
+    ("stochastic", "router"): _STOCHASTIC_RULE,
+}
+"""What decides without the future, by `RoutingConfig.selection` and `RoutingConfig.causal_rule`."""
+AUXILIARY_LOSSES = {"learned": rule_cross_entropy, "stochastic": None}
+"""What trains the causal rule, by `RoutingConfig.selection`; None: it has nothing to learn."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +98,17 @@ class Parts:
     """apply(params, x_NxD) -> NxD, token by token, in x's type."""
     block: Part = Part(block_init, block)
     """apply as `mod_star.model.blocks.block`: (params, x, positions, segment_ids, valid, memory, config, parts)."""
+    selection: Callable[..., Selection] | None = None
+    """(scores_S, valid_S, RoutingConfig, noise) -> `Selection` of `capacity_of(RoutingConfig, S)` slots: the tokens
+    that a routed block computes in top_k mode. `noise()`: float32 S. None: what `RoutingConfig.selection` names."""
+    causal_rule: Part | None = None
+    """What decides without the future. init(key, ModelConfig, RoutingConfig) -> pytree; apply(params, x_SxD, scores_S,
+    noise, RoutingConfig, context) -> logits_S, float32, positive for tokens to compute. Logit i must depend on token i
+    alone. flops gets the `RoutingConfig` as third argument. None: what `RoutingConfig.causal_rule` names."""
+    auxiliary_loss: Callable[..., jax.Array] | None = None
+    """(Trace of [B, groups, S] arrays, valid_BxS, target [B, groups, S]) -> float32 [groups], summed over the valid
+    tokens. Its mean, times `RoutingConfig.auxiliary_weight`, is added to the loss. None: binary cross-entropy of the
+    causal rule against `target`, the tokens that top_k mode selects; nothing for stochastic routing."""
     objective: Callable[..., Any] | None = None
     """(Decoder, RunConfig) -> `mod_star.training.objectives.Objective`: what is minimised and measured. None: what
     `train.objective` names; that field decides in any case whether there are parameters of thinking."""
@@ -90,6 +134,51 @@ class Parts:
         with highest_products():
             scores_S: jax.Array = self.router.apply(params, x_SxD)
         return scores_S.astype(jnp.float32)
+
+    def select(
+        self, scores_S: jax.Array, valid_S: jax.Array, routing: RoutingConfig, noise: Noise | None = None
+    ) -> Selection:
+        """The tokens that a routed block computes in top_k mode.
+
+        Args:
+          scores_S: float32 router scores.
+          valid_S: bool; False for padding.
+          routing: names the selection, and gives its capacity.
+          noise: of the tokens' positions; None where there is none to draw.
+
+        Raises:
+          InputError: a user's selection has another number of slots than the capacity, which budgets count with.
+        """
+        S = scores_S.shape[0]
+        noise = stochastic_noise(None, jnp.arange(S, dtype=jnp.int32)) if noise is None else noise
+        select = SELECTIONS[routing.selection] if self.selection is None else self.selection
+        selection = select(scores_S, valid_S, routing, noise)
+        slots, C = selection.indices_C.shape[0], capacity_of(routing, S)
+        require(slots == C, "parts.selection", f"{slots} slots", f"must have as many as the capacity, {C}")
+        return selection
+
+    def causal_rule_of(self, routing: RoutingConfig) -> Part:
+        """The causal rule in force."""
+        return CAUSAL_RULES[routing.selection, routing.causal_rule] if self.causal_rule is None else self.causal_rule
+
+    def decide(
+        self,
+        params: Any,
+        x_SxD: jax.Array,
+        scores_S: jax.Array,
+        noise: Noise,
+        routing: RoutingConfig,
+        config: ModelConfig,
+    ) -> jax.Array:
+        """The causal rule's float32 logits S; `params` are its own, {} for a rule without any."""
+        with highest_products():
+            rule = self.causal_rule_of(routing)
+            logits_S: jax.Array = rule.apply(params, x_SxD, scores_S, noise, routing, config.context)
+        return logits_S.astype(jnp.float32)
+
+    def auxiliary_loss_of(self, routing: RoutingConfig) -> Callable[..., jax.Array] | None:
+        """The loss in force that trains the causal rule; None: there is none."""
+        return AUXILIARY_LOSSES[routing.selection] if self.auxiliary_loss is None else self.auxiliary_loss
 
     def compute_block(self, params: Any, x_NxD: jax.Array, *arrays: Any) -> tuple[jax.Array, KeyValues]:
         """The block's delta NxD and keys/values.

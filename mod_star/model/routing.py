@@ -1,27 +1,85 @@
-"""Mixture-of-Depths routing for one sequence: who is computed, how their rows get in and out (arXiv 2404.02258).
+"""Mixture-of-Depths routing for one sequence: score, select, decide causally, gate and combine (arXiv 2404.02258).
 
-Selected indices are unique and sorted, so the inverse of "token of slot c" is "slot of token i", and moving rows in
-either direction is a gather. `dispatch` and `combine` are each other's transposes and say so to autodiff: no scatter
-appears in the forward or the backward pass (a scatter-add made the training step as slow as the dense one).
+`routed_block` is the method. What it decides with are functions that `mod_star.model.parts.Parts` replaces: the router,
+the selection, the causal rule, the gate, the block and the loss that trains the rule. The built-in ones are below.
 
 C is the number of slots of a routed block, S the tokens of the sequence.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+import optax
 from flax import struct
 
 from mod_star import random_streams
 from mod_star.config import ModelConfig, RoutingConfig
+from mod_star.errors import InputError
+from mod_star.model.attention import KeyValues
 from mod_star.model.layers import Params, fan_in_normal
 from mod_star.model.linear import linear
+from mod_star.model.moves import Selection, combine, dispatch, dispatch_ids
 from mod_star.model.precision import HIGHEST
+from mod_star.model.rows import compute_if
+
+if TYPE_CHECKING:
+    from mod_star.model.transformer import Decoder
+
+RoutingMode = Literal["top_k", "causal"]
+Noise = Callable[[], jax.Array]
+"""Draws the float32 noise S that stochastic routing decides by, once however often it is called."""
+
+
+@struct.dataclass
+class Tokens:
+    """N tokens of a sequence, given as embeddings."""
+
+    x_NxD: jax.Array
+    """The stream, in the compute type."""
+    positions_N: jax.Array
+    """int32 positions in the document."""
+    segment_ids_N: jax.Array
+    """int32 document ids, 0 for padding."""
+
+
+@struct.dataclass
+class RoutingCall:
+    """How routed blocks decide in one pass over tokens."""
+
+    mode: RoutingMode = struct.field(pytree_node=False, default="causal")
+    """As for `Decoder`."""
+    slots: int | None = struct.field(pytree_node=False, default=None)
+    """The most tokens that a block may compute under the causal rule. None: as many as for the model's context."""
+    key: jax.Array | None = None
+    """Of the noise; needed by stochastic routing only."""
+    taken: Any = None
+    """int32 slots that earlier tokens have taken: an array [groups] or a tuple; of one block a scalar. None: none."""
+    decided: jax.Array | None = None
+    """int8 [groups, N], of one block [N]: decisions to repeat. 1: computed, 0: passed by, -1: the rule decides."""
+
+
+@struct.dataclass
+class Trace:
+    """What the routed blocks decided; each array is [groups, S]."""
+
+    scores: jax.Array
+    """float32 router scores r."""
+    selected: jax.Array
+    """bool; the tokens that were computed."""
+    gates: jax.Array
+    """float32 gate of the selected tokens, 0 elsewhere."""
+    logits: jax.Array
+    """float32 logit of the causal rule: positive means "compute this token"."""
+    overflow: jax.Array
+    """bool; tokens that the causal rule wanted but no slot was left for."""
 
 
 def capacity_of(routing: RoutingConfig, tokens: int) -> int:
@@ -48,20 +106,6 @@ def routed_share(routing: RoutingConfig, tokens: int) -> float:
 def causal_slots(routing: RoutingConfig, tokens: int) -> int:
     """Slots of a routed block under the causal rule, which decides one by one and may exceed C: headroom times C."""
     return min(tokens, math.ceil(routing.headroom * capacity_of(routing, tokens)))
-
-
-@struct.dataclass
-class Selection:
-    """Which tokens a routed block computes, as a one-to-one map between C slots and S tokens."""
-
-    indices_C: jax.Array
-    """int32 token of each slot, ascending; meaningless where the slot is not filled."""
-    filled_C: jax.Array
-    """bool; False for slots left over when fewer than C tokens are selected."""
-    mask_S: jax.Array
-    """bool; True for the tokens that have a slot."""
-    slot_S: jax.Array
-    """int32 slot of each token, in [0, C); meaningless where the mask is False."""
 
 
 def select_share(scores_S: jax.Array, valid_S: jax.Array, routing: RoutingConfig) -> Selection:
@@ -112,33 +156,6 @@ def select_first(wanted_S: jax.Array, slots: int) -> Selection:
     return Selection(indices_C, filled_C, mask_S, jnp.clip(count_S - 1, 0, slots - 1))
 
 
-def _rows(x: jax.Array, indices: jax.Array, keep: jax.Array) -> jax.Array:
-    rows = jnp.take(x, indices, axis=0, mode="clip")
-    return jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), rows, 0)
-
-
-@jax.custom_vjp
-def dispatch(x_SxD: jax.Array, selection: Selection) -> jax.Array:
-    """Rows of the selected tokens, CxD (or C from S); zeros in empty slots."""
-    return _rows(x_SxD, selection.indices_C, selection.filled_C)
-
-
-@jax.custom_vjp
-def combine(y_CxD: jax.Array, selection: Selection) -> jax.Array:
-    """Puts the slots' rows back at their tokens, SxD; zeros at the tokens that pass by."""
-    return _rows(y_CxD, selection.slot_S, selection.mask_S)
-
-
-dispatch.defvjp(
-    lambda x, selection: (dispatch(x, selection), selection),
-    lambda selection, grad: (combine(grad, selection), None),
-)
-combine.defvjp(
-    lambda y, selection: (combine(y, selection), selection),
-    lambda selection, grad: (dispatch(grad, selection), None),
-)
-
-
 def linear_router_init(key: jax.Array, config: ModelConfig) -> Params:
     """Parameters of `linear_router`: one weight per width."""
     return {"weight": fan_in_normal(key, (config.width,), config.width)}
@@ -176,6 +193,13 @@ def predict(params: Params, x_SxD: jax.Array) -> jax.Array:
     return jnp.matmul(hidden, params["output"], precision=HIGHEST) + params["shift"]
 
 
+def noise_threshold(routing: RoutingConfig, tokens: int) -> jax.Array:
+    """What noise must exceed for a token to be routed with probability C/S: stochastic routing's causal rule."""
+    share = routed_share(routing, tokens)
+    # Finite at C = S too: an infinite logit would make the routing entropy NaN.
+    return jnp.maximum(-jax.scipy.special.ndtri(jnp.float32(share)), -1e9)
+
+
 def position_noise(key: jax.Array, positions_S: jax.Array) -> jax.Array:
     """Standard normal float32 per position, the same for a position however the sequence is cut up.
 
@@ -189,8 +213,162 @@ def position_noise(key: jax.Array, positions_S: jax.Array) -> jax.Array:
     return jax.vmap(noise)(positions_S)
 
 
-def noise_threshold(routing: RoutingConfig, tokens: int) -> jax.Array:
-    """What noise must exceed for a token to be routed with probability C/S: stochastic routing's causal rule."""
-    share = routed_share(routing, tokens)
-    # Finite at C = S too: an infinite logit would make the routing entropy NaN.
-    return jnp.maximum(-jax.scipy.special.ndtri(jnp.float32(share)), -1e9)
+def stochastic_noise(key: jax.Array | None, positions_S: jax.Array) -> Noise:
+    """The noise of these positions, drawn when something asks for it.
+
+    Raises:
+      InputError: when drawn, without a key.
+    """
+
+    def draw() -> jax.Array:
+        if key is None:
+            raise InputError("routing.selection = 'stochastic': needs a key")
+        return position_noise(key, positions_S)
+
+    return functools.cache(draw)
+
+
+def expert_choice(scores_S: jax.Array, valid_S: jax.Array, routing: RoutingConfig, noise: Noise) -> Selection:
+    """The tokens with the highest router scores (section 3.2)."""
+    del noise
+    return select_share(scores_S, valid_S, routing)
+
+
+def stochastic_choice(scores_S: jax.Array, valid_S: jax.Array, routing: RoutingConfig, noise: Noise) -> Selection:
+    """The tokens with the highest noise, the paper's control (section 4.1)."""
+    del scores_S
+    return select_share(noise(), valid_S, routing)
+
+
+def predictor_rule(
+    params: Params, x_SxD: jax.Array, scores_S: jax.Array, noise: Noise, routing: RoutingConfig, context: int
+) -> jax.Array:
+    """Causal rule: the auxiliary predictor's logit (section 3.5)."""
+    del scores_S, noise, routing, context
+    return predict(params, x_SxD)
+
+
+def predictor_flops(model: ModelConfig, tokens: int, routing: RoutingConfig) -> float:
+    """Operations of `predict` for `tokens` tokens."""
+    return 2.0 * tokens * (model.width * routing.predictor_width + routing.predictor_width)
+
+
+def router_rule(
+    params: Params, x_SxD: jax.Array, scores_S: jax.Array, noise: Noise, routing: RoutingConfig, context: int
+) -> jax.Array:
+    """Causal rule: the router's own score is the logit (section 3.5)."""
+    del params, x_SxD, noise, routing, context
+    return scores_S
+
+
+def stochastic_rule(
+    params: Params, x_SxD: jax.Array, scores_S: jax.Array, noise: Noise, routing: RoutingConfig, context: int
+) -> jax.Array:
+    """Causal rule of stochastic routing: noise above the threshold that the configured share of a context passes."""
+    del params, x_SxD, scores_S
+    return noise() - noise_threshold(routing, context)
+
+
+def no_parameters(key: jax.Array, config: ModelConfig, routing: RoutingConfig) -> Params:
+    """Parameters of a rule that has none."""
+    del key, config, routing
+    return {}
+
+
+def no_flops(model: ModelConfig, tokens: int, routing: RoutingConfig) -> float:
+    """Operations of a rule without matrix products."""
+    del model, tokens, routing
+    return 0.0
+
+
+def rule_cross_entropy(trace: Trace, valid_BxS: jax.Array, target: jax.Array) -> jax.Array:
+    """Binary cross-entropy of the causal rule, in nats, summed over the valid tokens: float32 [groups] (section 3.5).
+
+    Args:
+      trace: of a batch, [B, groups, S] arrays; the gradient reaches the logits only.
+      valid_BxS: bool; False for padding.
+      target: bool [B, groups, S], the tokens that top-k routing selects.
+    """
+    loss = optax.sigmoid_binary_cross_entropy(trace.logits, target.astype(jnp.float32))
+    return jnp.sum(jnp.where(valid_BxS[:, None], loss, 0), (0, 2), dtype=jnp.float32)
+
+
+def causal_logit(
+    decoder: Decoder, params: dict[str, Any], x_SxD: jax.Array, scores_S: jax.Array, noise: Noise
+) -> jax.Array:
+    """Float32 logit of the causal rule for each token, from that token alone: positive means "compute it".
+
+    Args:
+      decoder: names the rule.
+      params: the routed block's.
+      x_SxD: the stream before the block.
+      scores_S: router scores.
+      noise: of the tokens' positions, see `stochastic_noise`.
+    """
+    return decoder.parts.decide(params.get("predictor", {}), x_SxD, scores_S, noise, decoder.routing, decoder.config)
+
+
+def routed_block(
+    decoder: Decoder,
+    params: dict[str, Any],
+    tokens: Tokens,
+    call: RoutingCall,
+    memory: tuple[KeyValues, ...] = (),
+) -> tuple[jax.Array, KeyValues, Trace]:
+    """The gated delta of a routed block, SxD, zero where tokens pass by; also its keys/values and its decisions.
+
+    Args:
+      decoder: sizes and parts.
+      params: the block's.
+      tokens: the stream before the block.
+      call: how to decide; `taken` and `decided` are this block's.
+      memory: keys/values that the tokens attend to besides their own.
+    """
+    config, routing, parts = decoder.config, decoder.routing, decoder.parts
+    x_SxD, S = tokens.x_NxD, tokens.x_NxD.shape[0]
+    valid_S = tokens.segment_ids_N > 0
+    scores_S = parts.score(params["router"], x_SxD)
+    noise = stochastic_noise(call.key, jnp.arange(S, dtype=jnp.int32))
+    logits_S = causal_logit(decoder, params, x_SxD, scores_S, noise)
+    if call.mode == "top_k":
+        selection = parts.select(scores_S, valid_S, routing, noise)
+        overflow_S = jnp.zeros(S, bool)
+    else:
+        slots = causal_slots(routing, config.context) if call.slots is None else call.slots
+        rule_S = (logits_S > 0) & valid_S
+        wanted_S = rule_S if call.decided is None else jnp.where(call.decided < 0, rule_S, call.decided > 0)
+        room = slots if call.taken is None else slots - call.taken
+        selection = select_first(wanted_S & (jnp.cumsum(wanted_S, dtype=jnp.int32) <= room), min(S, slots))
+        overflow_S = rule_S & ~selection.mask_S  # also where a repeated decision was that no slot was left
+
+    rows = functools.partial(routed_rows, decoder)
+    x_CxD, scores_C = dispatch(x_SxD, selection), dispatch(scores_S, selection)
+    positions_C = dispatch_ids(tokens.positions_N, selection)
+    selected = Tokens(x_CxD, positions_C, dispatch_ids(tokens.segment_ids_N, selection))
+    arrays = (params, selected, scores_C, selection.filled_C, memory)
+    if memory and S == 1:
+        share = routed_share(routing, config.context)
+        gated_CxD, gates_C, own = compute_if(selection.filled_C[0], rows, arrays, share)
+    else:
+        gated_CxD, gates_C, own = rows(*arrays)
+    trace = Trace(scores_S, selection.mask_S, combine(gates_C, selection), logits_S, overflow_S)
+    return combine(gated_CxD, selection), own, trace
+
+
+def routed_rows(
+    decoder: Decoder,
+    params: dict[str, Any],
+    tokens: Tokens,
+    scores_C: jax.Array,
+    filled_C: jax.Array,
+    memory: tuple[KeyValues, ...],
+) -> tuple[jax.Array, jax.Array, KeyValues]:
+    """g(r)·f(x) of the rows that a routed block computes (section 3.3 of the paper).
+
+    Returns:
+      The gated delta CxD in x's type, the float32 gates C, and the rows' keys/values.
+    """
+    arrays = (tokens.x_NxD, tokens.positions_N, tokens.segment_ids_N, filled_C, memory)
+    delta_CxD, own = decoder.parts.compute_block(params["block"], *arrays, decoder.config)
+    gates_C = decoder.parts.gate_of(decoder.routing)(scores_C)
+    return (delta_CxD * gates_C[:, None]).astype(tokens.x_NxD.dtype), gates_C, own

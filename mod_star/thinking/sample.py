@@ -17,7 +17,7 @@ from mod_star.config import RoutingConfig, ThinkingConfig
 from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.model.attention import KeyValues
-from mod_star.model.routing import causal_slots
+from mod_star.model.routing import RoutingCall, Tokens, causal_slots
 from mod_star.model.transformer import apply_blocks, logits_of
 from mod_star.network_config import require_thinkable
 from mod_star.thinking.thought import Thought, draw_step, embed_tokens, log_prob_of
@@ -114,10 +114,9 @@ def sample_thought(
 
     def step(x_D: jax.Array, cache: Any, i: jax.Array) -> tuple[jax.Array, Any, Any]:
         """Runs one token, the i-th counting <start> as 0."""
-        output = apply_blocks(
-            decoder, params, x_D[None].astype(decoder.config.dtype), (position + 1 + i)[None], place.segment_id[None],
-            slots=slots, memory=_join(text, cache), taken=_taken(cache),
-        )  # fmt: skip
+        token = Tokens(x_D[None].astype(decoder.config.dtype), (position + 1 + i)[None], place.segment_id[None])
+        call = RoutingCall(slots=slots, taken=_taken(cache))
+        output = apply_blocks(decoder, params, token, call, memory=_join(text, cache))
         decided = None if output.trace is None else output.trace.selected[:, 0].astype(jnp.int8)
         return output.hidden[0], _append(cache, output.keys_values, i), decided
 

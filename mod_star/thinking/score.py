@@ -10,6 +10,7 @@ from flax import struct
 
 from mod_star.model import Trace
 from mod_star.model.layers import lookup
+from mod_star.model.routing import RoutingCall, Tokens
 from mod_star.model.transformer import apply_blocks
 from mod_star.thinking.sample import Place, ThinkingDecoder, text_before
 from mod_star.thinking.thought import Thought, embed_tokens
@@ -51,9 +52,10 @@ def score_thought(
     decided = None
     if thought.decided_GxT is not None:
         decided = jnp.pad(thought.decided_GxT, ((0, 0), (0, N - t)), constant_values=-1)
+    positions_N = place.position + 1 + jnp.arange(N, dtype=jnp.int32)
+    tokens = Tokens(x_NxD.astype(decoder.config.dtype), positions_N, jnp.full(N, place.segment_id))
+    call = RoutingCall(slots=thinker.thought_slots, decided=decided)
     output = apply_blocks(
-        decoder, params, x_NxD.astype(decoder.config.dtype), place.position + 1 + jnp.arange(N, dtype=jnp.int32),
-        jnp.full(N, place.segment_id), slots=thinker.thought_slots, memory=text_before(text, place.position),
-        decided=decided, keep_keys_values=False,
-    )  # fmt: skip
+        decoder, params, tokens, call, memory=text_before(text, place.position), keep_keys_values=False
+    )
     return Scored(output.hidden[:t], output.hidden[t + 1 :], output.trace)

@@ -17,8 +17,7 @@ from mod_star.cli import main
 from mod_star.errors import InputError
 from mod_star.inspection.routes import routes_of, token_pieces
 from mod_star.model import Decoder
-from mod_star.model.routing import causal_slots
-from mod_star.model.transformer import RoutingMode
+from mod_star.model.routing import RoutingMode, causal_slots
 from mod_star.runs.directory import LoadedRun, load_run
 from mod_star.tokenization import ByteTokenizer, train_bpe
 

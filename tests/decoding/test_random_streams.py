@@ -14,7 +14,8 @@ from mod_star import random_streams
 from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.decoding import GenerationConfig
 from mod_star.model.parts import DEFAULT_PARTS, Part, Parts
-from mod_star.model.transformer import group_init, stochastic_noise
+from mod_star.model.routing import stochastic_noise
+from mod_star.model.transformer import group_init
 
 POSITIONS = 400
 
@@ -38,7 +39,7 @@ def test_stochastic_routing_and_draws_of_tokens_are_independent(given: int | Non
     uniform = jax.jit(
         lambda key: jax.vmap(lambda step: jax.random.uniform(jax.random.fold_in(key, step), (), jnp.float32))(steps)
     )
-    noise = jax.jit(lambda key: stochastic_noise(key, steps, model.routing))
+    noise = jax.jit(lambda key: stochastic_noise(key, steps)())
     assert generator.routing_key is not None
     by_block = [noise(jax.random.fold_in(generator.routing_key, block)) for block in range(4)]
     thoughts = jax.random.fold_in(state.keys_B[0], random_streams.THOUGHTS)

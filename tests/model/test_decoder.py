@@ -16,8 +16,16 @@ from mod_star.errors import InputError
 from mod_star.model import Decoder, Output
 from mod_star.model.cross_entropy import cross_entropy
 from mod_star.model.parts import Part, Parts
-from mod_star.model.routing import capacity_of, causal_slots, noise_threshold, position_noise
-from mod_star.model.transformer import group_count, head_matrix, routed_block
+from mod_star.model.routing import (
+    RoutingCall,
+    Tokens,
+    capacity_of,
+    causal_slots,
+    noise_threshold,
+    position_noise,
+    routed_block,
+)
+from mod_star.model.transformer import group_count, head_matrix
 
 Batch = dict[str, jax.Array]
 RandomParams = Callable[..., Any]
@@ -150,7 +158,9 @@ def test_skipped_tokens_pass_a_routed_block_unchanged_to_the_bit(
         output: Any = decoder.apply({"params": params}, tokens, None, segment_ids, mode=mode)
         before: Any = decoder.apply({"params": params}, tokens, method="embed")
         own = jax.tree.map(lambda a: a[0], params["groups"]["routed"])
-        delta, _, trace = routed_block(decoder, own, before, jnp.arange(24), segment_ids, mode=mode, slots=9)
+        delta, _, trace = routed_block(
+            decoder, own, Tokens(before, jnp.arange(24), segment_ids), RoutingCall(mode, slots=9)
+        )
         return before, before + delta, trace.selected, output.trace.selected[0]
 
     before, after, selected, selected_inside = jax.jit(jax.vmap(one))(tiny_batch["tokens"], tiny_batch["segment_ids"])

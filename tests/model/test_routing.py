@@ -11,13 +11,11 @@ from jax.test_util import check_grads
 from numpy_decoder import first_tokens, top_tokens
 
 from mod_star.config import RoutingConfig
+from mod_star.model.moves import Selection, combine, dispatch
 from mod_star.model.routing import (
-    Selection,
     capacities,
     capacity_of,
     causal_slots,
-    combine,
-    dispatch,
     linear_router,
     noise_threshold,
     position_noise,

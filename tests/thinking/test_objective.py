@@ -15,6 +15,7 @@ from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfi
 from mod_star.model import Decoder, Output
 from mod_star.model.cross_entropy import cross_entropy_by_token
 from mod_star.model.parts import DEFAULT_PARTS
+from mod_star.model.routing import RoutingCall, Tokens
 from mod_star.model.transformer import apply_blocks, head_matrix
 from mod_star.thinking.mixing import mix, mixing_init, mixing_weight
 from mod_star.thinking.objective import (
@@ -84,10 +85,9 @@ def naive_loss(thinker: Thinker, params: Any, thoughts: Thought) -> jax.Array:
 
     def hidden(x: jax.Array) -> jax.Array:
         count = len(x)
-        return apply_blocks(
-            thinker.decoder, params, x, jnp.arange(count), jnp.ones(count, jnp.int32), slots=count,
-            keep_keys_values=False,
-        ).hidden  # fmt: skip
+        tokens = Tokens(x, jnp.arange(count), jnp.ones(count, jnp.int32))
+        call = RoutingCall(slots=count)
+        return apply_blocks(thinker.decoder, params, tokens, call, keep_keys_values=False).hidden
 
     def mixing(base: jax.Array, thought: jax.Array) -> jax.Array:
         p = own["mixing"]

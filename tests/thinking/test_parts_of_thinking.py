@@ -21,6 +21,7 @@ from mod_star.errors import InputError
 from mod_star.flops import scoring_flops
 from mod_star.initial_params import initial_params
 from mod_star.model.parts import Part, Parts, ThoughtInput
+from mod_star.model.routing import Tokens
 from mod_star.model.transformer import apply_blocks, head_matrix
 from mod_star.thinking.objective import Places, Talk, predicted
 from mod_star.thinking.rewards import above_mean
@@ -86,7 +87,8 @@ def test_a_continuous_thought_equals_the_naive_loop_and_has_nothing_to_reinforce
     def last_hidden(x: list[Any]) -> Any:
         N = len(x)
         ones = jnp.ones(N, jnp.int32)
-        return apply_blocks(thinker.decoder, params, jnp.stack(x), jnp.arange(N), ones, keep_keys_values=False).hidden
+        tokens = Tokens(jnp.stack(x), jnp.arange(N), ones)
+        return apply_blocks(thinker.decoder, params, tokens, keep_keys_values=False).hidden
 
     for step in range(3):
         hidden = last_hidden(x)[-1]

@@ -16,6 +16,7 @@ import pytest
 from thinking_models import Batch, Thinker, thinking_params
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig
+from mod_star.model.routing import Tokens
 from mod_star.model.transformer import apply_blocks, head_matrix
 from mod_star.thinking.objective import Places, predicted, sample_thoughts, talk_loss
 from mod_star.thinking.sample import ThinkingDecoder
@@ -46,7 +47,9 @@ def thought_log_p(thinker: Thinker, params: Any, tokens_S: jax.Array) -> jax.Arr
     for index in INDICES:
         x = jnp.concatenate([params["embedding"][tokens_S[: index + 1]], params["thinking"]["start"][None]])
         N = index + 2
-        output = apply_blocks(thinker.decoder, params, x, jnp.arange(N), jnp.ones(N, jnp.int32), keep_keys_values=False)
+        output = apply_blocks(
+            thinker.decoder, params, Tokens(x, jnp.arange(N), jnp.ones(N, jnp.int32)), keep_keys_values=False
+        )
         rows.append(jax.nn.log_softmax(output.hidden[-1] @ head_matrix(params).T))
     return jnp.stack(rows)
 

@@ -136,13 +136,13 @@ def test_a_thought_has_as_many_slots_in_evaluation_and_generation_as_in_training
         "scoring": lambda: scoring.score(loaded.model, pairs, scoring.ScoringConfig(Think("always"))),
     }
     for door, through in list(doors.items())[: 6 if slots == 3 else 2]:
-        slots_used: set[int] = set()
+        slots_used: set[int | None] = set()
 
-        def counting(*args: Any, slots: int, slots_used: set[int] = slots_used, **options: Any) -> Any:
-            slots_used.add(slots)
+        def counting(*args: Any, slots_used: set[int | None] = slots_used, **options: Any) -> Any:
+            slots_used.add(args[3].slots)
             if door in ("generation", "thoughts", "scoring"):  # traced is enough  # noqa: B023
                 raise InterruptedError
-            return transformer.apply_blocks(*args, slots=slots, **options)
+            return transformer.apply_blocks(*args, **options)
 
         for module in (sample, score_module):
             monkeypatch.setattr(module, "apply_blocks", counting)

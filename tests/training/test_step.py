@@ -13,7 +13,8 @@ from conftest import AS_SHIPPED
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig
 from mod_star.model import Decoder, Output
-from mod_star.model.transformer import RoutingMode, head_matrix
+from mod_star.model.routing import RoutingMode
+from mod_star.model.transformer import head_matrix
 from mod_star.training.objectives.next_token import forward, make_eval_step, summarise_eval
 from mod_star.training.state import TrainState, init_state
 from mod_star.training.step import make_train_step

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from mod_star.config import RoutingConfig, RunConfig
+from mod_star.config import RunConfig
 from mod_star.distributed.sharding import batch_vmap
 from mod_star.model import Decoder, Output, Trace
 from mod_star.model.cross_entropy import cross_entropy
-from mod_star.model.transformer import RoutingMode, head_matrix
+from mod_star.model.routing import RoutingMode
+from mod_star.model.transformer import head_matrix
 from mod_star.training.agreement import require_agreement
 from mod_star.training.objectives.objective import Batch, Metrics, Objective
 
@@ -41,12 +41,15 @@ def forward(
 
 
 def routing_sums(
-    trace: Trace, valid_BxS: jax.Array, routing: RoutingConfig, target: jax.Array | None = None
+    trace: Trace,
+    valid_BxS: jax.Array,
+    auxiliary_loss: Callable[..., jax.Array] | None,
+    target: jax.Array | None = None,
 ) -> Metrics:
     """Sums over the batch's valid tokens that routing's losses and metrics are ratios of; all float32.
 
-    trains_rule: binary cross-entropy of the causal rule against `target` (bool [B, groups, S]; what was selected if
-    None), summed over layers too, the gradient reaching the rule's logit only. Per layer [groups]: correct decisions,
+    trains_rule: `auxiliary_loss` (see `mod_star.Parts`; None: left out) against `target` (bool [B, groups, S]; what was
+    selected if None), summed over layers too. Per layer [groups]: correct decisions,
     routed (selected) tokens, entropy of the rule's probability in nats, first and second moment of the gates.
     """
     valid = valid_BxS[:, None]  # trace arrays are [B, groups, S]
@@ -63,9 +66,8 @@ def routing_sums(
         "squared_gates": per_layer(trace.gates**2 * selected),
         "overflow": per_layer(trace.overflow),
     }
-    if routing.selection == "learned":
-        loss = optax.sigmoid_binary_cross_entropy(trace.logits, target.astype(jnp.float32))
-        sums["trains_rule"] = jnp.sum(per_layer(loss))
+    if auxiliary_loss is not None:
+        sums["trains_rule"] = jnp.sum(auxiliary_loss(trace, valid_BxS, target))
     return sums
 
 
@@ -100,7 +102,7 @@ def make_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tuple[jax.Array
         )
         sums, total = {"nll": nll}, nll / targets
         if output.trace is not None:
-            sums |= routing_sums(output.trace, batch["segment_ids"] > 0, routing)
+            sums |= routing_sums(output.trace, batch["segment_ids"] > 0, decoder.parts.auxiliary_loss_of(routing))
             if "trains_rule" in sums:
                 layers = output.trace.selected.shape[1]
                 total += routing.auxiliary_weight * sums["trains_rule"] / (valid * layers)
@@ -142,7 +144,7 @@ def make_eval_step(decoder: Decoder, run: RunConfig) -> Callable[[dict[str, Any]
         )
         sums = {"nll": nll}
         if output.trace is not None:
-            sums |= routing_sums(output.trace, batch["segment_ids"] > 0, run.routing)
+            sums |= routing_sums(output.trace, batch["segment_ids"] > 0, decoder.parts.auxiliary_loss_of(run.routing))
         return sums
 
     def eval_step(params: dict[str, Any], batch: Batch, key: jax.Array) -> Metrics:

@@ -20,7 +20,7 @@ from mod_star import random_streams
 from mod_star.config import RunConfig, ThinkingConfig
 from mod_star.model import Decoder, Trace
 from mod_star.model.cross_entropy import cross_entropy_by_token, token_entropy
-from mod_star.model.routing import select_share, select_top
+from mod_star.model.routing import select_top
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.objective import (
     Places,
@@ -88,8 +88,9 @@ def make_quiet_star_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tupl
         total = thinking.base_weight * nll / targets + share * talk_total
         sums = {"nll": nll}
         if text.trace is not None:
-            target = top_k_selection(text.trace, batch, run)
-            sums |= routing_sums(text.trace, batch["segment_ids"] > 0, run.routing, target)
+            target = top_k_selection(decoder, text.trace, batch)
+            auxiliary_loss = decoder.parts.auxiliary_loss_of(run.routing)
+            sums |= routing_sums(text.trace, batch["segment_ids"] > 0, auxiliary_loss, target)
             layers = target.shape[1]
             total += run.routing.auxiliary_weight * sums["trains_rule"] / (valid * layers)
         sums |= thinking_sums(batch, places, thoughts, talk, base_nll_BxS, thinking)
@@ -113,9 +114,9 @@ def quiet_star(decoder: Decoder, run: RunConfig) -> Objective:
     )
 
 
-def top_k_selection(trace: Trace, batch: Batch, run: RunConfig) -> jax.Array:
+def top_k_selection(decoder: Decoder, trace: Trace, batch: Batch) -> jax.Array:
     """bool [B, groups, S]: the tokens that top-k routing would have selected of a stream that was routed causally."""
-    select = lambda scores, valid: select_share(scores, valid, run.routing).mask_S  # noqa: E731
+    select = lambda scores, valid: decoder.parts.select(scores, valid, decoder.routing).mask_S  # noqa: E731
     return jax.vmap(jax.vmap(select, (0, None)))(trace.scores, batch["segment_ids"] > 0)
 
 
@@ -224,8 +225,9 @@ def make_quiet_star_eval(decoder: Decoder, run: RunConfig) -> Callable[..., Metr
         chosen = jax.vmap(lambda s, e, m: select_top(s, e, J, m).mask_S)(rank_by, batch["weights"] > 0, most_B)
         sums["budgeted_nll"] = jnp.sum(jnp.where(chosen, talk_BxS, base_BxS) * batch["weights"])
         if text.trace is not None:
+            auxiliary_loss = decoder.parts.auxiliary_loss_of(run.routing)
             sums |= routing_sums(
-                text.trace, batch["segment_ids"] > 0, run.routing, top_k_selection(text.trace, batch, run)
+                text.trace, batch["segment_ids"] > 0, auxiliary_loss, top_k_selection(decoder, text.trace, batch)
             )  # fmt: skip
             sums["valid"] = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
         return sums
