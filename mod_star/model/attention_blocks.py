@@ -1,11 +1,11 @@
 """Attention on a CPU: blocks of queries against blocks of keys, whose scores never leave the cache.
 
-A block of scores is 128 x 128 for two heads, one per core of a small machine: XLA:CPU multiplies the heads of a batch on
-different threads. Memory grows with the number of tokens, not with its square. Blocks that no query can see are skipped:
-a block knows the first and last (document, position) in it, so that causal attention computes half the scores, and
-packed documents or a sliding window fewer still. Softmax is summed up block by block (Milakov and Gimelshein 2018; Dao
-et al. 2022); the gradient computes the scores again, with the keys' block outside: as k·q', so that two of the three
-products that follow need no transposed operand.
+A block of scores is 128 x 128 for two heads: XLA:CPU multiplies the heads of a batch on different threads. Memory grows
+with the number of tokens, not with its square. Blocks that no query can see are skipped: a block knows the first and the
+last (document, position) in it, so that causal attention computes half the scores, and packed documents or a sliding
+window fewer still. Softmax is summed up block by block (Milakov and Gimelshein 2018; Dao et al. 2022). The gradient
+computes the scores again, with the block of keys in the outer loop: as k·q', so that two of the three products that
+follow need no transposed operand.
 
 Axes: as in `attention_whole`; L key heads of all rows, P of them at a time, I blocks of queries, J blocks of keys.
 """
@@ -58,7 +58,7 @@ def is_large(queries: Queries, memory: Memory) -> bool:
 
 
 def forward(queries: Queries, memory: Memory, precision: Any) -> tuple[jax.Array, jax.Array]:
-    """As `attention_whole.forward`, of one memory; queries that see nothing get 0 and a log-sum-exp of about `HIDDEN`."""
+    """As `attention_whole.forward`, of one memory; a query that sees nothing gets 0 and a log-sum-exp near `HIDDEN`."""
     cut = _cut(queries, memory)
     product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 
@@ -127,9 +127,7 @@ def gradient(
     arrays = rows(log_sum[..., None])[..., 0], rows(delta[..., None])[..., 0], rows(grad.astype(dtype))
     of_queries, *of_memory = jax.lax.map(heads, (cut, *arrays))
     C, K, M, _ = memory.keys_CxKxMxE.shape
-    of_keys, of_values = (
-        jnp.swapaxes(leaf, 1, 2).reshape(C, K, -1, leaf.shape[-1])[:, :, :M] for leaf in of_memory
-    )
+    of_keys, of_values = (jnp.swapaxes(leaf, 1, 2).reshape(C, K, -1, leaf.shape[-1])[:, :, :M] for leaf in of_memory)
     return _joined(of_queries, queries, memory), of_keys, of_values
 
 
@@ -204,7 +202,11 @@ def _cut(queries: Queries, memory: Memory) -> _Blocks:
         padded = jnp.pad(leaf_CxKxMxE, ((0, 0), (0, 0), (0, -M % m), (0, 0)))
         return jnp.swapaxes(padded.reshape(-1, P, padded.shape[2] // m, m, padded.shape[3]), 1, 2)
 
-    ids, after, until = of_queries(queries.ids_BxN, -2), of_queries(queries.after_BxN, 0), of_queries(memory.until_BxN, 0)
+    ids, after, until = (
+        of_queries(queries.ids_BxN, -2),
+        of_queries(queries.after_BxN, 0),
+        of_queries(memory.until_BxN, 0),
+    )
     key_ids, positions = of_keys(memory.ids_CxM, -1), of_keys(memory.positions_CxM, 0)
     visible_CxIxJ = _visible(ids, after, until, key_ids, positions)
     visible = jnp.any(jnp.repeat(visible_CxIxJ, K, 0).reshape(-1, P, *visible_CxIxJ.shape[1:]), 1)
@@ -214,14 +216,12 @@ def _cut(queries: Queries, memory: Memory) -> _Blocks:
     )  # fmt: skip
 
 
-def _visible(
-    ids: jax.Array, after: jax.Array, until: jax.Array, key_ids: jax.Array, positions: jax.Array
-) -> jax.Array:
+def _visible(ids: jax.Array, after: jax.Array, until: jax.Array, key_ids: jax.Array, positions: jax.Array) -> jax.Array:
     """Bool CxIxJ: whether a query of block i may see a key of block j, judged by the ends of both.
 
-    Pairs (document, position) in the order of the alphabet: a key that is seen stands in the query's document, not after
-    its last position and after the first that is out of its window. So the block's first key doesn't come after the last
-    that any of the queries sees, and its last key not before the first.
+    Pairs (document, position) are compared by document first. A key that is seen stands in the query's document, not
+    after the last position that the query sees and not before the first. So the block's first key doesn't come after the
+    last pair that any query sees, and the block's last key doesn't come before the first.
     """
     last_query, first_query = _last(ids, until), _first(ids, after)
     first_key, last_key = _first(key_ids, positions), _last(key_ids, positions)

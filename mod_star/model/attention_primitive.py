@@ -1,16 +1,15 @@
 """Attention of queries to several memories as JAX primitives: what `vmap`, gradients and platforms make of it.
 
-Why primitives of our own. The network is written for one sequence and `vmap`ped; how attention is best computed depends
-on all axes together. Under a `vmap` over thoughts, which share the keys of their text, the rule here leaves the keys as
-they are, and says that so many rows share them. Under a `vmap` over sequences it makes further rows of both. The gradient
-is computed from the log-sum-exp, so that no scores are kept. Then each platform lowers the whole.
+Why primitives of our own: the network is written for one sequence and `vmap`ped, but how attention is best computed
+depends on all axes together. Under a `vmap` over thoughts, which share the keys of their text, the rule here leaves the
+keys as they are, and says that so many rows share them. Under a `vmap` over sequences it makes further rows of both. The
+gradient is computed from the log-sum-exp, so that no scores are kept. Then each platform lowers the whole.
 
     attention           queries, memories -> result, log-sum-exp
     attention_tangent   its derivative in the direction of tangents, in which it is linear
     attention_gradient  the transpose of that
 
-Operands are flat: the leaves of `Queries` and `Memory`s as `attention_whole` defines them, then what the primitive needs
-besides.
+Operands are flat: the leaves of `Queries` and `Memory`s as `attention_whole` defines them, then what else there is.
 """
 
 from __future__ import annotations
@@ -55,9 +54,7 @@ def attention(
       BxKxGxNxE in the queries' type, and the float32 log-sum-exp of their scores BxKxGxN.
     """
     operands = jax.tree.leaves((queries, list(memories)))
-    result, log_sum = attention_p.bind(
-        *operands, count=len(memories), precision=precision, partitioned=partitioned
-    )
+    result, log_sum = attention_p.bind(*operands, count=len(memories), precision=precision, partitioned=partitioned)
     return result, log_sum
 
 
@@ -128,8 +125,7 @@ def _transpose(cotangents: Arrays, *operands: Any, **params: Any) -> list[Any]:
     primals = operands[: OF_QUERIES + count * OF_MEMORY]
     gradients = gradient_p.bind(*primals, result, log_sum, *map(ad.instantiate_zeros, cotangents), **params)
     wanted = [
-        gradient if ad.is_undefined_primal(each) else None
-        for gradient, each in zip(gradients, tangents, strict=True)
+        gradient if ad.is_undefined_primal(each) else None for gradient, each in zip(gradients, tangents, strict=True)
     ]
     return [None] * (len(operands) - len(tangents)) + wanted
 
@@ -179,12 +175,20 @@ def _moved(operand: jax.Array, dim: int | None, size: int, to: int) -> jax.Array
     return jnp.broadcast_to(jnp.expand_dims(operand, to), (*operand.shape[:to], size, *operand.shape[to:]))
 
 
-# What each platform computes.
+# Costs, and what each platform computes.
 
 
-def _forward(
-    *operands: jax.Array, count: int, precision: Any, partitioned: bool, blocks: bool
-) -> list[jax.Array]:
+def attention_flops(primitive: Primitive, operands: Arrays, count: int) -> float:
+    """Operations of the products, two per multiply-add, as if every query saw every key (as `mod_star.flops` counts).
+
+    The gradient has five products where the result has two: the scores are computed again.
+    """
+    queries, memories, _ = _unpacked(operands, count)
+    pairs = float(queries.query_BxKxGxNxE.size) * sum(memory.ids_CxM.shape[1] for memory in memories)
+    return 2.0 * pairs * {attention_p: 2, gradient_p: 5, tangent_p: 6}[primitive]
+
+
+def _forward(*operands: jax.Array, count: int, precision: Any, partitioned: bool, blocks: bool) -> list[jax.Array]:
     queries, memories, _ = _unpacked(operands, count)
     large = [memory for memory in memories if blocks and not partitioned and attention_blocks.is_large(queries, memory)]
     if not large:
@@ -202,12 +206,12 @@ def _union(pieces: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, ja
     log_sums = jnp.stack([log_sum for _, log_sum in pieces])
     log_sum = jax.nn.logsumexp(log_sums, 0)
     shares = jnp.exp(log_sums - log_sum)[..., None]
-    return functools.reduce(jnp.add, [share * result for share, (result, _) in zip(shares, pieces, strict=True)]), log_sum
+    return functools.reduce(
+        jnp.add, [share * result for share, (result, _) in zip(shares, pieces, strict=True)]
+    ), log_sum
 
 
-def _gradient(
-    *operands: jax.Array, count: int, precision: Any, partitioned: bool, blocks: bool
-) -> list[jax.Array]:
+def _gradient(*operands: jax.Array, count: int, precision: Any, partitioned: bool, blocks: bool) -> list[jax.Array]:
     queries, memories, (result, log_sum, grad, log_sum_grad) = _unpacked(operands, count)
     delta = jnp.sum(result.astype(jnp.float32) * grad.astype(jnp.float32), -1) - log_sum_grad
     of_query, of_memories = jnp.float32(0), []
