@@ -20,15 +20,17 @@ extensions = [
     "sphinx_copybutton",
     "field_docstrings",
     "generated_reference",
+    "own_references",
 ]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["deflist", "colon_fence"]
 myst_heading_anchors = 3
 
+default_role = "code"  # of `names` in docstrings
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "undoc-members": False}
+autodoc_default_options = {"members": True, "undoc-members": False, "no-value": True}
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -40,6 +42,7 @@ nitpick_ignore_regex = [
 
 html_theme = "furo"
 html_title = f"mod_star {release}"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 html_show_sourcelink = False
 copybutton_prompt_text = "$ "

@@ -8,7 +8,16 @@ import importlib.metadata
 import os
 import re
 import shutil
+import sys
 import tempfile
+
+# Tests start dozens of interpreters. Where bytecode isn't to be written beside the sources, it is kept here: else each
+# of them would compile JAX and all the others anew, which takes as long again as importing them.
+if sys.dont_write_bytecode:
+    sys.pycache_prefix = os.path.join(os.path.dirname(__file__), os.pardir, ".pytest_cache", "bytecode")
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = os.path.abspath(sys.pycache_prefix)
+    sys.dont_write_bytecode = False
+    os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 
 # Programs are compiled once for all tests, those in subprocesses and in other workers of pytest-xdist included: workers
 # inherit the environment of the process that starts them.

@@ -21,6 +21,7 @@ class ExportOptions:
       mod-star export runs/fine models/fine --dtype bfloat16
 
     Mixture-of-Depths models, thinking models and models with parts of your own have no equal there and are refused.
+    README.md there is the model card: what the run's files say of the model, its training data and its evaluations.
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -54,7 +55,9 @@ def run(argv: Sequence[str]) -> None:
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("writing weights", total=count)
-        files = export_model(loaded, options.directory, options.dtype, progress=lambda done: bar.advance(task, done))
+        files = export_model(
+            loaded, options.directory, options.dtype, progress=lambda done: bar.advance(task, done), run=options.run
+        )
     rows = [(file.name, short_number(file.stat().st_size)) for file in files]
     console = Console(highlight=False)
     title = f"{family.architecture}, {short_number(count)} parameters in {options.dtype}, of step {loaded.step}"

@@ -2,9 +2,9 @@
 
 The network is written for one sequence and `vmap`ped. Left to itself, `vmap` turns x·W into a three-dimensional
 product, and the gradient of W into a contraction over two axes that XLA:CPU does by transposing activations first: the
-gradient of a feed-forward layer takes 1.6 times as long (experiments/bench_linear.py). `linear` is a JAX primitive with
-one rule of its own: a batch of inputs becomes more rows, however deep `vmap`s are nested. A primitive, because
-`custom_vmap` cannot be differentiated once no `vmap` is left around it.
+gradient of a feed-forward layer takes 1.6 times as long (experiments/benchmarks/linear.py). `linear` is a JAX
+primitive with one rule of its own: a batch of inputs becomes more rows, however deep `vmap`s are nested. A primitive,
+because `custom_vmap` cannot be differentiated once no `vmap` is left around it.
 
 The product itself is asked for in float32 and then rounded, which is what accelerators do inside, and what makes
 XLA:CPU use its 16-bit kernels at all.

@@ -23,6 +23,7 @@ from mod_star.pretrained.byte_tokenizer import byte_tokenizer_json
 from mod_star.pretrained.families import FAMILIES, family_of
 from mod_star.pretrained.hf_config import CONFIG_NAME, hf_config
 from mod_star.pretrained.hf_directory import TOKENIZER_NAME
+from mod_star.pretrained.model_card import CARD_NAME, model_card
 from mod_star.pretrained.safetensors_files import INDEX_NAME, SINGLE_NAME
 from mod_star.runs.directory import LoadedRun, place_beside, require_creatable
 
@@ -62,8 +63,9 @@ def export_model(
     dtype: ExportType = "float32",
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int], None] = lambda count: None,
+    run: Path | None = None,
 ) -> list[Path]:
-    """Writes the Hugging Face directory `path`, all of it or nothing.
+    """Writes the Hugging Face directory `path` with its model card, all of it or nothing.
 
     Args:
       loaded: a run's model.
@@ -71,6 +73,7 @@ def export_model(
       dtype: type of the weights in the files.
       shard_bytes: see `SHARD_BYTES`.
       progress: called with the number of elements written, after each tensor that is ready and each file.
+      run: the run's directory, for what the card says of evaluations; None: not known.
 
     Returns:
       The files, in `path`.
@@ -91,6 +94,8 @@ def export_model(
         tokens = {"bos_token_id": loaded.tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}
         _write_json(beside / "generation_config.json", tokens)
         _write_json(beside / CONFIG_NAME, hf_config(family, loaded.config.model) | tokens | {"torch_dtype": dtype})
+        card = model_card(loaded, family, path.resolve().name, dtype, run)
+        (beside / CARD_NAME).write_text(card, encoding="utf-8")
         os.rename(beside, path.resolve())
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else None

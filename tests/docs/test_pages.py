@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,19 @@ def test_the_readme_is_short_and_names_its_two_commands() -> None:
     assert len(lines) <= 150
     assert any("make demo" in line for line in lines)
     assert any("make test" in line for line in lines)
+
+
+def test_the_glossary_has_each_word_once_in_order() -> None:
+    text = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
+    words = re.findall(r"^(\S.*)\n  \S", text.partition(":::{glossary}\n")[2], re.MULTILINE)
+    assert len(words) >= 40
+    assert words == sorted(set(words), key=str.lower)
+
+
+def test_pictures_of_the_architecture_name_modules_that_exist() -> None:
+    draw = runpy.run_path(str(ROOT / "docs/images/draw.py"))
+    for name, (title, stages) in draw["PICTURES"].items():
+        stored = (ROOT / f"docs/images/{name}.svg").read_text(encoding="utf-8")
+        assert stored == draw["picture"](title, stages), "run python docs/images/draw.py"
+        for module in (module for stage in stages for module in stage.modules.split()):
+            assert (ROOT / "mod_star" / module).is_file(), f"{name}: {module}"

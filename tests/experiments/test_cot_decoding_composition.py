@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from experiments.composition_task import PERMUTATIONS
-from experiments.cot_decoding_composition import BRANCHES, accuracies, openings
-from experiments.worked_lines import (
+from experiments.cot_decoding_composition.run import BRANCHES, accuracies, openings
+from experiments.support.composition_task import PERMUTATIONS
+from experiments.support.worked_lines import (
     HELD_OUT,
     LENGTH,
     OPENINGS,

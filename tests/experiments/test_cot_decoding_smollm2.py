@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import lzma
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from experiments.cot_decoding_smollm2 import PARTS, Options, chunks
-from experiments.cot_decoding_smollm2_report import cot, read, report
+from experiments.cot_decoding_smollm2.report import TASKS, cell, cot, read, report
+from experiments.cot_decoding_smollm2.run import PARTS, Options, chunks
+from experiments.support.tables import read_cell, read_tables
+from mod_star.evaluation.intervals import accuracy
+from mod_star.evaluation.records import RECORDS_FILE
+
+FOLDER = Path(__file__).parents[2] / "experiments/cot_decoding_smollm2"
 
 
 def row(answer: str | None, delta: float, log_prob: float, dropped: str | None = None) -> dict[str, Any]:
@@ -82,3 +89,19 @@ def test_tasks_and_prompts_take_turns(tmp_path: Path) -> None:
     assert [item.id for *_, items in chunks(Options(data=tmp_path, limit=8)) for item in items] == [
         name for *_, name in asked[:48]
     ]  # fmt: skip
+
+
+def test_the_stored_records_give_the_table_of_the_readme(tmp_path: Path) -> None:
+    with lzma.open(FOLDER / "records/records.jsonl.xz") as packed, (tmp_path / RECORDS_FILE).open("wb") as file:
+        shutil.copyfileobj(packed, file)
+    marks, records = read(tmp_path)
+    assert len(records) == 1000
+    table = read_tables((FOLDER / "README.md").read_text(encoding="utf-8"))[0]
+    columns = {"": "plain", ", step by step": "step by step"}
+    for row, cells in table.items():
+        assert cells == {
+            f"{title}{ending}": read_cell(cell(accuracy([mark > 0 for mark in marks[task, prompt][row]])))
+            for ending, prompt in columns.items()
+            for task, title in TASKS.items()
+        }, row
+    assert len(table) >= 18

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.mod_vs_dense_report import report
+from experiments.mod_vs_dense.report import report
 
 
 @pytest.fixture

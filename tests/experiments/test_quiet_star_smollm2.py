@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments.quiet_star_smollm2_report import differences, report
+from experiments.quiet_star_smollm2.report import differences, report
 
 ARMS = {"before": 0.2, "trained on": 0.1, "quiet-star, thinking": 0.3}
 

@@ -1,4 +1,4 @@
-"""Tokenizers inside GGUF files against the ids that others give (see experiments/make_tokenizer_references.py)."""
+"""Tokenizers inside GGUF files against the ids that others give (see tests/references)."""
 
 from __future__ import annotations
 

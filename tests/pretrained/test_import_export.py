@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+from huggingface_hub import ModelCard
 from pretrained_models import CONFIGS, NASTY, tensors_of, write_model
 from safetensors.numpy import load_file
 
@@ -208,6 +209,60 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     code, _, error = call("import", source, str(tmp_path / "long"), "--context", "65")
     assert (code, error) == (2, "error: --context = 65: must lie in [2, 64], the model's own\n")
     assert not (tmp_path / "long").exists()
+
+
+def test_the_model_card_says_what_the_run_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through the commands; the hub's own reader of cards takes the front matter apart."""
+
+    def call(*words: str | Path) -> None:
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in words])
+        assert not stop.value.code, capsys.readouterr().err
+
+    text = tmp_path / "private/notes.txt"
+    text.parent.mkdir()
+    text.write_text("The quick brown fox jumps over the lazy dog.\n\n" * 200)
+    base = tmp_path / "base"
+    sizes = ["--model.width", "8", "--model.layers", "1", "--model.heads", "1", "--model.context", "32"]
+    batches = ["--train.batch-size", "2", "--train.eval-batches", "1", "--data.source", str(text), "--quiet"]
+    call("train", base, *sizes, *batches, "--routing.every", "0", "--train.steps", "2")
+    call("train", tmp_path / "fine", "--init-from", base, *batches, "--train.steps", "1")
+    results = {"task": "gsm8k", "items": 5, "measures": {"accuracy": {"value": 0.2, "low": 0.036, "high": 0.624}}}
+    for step in (1, 9):
+        folder = tmp_path / f"fine/evaluations/gsm8k-{step}"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(results | {"items": step, "config": {"step": step}}))
+
+    call("export", tmp_path / "fine", tmp_path / "card")
+    card = ModelCard((tmp_path / "card/README.md").read_text(encoding="utf-8"))
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mod_star", "jax", "llama"],
+    }  # neither a licence nor a language: the run doesn't know them
+    loss = json.loads((tmp_path / "fine/summary.json").read_text())["evaluation"]["eval_loss"]
+    for said in (
+        "# card\n",
+        "LlamaForCausalLM",
+        "- Base model: the run `base`.",
+        "- Training data: `notes.txt`.",
+        "- 1 step of 2 × 32 tokens.",
+        f"Held-out loss: {loss:.4f} nats per token.",
+        "| gsm8k | 1 | accuracy | 20.0 % | 3.6 to 62.4 |",
+        "mod-star export fine card --dtype float32 --step 1\n",
+    ):
+        assert said in card.text, said
+    assert "| gsm8k | 9 |" not in card.text, "that is another step's"
+    assert "private" not in card.content and str(tmp_path) not in card.content
+
+    call("export", base, tmp_path / "first", "--step", "2")
+    assert "Base model" not in (tmp_path / "first/README.md").read_text(encoding="utf-8")
+    write_model(tmp_path / "source", CONFIGS["llama"])
+    call("import", tmp_path / "source", tmp_path / "imported")
+    call("export", tmp_path / "imported", tmp_path / "unchanged")
+    imported = ModelCard((tmp_path / "unchanged/README.md").read_text(encoding="utf-8"))
+    assert "No training step of mod_star is in these weights." in imported.text
+    assert "Training data" not in imported.text and "## Evaluation" not in imported.text
 
 
 def test_what_the_files_say_of_tokens_goes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

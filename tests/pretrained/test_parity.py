@@ -1,4 +1,4 @@
-"""Logits against transformers' own, stored by experiments/make_parity_references.py, and what comes of an import."""
+"""Logits against transformers' own, stored by tests/references, and what comes of an import."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -13,7 +13,7 @@ import numpy as np
 REFERENCES: dict[str, Any] = json.loads(
     (Path(__file__).parent / "tokenizer_references.json").read_text(encoding="utf-8")
 )
-"""From experiments/make_tokenizer_references.py."""
+"""From tests/references/make_tokenizer_references.py."""
 WIDTH, HEADS, KEY_HEADS, HIDDEN, LAYERS = 32, 4, 2, 64, 2
 HEAD = WIDTH // HEADS
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from parity_weights import random_tensor
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
-from experiments.make_parity_references import random_tensor
 from mod_star.pretrained.build import param_shapes, places
 from mod_star.pretrained.families import FAMILIES
 from mod_star.pretrained.hf_config import parse_hf_config

@@ -1,0 +1,1 @@
+"""What steps and tokens cost, measured: one module per benchmark."""

@@ -1,0 +1,202 @@
+"""Tables and picture of `experiments.cot_decoding_smollm2`, from whatever records there are."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments.support.reporting import markdown
+from mod_star.decoding.branches import Branches, Ranking
+from mod_star.evaluation.branch_records import RANKING_NAMES, branches_of
+from mod_star.evaluation.intervals import Estimate, accuracy, paired_difference
+from mod_star.evaluation.records import RECORDS_FILE, write_json
+from mod_star.views.pictures import as_shipped, save_figure, try_to_draw
+from mod_star.views.plots import COLOURS, GREY
+from mod_star.views.terminal import result_table
+
+KS = (1, 2, 5, 10)
+# Whether a right answer is there to be chosen at all; texts cut by the limit can't be.
+ANY, ANY_AT_ALL = "any of 10 {}", "any of 10 {}, dropped ones too"
+TASKS = {"multiarith": "MultiArith", "gsm8k": "GSM8K", "coin_flip": "coin flip"}
+PROMPTS = ("plain", "step by step")
+Method = Callable[[Branches, Branches], str | None]
+Marks = dict[tuple[str, str], dict[str, list[float]]]
+"""By task and prompt: for each method whether each question was answered rightly, 0 or 1."""
+
+
+def methods() -> dict[str, Method]:
+    """What each method answers, given branches and samples. A cut text still answers with its last number, alone."""
+    found: dict[str, Method] = {
+        "greedy": lambda branches, samples: branches.branches[0].answer,
+        "temperature 0.7": lambda branches, samples: samples.branches[0].answer,
+        "self-consistency, 10": lambda branches, samples: samples.majority_answer(),
+    }
+    for ranking in RANKING_NAMES:
+        for aggregate in (False, True):
+            for k in KS:
+                found[cot(k, ranking, aggregate)] = _cot(k, ranking, aggregate)
+    return found
+
+
+def cot(k: int, ranking: Ranking, aggregate: bool) -> str:
+    """Name of a variant of CoT-decoding."""
+    return f"CoT {'aggregated' if aggregate else 'max'}, {RANKING_NAMES[ranking]}, k = {k}"
+
+
+def _cot(k: int, ranking: Ranking, aggregate: bool) -> Method:
+    return lambda branches, samples: branches.first(k).answer(ranking, aggregate)
+
+
+def read(out: Path) -> tuple[Marks, list[dict[str, Any]]]:
+    """The marks of every method, and the records."""
+    records = []
+    path = out / RECORDS_FILE
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # blank, or half written
+            continue
+    marks: Marks = {}
+    all_methods = methods()
+    for record in records:
+        part = marks.setdefault((record["task"], record["prompt"]), {name: [] for name in all_methods})
+        branches, samples = branches_of(record["branches"]), branches_of(record["samples"])
+        for name, method in all_methods.items():
+            part[name].append(float(method(branches, samples) == record["gold"]))
+        for name, rows in (("branches", branches), ("samples", samples)):
+            right = [row for row in rows.branches if row.answer == record["gold"]]
+            part.setdefault(ANY.format(name), []).append(float(any(row.dropped is None for row in right)))
+            part.setdefault(ANY_AT_ALL.format(name), []).append(float(bool(right)))
+    return marks, records
+
+
+def report(out: Path, console: Console, picture: Path | None = None) -> None:
+    """Prints what there is, and writes tables, results and a picture into `out`; the picture elsewhere, too."""
+    marks, records = read(out)
+    if not records:
+        console.print(f"{out}: nothing to report yet", markup=False)
+        return
+    text = ""
+    for prompt in PROMPTS:
+        parts = {task: marks[task, prompt] for task in TASKS if (task, prompt) in marks}
+        if not parts:
+            continue
+        counts = [f"{TASKS[task]} (n = {len(part['greedy'])})" for task, part in parts.items()]
+        for title, names in _tables().items():
+            head = ["", *counts]
+            body = [[name, *(cell(accuracy([x > 0 for x in part[name]])) for part in parts.values())] for name in names]
+            text += _show(f"{title}, prompt {prompt}; right in %, 95 % interval", head, body, console)
+        gain = [
+            [f"{name} less greedy", *(cell(paired_difference(part["greedy"], part[name])) for part in parts.values())]
+            for name in (cot(10, "delta", True), cot(10, "delta", False), "self-consistency, 10")
+        ]
+        text += _show(f"Gain over greedy, prompt {prompt}; paired, in points", ["", *counts], gain, console)
+    text += _show("What was generated", *_generated(records), console)
+    (out / "results.md").write_text(text, encoding="utf-8")
+    estimates = {
+        f"{task}, {prompt}": {name: accuracy([x > 0 for x in values]).__dict__ for name, values in part.items()}
+        for (task, prompt), part in marks.items()
+    }
+    write_json(out / "results.json", estimates)
+    drawn = ""
+    for path in (out / "cot_decoding_smollm2.png", *([] if picture is None else [picture])):
+        if try_to_draw(path, functools.partial(plot, marks, path)) is None:
+            drawn += f", picture: {path}"
+    console.print(f"tables: {out / 'results.md'}{drawn}", markup=False, soft_wrap=True)
+
+
+def _tables() -> dict[str, list[str]]:
+    delta = [cot(k, "delta", aggregate) for aggregate in (False, True) for k in KS]
+    rankings = [cot(10, ranking, aggregate) for aggregate in (False, True) for ranking in RANKING_NAMES]
+    bounds = [name.format(rows) for rows in ("branches", "samples") for name in (ANY, ANY_AT_ALL)]
+    return {
+        "Methods": ["greedy", "temperature 0.7", "self-consistency, 10", *delta],
+        "Rankings": [*rankings, *bounds],
+    }
+
+
+def cell(estimate: Estimate) -> str:
+    """ "12.0 (8.2–17.2)", in per cent."""
+    return f"{100 * estimate.value:.1f} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
+
+
+def _generated(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """How long branches and samples are, and how many were dropped."""
+    body = []
+    for task, name in TASKS.items():
+        for prompt in PROMPTS:
+            for kind in ("branches", "samples"):
+                asked = [record for record in records if (record["task"], record["prompt"]) == (task, prompt)]
+                rows = [row for record in asked for row in record[kind]]
+                if not rows:
+                    continue
+                share = lambda wanted, rows=rows: f"{100 * sum(map(wanted, rows)) / len(rows):.1f} %"  # noqa: E731
+                body.append(
+                    [
+                        f"{name}, {prompt}, {kind}",
+                        f"{sum(row['tokens'] for row in rows) / len(rows):.0f}",
+                        share(lambda row: row["finished"] == "length"),
+                        share(lambda row: row["dropped"] is not None),
+                        f"{sum(record['seconds'] for record in asked) / len(asked):.1f}",
+                    ]
+                )
+    return ["", "tokens", "cut by the limit", "dropped in all", "s per question (both)"], body
+
+
+def _show(title: str, head: list[str], body: list[list[str]], console: Console) -> str:
+    """Prints a table, and returns it in Markdown."""
+    console.print(f"\n{title}", style="bold")
+    console.print(result_table("", head, body))
+    return f"{title}:\n\n{markdown(head, body)}\n"
+
+
+@as_shipped
+def plot(marks: Marks, path: Path) -> None:
+    """Accuracy by k, one panel per task and prompt."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.2))
+    axes = figure.subplots(len(PROMPTS), len(TASKS), sharex=True, sharey="col", squeeze=False)
+    lines = [
+        ("CoT aggregated, Δ", COLOURS[0], "-", "delta", True),
+        ("CoT max, Δ", COLOURS[1], "-", "delta", False),
+        ("CoT max, log-prob", COLOURS[2], "--", "log_prob", False),
+        ("CoT max, log-prob per token", COLOURS[3], "--", "normalised_log_prob", False),
+    ]
+    for row, prompt in enumerate(PROMPTS):
+        for column, (task, title) in enumerate(TASKS.items()):
+            panel = axes[row][column]
+            panel.set_title(f"{title}, {prompt}")
+            panel.set_xticks(KS)
+            part = marks.get((task, prompt))
+            if part is None:
+                continue
+            for index, (label, colour, style, ranking, aggregate) in enumerate(lines):
+                found = [accuracy([x > 0 for x in part[cot(k, ranking, aggregate)]]) for k in KS]  # type: ignore[arg-type]
+                value = [100 * each.value for each in found]
+                low = [100 * (each.value - each.low) for each in found]
+                high = [100 * (each.high - each.value) for each in found]
+                bars = [low, high] if ranking == "delta" else None
+                places = [k + 0.12 * (index - 0.5) for k in KS]
+                panel.errorbar(
+                    places, value, bars, color=colour, linestyle=style, marker="o", markersize=3, label=label
+                )
+            for name, style in (("greedy", "-"), ("self-consistency, 10", ":")):
+                level = 100 * sum(part[name]) / len(part[name])
+                panel.axhline(level, color=GREY, linestyle=style, linewidth=1.2, label=name)
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.set_ylim(bottom=0)
+            if row == len(PROMPTS) - 1:
+                panel.set_xlabel("branches k")
+            if column == 0:
+                panel.set_ylabel("right, %")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=3, frameon=False)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path, dpi=130)

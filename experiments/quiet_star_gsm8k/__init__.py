@@ -1,0 +1,1 @@
+"""Quiet-STaR on grade-school maths. README.md has the claim, the command and the results."""

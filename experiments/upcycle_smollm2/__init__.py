@@ -1,0 +1,1 @@
+"""A pretrained model made Mixture-of-Depths. README.md has the claim, the command and the results."""
