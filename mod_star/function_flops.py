@@ -13,6 +13,7 @@ import jax
 from jax.extend.core import jaxpr_as_fun
 
 from mod_star.errors import InputError
+from mod_star.model.attention_primitive import attention_flops, attention_p, gradient_p
 
 OPAQUE = ("pallas_call", "pure_callback", "io_callback", "ffi_call")
 LINEAR_ALGEBRA = (
@@ -59,7 +60,12 @@ def _missed(jaxpr: Any) -> float:
     missed = 0.0
     for equation in _used(jaxpr):
         name, inner = equation.primitive.name, list(_inner(equation.params.values()))
-        if name == "scan":
+        if equation.primitive in (attention_p, gradient_p):  # in blocks, on a CPU: loops
+            whole = attention_flops(
+                equation.primitive, _shapes(v.aval for v in equation.invars), equation.params["count"]
+            )
+            missed += max(0.0, whole - _once_of(equation))
+        elif name == "scan":
             missed += equation.params["length"] * _whole(equation.params["jaxpr"]) - _once_of(equation)
         elif name != "cond":
             missed += sum(map(_missed, inner))

@@ -7,7 +7,6 @@ nothing else about the network changes.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -15,6 +14,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from mod_star.config import ModelConfig
+from mod_star.model.attention_primitive import attention
+from mod_star.model.attention_whole import Memory, Queries
 from mod_star.model.precision import precision_of
 
 
@@ -34,6 +35,8 @@ class KeyValues:
     """int32 document ids; 0 marks padding."""
     valid_M: jax.Array
     """bool; False for slots that hold no token."""
+    until: jax.Array | None = None
+    """int32 scalar; the last position that may be seen of these tokens, if that is not each query's own."""
 
 
 def visible(
@@ -42,6 +45,8 @@ def visible(
     """Bool NxM: which of the keys each query sees. `window` counts positions, the query's own included."""
     same = segment_ids_N[:, None] == segment.segment_ids_M
     seen = same & (segment.positions_M <= positions_N[:, None]) & segment.valid_M
+    if segment.until is not None:
+        seen &= segment.positions_M <= segment.until
     return seen if window is None else seen & (segment.positions_M > positions_N[:, None] - window)
 
 
@@ -79,28 +84,20 @@ def attend(
 
     N, H, E = query_NxHxE.shape
     K = segments[0].keys_KxMxE.shape[0]
-    query_KxGNxE = (query_NxHxE * E**-0.5).reshape(N, K, H // K, E).transpose(1, 2, 0, 3).reshape(K, -1, E)
+    query_KxGxNxE = (query_NxHxE * E**-0.5).reshape(N, K, H // K, E).transpose(1, 2, 0, 3)
+    after_N = jnp.full(N, jnp.iinfo(jnp.int32).min) if window is None else positions_N - window
+    queries = Queries(query_KxGxNxE[None], segment_ids_N[None], after_N[None])
+    memories = [_memory(segment, positions_N) for segment in segments]
+    partitioned = not jax.sharding.get_abstract_mesh().empty
+    mixed, _ = attention(queries, memories, precision_of(query_NxHxE.dtype, precision), partitioned)
+    return mixed[0].transpose(2, 0, 1, 3).reshape(N, H, E)
 
-    product = functools.partial(
-        jnp.einsum, precision=precision_of(query_NxHxE.dtype, precision), preferred_element_type=jnp.float32
-    )
 
-    def weigh(weight_KxGNxM: jax.Array, segment: KeyValues) -> jax.Array:
-        weight_KxGNxM = weight_KxGNxM.astype(query_NxHxE.dtype)
-        return product("knm,kme->kne", weight_KxGNxM, segment.values_KxMxE)
-
-    scores = []
-    for segment in segments:
-        score = product("kne,kme->knm", query_KxGNxE, segment.keys_KxMxE)
-        mask = visible(segment, positions_N, segment_ids_N, window)
-        score = score.reshape(K, H // K, N, -1)
-        scores.append(jnp.where(mask, score, -1e30).reshape(K, H // K * N, -1))
-    highest = functools.reduce(jnp.maximum, [score.max(-1, keepdims=True) for score in scores])
-    weights = [jnp.exp(score - jax.lax.stop_gradient(highest)) for score in scores]
-    total = functools.reduce(jnp.add, [weight.sum(-1, keepdims=True) for weight in weights])
-    mixed = functools.reduce(jnp.add, [weigh(*pair) for pair in zip(weights, segments, strict=True)])
-    mixed_KxGxNxE = (mixed / total).astype(query_NxHxE.dtype).reshape(K, H // K, N, E)
-    return mixed_KxGxNxE.transpose(2, 0, 1, 3).reshape(N, H, E)
+def _memory(segment: KeyValues, positions_N: jax.Array) -> Memory:
+    ids_M = jnp.where(segment.valid_M, segment.segment_ids_M, -1)
+    until_N = positions_N if segment.until is None else jnp.minimum(positions_N, segment.until)
+    leaves = (segment.keys_KxMxE, segment.values_KxMxE, ids_M, segment.positions_M, until_N)
+    return Memory(*(leaf[None] for leaf in leaves))
 
 
 def use_fused(config: ModelConfig, tokens: int) -> bool:

@@ -71,7 +71,7 @@ def text_before(text: Any, position: jax.Array) -> Any:
     """
 
     def view(segment: KeyValues) -> KeyValues:
-        return replace(segment, valid_M=segment.valid_M & (segment.positions_M <= position))
+        return replace(segment, until=jnp.broadcast_to(position, segment.positions_M.shape[:-1]))
 
     return jax.tree.map(view, text, is_leaf=lambda node: isinstance(node, KeyValues))
 
