@@ -4,13 +4,14 @@
     python -m experiments.benchmarks.peers --torch-python ~/torch/bin/python --json    # one flat JSON object
 
 The peer is `experiments/benchmarks/peers_torch.py`: width 512, 8 layers, vocabulary 4,096, float32, eager, causal
-`scaled_dot_product_attention`, fused AdamW; dense, and with the same Mixture-of-Depths. Both sides take turns, warm; a
-ratio is that of medians. torch is no dependency: any interpreter that has it serves, by --torch-python or $TORCH_PYTHON.
+`scaled_dot_product_attention`, fused AdamW; dense, and with the same Mixture-of-Depths. The sides take turns, warm; a
+ratio is one of medians. torch is no dependency: any interpreter that has it serves (--torch-python or $TORCH_PYTHON).
 Takes about three minutes on two CPU cores; nothing else should run beside it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -52,10 +53,8 @@ class Torch:
         """Seconds of one training step, as the peer measures them."""
         assert self._process.stdin is not None and self._process.stdout is not None
         request = json.dumps({"routed": routed, "context": context, "batch": batch})
-        try:
+        with contextlib.suppress(BrokenPipeError):
             print(request, file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            pass
         if not (line := self._process.stdout.readline()):
             raise InputError(f"--torch-python = {self._python!r}: must be a Python that can import torch")
         return float(json.loads(line)["seconds"])

@@ -1,7 +1,7 @@
 """Attention on a CPU: blocks of queries against blocks of keys, whose scores never leave the cache.
 
 A block of scores is 128 x 128 for two heads: XLA:CPU multiplies the heads of a batch on different threads. Memory grows
-with the number of tokens, not with its square. Blocks that no query can see are skipped: a block knows the first and the
+with the number of tokens, not with its square. Blocks that no query can see are skipped: a block knows the first and
 last (document, position) in it, so that causal attention computes half the scores, and packed documents or a sliding
 window fewer still. Softmax is summed up block by block (Milakov and Gimelshein 2018; Dao et al. 2022). The gradient
 computes the scores again, with the block of keys in the outer loop: as k·q', so that two of the three products that
@@ -220,8 +220,8 @@ def _visible(ids: jax.Array, after: jax.Array, until: jax.Array, key_ids: jax.Ar
     """Bool CxIxJ: whether a query of block i may see a key of block j, judged by the ends of both.
 
     Pairs (document, position) are compared by document first. A key that is seen stands in the query's document, not
-    after the last position that the query sees and not before the first. So the block's first key doesn't come after the
-    last pair that any query sees, and the block's last key doesn't come before the first.
+    after the last position that the query sees and not before the first. So the block's first key doesn't come after
+    the last pair that any query sees, and the block's last key doesn't come before the first.
     """
     last_query, first_query = _last(ids, until), _first(ids, after)
     first_key, last_key = _first(key_ids, positions), _last(key_ids, positions)

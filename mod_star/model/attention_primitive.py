@@ -2,8 +2,8 @@
 
 Why primitives of our own: the network is written for one sequence and `vmap`ped, but how attention is best computed
 depends on all axes together. Under a `vmap` over thoughts, which share the keys of their text, the rule here leaves the
-keys as they are, and says that so many rows share them. Under a `vmap` over sequences it makes further rows of both. The
-gradient is computed from the log-sum-exp, so that no scores are kept. Then each platform lowers the whole.
+keys as they are, and says that so many rows share them. Under a `vmap` over sequences it makes further rows of both.
+The gradient is computed from the log-sum-exp, so that no scores are kept. Then each platform lowers the whole.
 
     attention           queries, memories -> result, log-sum-exp
     attention_tangent   its derivative in the direction of tangents, in which it is linear
@@ -96,7 +96,8 @@ def _jvp(primals: Arrays, tangents: Arrays, **params: Any) -> tuple[Any, Any]:
     outputs = attention_p.bind(*primals, **params)
     moved = [tangents[place] for place in _differentiable(params["count"])]
     if all(type(tangent) is ad.Zero for tangent in moved):
-        return outputs, [ad.Zero.from_primal_value(output) for output in outputs]
+        zero: Any = ad.Zero
+        return outputs, [zero.from_primal_value(output) for output in outputs]
     return outputs, tangent_p.bind(*primals, *outputs, *map(ad.instantiate_zeros, moved), **params)
 
 

@@ -36,7 +36,8 @@ def problem(tokens: int, K: int, G: int, documents: int, seed: int = 0, rows: in
     query = rng.normal(size=(rows, tokens, K * G, E)).astype(np.float32)
     keys, values = (rng.normal(size=(rows, K, tokens, E)).astype(np.float32) for _ in range(2))
     valid = (rng.random((rows, tokens)) < 0.9) & (ids > 0)
-    return jax.tree.map(jnp.asarray, (query, positions, ids, KeyValues(keys, values, positions, ids, valid)))
+    arrays: Any = jax.tree.map(jnp.asarray, (query, positions, ids, keys, values, positions, ids, valid))
+    return *arrays[:3], KeyValues(*arrays[3:])
 
 
 def value_and_gradients(attention: Callable[..., jax.Array], args: tuple[Any, ...], window: int | None) -> Any:

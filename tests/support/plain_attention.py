@@ -16,7 +16,7 @@ def plain_attention(
     window: int | None = None,
 ) -> jax.Array:
     """NxHxE float32; 0 for a query that sees nothing. Differentiable by JAX's own rules."""
-    N, H, E = query_NxHxE.shape
+    _, H, E = query_NxHxE.shape
     keys, values = (
         jnp.repeat(jnp.concatenate([getattr(s, name) for s in segments], 1), H // segments[0].keys_KxMxE.shape[0], 0)
         for name in ("keys_KxMxE", "values_KxMxE")
