@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -47,6 +48,9 @@ from mod_star.storage import find_files, is_address, read_file
 # After which Orbax gives up a save. It goes by the wall clock, which a laptop that slept in the middle of a save, or a
 # machine that has just been told the time, find to have jumped: more than any jump.
 PATIENCE_SECONDS = 100 * 365 * 24 * 3600
+
+# How errors of XLA's collectives begin, whatever Python makes of them; those of files begin with other words.
+OF_PROCESSES = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|ABORTED|CANCELLED): ")
 
 
 class State(Protocol):
@@ -141,6 +145,7 @@ class CheckpointWriter:
         Raises:
           OSError: it can't be written: the disk is full, say.
           TrainingError: it was written, but can't be opened by the door that `restore_state` goes through.
+          jax.errors.JaxRuntimeError: another process is gone, and can't take part in opening it.
         """
         checkpoint = self._directory / str(self._saving)
         with self._saves(checkpoint):
@@ -150,6 +155,8 @@ class CheckpointWriter:
             try:
                 _require_opened(self._directory, self._saving, small)
             except InputError as error:
+                if jax.process_count() > 1 and OF_PROCESSES.match(str(error.__cause__)):
+                    raise jax.errors.JaxRuntimeError(str(error.__cause__)) from error
                 earlier = [step for step in saved_steps(self._directory) if step != self._saving]
                 before = (
                     f"the one before it is {self._directory / str(earlier[-1])}" if earlier else "there is no other"
