@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fork_server import Process, shared_server
 
 from mod_star.config import RunConfig
 from mod_star.distributed.options import ProcessesConfig
@@ -24,7 +22,7 @@ from mod_star.runs.directory import load_run
 from mod_star.runs.metrics import read_metrics
 from mod_star.training.train import train
 
-STEPS = 100
+STEPS = 60
 
 
 def make_run() -> RunConfig:
@@ -38,35 +36,34 @@ def make_run() -> RunConfig:
     )
 
 
-def start(path: Path, count: int = 2) -> list[subprocess.Popen[str]]:
+def start(path: Path, count: int = 2) -> list[Process]:
     """`mod-star train` in several processes with a device each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "mod_star", "train", str(path), "--preset", "tiny", "--model.width", "16",
-        "--routing.every", "0",
+    options = [
+        "--preset", "tiny", "--model.width", "16", "--routing.every", "0",
         "--optimizer.learning-rate", "1e-4", "--train.steps", str(STEPS), "--train.checkpoint-every", "5",
         "--train.eval-every", "0", "--train.log-every", "1", "--processes.coordinator", f"127.0.0.1:{port}",
         "--processes.count", str(count),
     ]  # fmt: skip
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return [
-        subprocess.Popen(
-            [*command, "--processes.index", str(index)], **pipes, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
-        )
-        for index in range(count)
-    ]
+    return [shared_server().start("train", path, *options, "--processes.index", str(index)) for index in range(count)]
 
 
-def wait_for(path: Path, processes: list[subprocess.Popen[str]]) -> None:
+def output_of(process: Process) -> tuple[int, str]:
+    """Exit code, and all that a process has said by its end."""
+    finished = process.wait()
+    return finished.code, finished.out + finished.err
+
+
+def wait_for(path: Path, processes: list[Process]) -> None:
     """Waits for a checkpoint."""
     limit = time.monotonic() + 200
     while not path.is_dir():
-        if any(process.poll() is not None for process in processes) or time.monotonic() > limit:
+        if not all(process.running() for process in processes) or time.monotonic() > limit:
             for process in processes:
-                process.kill()
-            pytest.fail("\n".join(process.communicate()[0] for process in processes))
+                process.send(signal.SIGKILL)
+            pytest.fail("\n".join(output_of(process)[1] for process in processes))
         time.sleep(0.02)
 
 
@@ -84,24 +81,24 @@ def test_killed_stopped_and_resumed_by_another_number_of_processes(tmp_path: Pat
 
     first, second = start(path)
     wait_for(path / "checkpoints" / "10", [first, second])
-    second.kill()
+    second.send(signal.SIGKILL)
     began = time.monotonic()
-    out = first.communicate(timeout=60)[0]
+    code, out = output_of(first)
     assert time.monotonic() - began < 60
     # JAX's own watch over its processes may be faster than the failing step; then it aborts with its own message.
-    assert first.returncode in (1, -signal.SIGABRT), out
+    assert code in (1, -signal.SIGABRT), out
     assert "rror" in out
-    if first.returncode == 1:
-        assert "error: another process is gone (" in out and "; the last good checkpoint is " in out
+    if code == 1:
+        assert "error: another process is gone (" in out and "; the last good checkpoint is " in out, out
         assert "Traceback" not in out
-    second.communicate()
+    second.wait()
 
     first, second = start(path)
     saved = max(int(entry.name) for entry in (path / "checkpoints").iterdir() if entry.name.isdecimal())
     wait_for(path / "checkpoints" / str(saved + 10), [first, second])
-    second.send_signal(signal.SIGTERM)
-    outs = [process.communicate(timeout=60)[0] for process in (first, second)]
-    assert [first.returncode, second.returncode] == [143, 143], outs
+    second.send(signal.SIGTERM)
+    codes, outs = zip(*(output_of(process) for process in (first, second)), strict=True)
+    assert codes == (143, 143), outs
     (step,) = {out.partition("SIGTERM: stopped after step ")[2].split(" ")[0] for out in outs}
     assert saved + 10 <= int(step) < STEPS
     assert f"goes on from step {saved}" in outs[0] and "goes on" not in outs[1].partition("SIGTERM")[0]
