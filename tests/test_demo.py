@@ -25,13 +25,14 @@ def test_both_models_the_result_and_the_pictures(
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "80")
 
-    def briefly_evaluated(flops: float) -> RunConfig:
+    def small(flops: float) -> RunConfig:
         run = mod_run(flops)
-        return replace(run, train=replace(run.train, eval_batches=4))
+        model = replace(run.model, width=16, heads=1, context=64)
+        return replace(run, model=model, train=replace(run.train, eval_batches=1, loss_chunk=64))
 
-    monkeypatch.setattr(demo, "mod_run", briefly_evaluated)
+    monkeypatch.setattr(demo, "mod_run", small)
     monkeypatch.setattr(demo, "room", lambda *_: 32)  # tokens of each text
-    argv = ["--directory", str(tmp_path / "demo"), "--flops", "2e10"]
+    argv = ["--directory", str(tmp_path / "demo"), "--flops", "6.5e7"]
     main(argv)
     first = capsys.readouterr().out
     main(argv)
@@ -56,9 +57,9 @@ def test_both_models_the_result_and_the_pictures(
     assert 1 <= dense.step < mod.step, "equal FLOPs are more steps of the cheaper model"
 
     with pytest.raises(SystemExit) as left:
-        main([*argv[:-1], "3e10"])
+        main([*argv[:-1], "9e7"])
     assert left.value.code == 2
-    assert capsys.readouterr().err.startswith("error: train.flops = 3e+10: the run was begun with 3 steps, and ")
+    assert capsys.readouterr().err.startswith("error: train.flops = 9e+07: the run was begun with 3 steps, and ")
 
 
 def test_the_verdict_says_which_is_worse() -> None:

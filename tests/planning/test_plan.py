@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from fork_server import shared_server
 
 from mod_star.cli import main
 from mod_star.commands.plan import _source
@@ -63,24 +61,22 @@ for name, topology, mesh, batch in (
     except InputError as error:
         found[name] = str(error)
 print(json.dumps(found))
+raise SystemExit
 """
+# The tests may ask for another number of CPU devices than a plan.
+OTHER_DEVICES = "os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'"
 
 
-def call(*words: str, tmp_path: Path) -> str:
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    environment.pop("XLA_FLAGS", None)  # may ask for another number of CPU devices
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-    done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, timeout=240, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return done.stdout
+def call(*words: str, before: str = "") -> str:
+    """What a process in which JAX has not begun yet prints; `before` is Python that it runs first."""
+    done = shared_server().run(*words, before=f"{OTHER_DEVICES}\n{before}")
+    assert (done.code, done.err) == (0, "")
+    return done.out
 
 
 @pytest.fixture(scope="module")
-def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(call("-c", SCRIPT, tmp_path=tmp_path_factory.mktemp("plans")))
+def plans() -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(call(before=SCRIPT))
     return result
 
 
@@ -144,8 +140,8 @@ def run_of(plan: dict[str, Any]) -> RunConfig:
 
 
 @pytest.mark.slow
-def test_the_command_shows_tables(tmp_path: Path) -> None:
-    shown = call("-m", "mod_star", "plan", "--topology", "cpu:1", "tiny", *SMALL, "--batch", "2", tmp_path=tmp_path)
+def test_the_command_shows_tables() -> None:
+    shown = call("plan", "--topology", "cpu:1", "tiny", *SMALL, "--batch", "2")
     assert "tiny on cpu:1: 1 x CPU, mesh data 1 x fsdp 1 x tensor 1" in shown
     for row in ("FLOP, counted from the model", "optimizer state", "activations kept for the backward pass"):
         assert row in shown
@@ -153,9 +149,9 @@ def test_the_command_shows_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (jax[tpu])")
-def test_a_step_is_compiled_for_a_slice(tmp_path: Path) -> None:
+def test_a_step_is_compiled_for_a_slice() -> None:
     words = ("--topology", "v5e:2x2", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--model.dtype", "bfloat16", "--json")
-    plan = json.loads(call("-m", "mod_star", "plan", "tiny", *SMALL, *words, tmp_path=tmp_path))
+    plan = json.loads(call("plan", "tiny", *SMALL, *words))
     assert plan["fits"] is True
     assert plan["useful"] == pytest.approx(1, abs=0.1)
     assert plan["chip"]["hbm"] == 16 * 2**30
