@@ -144,10 +144,12 @@ def documented(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["norm_router.py", "threshold.py"])
+@pytest.mark.slow
 def test_documented_routing_of_ones_own_trains_and_samples_by_the_command_line(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(documented(name))
     tiny = ["--preset", "tiny", "--train.steps", "3", "--train.log-every", "1", "--model.context", "32", "--quiet"]
+    tiny += ["--model.layers", "1", "--routing.every", "1", "--train.eval-batches", "1"]
     there = f"os.chdir({str(tmp_path)!r})"
     succeed("train", "run", *tiny, "--parts", f"{name}:parts", before=there)
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -160,7 +162,7 @@ def test_documented_routing_of_ones_own_trains_and_samples_by_the_command_line(n
 
 def outputs_with(parts: Parts, run: RunConfig, batch: dict[str, jax.Array], mode: str) -> tuple[Decoder, Any, Any]:
     decoder = Decoder(run.model, run.routing, parts)
-    params = decoder.init(jax.random.key(5), batch["tokens"][0])["params"]
+    params = jax.jit(decoder.init)(jax.random.key(5), batch["tokens"][0])["params"]
     return decoder, params, jax.vmap(lambda row: decoder.apply({"params": params}, row, mode=mode))(batch["tokens"])
 
 
@@ -170,6 +172,7 @@ def of_file(name: str, tmp_path: Path) -> Parts:
     return load_parts(f"{path}:parts")
 
 
+@pytest.mark.slow
 def test_the_norm_router_computes_the_tokens_with_the_largest_norms(
     tiny_run: RunConfig, tiny_batch: dict[str, jax.Array], tmp_path: Path
 ) -> None:
@@ -203,6 +206,7 @@ def test_threshold_selection_equals_a_loop_and_decides_alike_without_the_future(
     np.testing.assert_array_equal(causal.hidden, output.hidden)
 
 
+@pytest.mark.slow
 def test_a_causal_rule_of_ones_own_has_its_parameters_is_trained_by_ones_own_loss_and_counted(
     tiny_run: RunConfig, tiny_batch: dict[str, jax.Array], random_state: Callable[..., TrainState]
 ) -> None:

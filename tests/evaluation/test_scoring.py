@@ -145,6 +145,7 @@ def test_pairs_are_what_the_whole_text_gives(model: Model) -> None:
     assert calls[-1] == (len(PAIRS), len(PAIRS)) and [done for done, _ in calls] == sorted(done for done, _ in calls)
 
 
+@pytest.mark.parametrize("model", ["routed"], indirect=True)
 @pytest.mark.slow
 def test_batches_change_nothing(model: Model) -> None:
     pairs = [pair for pair in PAIRS if len(pair[0]) + len(pair[1]) < 32]
@@ -161,7 +162,9 @@ def test_texts_that_begin_alike_share_a_pass(model: Model) -> None:
     assert sorted(index for text in texts for index, _, _ in text.pairs) == list(range(len(PAIRS)))
 
 
-@pytest.mark.parametrize("when", ["never", "always", "auto"])
+@pytest.mark.parametrize(
+    ("model", "when"), [("routed", "never"), ("routed", "auto"), ("dense", "always")], indirect=["model"]
+)
 @pytest.mark.slow
 def test_generated_tokens_get_the_log_probs_that_generation_reports(model: Model, when: Any) -> None:
     rng = np.random.default_rng(1)

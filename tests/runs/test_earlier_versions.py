@@ -41,6 +41,7 @@ def unpacked(name: str, directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.slow
 def test_parameters_are_the_same_bits_and_sample_the_same_text(name: str, tmp_path: Path) -> None:
     run, expected = unpacked(name, tmp_path), EXPECTED[name]
     loaded = load_run(run)
@@ -53,6 +54,7 @@ def test_parameters_are_the_same_bits_and_sample_the_same_text(name: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["routed", "thinking"])
+@pytest.mark.slow
 def test_training_goes_on_to_where_it_came_then(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = unpacked(name, tmp_path)
     texts = [f"{a} and {b} are {a + b}." for a in range(40) for b in range(3)]

@@ -73,6 +73,7 @@ def with_matrix(thinker: Thinker) -> Thinker:
     return replace(thinker, params={**thinker.params, "thinking": thinking})
 
 
+@pytest.mark.slow
 def test_a_continuous_thought_equals_the_naive_loop_and_has_nothing_to_reinforce() -> None:
     """One thought of hidden states, read back: step by step by the plain decoder over everything before it."""
     thinker = with_matrix(make_thinker(Parts(thought=CONTINUOUS)))
@@ -82,13 +83,20 @@ def test_a_continuous_thought_equals_the_naive_loop_and_has_nothing_to_reinforce
     params, own = thinker.params, thinker.params["thinking"]
     row, number = 1, 6
     index = int(places.indices_BxJ[row, number])
-    x = [*params["embedding"][thinker.batch["tokens"][row, : index + 1]], own["start"]]
+    own = jax.device_get(own)
+    x = [*np.asarray(params["embedding"])[np.asarray(thinker.batch["tokens"][row, : index + 1])], own["start"]]
+
+    @jax.jit
+    def hidden_of(x_NxD: Any, valid_N: Any) -> Any:
+        tokens = Tokens(x_NxD, jnp.arange(len(x_NxD)), valid_N)
+        return apply_blocks(thinker.decoder, params, tokens, keep_keys_values=False).hidden
 
     def last_hidden(x: list[Any]) -> Any:
-        N = len(x)
-        ones = jnp.ones(N, jnp.int32)
-        tokens = Tokens(jnp.stack(x), jnp.arange(N), ones)
-        return apply_blocks(thinker.decoder, params, tokens, keep_keys_values=False).hidden
+        """Padded to the longest text: one program for all."""
+        longest = index + 1 + 1 + 3 + 1
+        padded = np.zeros((longest, MODEL.width), np.float32)
+        padded[: len(x)] = x
+        return np.asarray(hidden_of(padded, np.int32(np.arange(longest) < len(x))))[: len(x)]
 
     for step in range(3):
         hidden = last_hidden(x)[-1]
@@ -107,6 +115,7 @@ def test_a_continuous_thought_equals_the_naive_loop_and_has_nothing_to_reinforce
     jax.tree.map(np.testing.assert_array_equal, silent[4], grads)
 
 
+@pytest.mark.slow
 def test_only_tokens_that_are_drawn_have_log_probabilities() -> None:
     """A token where the prediction is uncertain, else a pause: scored as they were sampled."""
     draw = THOUGHT_INPUTS["sampled"].draw
@@ -131,6 +140,7 @@ def test_only_tokens_that_are_drawn_have_log_probabilities() -> None:
     np.testing.assert_allclose(loss, (nll - reinforced) / (weights.sum() * 2), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_reward_may_ask_a_price_for_surprise() -> None:
     def reward(log_likelihoods: Any, thoughts: Thought) -> Any:
         return above_mean(jnp.sum(log_likelihoods, -1) + 0.3 * jnp.sum(thoughts.log_probs_T, -1))
@@ -158,6 +168,7 @@ def constant(params: Any, base_NxD: Any, thought_NxD: Any) -> Any:
 CONSTANT = Parts(mixing=Part(constant_init, constant))
 
 
+@pytest.mark.slow
 def test_a_mixing_of_ones_own_trains_and_generates() -> None:
     """As the built-in head does that always says the same weight."""
     own, ours = make_thinker(CONSTANT), make_thinker(Parts())
@@ -182,6 +193,7 @@ def test_a_mixing_of_ones_own_trains_and_generates() -> None:
     assert own_flops < ours_flops / 100
 
 
+@pytest.mark.slow
 def test_places_of_ones_own_are_those_with_the_highest_scores() -> None:
     def late(batch: Any, hidden_BxCxD: Any, head_VxD: Any, key: Any, chunk: int) -> Any:
         assert batch["tokens"].shape == hidden_BxCxD.shape[:2] == (2, 15)

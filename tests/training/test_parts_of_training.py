@@ -39,6 +39,7 @@ def dense(tiny_run: RunConfig) -> RunConfig:
     )
 
 
+@pytest.mark.slow
 def test_distillation_from_a_frozen_teacher(
     dense: RunConfig, tiny_batch: Batch, random_state: Callable[..., TrainState], random_params: Any, tmp_path: Any
 ) -> None:
