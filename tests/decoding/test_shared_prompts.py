@@ -64,6 +64,7 @@ def test_branches_are_greedy_after_the_most_probable_first_tokens(model: Model, 
     assert not model.routing.every or overflow > 0, "no cache was ever full: the test shows less than it should"
 
 
+@pytest.mark.parametrize("model", ["routed"], indirect=True)
 @pytest.mark.slow
 def test_sampled_branches_are_rows_of_their_own(generator: Generator) -> None:
     together = generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, branches=BRANCHES))
@@ -115,6 +116,7 @@ def test_the_prompt_is_held_once_and_never_copied(generator: Generator) -> None:
     assert not {shape for shape in copies if shape[-1] == config.head_size and CONTEXT in shape}
 
 
+@pytest.mark.parametrize("model", ["routed"], indirect=True)
 @pytest.mark.slow
 def test_no_step_copies_the_cache_of_generated_tokens(generator: Generator) -> None:
     prompt, new = make_prompts((7,)), 23
@@ -127,6 +129,7 @@ def test_no_step_copies_the_cache_of_generated_tokens(generator: Generator) -> N
     assert not re.search(rf"= {shape}\S* copy\(", text)
 
 
+@pytest.mark.parametrize("model", ["routed"], indirect=True)
 @pytest.mark.slow
 def test_reordered_rows_go_on_as_the_rows_they_copy(generator: Generator, branched: list[Generated]) -> None:
     half, greedy = NEW // 2, Sampling(0)
@@ -184,6 +187,7 @@ def test_many_prompts_are_what_each_is_alone() -> None:
         ),
     ],
 )
+@pytest.mark.parametrize("model", ["routed"], indirect=True)
 @pytest.mark.slow
 def test_branches_that_cannot_be_are_refused(generator: Generator, call: Any, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):

@@ -80,9 +80,10 @@ class Thinker:
             np.testing.assert_allclose(result.log_probs[step], log_p[result.tokens[step]], atol=2e-4)
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids=["dense", "routed"])
-def thinker(request: pytest.FixtureRequest) -> Thinker:
-    return Thinker(request.param)
+@pytest.fixture(scope="module")
+def thinker() -> Thinker:
+    """A full and a routed block; `test_pauses` has a full one alone."""
+    return Thinker(2)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,6 @@ def test_auto_thinks_where_the_entropy_is_above_the_threshold_and_nowhere_else(
     assert min(at_once) <= 2 < max(at_once), "steps of one chunk (of 2 rows) and of several"
 
 
-@pytest.mark.parametrize("thinker", [2], indirect=True, ids=["routed"])
 @pytest.mark.slow
 def test_a_row_alone_thinks_as_in_a_batch(thinker: Thinker, auto: Think, sometimes: list[Generated]) -> None:
     same(
@@ -140,7 +140,6 @@ def test_a_row_alone_thinks_as_in_a_batch(thinker: Thinker, auto: Think, sometim
     )
 
 
-@pytest.mark.parametrize("thinker", [2], indirect=True, ids=["routed"])
 @pytest.mark.slow
 def test_an_infinite_threshold_is_never_or_always(thinker: Thinker, auto: Think, always: list[Generated]) -> None:
     _, before = program_counts()
@@ -161,7 +160,6 @@ def test_an_infinite_threshold_is_never_or_always(thinker: Thinker, auto: Think,
         np.testing.assert_allclose(found.entropies, expected.entropies, atol=1e-5)
 
 
-@pytest.mark.parametrize("thinker", [2], indirect=True, ids=["routed"])
 @pytest.mark.slow
 def test_never_is_what_a_model_without_thinking_generates(thinker: Thinker) -> None:
     found = thinker.generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED))
@@ -199,7 +197,6 @@ def test_pauses() -> None:
         thinker.check(row, result)
 
 
-@pytest.mark.parametrize("thinker", [0], indirect=True, ids=["dense"])
 @pytest.mark.slow
 def test_a_stream_with_an_end(thinker: Thinker, always: list[Generated]) -> None:
     end = always[0].tokens[2]

@@ -24,7 +24,13 @@ from mod_star.errors import InputError
 from mod_star.presets import tiny
 
 MESHES = ("data", "fsdp", "tensor", "mixed")
-CASES = [(kind, mesh) for kind in ("dense", "routed", "quiet_star") for mesh in MESHES] + [("accumulated", "mixed")]
+# A dense model is a part of a routed one, and one that thinks reads its text as a routed one does: each axis alone is
+# for the routed model; for the others, all axes at once, and tensor parallelism, which also cuts up the vocabulary.
+KINDS = {"routed": MESHES, "dense": ("tensor", "mixed"), "quiet_star": ("tensor", "mixed")}
+CASES = [(kind, mesh) for kind, meshes in KINDS.items() for mesh in meshes]
+# Bounds of the shares of arguments and of temporaries. Arguments are parameters, their two moments, and the batch;
+# vectors stay whole, and at width 16 they count. Temporaries are activations and gradients.
+SHARES = {"data": (1.0, 0.25), "fsdp": (0.16, 0.25), "tensor": (0.3, 0.4), "mixed": (0.31, 0.25)}
 TESTS = Path(__file__).parents[1]
 
 
@@ -43,7 +49,7 @@ def load(eight: Path, kind: str, mesh: str) -> tuple[dict[str, np.ndarray], dict
         return dict(arrays), json.loads((eight / f"{kind}-{mesh}.json").read_text())
 
 
-@pytest.mark.parametrize(("kind", "mesh"), CASES)
+@pytest.mark.parametrize(("kind", "mesh"), [*CASES, ("accumulated", "mixed")])
 @pytest.mark.slow
 def test_losses_and_gradients_equal_one_device(eight: Path, kind: str, mesh: str) -> None:
     (one, _), (many, _) = load(eight, kind, "one"), load(eight, kind, mesh)
@@ -74,22 +80,13 @@ def test_sampling_equals_one_device(eight: Path) -> None:
     assert one["plain"] != one["thinking"]
 
 
-@pytest.mark.parametrize("kind", ["dense", "routed", "quiet_star"])
+@pytest.mark.parametrize(("kind", "mesh"), CASES)
 @pytest.mark.slow
-def test_memory_falls_with_the_mesh(eight: Path, kind: str) -> None:
-    one = load(eight, kind, "one")[1]
-    share = {mesh: load(eight, kind, mesh)[1] for mesh in MESHES}
-    for name, found in share.items():
-        share[name] = {key: found[key] / one[key] for key in ("argument_bytes", "temp_bytes")}
-    # Arguments are parameters, their two moments, and the batch; vectors stay whole, and at width 16 they count.
-    assert share["fsdp"]["argument_bytes"] < 0.16
-    assert share["tensor"]["argument_bytes"] < 0.3
-    assert share["mixed"]["argument_bytes"] < 0.31
-    assert share["data"]["argument_bytes"] > 0.9, "copies, on purpose"
-    # Temporaries are activations and gradients.
-    for mesh in ("data", "fsdp", "mixed"):
-        assert share[mesh]["temp_bytes"] < 0.25
-    assert share["tensor"]["temp_bytes"] < 0.4
+def test_memory_falls_with_the_mesh(eight: Path, kind: str, mesh: str) -> None:
+    one, many = (load(eight, kind, name)[1] for name in ("one", mesh))
+    arguments, temporaries = (many[name] / one[name] for name in ("argument_bytes", "temp_bytes"))
+    assert arguments < SHARES[mesh][0] and temporaries < SHARES[mesh][1]
+    assert mesh != "data" or arguments > 0.9, "copies, on purpose"
 
 
 @pytest.mark.parametrize("kind", ["dense", "routed"])

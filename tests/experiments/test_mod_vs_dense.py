@@ -1,18 +1,37 @@
-"""The experiment as a user starts it, on a few steps, and the tables that come of it."""
+"""The experiment by its command line, on a few steps, and the tables that come of it."""
 
 from __future__ import annotations
 
 import json
-import os
+import pickle
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fork_server import shared_server
 
 from experiments.mod_vs_dense.report import report
+from experiments.mod_vs_dense.run import Options, train_one
+
+# The runs' processes are forks, too, which have imported JAX and not begun with it; and their models are small.
+AS_A_FORK = """
+import multiprocessing, sys
+from dataclasses import replace
+from experiments.mod_vs_dense import run
+
+def small(*arguments):
+    found = full_size(*arguments)
+    model = replace(found.model, width=32, heads=2, context=64)
+    return replace(found, model=model, train=replace(found.train, batch_size=2, loss_chunk=64, eval_batches=2))
+
+full_size, run.config = run.config, small
+get_context = multiprocessing.get_context
+multiprocessing.get_context = lambda method: get_context("fork")
+sys.argv = {argv}
+run.main()
+raise SystemExit
+"""
 
 
 @pytest.fixture
@@ -35,14 +54,13 @@ def data(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_three_arms_and_their_tables(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "experiments.mod_vs_dense", "--data", str(data), "--out", str(out)]
-    environment = os.environ | {"COLUMNS": "100"}
-    done = subprocess.run(
-        [*command, "--flops", "4e10", "--seeds", "1"], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "\x1b" not in done.stdout
-    assert "not complete" not in done.stdout
+    argv = ["mod_vs_dense", "--data", str(data), "--out", str(out), "--flops", "4e8", "--seeds", "1"]
+    done = shared_server().run(before=AS_A_FORK.format(argv=argv), environment={"COLUMNS": "100"})
+    assert done.code == 0, done.err
+    options = Options(data, out, seeds=1)
+    assert pickle.loads(pickle.dumps((train_one, options))) == (train_one, options), "it can be spawned"
+    assert "\x1b" not in done.out
+    assert "not complete" not in done.out
     runs = json.loads((out / "results.json").read_text())["runs"]
     assert set(runs) == {"dense-0", "mod-0", "stochastic-0"}
     assert runs["mod-0"]["steps"] > runs["dense-0"]["steps"] >= 1

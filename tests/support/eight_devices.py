@@ -110,11 +110,9 @@ def sample(name: str, out: Path) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    for kind in ("dense", "routed"):
-        for name in ("one", *MESHES):
+    for kind in ("dense", "routed", "accumulated", "quiet_star"):
+        for name in {"routed": [*MESHES], "accumulated": ["mixed"]}.get(kind, ["tensor", "mixed"]):
             train(kind, name, folder)
-    for kind in ("accumulated", "quiet_star"):
-        for name in ("one", "mixed") if kind == "accumulated" else ("one", *MESHES):
-            train(kind, name, folder)
+        train(kind, "one", folder)
     for name in ("one", "mixed"):
         sample(name, folder)
