@@ -29,8 +29,8 @@ def test_the_peer_is_asked_for_one_step_of_one_model_at_a_time(tmp_path: Path) -
 def test_an_interpreter_without_torch_or_none_at_all_is_an_error_that_names_the_option(tmp_path: Path) -> None:
     with (
         Torch(fake_python(tmp_path / "python", "exit 1")) as torch,
-        pytest.raises(InputError, match="--torch-python = .*: must be a Python that can import torch"),
+        pytest.raises(InputError, match=r"--torch-python = .*: must be a Python that can import torch"),
     ):
         torch.step(False, 256, 8)
-    with pytest.raises(InputError, match="--torch-python = .*nowhere.*: cannot be run: No such file"):
+    with pytest.raises(InputError, match=r"--torch-python = .*nowhere.*: cannot be run: No such file"):
         Torch(str(tmp_path / "nowhere"))
