@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from fork_server import Process, shared_server
 
-from mod_star.config import RunConfig
-from mod_star.distributed.options import ProcessesConfig
+from mod_star.config import ProcessesConfig, RunConfig
 from mod_star.errors import InputError
 from mod_star.presets import dense, tiny
 from mod_star.runs.directory import load_run
