@@ -84,6 +84,7 @@ def test_training_agrees_with_the_compiled_program_within_5_percent(remat: Any, 
     assert ours == pytest.approx(compiled_flops(model, routing, DEFAULT_PARTS, training=True), rel=0.05)
 
 
+@pytest.mark.slow
 def test_rematerialisation_of_a_dense_block_does_not_repeat_its_last_product() -> None:
     """Where the feed-forward layer is nearly everything, counting it would be 8 % too much."""
     model = replace(MODEL, remat="full", layers=1, vocab_size=64, mlp_width=1024)
@@ -91,6 +92,7 @@ def test_rematerialisation_of_a_dense_block_does_not_repeat_its_last_product() -
     assert ours == pytest.approx(compiled_flops(model, DENSE, DEFAULT_PARTS, training=True), rel=0.03)
 
 
+@pytest.mark.slow
 def test_parts_of_the_users_own_are_counted() -> None:
     parts = Parts(router=SCORER, feed_forward=GELU)
     counted = forward_flops(MODEL, MOD, S, parts)

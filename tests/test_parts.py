@@ -186,6 +186,7 @@ def test_the_norm_router_computes_the_tokens_with_the_largest_norms(
         assert np.flatnonzero(selected).tolist() == sorted(np.argsort(-scores, kind="stable")[:capacity].tolist())
 
 
+@pytest.mark.slow
 def test_threshold_selection_equals_a_loop_and_decides_alike_without_the_future(
     tiny_run: RunConfig, tiny_batch: dict[str, jax.Array], tmp_path: Path
 ) -> None:
@@ -233,6 +234,7 @@ def test_a_causal_rule_of_ones_own_has_its_parameters_is_trained_by_ones_own_los
     assert counted.predictor == pytest.approx(groups * 2 * 24 * D, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_selection_with_another_number_of_slots_than_the_capacity_is_refused(
     tiny_run: RunConfig, tiny_batch: dict[str, jax.Array]
 ) -> None:

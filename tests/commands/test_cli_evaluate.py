@@ -220,6 +220,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
     return err
 
 
+@pytest.mark.slow
 def test_bad_input(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained_run: Path, data: Path, tmp_path: Path
 ) -> None:

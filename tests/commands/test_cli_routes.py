@@ -81,6 +81,7 @@ def test_dense_models_and_long_texts_are_refused(loaded: LoadedRun) -> None:
         routes_of(loaded, "x" * 64)
 
 
+@pytest.mark.slow
 def test_the_command_shows_shares_and_draws_a_picture(trained_run: Path, tmp_path: Path) -> None:
     file, png = tmp_path / "text.txt", tmp_path / "deep" / "picture.png"
     file.write_text(TEXT)

@@ -29,6 +29,7 @@ def rows(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[An
     return [json.loads(line) for line in done.out.splitlines()]
 
 
+@pytest.mark.slow
 def test_json_says_everything_about_each_prompt(rows: list[Any]) -> None:
     assert [row["prompt"] for row in rows] == [PROMPT, "two\nlines, longer than the other"]
     for row in rows:
@@ -40,6 +41,7 @@ def test_json_says_everything_about_each_prompt(rows: list[Any]) -> None:
     assert rows[0]["text"] != rows[1]["text"]
 
 
+@pytest.mark.slow
 def test_one_prompt_is_streamed_as_plain_text(trained_run: Path, rows: list[Any]) -> None:
     done = succeed("sample", trained_run, "--prompt", PROMPT, *OPTIONS)
     assert done.out == f"{PROMPT}{rows[0]['text']}\n", "the same row as in a batch"
@@ -61,6 +63,7 @@ def test_a_terminal_gets_a_dim_prompt_and_no_control_characters(trained_run: Pat
     assert shown == f"\x1b[2m{PROMPT}\x1b[22m{text}\n"
 
 
+@pytest.mark.slow
 def test_several_prompts_stand_one_under_the_other_and_end_at_a_stop_string(trained_run: Path, rows: list[Any]) -> None:
     prompts = [word for row in rows for word in ("--prompt", row["prompt"])]
     stop = rows[1]["text"][len(rows[1]["text"]) // 2 :][:1]
@@ -69,6 +72,7 @@ def test_several_prompts_stand_one_under_the_other_and_end_at_a_stop_string(trai
     assert done.out == f"{texts[0]}\n\n{texts[1]}\n"
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_and_more_headroom_without_a_prompt(trained_run: Path) -> None:
     done = succeed("sample", trained_run, "--step", "6", "--headroom", "4", "--json")
     row = json.loads(done.out)
@@ -97,6 +101,7 @@ def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nothing_is_compiled")
+@pytest.mark.slow
 def test_bad_options_and_prompts(capsys: pytest.CaptureFixture[str], trained_run: Path, tmp_path: Path) -> None:
     empty, broken, latin = (tmp_path / name for name in ("empty.txt", "broken.jsonl", "latin.txt"))
     empty.write_text("\n \n")

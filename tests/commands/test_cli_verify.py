@@ -34,12 +34,14 @@ def damage(checkpoint: Path, item: str) -> Path:
     return largest.relative_to(checkpoint)
 
 
+@pytest.mark.slow
 def test_a_whole_run(run: Path) -> None:
     finished = succeed("verify", run)
     assert finished.err == ""
     assert re.findall(r"^ +(\d+) +[\d.]+kB +whole *$", finished.out, re.M) == ["6", "12"]
 
 
+@pytest.mark.slow
 def test_the_optimizers_state_matters_to_training_alone(run: Path) -> None:
     checkpoint = run / "checkpoints" / "12"
     path = damage(checkpoint, "training")
@@ -56,6 +58,7 @@ def test_the_optimizers_state_matters_to_training_alone(run: Path) -> None:
         train(read_config(run), run, quiet=True)
 
 
+@pytest.mark.slow
 def test_damaged_parameters_matter_to_all(run: Path) -> None:
     for step in (6, 12):
         damage(run / "checkpoints" / str(step), "params")
@@ -72,6 +75,7 @@ def test_damaged_parameters_matter_to_all(run: Path) -> None:
     assert "12" in re.findall(r"^ +(\d+) .* not read, no checksums", shared_server().run("verify", run).out, re.M)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_verified_is_refused(trained_run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     shutil.copytree(trained_run, tmp_path / "new", ignore=shutil.ignore_patterns("checkpoints"))

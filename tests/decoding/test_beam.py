@@ -90,6 +90,7 @@ def test_it_is_the_naive_search(subjects: dict[str, Subject], kind: str, penalty
     assert any(ends) if penalty == 0.0 else not all(ends)
 
 
+@pytest.mark.slow
 def test_beams_as_wide_as_the_vocabulary_find_the_best_of_all_texts(subjects: dict[str, Subject]) -> None:
     subject, prompt, going_on = subjects["routed"], PROMPTS[1], range(len(SYMBOLS))
     first = subject.log_p(prompt)
@@ -106,6 +107,7 @@ def test_beams_as_wide_as_the_vocabulary_find_the_best_of_all_texts(subjects: di
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
+@pytest.mark.slow
 def test_a_stop_string_ends_a_text_and_its_score(subjects: dict[str, Subject], penalty: float) -> None:
     subject = subjects["routed"]
     encoded = [[token % len(SYMBOLS) for token in prompt] for prompt in PROMPTS]

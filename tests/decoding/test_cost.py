@@ -87,6 +87,7 @@ def counting() -> Counting:
     return Counting()
 
 
+@pytest.mark.slow
 def test_a_single_row_pays_for_the_tokens_that_it_routes(counting: Counting) -> None:
     seen = set()
     for shift in (-1e6, 1.0, 2.0, 1e6):  # none; some; more; all as long as there is room
@@ -96,6 +97,7 @@ def test_a_single_row_pays_for_the_tokens_that_it_routes(counting: Counting) -> 
     assert seen == {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_a_batch_pays_for_as_many_chunks_as_its_routed_rows_fill(counting: Counting) -> None:
     batch = 5
     chunk = rows_at_once(batch, routed_share(counting.model.decoder.routing, counting.model.decoder.config.context))

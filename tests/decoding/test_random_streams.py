@@ -29,6 +29,7 @@ def spearman(a: jax.Array, b: jax.Array) -> float:
 
 
 @pytest.mark.parametrize("given", [None, 0, 3], ids=["default key", "key of seed 0", "key of seed 3"])
+@pytest.mark.slow
 def test_stochastic_routing_and_draws_of_tokens_are_independent(given: int | None) -> None:
     """As `mod-star sample` does it: the seed gives the routing key and the rows' keys. Step and position go along."""
     model, seed = Model({"selection": "stochastic", "every": 1}), given or 0

@@ -67,6 +67,7 @@ def test_draws_come_as_often_as_they_are_probable(sampling: Sampling) -> None:
     assert chi_squared < freedom + 4 * math.sqrt(2 * freedom), "about one in ten thousand"
 
 
+@pytest.mark.slow
 def test_a_cold_temperature_is_greedy_and_never_nan() -> None:
     logits = jnp.asarray([-300.0, 250.0, 400.0, 399.0])
     assert {int(draw(jax.random.key(i), logits, Sampling(1e-6, top_p=0.9))) for i in range(8)} == {2}

@@ -188,6 +188,7 @@ def test_thoughts_that_weigh_nothing_change_nothing_not_even_what_is_drawn() -> 
     assert other[0].thoughts[0] != other[0].thoughts[1] or other[1].thoughts[0] != other[1].thoughts[1]
 
 
+@pytest.mark.slow
 def test_pauses() -> None:
     thinker = Thinker(0, ThinkingConfig(thought_length=2, n_true=2, kind="pause", policy_weight=0.0, n_thoughts=1), 1)
     for row, result in enumerate(

@@ -15,6 +15,7 @@ pytest.importorskip("sphinx")
 sys.path.append(str(Path(__file__).parents[2] / "docs" / "_ext"))
 
 
+@pytest.mark.slow
 def test_every_field_has_a_row_with_type_range_and_default() -> None:
     from generated_reference import configuration_page  # type: ignore[import-not-found]
 

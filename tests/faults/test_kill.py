@@ -179,6 +179,7 @@ def test_killed_at_every_change_of_a_file(server: Server, tmp_path: Path, record
     )
 
 
+@pytest.mark.slow
 def test_one_process_in_a_directory_and_none_after_a_kill(server: Server, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = server.start("train", str(run), *RUN)

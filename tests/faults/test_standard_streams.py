@@ -86,6 +86,7 @@ def test_other_commands_end(server: Server, trained_run: Path, data: Path, unint
     assert (tmp_path / "exported" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_standard_error_is_expendable(server: Server, trained_run: Path) -> None:
     finished = server.run(
         "sample", trained_run, "--prompt", "a", "--new-tokens", "2", "--temperature", "0", before=FULL.format(number=2)

@@ -57,6 +57,7 @@ def test_a_file_system_without_locks(server: Server, straight: Path, tmp_path: P
     assert differences(result(run), result(straight)) == []
 
 
+@pytest.mark.slow
 def test_a_lock_that_is_refused_as_fcntl_may(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     finished = server.run("train", str(run), *RUN, before=NO_LOCKS.format(number=errno.EACCES))
@@ -107,6 +108,7 @@ def test_a_platform_that_is_not_there(trained_run: Path, tmp_path: Path, words: 
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_current_directory_that_is_gone(server: Server, tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
@@ -123,11 +125,13 @@ def test_variables_that_nobody_understands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", ["0", "1", "wide"])
+@pytest.mark.slow
 def test_help_on_a_terminal_of_any_width(server: Server, columns: str) -> None:
     finished = server.run("sample", "--help", environment={"COLUMNS": columns})
     assert (finished.code, finished.err) == (0, "") and "--new-tokens" in finished.out
 
 
+@pytest.mark.slow
 def test_out_of_memory(server: Server, tmp_path: Path) -> None:
     exhausted = (
         "import mod_star.training.train as t, jax\n"

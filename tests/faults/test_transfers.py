@@ -35,6 +35,7 @@ def make_run() -> RunConfig:
     return replace(run, model=model, train=replace(run.train, **fields))
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_not_on_the_device_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "prefetch_to_device", lambda batches, where: batches)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):

@@ -85,6 +85,7 @@ def test_bfloat16_softmax_is_float32() -> None:
     assert kinds and set(kinds) == {"f32"}
 
 
+@pytest.mark.slow
 def test_the_fused_call_means_the_same_as_the_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN needs a GPU; the same call with the library's own XLA implementation shows that its arguments are right."""
     original = jax.nn.dot_product_attention

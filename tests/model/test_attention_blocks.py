@@ -63,6 +63,7 @@ def sees_something(args: tuple[Any, ...], window: int | None) -> jax.Array:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_values_and_gradients_are_those_of_the_plain_formula(case: str) -> None:
     tokens, K, G, documents, window = CASES[case]
     args = problem(tokens, K, G, documents)
@@ -73,6 +74,7 @@ def test_values_and_gradients_are_those_of_the_plain_formula(case: str) -> None:
         np.testing.assert_allclose(gradient, its, atol=1e-5 * float(jnp.abs(its).max()))
 
 
+@pytest.mark.slow
 def test_queries_in_turn_are_those_of_the_plain_formula() -> None:
     """What accelerators and meshes compute: plain products, some queries after the others."""
     query, positions, ids, own = jax.tree.map(lambda leaf: leaf[0], problem(700, 2, 1, 3))
@@ -120,6 +122,7 @@ def thoughts_over_a_text(attention: Callable[..., jax.Array], text_tokens: int, 
 
 
 @pytest.mark.parametrize("tokens", [200, 90], ids=["in blocks", "whole"])
+@pytest.mark.slow
 def test_thoughts_that_share_a_text_are_those_of_the_plain_formula(tokens: int) -> None:
     (_, result), gradients = thoughts_over_a_text(attend, tokens)
     (_, expected), expected_gradients = thoughts_over_a_text(plain_attention, tokens)
@@ -135,6 +138,7 @@ def test_the_text_of_thoughts_is_never_copied_for_them() -> None:
     assert sizes == {2 * 2 * 200 * 8}
 
 
+@pytest.mark.slow
 def test_a_vmap_over_keys_inside_one_over_queries_is_right() -> None:
     """Rows that share a memory, which then gets an axis of its own: the order of the axes matters."""
     query, positions, ids, own = problem(150, 2, 1, 2, rows=6)
@@ -153,6 +157,7 @@ def test_a_vmap_over_keys_inside_one_over_queries_is_right() -> None:
             np.testing.assert_allclose(other[j, i], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_derivatives_forwards_and_backwards_agree() -> None:
     query, positions, ids, own = jax.tree.map(lambda leaf: leaf[0], problem(40, 2, 1, 1))
     own = replace(own, valid_M=own.valid_M.at[0].set(True))
@@ -165,6 +170,7 @@ def test_derivatives_forwards_and_backwards_agree() -> None:
     np.testing.assert_allclose(forwards, jnp.vdot(jax.grad(loss)(query), direction), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_a_later_key_or_another_document() -> None:
     query, positions, ids, own = jax.tree.map(lambda leaf: leaf[0], problem(300, 1, 1, 3))
 
@@ -192,6 +198,7 @@ def traced(tokens: int, H: int = 2) -> Any:
     return jax.jit(attention_gradient()).trace(*shapes)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_tokens_and_not_with_their_square() -> None:
     few, many = (traced(tokens).lower().compile() for tokens in (1024, 16_384))
     temporary = [program.memory_analysis().temp_size_in_bytes for program in (few, many)]

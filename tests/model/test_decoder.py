@@ -126,6 +126,7 @@ def test_equals_the_decoder_in_float64_numpy(
         assert any(overflow for *_, overflow in routed), "this case is to test the limit of slots"
 
 
+@pytest.mark.slow
 def test_parameters_and_trace_are_float32_and_bfloat16_compute_is_close(
     model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
 ) -> None:
@@ -170,6 +171,7 @@ def test_skipped_tokens_pass_a_routed_block_unchanged_to_the_bit(
     assert 0 < np.sum(selected) < np.sum(tiny_batch["segment_ids"] > 0)
 
 
+@pytest.mark.slow
 def test_at_full_capacity_with_a_gate_of_one_it_is_the_dense_model(
     model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
 ) -> None:
@@ -220,6 +222,7 @@ def test_under_top_k_later_tokens_do_change_earlier_hidden_states(
 
 
 @pytest.mark.parametrize("mode", ["top_k", "causal"])
+@pytest.mark.slow
 def test_no_gradient_flows_from_a_hidden_state_to_a_later_embedding(
     mode: Any, model: ModelConfig, routing: RoutingConfig, random_params: RandomParams
 ) -> None:
@@ -259,6 +262,7 @@ def test_packed_documents_equal_each_alone_under_the_causal_rule(
         assert np.any(output.trace.selected)
 
 
+@pytest.mark.slow
 def test_packed_documents_do_not_see_each_other_but_compete_for_capacity_under_top_k(
     model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
 ) -> None:
@@ -358,6 +362,7 @@ def test_stochastic_routing_without_a_key_says_so(
         decoder.apply({"params": params}, jnp.zeros(4, jnp.int32))
 
 
+@pytest.mark.slow
 def test_it_is_causal_unless_told_otherwise_with_the_slots_of_generation_whatever_the_texts_length(
     model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
 ) -> None:

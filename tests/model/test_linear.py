@@ -82,6 +82,7 @@ def test_per_example_gradients_and_the_unjitted_path() -> None:
         np.testing.assert_allclose(nested(linear)(X, W), X @ W, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_second_derivatives() -> None:
     def hessian(product: Product) -> jax.Array:
         return jax.hessian(lambda w: jnp.sum(jnp.sin(product(X[0, 0, :2], w))))(W[:, :2])

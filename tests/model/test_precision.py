@@ -243,6 +243,7 @@ def test_the_documentations_router_asks_for_it_itself(tmp_path: Path) -> None:
     assert len(found) >= 3 and {(each.dtype, each.precision) for each in found} == {("f32", "HIGHEST")}
 
 
+@pytest.mark.slow
 def test_what_the_environment_says_lowers_nothing_of_the_network() -> None:
     with jax.default_matmul_precision("bfloat16"):
         batch = make_batch([[24]], 24, VOCAB)

@@ -103,6 +103,7 @@ def plain_combine(y: jax.Array, selection: Selection) -> jax.Array:
 
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("shape", [(), (3,)])
+@pytest.mark.slow
 def test_dispatch_and_combine_equal_indexing_and_so_do_their_gradients(number: int, shape: tuple[int, ...]) -> None:
     selection = selections()[number]
     C = selection.indices_C.shape[0]
@@ -149,6 +150,7 @@ def scatters_in_gradient(
     return scatters(lowered.as_text()) + scatters(lowered.compile(AS_SHIPPED).as_text() or "")
 
 
+@pytest.mark.slow
 def test_a_routed_layer_has_no_scatter_forward_or_backward(scatters: Callable[[str], list[str]]) -> None:
     assert scatters_in_gradient(dispatch, combine, scatters) == []
     assert scatters_in_gradient(plain_dispatch, combine, scatters), "the search would not find one"
@@ -188,6 +190,7 @@ def test_the_router_is_a_float32_product_whatever_the_stream_and_the_platform() 
     assert "HIGHEST" in jax.jit(linear_router).lower({"weight": weight}, x).as_text()
 
 
+@pytest.mark.slow
 def test_stochastic_noise_is_standard_normal_by_position_and_its_threshold_routes_the_share() -> None:
     key = jax.random.key(0)
     noise = np.asarray(jax.jit(position_noise)(key, jnp.arange(4000)))

@@ -177,6 +177,7 @@ def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.Ca
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_defaults_are_those_of_the_preset_or_run(trained_run: Path) -> None:
     assert _source(["--topology", "cpu:1", "7b-mod"]) == ("7b-mod", large_mod())
     assert _source(["--json", "base", "--data.tokenizer", "tiny"])[0] in ("base", "tiny")

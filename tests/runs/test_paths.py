@@ -50,6 +50,7 @@ def test_a_run_whose_path_is_a_pattern_goes_all_the_way(tmp_path: Path) -> None:
     assert sorted(path.name for path in (odd / "checkpoints").iterdir()) == ["2", "4"]
 
 
+@pytest.mark.slow
 def test_a_path_without_a_plain_name_is_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ def test_frequencies_are_those_of_softmax(vocabulary: int, temperature: float) -
     assert abs(chi_square - degrees) < 4 * np.sqrt(2 * degrees), "about 4 standard deviations"
 
 
+@pytest.mark.slow
 def test_of_flat_logits_each_token_is_drawn_and_of_peaked_ones_the_peak() -> None:
     counts = np.bincount(drawn(np.zeros(300), 1.0), minlength=300)
     assert len(counts) == 300 and np.all(np.abs(counts - DRAWS / 300) < 5 * np.sqrt(DRAWS / 300))

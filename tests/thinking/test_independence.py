@@ -36,6 +36,7 @@ def sees(thinker: Thinker, reader: Any, index: int) -> Any:
     return same & (reader >= index) & (ids[:, index] > 0).reshape(-1, *[1] * reader.ndim)
 
 
+@pytest.mark.slow
 def test_thoughts_depend_on_no_later_token_and_no_other_document(
     thinker: Thinker, thought_of: tuple[Places, Thought]
 ) -> None:
@@ -57,6 +58,7 @@ def test_thoughts_depend_on_no_later_token_and_no_other_document(
     assert changes > 0.9 * chances and chances > 300
 
 
+@pytest.mark.slow
 def test_predictions_after_thoughts_depend_on_the_text_up_to_them_alone(
     thinker: Thinker, thought_of: tuple[Places, Thought], scored: tuple[jax.Array, Talk]
 ) -> None:

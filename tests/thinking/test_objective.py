@@ -232,6 +232,7 @@ def test_without_reinforce_the_loss_is_that_of_the_text(random_params: Any, make
     assert not np.any(talk.log_probs_BxJxM) and np.any(talk.advantages_BxJxM)
 
 
+@pytest.mark.slow
 def test_a_new_mixing_head_changes_nothing(
     thinker: Thinker, thought_of: tuple[Places, Thought], scored: tuple[jax.Array, Talk]
 ) -> None:

@@ -151,6 +151,7 @@ def test_with_the_talk_loss_its_expectation_is_the_gradient_of_the_expected_talk
     np.testing.assert_allclose(estimated, exact, atol=1e-3 * scale)
 
 
+@pytest.mark.slow
 def test_thoughts_of_a_place_are_drawn_independently_from_the_model(toy: Thinker, policy: Any) -> None:
     """What enumeration takes for granted. Also thoughts of different places."""
     draws = 4000

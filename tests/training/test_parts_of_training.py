@@ -89,6 +89,7 @@ def sgd(run: RunConfig, steps: int) -> optax.GradientTransformation:
     return optax.chain(clip_apart(run.optimizer.clip), optax.sgd(make_schedule(run.optimizer, steps), momentum=0.9))
 
 
+@pytest.mark.slow
 def test_momentum_in_place_of_adamw(
     dense: RunConfig, tiny_batch: Batch, random_state: Callable[..., TrainState]
 ) -> None:
