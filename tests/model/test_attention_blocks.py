@@ -86,15 +86,16 @@ def test_queries_in_turn_are_those_of_the_plain_formula() -> None:
     memory = attention_whole.Memory(*map(at, (own.keys_KxMxE, own.values_KxMxE, ids_M, positions, positions)))
     assert attention_whole._queries_at_once(queries, [memory]) is not None
     result, log_sum = jax.jit(lambda *a: attention_whole.forward_in_turn(a[0], [a[1]], None))(queries, memory)
-    expected = plain_attention(query, positions, ids, (own,))
+    expected = jax.jit(plain_attention)(query, positions, ids, (own,))
     seen = sees_something((None, positions[None], ids[None], replace(own, valid_M=own.valid_M[None])), None)[0]
     turned = jnp.swapaxes(result[0, :, 0], 0, 1)
     np.testing.assert_allclose(turned[seen], expected[seen], atol=1e-5)
     grad = jnp.where(seen[:, None], jnp.cos(result), 0)
     delta = jnp.sum(result * grad, -1)
+    gradient_of = lambda way: jax.jit(lambda *a: way(*a[:2], None, *a[2:]))(queries, memory, log_sum, delta, grad)  # noqa: E731
+    blocks = gradient_of(attention_blocks.gradient)
     for way in (attention_whole.gradient_in_turn, attention_whole.gradient):
-        gradients = jax.jit(lambda *a, way=way: way(*a[:2], None, *a[2:]))(queries, memory, log_sum, delta, grad)
-        blocks = attention_blocks.gradient(queries, memory, None, log_sum, delta, grad)
+        gradients = gradient_of(way)
         for gradient, its in zip(gradients, blocks, strict=True):
             np.testing.assert_allclose(gradient, its, atol=1e-5 * float(jnp.abs(its).max()))
 
@@ -166,8 +167,8 @@ def test_derivatives_forwards_and_backwards_agree() -> None:
         return jnp.sum(jnp.sin(attend(query, positions, ids, (own,))))
 
     direction = jnp.cos(query)
-    _, forwards = jax.jvp(loss, (query,), (direction,))
-    np.testing.assert_allclose(forwards, jnp.vdot(jax.grad(loss)(query), direction), rtol=1e-4)
+    _, forwards = jax.jit(lambda query: jax.jvp(loss, (query,), (direction,)))(query)
+    np.testing.assert_allclose(forwards, jnp.vdot(jax.jit(jax.grad(loss))(query), direction), rtol=1e-4)
 
 
 @pytest.mark.slow

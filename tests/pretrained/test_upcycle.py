@@ -160,7 +160,7 @@ def make_dense(path: Path, parts: str | None = None) -> Path:
         train=replace(tiny.train, steps=6, batch_size=2, log_every=1, eval_every=0, checkpoint_every=0),
         parts=parts,
     )
-    params = Decoder(run.model, run.routing).init(jax.random.key(1), jnp.zeros(2, jnp.int32))["params"]
+    params = jax.jit(Decoder(run.model, run.routing).init)(jax.random.key(1), jnp.zeros(2, jnp.int32))["params"]
     write_params_run(path, run, load_tokenizer("bytes"), params)
     return path
 
