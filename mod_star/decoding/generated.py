@@ -75,7 +75,7 @@ def results_of(state: DecodeState, end_ids: Sequence[int]) -> list[Generated]:
 
 def thought_of_row(record: ThoughtRecord | None, row: int, count: int) -> dict[str, Any]:
     """The fields of `Generated` about the first `count` tokens of a row; `record` is of NumPy arrays."""
-    if record is None or not record.asked_BxT.any():  # nobody was asked to think
+    if record is None or not record.may_think_BxT.any():  # no row might think
         return {}
     entropies, thinks, thoughts, weights = (
         array[row, :count].tolist()

@@ -149,15 +149,15 @@ def _bytes_of_one(keys_values: Any) -> int:
 
 
 def _texts_of_rows(decoder: Decoder, keys_values: Any, row_R: jax.Array) -> tuple[Any, Any]:
-    """The texts' keys/values for R thoughts, as `decoding.caches.text_of` gives them: nothing generated, all prompt."""
+    """The memory of R thoughts, as `decoding.caches.cached_memory` gives it: nothing is generated, all is prompt."""
     names, groups = block_names(decoder.routing), range(group_count(decoder.config, decoder.routing))
 
-    def pick(segment: Any, group: int) -> Any:
+    def pick(of_block: Any, group: int) -> Any:
         def one(leaf: jax.Array) -> jax.Array:
             heads = ("tensor",) if leaf.ndim == 5 else ()  # keys and values: text, group, head, token, width
             return constrain(leaf[row_R, group], BATCH_AXES, *heads)
 
-        return jax.tree.map(one, segment)
+        return jax.tree.map(one, of_block)
 
     own = tuple(dict.fromkeys(names, ()) for _ in groups)
     return own, tuple({name: (pick(keys_values[name], group),) for name in names} for group in groups)

@@ -220,7 +220,7 @@ def test_a_stream_with_an_end(thinker: Thinker, always: list[Generated]) -> None
     assert state.record is not None
     first = always[0].tokens.index(end)
     assert np.asarray(state.record.thinks_BxT[0, :NEW]).tolist() == [step <= first for step in range(NEW)]
-    assert np.asarray(state.record.asked_BxT[0, :NEW]).tolist() == [step <= first for step in range(NEW)]
+    assert np.asarray(state.record.may_think_BxT[0, :NEW]).tolist() == [step <= first for step in range(NEW)]
     assert not np.any(state.record.entropies_BxT[0, first + 1 :])
 
 
