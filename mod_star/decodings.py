@@ -124,10 +124,10 @@ def chosen_decoding(name: DecodingName, options: Mapping[str, Any]) -> Decoding:
     Raises:
       InputError: an option is given that this decoding doesn't have, or its value is out of range.
     """
-    given = {field: value for field, value in options.items() if value is not None and value is not False}
-    for field in given:
+    fields = {field: value for field, value in options.items() if value is not None and value is not False}
+    for field in fields:
         require_decoding(name, field, decodings_with(field))
-    return DECODINGS[name](**given)
+    return DECODINGS[name](**fields)
 
 
 def require_decoding(name: DecodingName, field: str, allowed: list[DecodingName]) -> None:

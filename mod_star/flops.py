@@ -216,8 +216,8 @@ def _own_block_flops(model: ModelConfig, parts: Parts, tokens: int, keys: int) -
         def longer(leaf: Any, axis: int) -> Any:
             return jax.ShapeDtypeStruct((*leaf.shape[:axis], keys - tokens, *leaf.shape[axis + 1 :]), leaf.dtype)
 
-        kept, where = (own.keys_KxMxE, own.values_KxMxE), (own.positions_M, own.segment_ids_M, own.valid_M)
-        before = (KeyValues(*(longer(leaf, 1) for leaf in kept), *(longer(leaf, 0) for leaf in where)),)
+        keys_values, where = (own.keys_KxMxE, own.values_KxMxE), (own.positions_M, own.segment_ids_M, own.valid_M)
+        before = (KeyValues(*(longer(leaf, 1) for leaf in keys_values), *(longer(leaf, 0) for leaf in where)),)
     return function_flops("parts.block", apply, params, x, ids, valid, before)
 
 

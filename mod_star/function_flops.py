@@ -102,11 +102,11 @@ def _unknown(jaxpr: Any) -> Iterator[str]:
 def _used(jaxpr: Any) -> list[Any]:
     """The equations whose results are used; the others `jax.jit` leaves out."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    wanted, used = {id(variable) for variable in jaxpr.outvars}, []
+    needed, used = {id(variable) for variable in jaxpr.outvars}, []
     for equation in reversed(jaxpr.eqns):
-        if equation.effects or any(id(variable) in wanted for variable in equation.outvars):
+        if equation.effects or any(id(variable) in needed for variable in equation.outvars):
             used.append(equation)
-            wanted |= {id(variable) for variable in equation.invars}
+            needed |= {id(variable) for variable in equation.invars}
     return used[::-1]
 
 

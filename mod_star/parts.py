@@ -19,8 +19,8 @@ def load_parts(reference: str | None) -> Parts:
     """
     if reference is None:
         return DEFAULT_PARTS
-    found = load_from_file(reference, "parts", "the name of a mod_star.Parts in a Python file")
-    if not isinstance(found, Parts):
+    parts = load_from_file(reference, "parts", "the name of a mod_star.Parts in a Python file")
+    if not isinstance(parts, Parts):
         name = reference.rpartition(":")[2]
-        raise InputError(f"parts = {reference!r}: {name} must be a mod_star.Parts, found {type(found).__name__}")
-    return found
+        raise InputError(f"parts = {reference!r}: {name} must be a mod_star.Parts, not {type(parts).__name__}")
+    return parts

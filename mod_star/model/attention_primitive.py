@@ -125,10 +125,10 @@ def _transpose(cotangents: Arrays, *operands: Any, **params: Any) -> list[Any]:
         return [None] * (len(operands) - len(tangents)) + [ad.Zero(each.aval) for each in tangents]
     primals = operands[: OF_QUERIES + count * OF_MEMORY]
     gradients = gradient_p.bind(*primals, result, log_sum, *map(ad.instantiate_zeros, cotangents), **params)
-    wanted = [
+    of_tangents = [
         gradient if ad.is_undefined_primal(each) else None for gradient, each in zip(gradients, tangents, strict=True)
     ]
-    return [None] * (len(operands) - len(tangents)) + wanted
+    return [None] * (len(operands) - len(tangents)) + of_tangents
 
 
 # Batches.

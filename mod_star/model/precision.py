@@ -18,19 +18,19 @@ from mod_star.config import ModelConfig
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def precision_of(dtype: Any, asked: str | None = "highest") -> Any:
+def precision_of(dtype: Any, precision: str | None = "highest") -> Any:
     """The `precision` of a product of operands of `dtype`.
 
     Args:
       dtype: of both operands. Products of 16-bit operands are exact in one pass, and ask for nothing.
-      asked: highest, high or default, for float32; None: what `jax.default_matmul_precision` says, else highest.
+      precision: highest, high or default, for float32; None: what `jax.default_matmul_precision` says, else highest.
     """
     if jnp.dtype(dtype).itemsize < 4:
         return jax.lax.Precision.DEFAULT
-    if asked is None:
+    if precision is None:
         config: Any = jax.config
-        asked = config.jax_default_matmul_precision or "highest"
-    return jax.lax.Precision(asked) if asked in ("highest", "high", "default") else asked
+        precision = config.jax_default_matmul_precision or "highest"
+    return jax.lax.Precision(precision) if precision in ("highest", "high", "default") else precision
 
 
 def products_of(config: ModelConfig) -> AbstractContextManager[Any]:
