@@ -26,8 +26,8 @@ def cache_root() -> Path | None:
     named = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(named):
         return Path(named)
-    found = home()
-    return None if found is None else found / ".cache"
+    directory = home()
+    return None if directory is None else directory / ".cache"
 
 
 def expanded(path: str | Path) -> Path:

@@ -98,8 +98,8 @@ def lasting_output(note: str) -> TextIO | None:
     """
     if sys.stdout is None:
         return None
-    found: Any = sys.stdout
-    output = found if isinstance(found, Output) else Output(found)
+    stream: Any = sys.stdout
+    output = stream if isinstance(stream, Output) else Output(stream)
     output.may_end(note)
     return cast(TextIO, output)
 
@@ -139,10 +139,10 @@ def _open_if_closed(number: int, name: str) -> None:
     try:
         os.fstat(number)
     except OSError:
-        found = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
-        if found != number:
-            os.dup2(found, number)
-            os.close(found)
+        descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+        if descriptor != number:
+            os.dup2(descriptor, number)
+            os.close(descriptor)
     if getattr(sys, name) is None:
         setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
 

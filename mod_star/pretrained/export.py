@@ -141,10 +141,10 @@ def _converted(array: np.ndarray, kind: np.dtype, name: str) -> np.ndarray:
     return converted
 
 
-def _shards(found: list[Place], itemsize: int, most: int) -> Iterator[list[Place]]:
+def _shards(tensors: list[Place], itemsize: int, most: int) -> Iterator[list[Place]]:
     shard: list[Place] = []
     room = most
-    for place in found:
+    for place in tensors:
         size = math.prod(place.shape) * itemsize
         if shard and size > room:
             yield shard

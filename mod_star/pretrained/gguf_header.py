@@ -150,19 +150,19 @@ class _Cursor:
         """`count` strings; as `string`, but a vocabulary has 100 000 of them."""
         self.check_count(count, 8, f"strings in {what}")
         data, at, end = self._data, self.at, self._end
-        found: list[str] = []
+        strings: list[str] = []
         unpack = struct.Struct("<Q").unpack_from
         for index in range(count):
             if at + 8 > end or (stop := at + 8 + unpack(data, at)[0]) > end:
                 self.at = at
-                return [*found, self.string(f"{what}[{index}]")]  # raises
+                return [*strings, self.string(f"{what}[{index}]")]  # raises
             try:
-                found.append(data[at + 8 : stop].decode("utf-8"))
+                strings.append(data[at + 8 : stop].decode("utf-8"))
             except UnicodeDecodeError:
                 raise self.fail(f"{what}[{index}] is not UTF-8: {_short(data[at + 8 : stop])}") from None
             at = stop
         self.at = at
-        return found
+        return strings
 
     def value(self, key: str) -> Any:
         what = f"metadata {_short(key)}"

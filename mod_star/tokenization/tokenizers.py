@@ -104,8 +104,8 @@ def begin(tokenizer: Tokenizer, text: str) -> list[int]:
     separator of documents).
     """
     ids = tokenizer.encode(text)
-    wanted = not ids or (tokenizer.starts_with_bos and ids[0] != tokenizer.bos_id)
-    return [tokenizer.bos_id, *ids] if wanted else ids
+    lacks_bos = not ids or (tokenizer.starts_with_bos and ids[0] != tokenizer.bos_id)
+    return [tokenizer.bos_id, *ids] if lacks_bos else ids
 
 
 class ByteTokenizer:
