@@ -42,9 +42,9 @@ class ProcessesConfig:
 
     def __post_init__(self) -> None:
         require_types("processes", self)
-        given = [value is not None for value in (self.coordinator, self.count, self.index)]
+        is_set = [value is not None for value in (self.coordinator, self.count, self.index)]
         require(
-            len(set(given)) == 1,
+            len(set(is_set)) == 1,
             "processes",
             (self.coordinator, self.count, self.index),
             "coordinator, count and index must be given together, or none of them",

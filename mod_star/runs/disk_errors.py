@@ -51,8 +51,8 @@ def _error_number(error: BaseException | None) -> int | None:
     """The operating system's, of an error that came from there; tensorstore's is a ValueError with it in the text."""
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    return None if found is None else int(found[1])
+    match = re.search(r"os_error_code='(\d+)'", str(error))
+    return None if match is None else int(match[1])
 
 
 def _is_news(record: logging.LogRecord) -> bool:

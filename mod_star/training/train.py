@@ -149,27 +149,27 @@ def _changed_since(path: Path, run: RunConfig) -> list[str]:
     """What a run that version 0.1 made is trained otherwise from here on, a line each; told once."""
     if read_data(path) is not None:  # as every later version records
         return []
-    found, made = [], "version 0.1, which made this run"
+    notes, earlier = [], "version 0.1, which made this run"
     if run.thinks and run.thinking.policy_weight > 0 and run.thinking.n_true > 1:
         n_true = run.thinking.n_true
-        found.append(f"REINFORCE weighs about 1/{n_true} of what it weighed in {made}: it is a mean, like the NLL")
+        notes.append(f"REINFORCE weighs about 1/{n_true} of what it weighed in {earlier}: it is a mean, like the NLL")
     if run.routing.every and not run.data.pack:
-        found.append(f"capacity is a share of the tokens without padding from here on; {made}, counted padding in")
-    return found
+        notes.append(f"capacity is a share of the tokens without padding from here on; {earlier}, counted padding in")
+    return notes
 
 
-def _require_moved(path: Path, stored: RunConfig, asked: RunConfig) -> None:
+def _require_moved(path: Path, stored: RunConfig, run: RunConfig) -> None:
     """Raises InputError if other files are asked for than those that the run was made with, wherever they were."""
-    if stored.data.source == asked.data.source:
+    if stored.data.source == run.data.source:
         return
     recorded = read_data(path)
     try:
-        if recorded is not None and not changes(recorded, identify(asked.data)):
+        if recorded is not None and not changes(recorded, identify(run.data)):
             return
     except InputError:  # they are not there
         pass
-    found = "; ".join(run_dir.differences(asdict(stored.data), asdict(asked.data), "data."))
-    raise InputError(f"{path}: holds a run of another configuration: {found}")
+    differing = "; ".join(run_dir.differences(asdict(stored.data), asdict(run.data), "data."))
+    raise InputError(f"{path}: holds a run of another configuration: {differing}")
 
 
 def _record_changes(path: Path, inputs: Inputs, step: int, same_length: bool) -> None:
