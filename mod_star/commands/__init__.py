@@ -108,8 +108,8 @@ def keep_compiled_programs() -> None:
 def _processor() -> str:
     """What the machine's processor is and can do."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        wanted = ("model name", "flags", "Features", "CPU part")
-        return "".join(sorted({line for line in file if line.startswith(wanted)}))
+        headings = ("model name", "flags", "Features", "CPU part")
+        return "".join(sorted({line for line in file if line.startswith(headings)}))
     return f"{platform.machine()} {platform.processor()}"
 
 
@@ -117,8 +117,8 @@ def _columns(helping: bool) -> str | None:
     """What COLUMNS is to be; None: what it is. tyro takes minutes over help in boxes of a column or two."""
     if not helping:
         return "10000"
-    given = os.environ.get("COLUMNS", "")
-    return str(LEAST_COLUMNS) if given.isdecimal() and 0 < int(given) < LEAST_COLUMNS else None
+    columns = os.environ.get("COLUMNS", "")
+    return str(LEAST_COLUMNS) if columns.isdecimal() and 0 < int(columns) < LEAST_COLUMNS else None
 
 
 def _wants_help(argv: Sequence[str]) -> bool:

@@ -78,11 +78,11 @@ def _run(options: CalibrateOptions) -> None:
         entropies(loaded, batches), "reading held-out text", len(batches), console=progress, transient=True,
         disable=not progress.is_terminal,
     )  # fmt: skip
-    found = np.concatenate(list(parts))
-    calibration = calibrated(found, options.share, loaded.step)
+    entropies_N = np.concatenate(list(parts))
+    calibration = calibrated(entropies_N, options.share, loaded.step)
     path = write_calibration(options.run, calibration)
     console = Console(highlight=False)
-    console.print(quantile_table(found))
+    console.print(quantile_table(entropies_N))
     console.print(
         f"threshold {calibration.threshold:.4g} nats, chosen by the first half of the text: {options.share:.1%} of its "
         f"tokens lie above. Of the second half, {calibration.achieved_share:.1%} do",

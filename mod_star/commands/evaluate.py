@@ -225,12 +225,12 @@ def _checked(options: EvaluateOptions) -> Decoding:
     require(all(options.stop), "--stop", "", "must not be empty")
     fine = options.continuation is None or bool(options.continuation.strip())
     require(fine, "--continuation", options.continuation, "must not be empty")
-    given = [name for name in OF_CUSTOM if getattr(options, name) is not None]
-    if options.task is not None and (given or options.choices or options.item_id is not None):
-        name = _flag([*given, *(["choices"] if options.choices else []), "item_id"][0])
+    custom = [name for name in OF_CUSTOM if getattr(options, name) is not None]
+    if options.task is not None and (custom or options.choices or options.item_id is not None):
+        name = _flag([*custom, *(["choices"] if options.choices else []), "item_id"][0])
         raise InputError(f"{name}: cannot be combined with --task, which knows its file")
-    if options.task is None and len(given) < len(OF_CUSTOM):
-        missing = next(name for name in OF_CUSTOM if name not in given)
+    if options.task is None and len(custom) < len(OF_CUSTOM):
+        missing = next(name for name in OF_CUSTOM if name not in custom)
         raise InputError(f"{_flag(missing)} is missing: give --task, or --question, --answer and --kind")
     if options.protocol != "generate":
         for name in OF_GENERATE:

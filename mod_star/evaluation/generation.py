@@ -141,7 +141,7 @@ class GeneratedAnswer:
             "gold": gold,
             "answer": answer,
             "correct": answer == gold,
-            "scores": {name: given == gold for name, given in answers.items()},
+            "scores": {name: each == gold for name, each in answers.items()},
             "answers": answers,
             "text": None if best is None else branches.branches[best].completion.text,
             "branches": [branch_record(branch) for branch in branches.branches],

@@ -248,7 +248,7 @@ class HarnessModel:
         done = 0
         with _Bar("texts", len(requests), disable_tqdm) as bar:
             for indices, (stop, new_tokens, sampling) in zip(groups.values(), options, strict=True):
-                given = requests[indices[0]].args[1]
+                request_options = requests[indices[0]].args[1]
                 room = self._max_length - new_tokens
                 prompts = [requests[index].args[0] for index in indices]
                 encoded = [self.tok_encode(prompt) for prompt in prompts]
@@ -259,7 +259,7 @@ class HarnessModel:
                 completions = complete_many(self._get_generator(), prompts, config, [ids[-room:] for ids in encoded])
                 for number, (completion,) in completions:
                     results[indices[number]] = completion.text
-                    self.cache_hook.add_partial("generate_until", (prompts[number], given), completion.text)
+                    self.cache_hook.add_partial("generate_until", (prompts[number], request_options), completion.text)
                     done += 1
                     bar.show(done)
         return results
@@ -279,7 +279,7 @@ class HarnessModel:
             _log.warning("%d of the texts are longer than %d tokens: cut from the left", cut, self._max_length)
 
 
-def generation_options(given: Mapping[str, Any], max_gen_toks: int) -> tuple[list[str], int, Sampling]:
+def generation_options(options: Mapping[str, Any], max_gen_toks: int) -> tuple[list[str], int, Sampling]:
     """Stop strings, most new tokens and way of drawing from a task's `generation_kwargs`.
 
     do_sample false is greedy whatever the temperature; without do_sample a temperature above 0 samples; with it the
@@ -288,34 +288,34 @@ def generation_options(given: Mapping[str, Any], max_gen_toks: int) -> tuple[lis
     Raises:
       InputError: an option that is not known, or its value is no good or asks for what we don't have.
     """
-    given = {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in options.items() if value is not None}
     known = ("until", *LENGTHS, *DRAWS)
-    fixed = {name: value for name, value in (ONE_VALUE | OF_DRAWS).items() if name in given}
-    if odd := [name for name in given if name not in (*known, *fixed, *WITHOUT_EFFECT)]:
-        raise InputError(f"generation_kwargs.{odd[0]} = {given[odd[0]]!r}: unknown; there are {', '.join(known)}")
-    until = given.get("until") or []
+    fixed = {name: value for name, value in (ONE_VALUE | OF_DRAWS).items() if name in options}
+    if odd := [name for name in options if name not in (*known, *fixed, *WITHOUT_EFFECT)]:
+        raise InputError(f"generation_kwargs.{odd[0]} = {options[odd[0]]!r}: unknown; there are {', '.join(known)}")
+    until = options.get("until") or []
     stop = [until] if isinstance(until, str) else list(until)
     fine = all(isinstance(text, str) and text for text in stop)
     require(fine, "generation_kwargs.until", until, "must be texts that are not empty")
-    named = next((name for name in LENGTHS if name in given), "max_gen_toks")
-    length = given.get(named, max_gen_toks)
+    named = next((name for name in LENGTHS if name in options), "max_gen_toks")
+    length = options.get(named, max_gen_toks)
     fine = isinstance(length, int) and not isinstance(length, bool) and length >= 1
     require(fine, f"generation_kwargs.{named}", length, "must be a positive integer")
-    do_sample = given.get("do_sample")
+    do_sample = options.get("do_sample")
     require(do_sample in (None, True, False), "generation_kwargs.do_sample", do_sample, "must be true or false")
     for name in ("temperature", "top_k", "top_p"):
-        _require_number(name, given.get(name, 0))
-    temperature = float(given.get("temperature", 1.0 if do_sample else 0.0))
+        _require_number(name, options.get(name, 0))
+    temperature = float(options.get("temperature", 1.0 if do_sample else 0.0))
     greedy = (do_sample is not None and not do_sample) or temperature == 0
     for name, value in fixed.items():
-        _require_number(name, given[name])
+        _require_number(name, options[name])
         if not (greedy and name in OF_DRAWS):
-            require(given[name] == value, f"generation_kwargs.{name}", given[name], f"must be {value}")
+            require(options[name] == value, f"generation_kwargs.{name}", options[name], f"must be {value}")
     if greedy:
         return stop, length, Sampling(temperature=0)
-    top_k = int(given.get("top_k", 0))
+    top_k = int(options.get("top_k", 0))
     # vLLM calls all tokens -1.
-    return stop, length, Sampling(temperature, 0 if top_k == -1 else top_k, float(given.get("top_p", 1.0)))
+    return stop, length, Sampling(temperature, 0 if top_k == -1 else top_k, float(options.get("top_p", 1.0)))
 
 
 def _require_number(name: str, value: Any) -> None:

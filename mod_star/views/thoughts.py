@@ -224,17 +224,17 @@ def _html_legends(scales: dict[str, float], negative_weights: bool) -> str:
         "entropy": ("nats · how unsure the model was without a thought", False),
         "weight": ("mixing weight of the prediction after the thought", negative_weights),
     }
-    made = []
+    legends = []
     for by, (meaning, two_sided) in meanings.items():
         shares = (-1.0, -0.5, 0.0, 0.5, 1.0) if two_sided else (0.0, 0.5, 1.0)
         number = _signed if two_sided else "{:.3g}".format
         ticks = "".join(f"<span>{number(share * scales[by])}</span>" for share in shares)
         sides = "both" if two_sided else "one"
-        made.append(
+        legends.append(
             f'<div class="legend {sides}" data-by="{by}"><div class="bar"></div><div class="ticks">{ticks}</div>'
             f"<p>{meaning}</p></div>"
         )
-    return "\n".join(made)
+    return "\n".join(legends)
 
 
 def _pieces(view: TextThoughts) -> list[list[str]]:
