@@ -101,7 +101,7 @@ DECODINGS: dict[DecodingName, type[Decoding]] = {
 
 
 FIELDS = tuple(dict.fromkeys(each.name for kind in DECODINGS.values() for each in fields(kind)))
-"""Every field of a decoding, in the order in which a mistake is told."""
+"""Every field of a decoding, in the order in which a mistake is reported."""
 
 
 def name_of(decoding: Decoding) -> DecodingName:

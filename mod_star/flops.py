@@ -1,7 +1,7 @@
 """Floating-point operations of a model, counted from its configuration: two per multiply-add of every matrix product.
 
 Elementwise work is left out, as is usual; at the sizes of real models the count agrees with the compiled program's own
-within 5 % (tests/test_flops.py). A routed block is counted at its capacity. Parts of the user's own are counted by
+within 5 % (tests/test_flops.py). A routed block is counted at its capacity. A user's parts are counted by
 `mod_star.function_flops`, unless they say themselves what they take (`Part.flops`).
 """
 
@@ -36,9 +36,9 @@ class Flops:
     mlp: float = 0.0
     """Feed-forward layers."""
     router: float = 0.0
-    """Router scores of all tokens, and a user's own selection."""
+    """Router scores of all tokens, and a user's selection."""
     predictor: float = 0.0
-    """The causal rule: the predictor, or a user's own."""
+    """The causal rule: the predictor, or a user's rule."""
     head: float = 0.0
     """Logits."""
     mixing: float = 0.0
@@ -59,7 +59,7 @@ class Flops:
 def forward_flops(model: ModelConfig, routing: RoutingConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> Flops:
     """One forward pass over one sequence of `tokens` tokens, logits included.
 
-    A block of the user's own counts as `mlp`.
+    A user's block counts as `mlp`.
 
     Raises:
       InputError: the layers don't fit `routing.every`, or operations of a user's part can't be counted.

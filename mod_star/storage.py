@@ -30,7 +30,7 @@ def address_of(path: str | Path) -> str:
     if match is None:
         raise InputError(f"{shown}: must be a directory, or gs://BUCKET/NAME")
     if {".", ".."} & set(match[1].split("/")):
-        raise InputError(f"{shown}: '.' and '..' are no names in a bucket")
+        raise InputError(f"{shown}: '.' and '..' are not names in a bucket")
     return "gs://" + re.sub("/+", "/", match[1])
 
 

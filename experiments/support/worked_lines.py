@@ -8,7 +8,7 @@ permutations of five states, more of them than two layers can compose in one pas
     !  0.15   the answer at once
     [  0.15   the start state five times over, then ] and the answer: looks like working, and isn't
 
-Behind each state in brackets stands one of three separators, at random: working can be worded in many ways, so that the
+After each state in brackets stands one of three separators, at random: working can be worded in many ways, so that the
 probability of any one worked line is small.
 """
 

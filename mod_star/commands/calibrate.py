@@ -69,8 +69,8 @@ def _run(options: CalibrateOptions) -> None:
     changed = [] if recorded is None else changes(recorded, identify(loaded.config.data))
     if changed and options.data_changed == "refuse":
         raise InputError(
-            f"data.source: what {options.run} was made with has changed ({'; '.join(changed)}): what is held out now "
-            "may have been trained on. Bring back what it was, or take --data-changed accept"
+            f"data.source: the data of {options.run} has changed ({'; '.join(changed)}). What is held out now may have "
+            "been trained on. Bring the old data back, or accept the new: --data-changed accept"
         )
     keep_compiled_programs()
     progress = Console(stderr=True)

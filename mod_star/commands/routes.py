@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> None:
 
 def _run(options: RoutesOptions) -> None:
     if (options.text is None) == (options.text_file is None):
-        raise InputError("--text: give a text either so or with --text-file, and not both")
+        raise InputError("--text: give either --text or --text-file")
     png = options.run / PNG_FILE if options.png is None else options.png
     require(png.suffix == ".png" and not png.is_dir(), "--png", str(png), "must be a file that ends with .png")
 

@@ -80,7 +80,7 @@ def narrowed(decoder: Decoder, params: dict[str, Any]) -> dict[str, Any]:
     they are rounded to at every use anyway.
 
     A decoding step spends its time reading them. What computes in float32 (norms, router, predictor, mixing head) stays
-    as it is, and so do parts of the user's own.
+    as it is, and so do a user's parts.
     """
     dtype, parts = decoder.config.dtype, decoder.parts
     if dtype == "float32":

@@ -46,8 +46,8 @@ RULES = (
 )
 """Dimensions of parameters by path, without the leading axis of stacked groups; the first match counts.
 
-Optimizer state has the same paths behind names of its own. Vectors and scalars are copied to all devices, and matrices
-that no rule speaks of (a user's own parts) are cut up along their largest dimension that fsdp divides.
+Optimizer state has the same paths after names of its own. Vectors and scalars are copied to all devices, and matrices
+that no rule speaks of (a user's parts) are cut up along their largest dimension that fsdp divides.
 """
 
 

@@ -84,11 +84,11 @@ class HarnessModel:
       mesh_fsdp: devices that the parameters of a copy are cut up among; they have their own texts too.
       mesh_tensor: devices that every matrix product is cut up among.
       batch_size: texts at a time, a multiple of mesh_data x mesh_fsdp; auto: 8, or the next such multiple.
-      max_batch_size: has no use here.
-      device: has no use either, JAX chooses it; see `JAX_PLATFORMS`.
+      max_batch_size: is ignored.
+      device: is ignored; JAX chooses it, see `JAX_PLATFORMS`.
 
     Raises:
-      InputError: an argument is no good; the run can't be loaded, or can't think; the mesh doesn't fit.
+      InputError: an argument is out of its range; the run can't be loaded, or can't think; the mesh doesn't fit.
     """
 
     cache_hook: Any
@@ -140,7 +140,7 @@ class HarnessModel:
             return Think("always", temperature=temperature)
         calibration = read_calibration(Path(directory))
         if calibration is None:
-            raise InputError(f"think = 'auto': needs a threshold, run mod-star calibrate {directory} first")
+            raise InputError(f"think = 'auto': needs a threshold; run mod-star calibrate {directory} first")
         return Think("auto", calibration.threshold, calibration.share, temperature)
 
     @property
@@ -198,7 +198,7 @@ class HarnessModel:
         """Messages as the prompt for the next turn; without that prompt, as one that goes on with the last message.
 
         Raises:
-          InputError: there is no template, or it fails; or the last message is none of the assistant's to go on with.
+          InputError: there is no template, or it fails; or the last message is not the assistant's.
         """
         if add_generation_prompt:
             return self.tokenizer.apply_chat(chat_history)
@@ -286,7 +286,7 @@ def generation_options(options: Mapping[str, Any], max_gen_toks: int) -> tuple[l
     temperature is 1 if none is given. An option that is None is not given.
 
     Raises:
-      InputError: an option that is not known, or its value is no good or asks for what we don't have.
+      InputError: an option that is not known, or its value is out of its range or asks for what we don't have.
     """
     options = {name: value for name, value in options.items() if value is not None}
     known = ("until", *LENGTHS, *DRAWS)

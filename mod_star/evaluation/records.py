@@ -63,7 +63,7 @@ class Records:
                 self.by_id[record["id"]] = record
             except (ValueError, TypeError, KeyError):
                 raise InputError(
-                    f"{self._path}, line {number}: is no record; move the file away to start anew"
+                    f"{self._path}, line {number}: is not a record; move the file away to start anew"
                 ) from None
         if whole < len(data):  # its process was killed while it wrote the last line
             os.truncate(self._path, whole)

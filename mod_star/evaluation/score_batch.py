@@ -1,4 +1,4 @@
-"""The compiled program behind `scoring`: runs a batch of texts whole and scores some of their places, thinking or not.
+"""The compiled program of `scoring`: runs a batch of texts whole and scores some of their places, thinking or not.
 
 The LM head is applied only where something is to be scored, `HEAD_ROWS` positions at a time, so that the logits of a
 text never exist at once. A thinking model thinks before every scored token (or where it is unsure) exactly as while

@@ -86,7 +86,7 @@ def score(
       One result per pair, in their order.
 
     Raises:
-      InputError: a context is empty, a pair doesn't fit into the model's context, an id is none of the model's, the
+      InputError: a context is empty, a pair doesn't fit into the model's context, an id is not one of the model's, the
         model is asked to think and can't, or the mesh can't share out batches of that size.
     """
     results = dict(score_stream(model, pairs, config, progress))

@@ -53,7 +53,9 @@ def calibration_batches(run: LoadedRun) -> list[Batch]:
       InputError: the model has not learned to think, or its data cannot be read.
     """
     objective = run.config.train.objective
-    require("thinking" in run.params, "train.objective", objective, "must be quiet_star: the model can't think")
+    require(
+        "thinking" in run.params, "train.objective", objective, "must be quiet_star: the model has not learned to think"
+    )
     config = run.config
     batches = held_out_batches(config.data, run.tokenizer, config.model.context, config.train.batch_size)
     return list(itertools.islice(batches, config.train.eval_batches))

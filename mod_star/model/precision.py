@@ -34,7 +34,7 @@ def precision_of(dtype: Any, precision: str | None = "highest") -> Any:
 
 
 def products_of(config: ModelConfig) -> AbstractContextManager[Any]:
-    """Context in which a user's own part is traced: its products of float32 operands ask for `config.precision`.
+    """Context in which a user's part is traced: its products of float32 operands ask for `config.precision`.
 
     Nothing is changed where the stream is bfloat16: JAX would ask the same of 16-bit operands, which kernels written in
     Pallas don't bear. Such a part says itself what its float32 products ask for.

@@ -128,7 +128,7 @@ def select_top(scores_S: jax.Array, valid_S: jax.Array, slots: int, most: jax.Ar
       most: int32 scalar, tokens to select at most; None: C.
     """
     S = scores_S.shape[0]
-    # -inf puts pads behind every real score; a real -inf or NaN loses to real scores but never lets a pad in.
+    # -inf puts pads after every real score; a real -inf or NaN loses to real scores but never lets a pad in.
     ranks_S = jnp.where(valid_S, jnp.nan_to_num(scores_S, nan=-3e38, neginf=-3e38), -jnp.inf)
     # top_k takes the earlier of equal scores, but 0.0 before -0.0.
     _, chosen_C = jax.lax.top_k(jnp.where(ranks_S == 0, 0.0, ranks_S), slots)  # the best first

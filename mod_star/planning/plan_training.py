@@ -45,7 +45,7 @@ def plan_training(run: RunConfig, topology: Topology, mesh: MeshConfig, watch: W
       watch: context manager that shows what is being done, given its name; None: nothing is shown.
 
     Raises:
-      InputError: a field, the topology or the mesh is no good, or they don't fit together.
+      InputError: a field, the topology or the mesh is out of its range, or they don't fit together.
     """
     watch = watch or (lambda name: nullcontext())
     parts = load_parts(run.parts)
@@ -139,7 +139,7 @@ class _Unfinished:
         if self.run.model.attention == "auto" and self.run.model.dtype == "bfloat16":
             notes.append("attention was lowered without cuDNN's fused kernel, which a GPU would use (model.attention)")
         if self.topology.count > 8:
-            notes.append("between nodes of 8 GPUs the network is slower than NVLink, and counts")
+            notes.append("between nodes of 8 GPUs the network is slower than NVLink, and sets the time")
         memory = replace(memory, temporaries=memory.parameters)
         chip = self.topology.chip
         fits = False if chip is not None and memory.total > chip.usable else None
@@ -189,8 +189,8 @@ def _floors(plan: Plan) -> Floors | None:
 def _notes(topology: Topology, run: RunConfig, cost: Cost | None) -> Iterator[str]:
     if topology.kind == "cpu":
         yield (
-            "compiled for CPUs: memory and collectives show how the work is shared out. A TPU or GPU takes other "
-            "temporaries, and needs no figures of bytes to the last digit"
+            "compiled for CPUs: memory and collectives show how the work is shared out. A TPU or a GPU "
+            "takes other temporaries, so that bytes are approximate"
         )
     if topology.chip is not None and run.model.dtype == "float32":
         yield "the time floor by FLOPs is for bfloat16 products; those of model.dtype = 'float32' take longer"

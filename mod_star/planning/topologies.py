@@ -90,7 +90,7 @@ def devices_of(topology: Topology) -> Sequence[jax.Device]:
     if len(devices) < topology.count:
         raise InputError(
             f"--topology = {topology.name!r}: JAX has begun with {len(devices)} CPU devices in this process; "
-            "it must be planned in a process of its own"
+            "plan it in a new process"
         )
     return devices[: topology.count]
 

@@ -186,7 +186,7 @@ class _Cursor:
         dtype = np.dtype(_SCALARS[kind])
         raw = self.take(count * dtype.itemsize, what)
         if dtype == np.bool_ and raw.translate(None, b"\x00\x01"):
-            raise self.fail(f"{what} has a byte that is no bool")
+            raise self.fail(f"{what} has a byte that is not a bool")
         return np.frombuffer(raw, dtype)
 
 
@@ -229,10 +229,10 @@ def _place(
         except (ValueError, KeyError):
             raise cursor.refuse(_unknown_type(what, kind_number)) from None
         if 0 in shape or shape[-1] % block:
-            raise cursor.fail(f"{what} has shape {shape}, which {kind.name} can't have (its blocks are of {block})")
+            raise cursor.fail(f"{what} has shape {shape}, which {kind.name} cannot have (its blocks are of {block})")
         size = math.prod(shape) // block * block_bytes  # Python's numbers do not overflow
         if offset % alignment:
-            raise cursor.fail(f"{what} begins at offset {offset}, which is no multiple of {alignment}")
+            raise cursor.fail(f"{what} begins at offset {offset}, which is not a multiple of {alignment}")
         if start + offset + size > cursor.size:
             raise cursor.fail(
                 f"{what} (shape {shape}, {kind.name}) takes bytes {start + offset} to {start + offset + size}, "

@@ -47,7 +47,7 @@ NOT_BROUGHT = (COPY_FILE, FETCHING_FILE, LOCK_FILE, CHECKPOINTS_DIRECTORY)
 
 
 def holds_run(path: str | Path) -> bool:
-    """Whether there is a run in a directory or at an address. False for what is no address of a bucket.
+    """Whether there is a run in a directory or at an address. False for what is not an address of a bucket.
 
     Raises:
       InputError: the bucket can't be read, or as for `file_system`.

@@ -242,7 +242,9 @@ def require_training(directory: Path) -> None:
     steps = saved_steps(directory)
     if steps and not (directory / str(steps[-1]) / "training").is_dir():
         run = directory.parent
-        raise InputError(f"{run}: holds a model, not a training to go on with; mod-star train NEW --init-from {run}")
+        raise InputError(
+            f"{run}: holds a model without the state of a training; start one with mod-star train NEW --init-from {run}"
+        )
 
 
 def delete_after(directory: Path, step: int) -> None:

@@ -3,7 +3,7 @@
     RUN/config.json      the whole configuration, that of the run it started from, and the versions that started it
         tokenizer/       copy of the tokenizer
         data.json        what identifies the data, see `mod_star.data.identity`
-        parts.py         copy of the user's own parts, if any: a run needs nothing but its directory
+        parts.py         copy of the user's parts, if any: a run needs nothing but its directory
         checkpoints/     see `mod_star.runs.checkpoints`
         metrics.jsonl    what was measured; tensorboard/ and curves.png show the same
         summary.json     the result, once training is complete

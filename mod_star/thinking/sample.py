@@ -100,7 +100,7 @@ def sample_thought(
       The thought, and the hidden state at <end> if asked for.
 
     Raises:
-      InputError: the model can't think, or a user's part of thinking is no good.
+      InputError: the model can't think, or a user's part of thinking is wrong.
     """
     decoder, thinking = thinker.decoder, thinker.thinking
     position = place.position

@@ -42,7 +42,7 @@ def score_thought(
       following: int32, the next n_true - 1 tokens of the text (teacher forcing).
 
     Raises:
-      InputError: a user's part of thinking is no good.
+      InputError: a user's part of thinking is wrong.
     """
     decoder, thinking = thinker.decoder, thinker.thinking
     t, own = thinking.thought_length, params["thinking"]

@@ -72,7 +72,7 @@ def special_tokens(tokenizer: tokenizers.Tokenizer, files: TokenizerDirectory | 
         where: Start of error messages, "<field> = <value>" or a path.
 
     Raises:
-        InputError: One of these files is no good, or there is no token to start or end a text with.
+        InputError: One of these files is wrong, or there is no token to start or end a text with.
     """
     vocab_size = vocabulary_size(tokenizer)
     if files is None:

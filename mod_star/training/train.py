@@ -66,7 +66,7 @@ def train(
       The result.
 
     Raises:
-      InputError: a field, the data, the directory or a checkpoint is no good.
+      InputError: a field, the data, the directory or a checkpoint is wrong.
       TrainingError: `train.max_skipped` steps in a row had a non-finite loss or gradient; the disk is full, or the
         bucket can't be written.
       LostProcess: another process is gone.
@@ -104,8 +104,8 @@ def train(
             changed = decide_first(lambda: changes(read_data(path) or inputs.data, inputs.data))
             if changed and data_changed == "refuse":
                 raise InputError(
-                    f"data.source: what {name} was made with has changed ({'; '.join(changed)}), and with it which "
-                    "documents are held out. Bring back what it was, or --data-changed accept goes on with what it is"
+                    f"data.source: the data of {name} has changed ({'; '.join(changed)}), and with it which documents "
+                    "are held out. Bring the old data back, or go on with the new: --data-changed accept"
                 )
             _require_profile(profile, inputs.plan.steps)
             _show_notes((*inputs.notes, *_changed_since(path, stored)), console)
