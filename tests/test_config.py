@@ -253,7 +253,10 @@ def test_what_is_observed_is_the_same_when_nothing_changes(
 
 def test_the_loop_reads_its_fields() -> None:
     package = Path(__file__).parent.parent / "mod_star"
-    places = ("training/train.py", "training/loop.py", "training/inputs.py", "stages.py")
+    places = (
+        "stages.py",
+        *(f"training/{name}.py" for name in ("train", "session", "loop", "recorder", "saver", "inputs")),
+    )
     loop = "".join((package / name).read_text() for name in places)
     assert {name for name in OF_THE_LOOP if not re.search(rf"\btrain\.{name}\b", loop)} == set()
     assert {f"train.{name}" for name in OF_THE_LOOP} <= set(FIELDS)
