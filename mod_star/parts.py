@@ -1,4 +1,8 @@
-"""Loads a user's own `Parts` (router, gate, selection, feed-forward, block, ...) from a Python file."""
+"""The doors of the network and of training: `Parts`, which `--parts FILE.py:NAME` loads from a user's file.
+
+A `Parts` replaces any of router, gate, feed-forward layer, block, selection, causal rule and auxiliary loss; objective
+and optimizer; reward, thought, mixing and where to think. docs/how-to/extend.md lists them with examples.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The subcommands of `mod-star`, one module each, and how they read their options.
 
-A command module has a function `run(argv)`: it reads its options with `parse_options` and only then imports what it
-needs of JAX, so that help and mistyped options are answered at once.
+A command module has a function `run(argv)`. It reads its options with `parse_options`, and imports JAX after that, so
+that help and mistyped options are answered at once. Import `parse_options`, `on_working_copy` and
+`keep_compiled_programs` from here, for a new command.
 """
 
 from __future__ import annotations
