@@ -206,8 +206,8 @@ def _own_block_flops(model: ModelConfig, parts: Parts, tokens: int, keys: int) -
     params = jax.eval_shape(lambda key: parts.block.init(key, model, parts), jax.random.key(0))
     x = jax.ShapeDtypeStruct((tokens, model.width), model.dtype)
 
-    def apply(params: Any, x: jax.Array, ids: jax.Array, valid: jax.Array, context: Any) -> Any:
-        return parts.block.apply(params, x, ids, ids, valid, context, model, parts)
+    def apply(params: Any, x: jax.Array, ids: jax.Array, valid: jax.Array, memory: Any) -> Any:
+        return parts.block.apply(params, x, ids, ids, valid, memory, model, parts)
 
     before: tuple[KeyValues, ...] = ()
     if keys > tokens:  # as many more, in the shapes of the block's own

@@ -150,7 +150,7 @@ class HarnessModel:
 
     @property
     def prefix_token_id(self) -> int:
-        """Id that a text without a context is predicted from."""
+        """Id that a text without a prefix is predicted from."""
         return self.tokenizer.bos_id
 
     @property
@@ -178,11 +178,11 @@ class HarnessModel:
         return self.tokenizer.encode(string) if add_special_tokens is False else begin(self.tokenizer, string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of a context and of its continuation. White space alone is no context: it goes with the continuation."""
+        """Ids of a context (the harness's word) and of its continuation. White space goes with the continuation."""
         if context.strip():
             ids: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)  # type: ignore[misc]
             return ids
-        # The harness takes as many tokens off the whole text as the empty context has: bos, which isn't there.
+        # The harness takes as many tokens off the whole text as the empty context has: bos, which is missing.
         after = self.tok_encode(context + continuation, add_special_tokens=False)
         return [self.prefix_token_id], after[1:] if after[:1] == [self.prefix_token_id] else after
 
@@ -210,7 +210,7 @@ class HarnessModel:
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation in nats, and whether greedy decoding gives it. Cuts long contexts."""
+        """Log-likelihood of each continuation in nats, and whether greedy decoding gives it. Cuts long prefixes."""
         window = self._max_length
         self._tell_of_cuts(len(before) + len(after) - 1 for _, before, after in requests)
         pairs = [(before[-max(1, window + 1 - len(after)) :], after) for _, before, after in requests]

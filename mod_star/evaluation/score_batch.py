@@ -94,13 +94,13 @@ def score_batch(
     segment_ids_BxS = (jnp.arange(S, dtype=jnp.int32) < lengths_B[:, None]).astype(jnp.int32)
     slots = causal_slots(decoder.routing, context)  # as in generation, however the texts are padded
 
-    def run(tokens_S: jax.Array, segment_ids_S: jax.Array) -> Any:
+    def forward(tokens_S: jax.Array, segment_ids_S: jax.Array) -> Any:
         return decoder.apply(
             {"params": params}, tokens_S, None, segment_ids_S, mode="causal", slots=slots, key=numbers.routing_key,
             keep_keys_values=thinking is not None,
         )  # fmt: skip
 
-    output = batch_vmap(run)(tokens_BxS, segment_ids_BxS)
+    output = batch_vmap(forward)(tokens_BxS, segment_ids_BxS)
     if thinking is not None:
         rows = max(1, min(rows, THOUGHT_BYTES // _bytes_of_one(output.keys_values)))
     R = rows * axis_size("data") * axis_size("fsdp")
@@ -117,9 +117,9 @@ def score_batch(
         if thinking is None:
             logits_RxV, thinks_R = logits_of(head, hidden_RxD), jnp.zeros(R, bool)
         else:
-            text = _texts_of_rows(decoder, output.keys_values, row_R)
+            memory = _memory_of_rows(decoder, output.keys_values, row_R)
             keys_R = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(numbers.seed)))(cut(draws_N))
-            last = LastTokens(hidden_RxD, text, position_R, keys_R, active_R)
+            last = LastTokens(hidden_RxD, memory, position_R, keys_R, active_R)
             unrolled = {**params, **head, "groups": groups}
             logits_RxV, record = think_step(decoder, unrolled, thinking, think, numbers.threshold, last)
             thinks_R = record.thinks_BxT
@@ -148,7 +148,7 @@ def _bytes_of_one(keys_values: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize // leaf.shape[0] for leaf in jax.tree.leaves(keys_values))
 
 
-def _texts_of_rows(decoder: Decoder, keys_values: Any, row_R: jax.Array) -> tuple[Any, Any]:
+def _memory_of_rows(decoder: Decoder, keys_values: Any, row_R: jax.Array) -> tuple[Any, Any]:
     """The memory of R thoughts, as `decoding.caches.cached_memory` gives it: nothing is generated, all is prompt."""
     names, groups = block_names(decoder.routing), range(group_count(decoder.config, decoder.routing))
 

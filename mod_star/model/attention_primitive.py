@@ -226,13 +226,13 @@ def _gradient(*operands: jax.Array, count: int, precision: Any, partitioned: boo
 
 
 def _register(primitive: Primitive, shape: Any, batch: Any, elsewhere: Any, on_cpu: Any) -> None:
-    def run(*operands: jax.Array, **params: Any) -> Any:
+    def execute(*operands: jax.Array, **params: Any) -> Any:
         compute = on_cpu if jax.default_backend() == "cpu" else elsewhere
         return jax.jit(functools.partial(compute, **params))(*operands)
 
     primitive.multiple_results = True
     primitive.def_abstract_eval(shape)
-    primitive.def_impl(run)
+    primitive.def_impl(execute)
     mlir.register_lowering(primitive, mlir.lower_fun(elsewhere, multiple_results=True))
     mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=True), platform="cpu")
     batching.primitive_batchers[primitive] = batch

@@ -1,4 +1,4 @@
-"""What one run of a compiled program costs a device: operations, memory traffic, communication.
+"""What one execution of a compiled program costs a device: operations, memory traffic, communication.
 
 XLA's own `cost_analysis` counts the body of a loop once; here it counts as often as it runs, and a loop over blocks or
 over chunks is what training consists of. Counted from the text of the compiled program (`mod_star.planning.hlo`), so
@@ -25,7 +25,7 @@ SCATTERED = "all-reduce-scatter"
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run costs one device."""
+    """What one execution costs one device."""
 
     flops: float = 0.0
     """Floating-point operations of matrix products, two per multiply-add."""
@@ -36,7 +36,7 @@ class Cost:
     activations: float = 0.0
     """Bytes that the loops of the forward pass leave for the backward pass: the activations."""
     unknown_loops: int = 0
-    """Loops that run as often as data says; they count as running once."""
+    """Loops whose number of iterations depends on data; they count as one iteration."""
 
     def times(self, count: float) -> Cost:
         """So many runs one after the other; memory is used again."""
@@ -57,7 +57,7 @@ def total(costs: Iterable[Cost]) -> Cost:
 
 
 def program_cost(program: Program) -> Cost:
-    """The cost of one run of a program on one device."""
+    """The cost of one execution of a program on one device."""
     return _Counter(program).computation(program.entry)
 
 
