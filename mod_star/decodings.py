@@ -1,4 +1,4 @@
-"""The decodings by name, each with its own fields: what `mod-star sample` and `mod-star evaluate` let one choose from.
+"""The decodings by name, each with its own fields: what `mod-star sample` and `mod-star evaluate` offer.
 
 Every default of a decoding stands here once; the library takes its own from here. Imports no JAX.
 """

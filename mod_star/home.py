@@ -1,4 +1,4 @@
-"""The user's home and cache directory, where a process may have neither: a container's user id without an entry."""
+"""The user's home and cache directory, for processes that may have neither, such as those in containers."""
 
 from __future__ import annotations
 

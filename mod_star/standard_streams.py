@@ -1,4 +1,4 @@
-"""Standard streams as a command can count on them: there, able to write every character, and of known end.
+"""Standard streams that a command can rely on: open, able to write every character, and closed in a known way.
 
 A command may be started with a stream closed (`>&-`), with an encoding that lacks most characters, with a reader that
 goes away (`| head -1`) or onto a full device. What then becomes of standard output is the command's choice: by default

@@ -1,4 +1,4 @@
-"""`mod-star calibrate`: chooses the uncertainty from which on `mod-star sample --think auto` thinks."""
+"""`mod-star calibrate`: chooses the entropy above which `mod-star sample --think auto` thinks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mod-star plan`: what a training step takes of a machine that isn't there."""
+"""`mod-star plan`: what a training step takes of a machine that is not there."""
 
 from __future__ import annotations
 

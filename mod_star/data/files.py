@@ -1,4 +1,4 @@
-"""Files as text or records: what a name says of a file, and the one reader that training, tasks and prompts share.
+"""Files as text or records: what a file's name says, and the one reader that training, tasks and prompts share.
 
 | format        | names                                                                                      |
 |---------------|--------------------------------------------------------------------------------------------|

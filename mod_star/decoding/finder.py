@@ -1,4 +1,4 @@
-"""What all kinds of finders of answers have in common."""
+"""What all answer finders have in common."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of a prompt, as plain Python values."""
+"""The result of generating from a prompt, as plain Python values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thinking while generating: one thought after the last token, in the rows that need it, forgotten once it has spoken.
+"""Thinking while generating: one thought after the last token, in the rows that need it, then forgotten.
 
 A thought reads the decoding caches and keeps keys/values of its own; those caches never hold any of it.
 """

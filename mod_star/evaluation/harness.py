@@ -1,4 +1,4 @@
-"""Runs of ours as a model of EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness).
+"""Runs as models of EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness).
 
     mod-star harness --model mod_star --model_args run=runs/smollm2 --tasks arc_easy,gsm8k --batch_size 16
 

@@ -1,4 +1,4 @@
-"""The directory of an evaluation: what was asked for, and a record per item as they come, so that it can go on.
+"""The directory of an evaluation: its configuration, and a record per item as they come, so that it can resume.
 
     OUT/config.json     everything that the records depend on
         records.jsonl   one JSON object per item, in the order in which they were done

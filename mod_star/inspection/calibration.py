@@ -1,4 +1,4 @@
-"""Where to think: the entropy above which a model thinks, so that it does so before a wanted share of the tokens.
+"""Where to think: the entropy above which a model thinks, so that a given share of the tokens has a thought.
 
 Kept in RUN/thinking.json. The threshold is a quantile of the entropies of the predictions (without thoughts) of the
 first half of the run's held-out text; what share of the other half lies above it tells how well it carries over.

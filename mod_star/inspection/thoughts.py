@@ -1,4 +1,4 @@
-"""What a thinking model makes of a text: a thought before every token, and what each changed."""
+"""A text with a thought before every token, and how each thought changed the prediction."""
 
 from __future__ import annotations
 

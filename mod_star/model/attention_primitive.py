@@ -1,4 +1,4 @@
-"""Attention of queries to several memories as JAX primitives: what `vmap`, gradients and platforms make of it.
+"""Attention of queries to several memories as JAX primitives: rules for `vmap`, for gradients, for platforms.
 
 Why primitives of our own: the network is written for one sequence and `vmap`ped, but how attention is best computed
 depends on all axes together. Under a `vmap` over thoughts, which share the keys of their text, the rule here leaves the

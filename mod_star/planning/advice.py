@@ -1,4 +1,4 @@
-"""What to change about a run or a mesh that a plan found no room for."""
+"""What to change about a run or a mesh that does not fit the machine of a plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of a training step: compiled for a machine that isn't there, and held against that machine's figures."""
+"""Planning: compiles a training step for a machine that is not there, and compares it with that machine's figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Machines to plan for, by name: `v5e:16x16`, `h100:8`, `cpu:8`; and their devices, without having them."""
+"""Machines to plan for, by name: `v5e:16x16`, `h100:8`, `cpu:8`; and their devices, which need not be there."""
 
 from __future__ import annotations
 

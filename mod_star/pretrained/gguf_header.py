@@ -1,4 +1,4 @@
-"""The header of a GGUF file, read without trusting it: metadata, and where which tensor lies.
+"""The header of a GGUF file, checked as it is read: metadata, and where each tensor lies.
 
 The reader of the package `gguf` takes every length in a file at its word: a damaged one makes it allocate without bound
 or fail anywhere. Here each length is held against what is left of the file before anything is read or allocated. What

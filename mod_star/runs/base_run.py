@@ -1,4 +1,4 @@
-"""The run that another one starts from: loads it, and refuses what its parameters don't fit."""
+"""The run that another one starts from: loads it, and refuses fields that do not fit its parameters."""
 
 from __future__ import annotations
 

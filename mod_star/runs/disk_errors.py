@@ -1,4 +1,4 @@
-"""What a full or failing disk, or a bucket, makes of a save: one OSError with a name, instead of many tracebacks."""
+"""Errors of a full or failing disk, or of a bucket, during a save: one OSError with a name, not many tracebacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that hold parameters only, of models that were made, not trained here: one safetensors file.
+"""Checkpoints that hold parameters only, of imported or upcycled models: one safetensors file.
 
     RUN/checkpoints/0/params/params.safetensors   parameters, by their paths in the tree: "groups/full_0/block/query"
                       SHA256SUMS                  see `mod_star.runs.checkpoints`

@@ -1,4 +1,4 @@
-"""The result of a complete run: what it is, how it is kept, and how it reads in one line."""
+"""The result of a complete run: what it holds, how it is stored, and how it reads in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is made from: read and checked before anything is compiled or written."""
+"""The inputs of a run: read and checked before anything is compiled or written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training a run: checks all that it is made from, makes or finds its directory, and sits down to it."""
+"""Training a run: checks its inputs, makes or opens its directory, and trains it in a session."""
 
 from __future__ import annotations
 
