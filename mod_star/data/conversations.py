@@ -174,7 +174,7 @@ def _rendered(tokenizer: Tokenizer, conversation: Conversation) -> tuple[str, li
     for index, message in enumerate(messages):
         for field in _SAID:
             if message.get(field) and field not in (tokenizer.chat_template or ""):
-                raise InputError(f"messages[{index}].{field}: the chat template does not write this field")
+                raise InputError(f"messages[{index}].{field}: is not written by the chat template")
     text = tokenizer.apply_chat(messages[: learned[-1] + 1], add_generation_prompt=False)
     borders: list[tuple[int, int | None]] = []  # of each answer
     for index in learned:

@@ -199,7 +199,7 @@ def test_what_a_message_says_besides_its_content_must_be_written(tmp_path: Path)
     conversation = Conversation((USER, ANSWER | {"reasoning_content": "It must.", "id": "7"}), "here")
     tokenizer = chat_tokenizer(tmp_path / "without", CHATML)
     with pytest.raises(
-        InputError, match=r"^here: messages\[1\]\.reasoning_content: is something that the chat template"
+        InputError, match=r"^here: messages\[1\]\.reasoning_content: is not written by the chat template"
     ):
         tokenise(tokenizer, conversation)
     template = CHATML.replace("m['content']", "m['reasoning_content'] | default('') + m['content']")
