@@ -152,7 +152,7 @@ class Generator:
     def require_thinking(self, think: Think) -> None:
         """Raises InputError if the model is asked to think and has not learned to."""
         possible = self._can_think or think.when == "never"
-        require(possible, "think.when", think.when, "must be never, the model has not learned to think")
+        require(possible, "think.when", think.when, "must be never: the model has not learned to think")
 
     def results(self, state: DecodeState) -> list[Generated]:
         """What has been generated up to now, row by row."""

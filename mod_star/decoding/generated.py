@@ -27,7 +27,7 @@ class Generated:
     routed_fraction: list[float]
     """Share of prompt and new tokens that each routed block computed; empty for a dense model."""
     overflow: int
-    """Times a routed block wanted a token but had no slot left, over all routed blocks. Thoughts don't count."""
+    """Times a token passed by because a routed block had no slot left, over all routed blocks. Thoughts don't count."""
     gaps: list[float]
     """For each token, probability of the best token less that of the second best at its step, under the same
     distribution as `log_probs`. What CoT-decoding calls confidence."""

@@ -135,7 +135,7 @@ class HarnessModel:
         require(when in ("never", "always", "auto"), "think", when, allowed)
         if when == "never":
             return Think()
-        require(self._model.can_think, "think", when, f"must be never, {directory} has not learned to think")
+        require(self._model.can_think, "think", when, f"must be never: {directory} has not learned to think")
         if when == "always":
             return Think("always", temperature=temperature)
         calibration = read_calibration(Path(directory))
@@ -191,7 +191,7 @@ class HarnessModel:
         if chat_template is False or chat_template is None:
             return None
         if isinstance(chat_template, str):
-            raise InputError(f"apply_chat_template = {chat_template!r}: must be without a name, a run has one template")
+            raise InputError(f"apply_chat_template = {chat_template!r}: must be without a name: a run has one template")
         return self.tokenizer.chat_template
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

@@ -28,7 +28,7 @@ class ChoiceLikelihood:
     def check(self, subject: Subject, items: Sequence[Item]) -> None:
         """Raises InputError unless there are choices, and every prompt with any of them fits into the context."""
         kind = items[0].kind
-        require(kind == "choice", "--protocol", "choice", f"needs choices, the answers of this task are of kind {kind}")
+        require(kind == "choice", "--protocol", "choice", f"needs choices; the answers of this task are of kind {kind}")
         for item in items:
             _require_room(subject, item, self._pairs(subject, item))
 
@@ -166,7 +166,9 @@ def continuations(subject: Subject, item: Item, texts: Sequence[str]) -> list[Pa
     wholes = [[*encoded[:start], *subject.model.tokenizer.encode(prompt + text)] for text in texts]
     shared = min(_shared(encoded, whole) for whole in wholes)
     if shared < 1:
-        raise InputError(f"item {item.id!r}: its prompt and answer are one token, there is nothing to predict it from")
+        raise InputError(
+            f"item {item.id!r}: its prompt and answer are one token; nothing comes before it to predict it from"
+        )
     return [(whole[:shared], whole[shared:]) for whole in wholes]
 
 

@@ -99,7 +99,7 @@ def score_stream(
     """`score`, batch by batch: yields (index of the pair, result) as they come, long texts first."""
     require_shareable("batch_size", config.batch_size, model.mesh)
     possible = model.can_think or config.think.when == "never"
-    require(possible, "think.when", config.think.when, "must be never, the model has not learned to think")
+    require(possible, "think.when", config.think.when, "must be never: the model has not learned to think")
     ids, vocab_size = config.allowed_ids, model.decoder.config.vocab_size
     allowed = None if ids is None else _checked_ids(ids, vocab_size)
     texts = _texts(model.decoder, pairs, config.truncate)

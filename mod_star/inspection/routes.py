@@ -27,7 +27,7 @@ class Routes:
     block_names: list[str]
     """L names, "block 2" for the second block of the network."""
     overflow: int
-    """Times a block wanted a token but had no slot left, over all blocks; 0 under top-k routing."""
+    """Times a token passed by because a routed block had no slot left, over all blocks; 0 under top-k routing."""
 
 
 def routes_of(run: LoadedRun, text: str, mode: RoutingMode = "causal") -> Routes:

@@ -275,7 +275,7 @@ def require_creatable(path: Path) -> None:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
-        raise InputError(f"{path}: cannot be made, {existing} is not a directory")
+        raise InputError(f"{path}: cannot be made: {existing} is not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{path}: {'is' if existing == path.absolute() else f'{existing} is'} not writable")
 

@@ -244,7 +244,7 @@ def test_a_model_that_cannot_think_says_so_before_it_compiles(monkeypatch: pytes
     generator = make_generator(model.decoder, model.params, thinking=THINKING)
     monkeypatch.setattr("mod_star.decoding.programs.prefill", None)
     for ask in (generator.generate, generator.warm_up):
-        with pytest.raises(InputError, match=r"^think\.when = 'always': must be never, the model has not learned to"):
+        with pytest.raises(InputError, match=r"^think\.when = 'always': must be never: the model has not learned to"):
             ask(PROMPTS, GenerationConfig(NEW, SAMPLED, think=ALWAYS))  # type: ignore[operator]
     with pytest.raises(InputError, match=r"^think\.when"):
         next(generator.stream(PROMPTS, GenerationConfig(NEW, SAMPLED, think=ALWAYS)))

@@ -111,7 +111,7 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     run = loaded_run(ModelConfig(vocab_size=260, width=8, layers=1, heads=1, mlp_width=4))
     run.params["embedding"][0, 0] = 1e30
     with pytest.raises(
-        InputError, match=r"--dtype = 'float16': tensor model\.embed_tokens\.weight has values that don't"
+        InputError, match=r"--dtype = 'float16': tensor model\.embed_tokens\.weight has values out of its range"
     ):
         export_model(run, tmp_path / "float16", "float16")
 
@@ -138,7 +138,7 @@ def test_what_no_other_library_has_is_not_exported(tmp_path: Path) -> None:
     for run, said in (
         (routed, r"^routing\.every = 2: a Mixture-of-Depths model cannot be exported"),
         (thinking, r"a thinking model cannot be exported"),
-        (own, r"^parts = 'my\.py:parts': a model with parts of your own can't"),
+        (own, r"^parts = 'my\.py:parts': a model with parts of your own cannot"),
         (both, r"^model\.qkv_bias = True: no family"),
     ):
         with pytest.raises(InputError, match=said):
