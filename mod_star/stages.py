@@ -84,9 +84,9 @@ def plan_stages(run: RunConfig) -> StagePlan:
         for config, before, last, cost in zip(configs, [0, *ends], ends, flops, strict=False)
     ]
     if short := [stage for stage in stages if stage.last < stage.first]:
-        length = f"train.steps = {steps}" if budget is None else f"train.flops = {budget!r}"
+        field = f"train.steps = {steps}" if budget is None else f"train.flops = {budget!r}"
         raise InputError(
-            f"{length}: leaves no step for capacity {short[0].run.routing.capacity} of routing.stages = "
+            f"{field}: leaves no step for capacity {short[0].run.routing.capacity} of routing.stages = "
             f"{run.routing.stages}, with routing.stage_fraction = {run.routing.stage_fraction}"
         )
     return StagePlan(tuple(stages))

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mod_star.commands import keep_compiled_programs, on_working_copy, parse_options, require_writable
+from mod_star.config import MeshConfig
 from mod_star.decodings import FIELDS, Decoding, DecodingName, chosen_decoding
-from mod_star.distributed.options import MeshConfig
 from mod_star.errors import InputError, require
 from mod_star.runs.buckets import bring_back, checkpoints_of, copied_from
 

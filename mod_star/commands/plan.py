@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from mod_star.commands import parse_options
-from mod_star.config import RunConfig
-from mod_star.distributed.options import MeshConfig
+from mod_star.config import MeshConfig, RunConfig
 from mod_star.errors import InputError
 from mod_star.planning.topologies import parse_topology, prepare_environment
 from mod_star.presets import PRESETS

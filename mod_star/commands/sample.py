@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 import tyro
 
 from mod_star.commands import keep_compiled_programs, on_working_copy, parse_options
+from mod_star.config import MeshConfig
 from mod_star.decodings import (
     DECODINGS,
     FIELDS,
@@ -23,7 +24,6 @@ from mod_star.decodings import (
     decodings_with,
     require_decoding,
 )
-from mod_star.distributed.options import MeshConfig
 from mod_star.errors import InputError, require
 from mod_star.views.sample import completion_record, summary, write_completions, write_stream
 

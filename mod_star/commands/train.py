@@ -15,8 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mod_star.commands import keep_compiled_programs, parse_options
-from mod_star.config import RunConfig
-from mod_star.distributed.options import MeshConfig, ProcessesConfig
+from mod_star.config import MeshConfig, ProcessesConfig, RunConfig
 from mod_star.errors import InputError, require
 from mod_star.presets import PRESETS
 from mod_star.runs.buckets import holds_run, with_addresses, working_copy

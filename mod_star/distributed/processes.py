@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from mod_star.distributed.options import ProcessesConfig
+from mod_star.config import ProcessesConfig
 from mod_star.errors import InputError, UnavailableError
 
 HEARTBEAT_SECONDS = 30

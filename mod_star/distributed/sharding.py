@@ -21,8 +21,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mod_star.config import ModelConfig, RunConfig
-from mod_star.distributed.options import MeshConfig
+from mod_star.config import MeshConfig, ModelConfig, RunConfig
 from mod_star.errors import InputError, UnavailableError
 
 AXES = ("data", "fsdp", "tensor")

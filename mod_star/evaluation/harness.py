@@ -21,9 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from mod_star.config import MeshConfig
 from mod_star.decoding import GenerationConfig, Generator, Sampling, Think
 from mod_star.decoding.text import complete_many
-from mod_star.distributed.options import MeshConfig
 from mod_star.distributed.sharding import make_small_mesh
 from mod_star.errors import InputError, require
 from mod_star.evaluation.scoring import ScoringConfig, require_shareable, score_rolling, score_stream, shares_of

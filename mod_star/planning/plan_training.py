@@ -13,8 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mod_star.config import RunConfig
-from mod_star.distributed.options import MeshConfig
+from mod_star.config import MeshConfig, RunConfig
 from mod_star.distributed.sharding import make_mesh, require_fits
 from mod_star.errors import require
 from mod_star.flops import parameter_count, training_step_flops

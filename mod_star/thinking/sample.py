@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mod_star.config import RoutingConfig, ThinkingConfig
+from mod_star.config import RoutingConfig, ThinkingConfig, require_thinkable
 from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.model.attention import KeyValues
 from mod_star.model.routing import RoutingCall, Tokens, causal_slots
 from mod_star.model.transformer import apply_blocks, logits_of
-from mod_star.network_config import require_thinkable
 from mod_star.thinking.thought import Thought, draw_step, embed_tokens, log_prob_of
 
 

@@ -9,9 +9,8 @@ from typing import Literal
 
 from rich.console import Console
 
-from mod_star.config import RunConfig
+from mod_star.config import MeshConfig, RunConfig
 from mod_star.data.identity import changes, identify
-from mod_star.distributed.options import MeshConfig
 from mod_star.distributed.processes import decide_first, is_first
 from mod_star.distributed.sharding import make_mesh
 from mod_star.errors import InputError, TrainingError, require
