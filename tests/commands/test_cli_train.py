@@ -130,7 +130,7 @@ def test_a_run_to_start_from_gives_the_defaults(
 
     # Without JAX: help, and what is wrong with the options.
     shown = " ".join(call("train", "--init-from", str(trained_run), "--help").stdout.replace("│", " ").split())
-    assert "--model.width INT Width D of the residual stream. (default: 16)" in shown
+    assert "--model.width INT Width D of the residual stream. (at least 1; default: 16)" in shown
     for words, message in (
         (
             f"--init-from {trained_run} --preset tiny",
