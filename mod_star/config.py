@@ -175,7 +175,7 @@ class DataConfig:
     held_out: Annotated[float, between(0, 1)] = 0.05
     """Share of the documents kept for evaluation; a document is never in both parts."""
     pack: bool = True
-    """Fill sequences with several documents that don't see each other. False: one document each, cut or padded."""
+    """Fill sequences with several documents that do not see each other. False: one document each, cut or padded."""
     seed: Annotated[int, at_least(0)] = 0
     """Seed of the shuffle and of the split."""
 
@@ -280,7 +280,7 @@ class ThinkingConfig:
     drop_negative: bool = True
     """Learn only from thoughts that beat the baseline (paper). False with leave_one_out: the unbiased estimate."""
     temperature: Annotated[float, at_least(0, "0: greedy")] = 1.0
-    """Of sampling thoughts while training; 0: greedy. Gradients are those of temperature 1 whatever this is."""
+    """Temperature of sampling thoughts while training; 0: greedy. Gradients are always those of temperature 1."""
     policy_temperature: Annotated[float, above(0)] = 1.0
     """Divides the logits of thought tokens in the REINFORCE loss (3 in the authors' code)."""
     start_text: Annotated[str, NotEmpty()] = "---"
@@ -318,7 +318,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
     parts: str | None = None
-    """Your own router, gate, feed-forward or block: FILE.py:NAME of a mod_star.Parts. None: the built-in ones."""
+    """Your functions (router, block, objective, reward, ...): FILE.py:NAME of a mod_star.Parts. None: built-in ones."""
     init_from: str | None = None
     """Directory of a run to start from: its newest parameters, and its fields as defaults. None: random parameters."""
 
@@ -353,7 +353,7 @@ def require_thinkable(routing: RoutingConfig) -> None:
         routing.every == 0 or routing.selection == "learned",
         "routing.selection",
         routing.selection,
-        "must be learned (or routing.every 0) to think: whether a thought is computed can't be left to chance",
+        "must be learned (or routing.every 0) to think: chance must not decide whether a thought is computed",
     )
 
 
@@ -371,8 +371,8 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     groups |= {"train": TrainConfig, "thinking": ThinkingConfig}
     built = _known("config", RunConfig, values)
     for name, group in groups.items():
-        given = _known(f"config.{name}", group, values.get(name, {}))
-        built[name] = group(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
+        fields = _known(f"config.{name}", group, values.get(name, {}))
+        built[name] = group(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
     return RunConfig(**built)
 
 
@@ -400,7 +400,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class ProcessesConfig:
-    """For machines that JAX doesn't know as a cluster; on Cloud TPU, GKE, Slurm and Open MPI nothing is needed."""
+    """For machines that JAX does not know as a cluster; on Cloud TPU, GKE, Slurm and Open MPI nothing is needed."""
 
     coordinator: str | None = None
     """HOST:PORT of the first process, a free port there. None: found by JAX, or there is only one process."""
@@ -411,9 +411,9 @@ class ProcessesConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "processes")
-        given = [value is not None for value in (self.coordinator, self.count, self.index)]
+        is_set = [value is not None for value in (self.coordinator, self.count, self.index)]
         require(
-            len(set(given)) == 1,
+            len(set(is_set)) == 1,
             "processes",
             (self.coordinator, self.count, self.index),
             "coordinator, count and index must be given together, or none of them",

@@ -1,4 +1,4 @@
-"""Capacity in stages: through which capacities a run goes, for how many steps each, and what they cost.
+"""Capacity in stages: the capacities of a run, the steps of each, and their cost.
 
 A dense model that is to become a Mixture-of-Depths model (`mod_star.pretrained.upcycle`) loses too much if its routed
 blocks are left with an eighth of the tokens at once. `routing.stages` lowers the capacity step by step. A capacity is

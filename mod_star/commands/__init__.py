@@ -1,7 +1,8 @@
 """The subcommands of `mod-star`, one module each, and how they read their options.
 
-A command module has a function `run(argv)`: it reads its options with `parse_options` and only then imports what it
-needs of JAX, so that help and mistyped options are answered at once.
+A command module has a function `run(argv)`. It reads its options with `parse_options`, and imports JAX after that, so
+that help and mistyped options are answered at once. Import `parse_options`, `on_working_copy` and
+`keep_compiled_programs` from here, for a new command.
 """
 
 from __future__ import annotations
@@ -137,8 +138,8 @@ def keep_compiled_programs() -> None:
 def _processor() -> str:
     """What the machine's processor is and can do."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        wanted = ("model name", "flags", "Features", "CPU part")
-        return "".join(sorted({line for line in file if line.startswith(wanted)}))
+        headings = ("model name", "flags", "Features", "CPU part")
+        return "".join(sorted({line for line in file if line.startswith(headings)}))
     return f"{platform.machine()} {platform.processor()}"
 
 
@@ -146,8 +147,8 @@ def _columns(helping: bool) -> str | None:
     """What COLUMNS is to be; None: what it is. tyro takes minutes over help in boxes of a column or two."""
     if not helping:
         return "10000"
-    given = os.environ.get("COLUMNS", "")
-    return str(LEAST_COLUMNS) if given.isdecimal() and 0 < int(given) < LEAST_COLUMNS else None
+    columns = os.environ.get("COLUMNS", "")
+    return str(LEAST_COLUMNS) if columns.isdecimal() and 0 < int(columns) < LEAST_COLUMNS else None
 
 
 def _wants_help(argv: Sequence[str]) -> bool:

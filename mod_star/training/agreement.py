@@ -1,4 +1,4 @@
-"""What a run's configuration and a decoder must agree on before one is trained or measured by the other.
+"""Where a run's configuration and a decoder must agree, before one is used with the other.
 
 The loop makes both from one configuration. A library call gets them apart, and would pass over what differs in silence.
 """

@@ -130,10 +130,16 @@ def test_a_run_to_start_from_gives_the_defaults(
 
     # Without JAX: help, and what is wrong with the options.
     shown = " ".join(call("train", "--init-from", str(trained_run), "--help").stdout.replace("│", " ").split())
-    assert "--model.width INT Width D of the residual stream. (default: 16)" in shown
+    assert "--model.width INT Width D of the residual stream. (at least 1; default: 16)" in shown
     for words, message in (
-        (f"--init-from {trained_run} --preset tiny", "--preset = 'tiny': not with --init-from, whose fields are the"),
-        (f"--preset=tiny --init-from={trained_run}", "--preset = 'tiny': not with --init-from, whose fields are the"),
+        (
+            f"--init-from {trained_run} --preset tiny",
+            "--preset = 'tiny': cannot be combined with --init-from, whose fields are the",
+        ),
+        (
+            f"--preset=tiny --init-from={trained_run}",
+            "--preset = 'tiny': cannot be combined with --init-from, whose fields are the",
+        ),
         (f"--init-from {tmp_path}/none", f"{tmp_path}/none: is not a run (there is no such directory)"),
         (f"--init-from={trained_run}/checkpoints", "/checkpoints: is not a run (it has no config.json)"),
         ("--init-from", "missing value for argument '--init-from'"),

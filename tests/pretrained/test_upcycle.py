@@ -193,9 +193,8 @@ def test_the_command_and_training_after_it(dense_run: Path, tmp_path: Path) -> N
     np.testing.assert_array_equal(found, expected)
 
     # It is not a training to go on with; a run that starts from it inherits the plan.
-    with pytest.raises(
-        InputError, match=r"upcycled: holds a model, not a training .* train NEW --init-from .*upcycled"
-    ):
+    refused = r"upcycled: holds a model without the state of a training; .* train NEW --init-from .*upcycled"
+    with pytest.raises(InputError, match=refused):
         train(read_config(path), path)
     train(replace(read_config(path), init_from=str(path)), tmp_path / "trained", quiet=True)
     capacities = [record["capacity"] for record in read_metrics(tmp_path / "trained") if "loss" in record]
