@@ -330,6 +330,7 @@ def test_what_cannot_be_is_said_in_one_line(
 
 def test_addresses() -> None:
     assert is_address("gs://b/x") and is_address(Path("gs://b/x")) and not is_address("runs/x") and not is_address("C:")
+    assert not any(map(is_address, ("c:/runs/x", "C:/runs/x", "./gs://b/x"))), "a drive letter is no scheme"
     assert address_of(Path("gs://b/x//y/")) == "gs://b/x/y"
 
 
