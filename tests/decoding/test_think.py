@@ -161,6 +161,16 @@ def test_an_infinite_threshold_is_never_or_always(thinker: Thinker, auto: Think,
         np.testing.assert_allclose(found.entropies, expected.entropies, atol=1e-5)
 
 
+@pytest.mark.parametrize(("threshold", "thinks"), [(0.0, False), (-1e-6, True)])
+def test_a_row_whose_entropy_is_the_threshold_does_not_think(threshold: float, thinks: bool) -> None:
+    thinker = Thinker(0, layers=1)
+    params = {**thinker.params, "final_norm": thinker.params["final_norm"] * 1e6}  # sure of every token
+    generator = make_generator(thinker.model.decoder, params, thinking=THINKING)
+    for result in generator.generate(PROMPTS, GenerationConfig(2, Sampling(0), think=Think("auto", threshold))):
+        assert result.entropies == [0, 0]
+        assert [thought is not None for thought in result.thoughts] == [thinks] * 2
+
+
 @pytest.mark.parametrize("thinker", [2], indirect=True, ids=["routed"])
 @pytest.mark.slow
 def test_never_is_what_a_model_without_thinking_generates(thinker: Thinker) -> None:
