@@ -14,7 +14,7 @@ from plain_attention import plain_attention
 
 from mod_star.model import attention_blocks, attention_whole
 from mod_star.model.attention import KeyValues, attend
-from mod_star.model.attention_primitive import attention
+from mod_star.model.attention_primitive import attention, attention_flops, attention_p, gradient_p
 
 E = 8
 CASES = {
@@ -251,6 +251,20 @@ def test_memory_grows_with_the_tokens_and_not_with_their_square() -> None:
     assert temporary[1] <= 16.5 * temporary[0]
     sizes = [np.prod([int(n) for n in s.split(",")]) for s in re.findall(r"\[([\d,]+)\]", many.as_text())]
     assert max(sizes) < 16_384**2 / 50
+
+
+def test_operations_are_those_that_xla_counts_in_the_plain_products() -> None:
+    float_, int_ = (
+        functools.partial(lambda dtype, *shape: jnp.ones(shape, dtype), t) for t in (jnp.float32, jnp.int32)
+    )
+    queries = attention_whole.Queries(float_(2, 1, 3, 16, 256), int_(2, 16), int_(2, 16))
+    memory = attention_whole.Memory(float_(2, 1, 24, 256), float_(2, 1, 24, 256), int_(2, 24), int_(2, 24), int_(2, 16))
+    operands = jax.tree.leaves((queries, [memory]))
+    forward = jax.jit(lambda: attention_whole.forward(queries, [memory], None)).lower().cost_analysis()
+    assert attention_flops(attention_p, operands, 1) == pytest.approx(forward["flops"], rel=0.05)
+    rest = (float_(2, 1, 3, 16), float_(2, 1, 3, 16), float_(2, 1, 3, 16, 256))
+    gradient = jax.jit(lambda *rest: attention_whole.gradient(queries, memory, None, *rest)).lower(*rest)
+    assert attention_flops(gradient_p, operands, 1) == pytest.approx(gradient.cost_analysis()["flops"], rel=0.05)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])

@@ -78,6 +78,8 @@ def test_a_run_has_its_own_copy_of_the_users_parts(tmp_path: Path) -> None:
     stored = run_dir.resumed_config(path, run)
     assert stored.parts == f"{path}/parts.py:mine"
     assert (path / "parts.py").read_text() == PARTS
+    with pytest.raises(InputError, match=r"parts: .*parts.py:mine → .*my.py:other"):
+        run_dir.resumed_config(path, replace(run, parts=f"{mine}:other"))
     mine.write_text(PARTS + "# changed\n")
     with pytest.raises(InputError, match=r"parts: .*parts.py:mine → .*my.py:mine"):
         run_dir.resumed_config(path, run)
