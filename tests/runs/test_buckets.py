@@ -270,6 +270,7 @@ def test_folders_of_a_console_are_no_files(here: Bucket) -> None:
     assert (working_copy("gs://bucket/runs/full") / "config.json").read_text() == "{}"
     assert storage.find_files("gs://bucket/texts/*") == ["gs://bucket/texts/a.txt"]
     assert storage.find_files("gs://bucket/texts/sub/b.txt") == ["gs://bucket/texts/sub/b.txt"]
+    assert storage.find_files("gs://bucket/texts/**") == ["gs://bucket/texts/a.txt", "gs://bucket/texts/sub/b.txt"]
 
 
 @pytest.mark.slow
