@@ -192,6 +192,43 @@ def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.saved_steps(tmp_path) == []
 
 
+def test_a_made_checkpoint_is_there_with_its_checksums_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = {"w": np.ones(3, np.float32)}
+
+    def full_disk(checkpoint: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "write_sums", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save_params(tmp_path, params)
+    assert checkpoints.saved_steps(tmp_path) == []
+    checkpoints.save_params(tmp_path, params)
+    assert checkpoints.saved_steps(tmp_path) == [0] and integrity.find_damage(tmp_path / "0") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+
+
+def test_logs_stay_filtered_after_a_save_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads may log until the process ends."""
+    logger = logging.getLogger("absl")
+    monkeypatch.setattr(logger, "filters", list(logger.filters))
+    monkeypatch.setattr(logging.getLogger("asyncio"), "filters", [])
+
+    def full_disk() -> None:
+        raise OSError(28, "full")
+
+    writer = CheckpointWriter(tmp_path, keep=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(writer._manager, "wait_until_finished", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            writer.wait()
+    writer.close()
+    error = OSError(28, "full")
+    assert not logger.filter(logging.LogRecord("x", logging.ERROR, "", 0, "", (), (OSError, error, None)))
+
+
 def test_logs_are_filtered_only_while_a_writer_is_open(tmp_path: Path) -> None:
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     before = [list(logger.filters) for logger in loggers]
