@@ -272,7 +272,7 @@ def test_a_continuation_ends_at_stop_strings_too(monkeypatch: pytest.MonkeyPatch
     completions = [completion_of(TOKENIZER, "?", made, NEW)] * 2
     generator: Any = Listener(TOKENIZER)  # what it would be asked for is given here
     for stop, answers in ((("\nQ:", "never"), ["8", None]), ((), ["8", "9"])):
-        monkeypatch.setattr("mod_star.decoding.cot.continue_texts", lambda *_: [" 8\nQ: 9", " \nQ: 9"])
+        monkeypatch.setattr("mod_star.decoding.cot.continue_texts", lambda *_: [" 8\nQ: 9", " \nQ: 9, never"])
         config = GenerationConfig(NEW, branches=2, stop=stop)
         (found,) = read_branches(generator, completions, config, NUMBER, [[0]], Reading("So"))
         assert [branch.answer for branch in found.branches] == answers

@@ -232,6 +232,8 @@ def test_a_stream_with_an_end(thinker: Thinker, always: list[Generated]) -> None
     assert np.asarray(state.record.thinks_BxT[0, :NEW]).tolist() == [step <= first for step in range(NEW)]
     assert np.asarray(state.record.asked_BxT[0, :NEW]).tolist() == [step <= first for step in range(NEW)]
     assert not np.any(state.record.entropies_BxT[0, first + 1 :])
+    assert not np.any(state.record.weights_BxT[0, first + 1 :])
+    assert np.all(state.record.thoughts_BxTxN[0, first + 1 :] == -1)
 
 
 @pytest.mark.parametrize(
