@@ -1,1 +1,4 @@
-"""Experiments: one file each; its docstring says how to run it and what was measured."""
+"""Experiments: one folder each, with its claim, command, results and figure in README.md.
+
+Run one with `python -m experiments.NAME`.
+"""

@@ -194,7 +194,7 @@ def verdict(summaries: dict[str, TrainSummary]) -> str:
         f"The same compute paid for {steps:.2f} times as many steps of MoD. Its held-out loss is "
         f"{compared(mod['eval_loss'] - dense['eval_loss'])} when routed as in training, and "
         f"{compared(mod['eval_loss_causal'] - dense['eval_loss'])} when routed causally, as it must be to sample. "
-        "One run each: small differences are chance (experiments/mod_vs_dense.py takes three seeds)."
+        "One run each: small differences are chance (experiments/mod_vs_dense takes three seeds)."
     )
 
 

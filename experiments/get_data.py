@@ -137,10 +137,10 @@ def fetch(name: str, directory: Path, source: Path | None = None, bar: Any = Non
                 out.write(block)
                 if task is not None:
                     bar.advance(task, len(block))
-        found = sha256_of(beside)
-        if found != published.sha256:
+        digest = sha256_of(beside)
+        if digest != published.sha256:
             where = published.url if source is None else source / name
-            raise InputError(f"{where}: sha256 = {found}: must be {published.sha256}, that of the published file")
+            raise InputError(f"{where}: sha256 = {digest}: must be {published.sha256}, that of the published file")
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

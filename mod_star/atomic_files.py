@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all: written aside and moved into place."""
+"""Files that are written as a whole or not at all: first beside their place, then moved into it."""
 
 from __future__ import annotations
 

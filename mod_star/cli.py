@@ -21,7 +21,7 @@ from mod_star.standard_streams import OutputError, usable_streams
 # A subcommand is a module of `mod_star.commands`, by the same name (`import`: import_model), and a line here.
 COMMANDS = {
     "train": "train a Mixture-of-Depths model (or its dense twin), or go on with an interrupted run",
-    "plan": "compile the training step for a TPU slice that isn't there: memory, FLOPs, communication; does it fit?",
+    "plan": "compile the training step for devices that are not there: memory, FLOPs, communication; does it fit?",
     "upcycle": "make a dense model a Mixture-of-Depths model that computes the same, to lower its capacity in training",
     "import": "make a run of a pretrained model: a Hugging Face directory, a hub name or a GGUF file",
     "export": "write a dense model as a Hugging Face directory, for transformers",
@@ -31,7 +31,7 @@ COMMANDS = {
     "calibrate": "choose how unsure a thinking model must be to think, for sample --think auto",
     "evaluate": "ask a model the questions of a task, by any decoding, and count right answers",
     "harness": "run EleutherAI's lm-evaluation-harness (lm_eval) with --model mod_star --model_args run=RUN",
-    "thoughts": "show what a thinking model thinks behind every token of a text",
+    "thoughts": "show what a thinking model thinks before every token of a text",
 }
 
 HELP = """usage: mod-star COMMAND ...
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             _leave(130, "aborted; what was saved before is kept")
         except Exception as error:
             if reason := _out_of_memory(error):
-                _leave(1, f"error: out of memory: {reason}; mod-star plan says what a training needs")
+                _leave(1, f"error: out of memory: {reason}; mod-star plan says what a training step needs")
             if isinstance(error, ValueError) and _raised_in(error).endswith("jax/_src/config.py"):
                 _leave(2, f"error: {error}")  # a variable of JAX's, such as JAX_ENABLE_X64=maybe
             raise

@@ -1,106 +1,217 @@
-"""What a run is, as frozen dataclasses: validated when made, settable field by field from the command line.
+"""What a run is, and on which devices it runs, as frozen dataclasses: checked when made, options of the command line.
 
-The docstring under a field is its help text. Sizes are in tokens unless a field says otherwise.
+The docstring under a field is its help text, and its range (`mod_star.config_checks`) stands in its type. Sizes are in
+tokens unless a field says otherwise.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from mod_star.config_checks import fits, require_types
+from mod_star.config_checks import NotEmpty, above, at_least, between, check_fields
 from mod_star.errors import InputError, require
-from mod_star.network_config import ModelConfig, RoutingConfig, require_network, require_thinkable
 
 __all__ = [
     "DataConfig",
+    "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ProcessesConfig",
     "RoutingConfig",
     "RunConfig",
     "ThinkingConfig",
     "TrainConfig",
     "from_dict",
+    "require_network",
+    "require_thinkable",
     "to_dict",
 ]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-family decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+    vocab_size: Annotated[int, at_least(0, "0: from the tokenizer")] = 0
+    """Rows of the embedding. 0: as many as the tokenizer has, rounded up to a multiple of 64."""
+    width: Annotated[int, at_least(1)] = 256
+    """Width D of the residual stream."""
+    layers: Annotated[int, at_least(1)] = 6
+    """Number of blocks, routed ones included."""
+    heads: Annotated[int, at_least(1)] = 4
+    """Query heads."""
+    kv_heads: Annotated[int | None, at_least(1)] = None
+    """Key/value heads, a divisor of heads (grouped-query attention). None: as many as heads."""
+    head_dim: Annotated[int | None, at_least(2)] = None
+    """Width of one head, even. None: width / heads."""
+    mlp_width: Annotated[int | None, at_least(1)] = None
+    """Hidden width of the feed-forward layer. None: 8/3 of width, rounded up to a multiple of 64."""
+    context: Annotated[int, at_least(2, "a token and its successor")] = 256
+    """Longest sequence S: tokens per training sequence, and the limit of prompt plus generated tokens."""
+    rope_theta: Annotated[float, above(1)] = 10_000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    """How rotary frequencies are stretched to a longer context: linear: all divided by rope_factor; llama3: only the
+    slow ones (Llama 3.1), with the three fields below."""
+    rope_factor: Annotated[float, at_least(1)] = 1.0
+    """What scaled rotary frequencies are divided by; 1 without rope_scaling."""
+    rope_low_freq_factor: Annotated[float, above(0)] = 1.0
+    """llama3: frequencies that turn less than so often in rope_original_context are divided by rope_factor."""
+    rope_high_freq_factor: Annotated[float, above(0)] = 4.0
+    """llama3: frequencies that turn more than so often in rope_original_context stay; between the two, a mixture."""
+    rope_original_context: Annotated[int, at_least(1)] = 8192
+    """llama3: context that the model was trained with before its frequencies were stretched."""
+    sliding_window: Annotated[int | None, at_least(1)] = None
+    """A token attends to itself and the sliding_window - 1 positions before it (Mistral). None: to all before it."""
+    qkv_bias: bool = False
+    """Add learned biases to queries, keys and values (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm over each head's query and key, before they are rotated (Qwen3)."""
+    norm_eps: Annotated[float, between(0, 1)] = 1e-6
+    """Epsilon inside RMSNorm."""
+    tie_embeddings: bool = True
+    """Use the embedding matrix as the LM head too."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products. Parameters, router, softmax and losses are float32 always."""
+    precision: Literal["highest", "high", "default"] = "highest"
+    """Precision of float32 products in linear layers and attention on TPUs and GPUs. highest: float32; high: three
+    bfloat16 passes or TF32; default: bfloat16 or TF32. CPUs compute in float32 always, and all other products do."""
+    attention: Literal["auto", "fused", "segments"] = "auto"
+    """fused: jax.nn.dot_product_attention; segments: our own softmax; auto: fused on a GPU, segments elsewhere."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing; all but matrix products; everything but each group's input."""
+    scan: bool = True
+    """Scan over groups of blocks (compile time independent of depth). False: a Python loop, for debugging."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "model")
+        allowed = f"must divide model.width = {self.width} (or give model.head_dim)"
+        require(self.head_dim is not None or self.width % self.heads == 0, "model.heads", self.heads, allowed)
+        allowed = "must be even (rotary positions turn pairs)"
+        require(self.head_size % 2 == 0, "model.head_dim", self.head_size, allowed)
+        allowed = f"must be a divisor of model.heads = {self.heads}"
+        require(self.heads % self.key_heads == 0, "model.kv_heads", self.kv_heads, allowed)
+        allowed = "must be 1 with model.rope_scaling = 'none'"
+        require(self.rope_factor == 1 or self.rope_scaling != "none", "model.rope_factor", self.rope_factor, allowed)
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        require(high > low, "model.rope_high_freq_factor", high, f"must be above model.rope_low_freq_factor = {low}")
+        allowed = "needs model.dtype = 'bfloat16' (the fused kernel takes 16-bit types only)"
+        require(self.attention != "fused" or self.dtype == "bfloat16", "model.attention", self.attention, allowed)
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head."""
+        return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def key_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def hidden_width(self) -> int:
+        """Hidden width of the feed-forward layer."""
+        return 64 * math.ceil(8 * self.width / 3 / 64) if self.mlp_width is None else self.mlp_width
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """Mixture-of-Depths (arXiv 2404.02258): which blocks are routed, and how tokens are chosen."""
+
+    every: Annotated[int, at_least(0, "0: dense")] = 2
+    """Every n-th block is routed (2: every other, 1: all). 0: none, a dense model."""
+    capacity: Annotated[float, between(0, 1, "(]")] = 0.125
+    """Share of a sequence's tokens, padding left out, that a routed block computes."""
+    capacity_tokens: Annotated[int | None, at_least(1)] = None
+    """The same as an absolute count, whatever the length of the sequence; overrides capacity."""
+    gate: Literal["sigmoid", "identity", "tanh"] = "sigmoid"
+    """What scales a routed block's output: sigmoid(r), r (the paper), or 1 + 0.2 tanh(r)."""
+    causal_rule: Literal["predictor", "router"] = "predictor"
+    """Who decides without seeing the future: a small MLP on the detached stream, or the router's own logit > 0."""
+    predictor_width: Annotated[int, at_least(1)] = 64
+    """Hidden width of the predictor."""
+    auxiliary_weight: Annotated[float, at_least(0)] = 0.01
+    """Weight of the loss that trains the causal rule; of little effect on a predictor, which Adam scales anyway."""
+    selection: Literal["learned", "stochastic"] = "learned"
+    """learned: top-C by router score. stochastic: top-C of Gaussian noise, the paper's control."""
+    headroom: Annotated[float, at_least(1)] = 1.5
+    """Slots of a routed block under the causal rule, as a multiple of its capacity; further tokens pass by."""
+    stages: Annotated[tuple[float, ...], between(0, 1, "(]")] = ()
+    """Falling capacities that training goes through before capacity, each for as many steps and as one program."""
+    stage_fraction: Annotated[float, between(0, 1)] = 0.5
+    """Share of the steps that all stages together take; the rest is trained at capacity."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "routing")
+        if self.stages:
+            falling = all(a > b for a, b in itertools.pairwise((*self.stages, self.capacity)))
+            allowed = f"must fall from at most 1 to above routing.capacity = {self.capacity}"
+            require(falling, "routing.stages", self.stages, allowed)
+            allowed = "must be None with routing.stages, which are shares"
+            require(self.capacity_tokens is None, "routing.capacity_tokens", self.capacity_tokens, allowed)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where text comes from and how it becomes sequences."""
 
-    source: tuple[str, ...] = ("python-docs",)
+    source: Annotated[tuple[str, ...], NotEmpty()] = ("python-docs",)
     """What to read: python-docs (embedded), files or globs (.txt .md .jsonl .json .csv .parquet .arrayrecord, text and
     JSON also .gz .bz2 .zst), tfds:NAME[:SPLIT]."""
-    weights: tuple[float, ...] = ()
+    weights: Annotated[tuple[float, ...], above(0)] = ()
     """Share of each source in the mixture's documents, one number per source. Empty: as many as each has."""
     template: str | None = None
     """How a record becomes text, such as "Q: {question}\\nA: {answer}". None: its field "text", or else "messages" (or
     "conversations"), of which the assistant's are learned; "{turns}" names another field of messages."""
-    separator: str | None = None
+    separator: Annotated[str | None, NotEmpty()] = None
     """What stands between the documents of text files, such as "<|endoftext|>". None: a file is one, or is cut up."""
     tokenizer: str = "bytes"
     """bytes, or the path of a Hugging Face tokenizer.json."""
-    held_out: float = 0.05
-    """Share of the documents kept for evaluation, in (0, 1); a document is never in both parts."""
+    held_out: Annotated[float, between(0, 1)] = 0.05
+    """Share of the documents kept for evaluation; a document is never in both parts."""
     pack: bool = True
-    """Fill sequences with several documents that don't see each other. False: one document each, cut or padded."""
-    seed: int = 0
+    """Fill sequences with several documents that do not see each other. False: one document each, cut or padded."""
+    seed: Annotated[int, at_least(0)] = 0
     """Seed of the shuffle and of the split."""
 
     def __post_init__(self) -> None:
-        require_types("data", self)
-        require(len(self.source) >= 1, "data.source", self.source, "must name at least one source")
-        require(
-            len(self.weights) in (0, len(self.source)),
-            "data.weights",
-            self.weights,
-            f"must give one weight per source ({len(self.source)}) or none",
-        )
-        require(all(w > 0 for w in self.weights), "data.weights", self.weights, "must be positive")
-        require(self.separator != "", "data.separator", self.separator, "must not be empty")
-        require(0 < self.held_out < 1, "data.held_out", self.held_out, "must lie between 0 and 1")
-        require(self.seed >= 0, "data.seed", self.seed, "must not be negative")
+        check_fields(self, "data")
+        allowed = f"must give one weight per source ({len(self.source)}) or none"
+        require(len(self.weights) in (0, len(self.source)), "data.weights", self.weights, allowed)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with decoupled weight decay, clipping and a learning-rate schedule."""
 
-    learning_rate: float = 3e-3
+    learning_rate: Annotated[float, above(0)] = 3e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After warm-up: cosine to the final rate; stable then linear decay over the last decay_fraction; constant."""
-    warmup_steps: int = 50
+    warmup_steps: Annotated[int, at_least(0)] = 50
     """Steps of linear warm-up from 0; at most half of the run."""
-    decay_fraction: float = 0.2
+    decay_fraction: Annotated[float, between(0, 1, "(]")] = 0.2
     """Share of the steps in which the wsd schedule decays."""
-    final_fraction: float = 0.1
+    final_fraction: Annotated[float, between(0, 1, "[]")] = 0.1
     """Final learning rate as a share of the peak."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, at_least(0)] = 0.1
     """Decoupled decay (times the learning rate) of matrices; norms, router and predictor are not decayed."""
-    b1: float = 0.9
+    b1: Annotated[float, between(0, 1, "[)")] = 0.9
     """Adam's decay of the first moment."""
-    b2: float = 0.95
+    b2: Annotated[float, between(0, 1, "[)")] = 0.95
     """Adam's decay of the second moment."""
-    eps: float = 1e-8
+    eps: Annotated[float, above(0)] = 1e-8
     """Adam's epsilon."""
-    clip: float = 1.0
+    clip: Annotated[float, at_least(0, "0: no clipping")] = 1.0
     """Global gradient norm at which gradients are scaled down; 0: no clipping. The predictor is clipped apart."""
 
     def __post_init__(self) -> None:
-        require_types("optimizer", self)
-        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive")
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative")
-        require(0 < self.decay_fraction <= 1, "optimizer.decay_fraction", self.decay_fraction, "must lie in (0, 1]")
-        require(0 <= self.final_fraction <= 1, "optimizer.final_fraction", self.final_fraction, "must lie in [0, 1]")
-        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "must not be negative")
-        for name in ("b1", "b2"):
-            require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must lie in [0, 1)")
-        require(self.eps > 0, "optimizer.eps", self.eps, "must be positive")
-        require(self.clip >= 0, "optimizer.clip", self.clip, "must be 0 (off) or positive")
+        check_fields(self, "optimizer")
 
 
 @dataclass(frozen=True)
@@ -109,69 +220,58 @@ class TrainConfig:
 
     objective: Literal["next_token", "quiet_star"] = "next_token"
     """quiet_star: teach the model to think before it predicts, see the fields of thinking."""
-    steps: int = 1000
+    steps: Annotated[int, at_least(1)] = 1000
     """Optimizer steps. Ignored when flops is given."""
-    flops: float | None = None
+    flops: Annotated[float | None, above(0)] = None
     """Training budget in floating-point operations, such as 1e15: as many steps as fit into it."""
-    batch_size: int = 8
+    batch_size: Annotated[int, at_least(1)] = 8
     """Sequences per optimizer step."""
-    accumulation: int = 1
+    accumulation: Annotated[int, at_least(1)] = 1
     """Equal portions in which a batch is computed, one after the other (less memory, same gradient)."""
-    seed: int = 0
+    seed: Annotated[int, at_least(0)] = 0
     """Seed of the initial parameters and of stochastic routing."""
-    loss_chunk: int = 128
+    loss_chunk: Annotated[int, at_least(1)] = 128
     """Positions per sequence whose logits exist at one time in the loss."""
-    log_every: int = 10
+    log_every: Annotated[int, at_least(1)] = 10
     """Steps between lines of metrics.jsonl."""
-    eval_every: int = 200
+    eval_every: Annotated[int, at_least(0, "0: only at the end")] = 200
     """Steps between held-out evaluations; 0: only at the end."""
-    eval_batches: int = 16
+    eval_batches: Annotated[int, at_least(1)] = 16
     """The most batches of a held-out evaluation."""
-    checkpoint_every: int = 200
+    checkpoint_every: Annotated[int, at_least(0, "0: only at the end")] = 200
     """Steps between checkpoints; 0: only at the end."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: Annotated[int, at_least(1)] = 3
     """How many of the latest checkpoints stay on disk."""
-    max_skipped: int = 5
+    max_skipped: Annotated[int, at_least(1)] = 5
     """Steps with a non-finite loss or gradient, in a row, after which training stops."""
 
     def __post_init__(self) -> None:
-        require_types("train", self)
-        for name in ("steps", "batch_size", "accumulation", "loss_chunk", "log_every", "eval_batches"):
-            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
-        for name in ("keep_checkpoints", "max_skipped"):
-            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
-        for name in ("eval_every", "checkpoint_every", "seed"):
-            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative")
-        require(self.flops is None or self.flops > 0, "train.flops", self.flops, "must be positive")
-        require(
-            self.batch_size % self.accumulation == 0,
-            "train.accumulation",
-            self.accumulation,
-            f"must divide train.batch_size = {self.batch_size}",
-        )
+        check_fields(self, "train")
+        allowed = f"must divide train.batch_size = {self.batch_size}"
+        require(self.batch_size % self.accumulation == 0, "train.accumulation", self.accumulation, allowed)
 
 
 @dataclass(frozen=True)
 class ThinkingConfig:
     """Quiet-STaR (arXiv 2403.09629): thoughts between tokens. In force where train.objective is quiet_star."""
 
-    thought_length: int = 8
+    thought_length: Annotated[int, at_least(1)] = 8
     """Tokens t of a thought, <start> and <end> not counted."""
-    n_true: int = 4
+    n_true: Annotated[int, at_least(1)] = 4
     """Tokens of the text that are predicted after a thought; its reward is summed over them."""
-    n_thoughts: int = 2
+    n_thoughts: Annotated[int, at_least(1)] = 2
     """Thoughts that are sampled at each thinking position and compared with one another."""
     kind: Literal["sampled", "pause"] = "sampled"
     """pause: <start> repeated in place of a sampled thought, a control that computes as much and says nothing."""
-    think_fraction: float = 1.0
-    """Share of a sequence's positions, padding left out, that think while training, in (0, 1]; 1 is the paper."""
+    think_fraction: Annotated[float, between(0, 1, "(]")] = 1.0
+    """Share of a sequence's positions, padding left out, that think while training; 1 is the paper."""
     think_where: Literal["random", "entropy"] = "random"
     """Which positions think if not all: chosen by chance, or those where the base prediction is least certain."""
-    base_weight: float = 1.0
+    base_weight: Annotated[float, at_least(0)] = 1.0
     """Weight in the loss of the negative log-likelihood (NLL) without thoughts."""
-    talk_weight: float = 1.0
+    talk_weight: Annotated[float, at_least(0)] = 1.0
     """Weight of the NLL of the prediction mixed after a thought."""
-    policy_weight: float = 1.0
+    policy_weight: Annotated[float, at_least(0)] = 1.0
     """Weight of the REINFORCE loss, on the scale of the NLL after thoughts: both are divided by the number of
     predictions. Equal to talk_weight: with leave_one_out and without drop_negative the gradient is that of the expected
     NLL after thoughts. 0: thoughts are sampled but nothing teaches what to think."""
@@ -179,30 +279,21 @@ class ThinkingConfig:
     """What a thought's reward is compared with: the mean over all thoughts of its position (paper), or the others'."""
     drop_negative: bool = True
     """Learn only from thoughts that beat the baseline (paper). False with leave_one_out: the unbiased estimate."""
-    temperature: float = 1.0
-    """Of sampling thoughts while training; 0: greedy. Gradients are those of temperature 1 whatever this is."""
-    policy_temperature: float = 1.0
+    temperature: Annotated[float, at_least(0, "0: greedy")] = 1.0
+    """Temperature of sampling thoughts while training; 0: greedy. Gradients are always those of temperature 1."""
+    policy_temperature: Annotated[float, above(0)] = 1.0
     """Divides the logits of thought tokens in the REINFORCE loss (3 in the authors' code)."""
-    start_text: str = "---"
+    start_text: Annotated[str, NotEmpty()] = "---"
     """Text whose mean embedding <start> begins as."""
-    end_text: str = "---"
+    end_text: Annotated[str, NotEmpty()] = "---"
     """Text whose mean embedding <end> begins as."""
-    embedding_rate: float = 100.0
+    embedding_rate: Annotated[float, above(0)] = 100.0
     """Learning rate of <start> and <end>, as a multiple of the others'."""
-    chunk: int = 32
+    chunk: Annotated[int, at_least(1)] = 32
     """Positions per sequence that are scored at one time; less memory, same result."""
 
     def __post_init__(self) -> None:
-        require_types("thinking", self)
-        for name in ("thought_length", "n_true", "n_thoughts", "chunk"):
-            require(getattr(self, name) >= 1, f"thinking.{name}", getattr(self, name), "must be at least 1")
-        require(0 < self.think_fraction <= 1, "thinking.think_fraction", self.think_fraction, "must lie in (0, 1]")
-        for name in ("base_weight", "talk_weight", "policy_weight", "temperature"):
-            require(getattr(self, name) >= 0, f"thinking.{name}", getattr(self, name), "must not be negative")
-        for name in ("policy_temperature", "embedding_rate"):
-            require(getattr(self, name) > 0, f"thinking.{name}", getattr(self, name), "must be positive")
-        for name in ("start_text", "end_text"):
-            require(getattr(self, name), f"thinking.{name}", getattr(self, name), "must not be empty")
+        check_fields(self, "thinking")
         require(
             self.n_thoughts >= 2 or self.policy_weight == 0,
             "thinking.n_thoughts",
@@ -227,7 +318,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
     parts: str | None = None
-    """Your own router, gate, feed-forward or block: FILE.py:NAME of a mod_star.Parts. None: the built-in ones."""
+    """Your functions (router, block, objective, reward, ...): FILE.py:NAME of a mod_star.Parts. None: built-in ones."""
     init_from: str | None = None
     """Directory of a run to start from: its newest parameters, and its fields as defaults. None: random parameters."""
 
@@ -237,12 +328,33 @@ class RunConfig:
         return self.train.objective == "quiet_star"
 
     def __post_init__(self) -> None:
-        require(fits(self.init_from, str | None), "init_from", self.init_from, "must be a str, the directory of a run")
+        check_fields(self)
         require_network(self.model, self.routing)
         if self.thinks:
             n_true, context = self.thinking.n_true, self.model.context
             require(n_true < context, "thinking.n_true", n_true, f"must be below model.context = {context}")
             require_thinkable(self.routing)
+
+
+def require_network(model: ModelConfig, routing: RoutingConfig) -> None:
+    """Raises InputError unless the two make a network: every layer in a group, no more tokens routed than there are."""
+    if routing.every == 0:
+        return
+    allowed = f"must be a multiple of routing.every = {routing.every}"
+    require(model.layers % routing.every == 0, "model.layers", model.layers, allowed)
+    tokens = routing.capacity_tokens
+    allowed = f"must be at most model.context = {model.context}"
+    require(tokens is None or tokens <= model.context, "routing.capacity_tokens", tokens, allowed)
+
+
+def require_thinkable(routing: RoutingConfig) -> None:
+    """Raises InputError if a model that is routed so cannot think."""
+    require(
+        routing.every == 0 or routing.selection == "learned",
+        "routing.selection",
+        routing.selection,
+        "must be learned (or routing.every 0) to think: chance must not decide whether a thought is computed",
+    )
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -259,8 +371,8 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     groups |= {"train": TrainConfig, "thinking": ThinkingConfig}
     built = _known("config", RunConfig, values)
     for name, group in groups.items():
-        given = _known(f"config.{name}", group, values.get(name, {}))
-        built[name] = group(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
+        fields = _known(f"config.{name}", group, values.get(name, {}))
+        built[name] = group(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
     return RunConfig(**built)
 
 
@@ -269,3 +381,45 @@ def _known(where: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     if odd := sorted(values.keys() - set(names)):
         raise InputError(f"{where}: unknown fields {odd}; there are {names}")
     return dict(values)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are arranged; not a part of a run, which may go on with another one."""
+
+    data: Annotated[int, at_least(0, "0: all devices that are left")] = 0
+    """Copies of the model, each with its own sequences. 0: as many as there are devices for."""
+    fsdp: Annotated[int, at_least(1)] = 1
+    """Devices that parameters and optimizer state of a copy are cut up among; they have their own sequences too."""
+    tensor: Annotated[int, at_least(1)] = 1
+    """Devices that every matrix product is cut up among (heads, hidden width, vocabulary)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "mesh")
+
+
+@dataclass(frozen=True)
+class ProcessesConfig:
+    """For machines that JAX does not know as a cluster; on Cloud TPU, GKE, Slurm and Open MPI nothing is needed."""
+
+    coordinator: str | None = None
+    """HOST:PORT of the first process, a free port there. None: found by JAX, or there is only one process."""
+    count: Annotated[int | None, at_least(1)] = None
+    """How many processes there are, with a coordinator given."""
+    index: Annotated[int | None, at_least(0)] = None
+    """Which of them this one is, from 0."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "processes")
+        is_set = [value is not None for value in (self.coordinator, self.count, self.index)]
+        require(
+            len(set(is_set)) == 1,
+            "processes",
+            (self.coordinator, self.count, self.index),
+            "coordinator, count and index must be given together, or none of them",
+        )
+        if self.coordinator is None or self.count is None or self.index is None:
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        require(bool(host) and port.isdecimal(), "processes.coordinator", self.coordinator, "must be HOST:PORT")
+        require(self.index < self.count, "processes.index", self.index, f"must lie in [0, {self.count})")

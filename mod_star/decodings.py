@@ -1,4 +1,4 @@
-"""The decodings by name, each with its own fields: what `mod-star sample` and `mod-star evaluate` let one choose from.
+"""The decodings by name, each with its own fields: what `mod-star sample` and `mod-star evaluate` offer.
 
 Every default of a decoding stands here once; the library takes its own from here. Imports no JAX.
 """
@@ -101,7 +101,7 @@ DECODINGS: dict[DecodingName, type[Decoding]] = {
 
 
 FIELDS = tuple(dict.fromkeys(each.name for kind in DECODINGS.values() for each in fields(kind)))
-"""Every field of a decoding, in the order in which a mistake is told."""
+"""Every field of a decoding, in the order in which a mistake is reported."""
 
 
 def name_of(decoding: Decoding) -> DecodingName:
@@ -124,10 +124,10 @@ def chosen_decoding(name: DecodingName, options: Mapping[str, Any]) -> Decoding:
     Raises:
       InputError: an option is given that this decoding doesn't have, or its value is out of range.
     """
-    given = {field: value for field, value in options.items() if value is not None and value is not False}
-    for field in given:
+    fields = {field: value for field, value in options.items() if value is not None and value is not False}
+    for field in fields:
         require_decoding(name, field, decodings_with(field))
-    return DECODINGS[name](**given)
+    return DECODINGS[name](**fields)
 
 
 def require_decoding(name: DecodingName, field: str, allowed: list[DecodingName]) -> None:

@@ -18,7 +18,7 @@ class InputError(ValueError):
 
 
 class UnavailableError(InputError):
-    """What is asked for may be right but can't be had now: a bucket can't be read, the other processes don't come.
+    """The request may be right but cannot be met now: a bucket cannot be read, or other processes do not come.
 
     The command line exits with code 1, after which the same command is worth another try.
     """

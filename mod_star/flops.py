@@ -1,7 +1,7 @@
 """Floating-point operations of a model, counted from its configuration: two per multiply-add of every matrix product.
 
 Elementwise work is left out, as is usual; at the sizes of real models the count agrees with the compiled program's own
-within 5 % (tests/test_flops.py). A routed block is counted at its capacity. Parts of the user's own are counted by
+within 5 % (tests/test_flops.py). A routed block is counted at its capacity. A user's parts are counted by
 `mod_star.function_flops`, unless they say themselves what they take (`Part.flops`).
 """
 
@@ -36,9 +36,9 @@ class Flops:
     mlp: float = 0.0
     """Feed-forward layers."""
     router: float = 0.0
-    """Router scores of all tokens, and a user's own selection."""
+    """Router scores of all tokens, and a user's selection."""
     predictor: float = 0.0
-    """The causal rule: the predictor, or a user's own."""
+    """The causal rule: the predictor, or a user's rule."""
     head: float = 0.0
     """Logits."""
     mixing: float = 0.0
@@ -59,7 +59,7 @@ class Flops:
 def forward_flops(model: ModelConfig, routing: RoutingConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> Flops:
     """One forward pass over one sequence of `tokens` tokens, logits included.
 
-    A block of the user's own counts as `mlp`.
+    A user's block counts as `mlp`.
 
     Raises:
       InputError: the layers don't fit `routing.every`, or operations of a user's part can't be counted.
@@ -206,8 +206,8 @@ def _own_block_flops(model: ModelConfig, parts: Parts, tokens: int, keys: int) -
     params = jax.eval_shape(lambda key: parts.block.init(key, model, parts), jax.random.key(0))
     x = jax.ShapeDtypeStruct((tokens, model.width), model.dtype)
 
-    def apply(params: Any, x: jax.Array, ids: jax.Array, valid: jax.Array, context: Any) -> Any:
-        return parts.block.apply(params, x, ids, ids, valid, context, model, parts)
+    def apply(params: Any, x: jax.Array, ids: jax.Array, valid: jax.Array, memory: Any) -> Any:
+        return parts.block.apply(params, x, ids, ids, valid, memory, model, parts)
 
     before: tuple[KeyValues, ...] = ()
     if keys > tokens:  # as many more, in the shapes of the block's own
@@ -216,8 +216,8 @@ def _own_block_flops(model: ModelConfig, parts: Parts, tokens: int, keys: int) -
         def longer(leaf: Any, axis: int) -> Any:
             return jax.ShapeDtypeStruct((*leaf.shape[:axis], keys - tokens, *leaf.shape[axis + 1 :]), leaf.dtype)
 
-        kept, where = (own.keys_KxMxE, own.values_KxMxE), (own.positions_M, own.segment_ids_M, own.valid_M)
-        before = (KeyValues(*(longer(leaf, 1) for leaf in kept), *(longer(leaf, 0) for leaf in where)),)
+        keys_values, where = (own.keys_KxMxE, own.values_KxMxE), (own.positions_M, own.segment_ids_M, own.valid_M)
+        before = (KeyValues(*(longer(leaf, 1) for leaf in keys_values), *(longer(leaf, 0) for leaf in where)),)
     return function_flops("parts.block", apply, params, x, ids, valid, before)
 
 

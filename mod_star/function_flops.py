@@ -23,8 +23,8 @@ LINEAR_ALGEBRA = (
 UNKNOWN = {
     "while": "jax.lax.while_loop, which runs an unknown number of times (jax.lax.scan and jax.lax.fori_loop with fixed "
     "bounds are counted)",
-    **{name: f"{name}, which XLA doesn't look into" for name in OPAQUE},
-    **{name: f"{name} of jax.lax.linalg, which XLA doesn't count" for name in LINEAR_ALGEBRA},
+    **{name: f"{name}, which XLA does not look into" for name in OPAQUE},
+    **{name: f"{name} of jax.lax.linalg, which XLA does not count" for name in LINEAR_ALGEBRA},
 }
 """Primitives whose operations nobody can tell, and how an error calls them."""
 
@@ -44,7 +44,7 @@ def function_flops(name: str, function: Callable[..., Any], *shapes: Any) -> flo
     if unknown := next(_unknown(closed), None):
         said = UNKNOWN[unknown]
         raise InputError(
-            f"{name}: its FLOPs can't be counted, for it calls {said}; say them by Part(init, apply, flops=...)"
+            f"{name}: its FLOPs cannot be counted, because it calls {said}; give them as Part(init, apply, flops=...)"
         )
     return _once(function, *shapes) + _missed(closed)
 
@@ -102,11 +102,11 @@ def _unknown(jaxpr: Any) -> Iterator[str]:
 def _used(jaxpr: Any) -> list[Any]:
     """The equations whose results are used; the others `jax.jit` leaves out."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    wanted, used = {id(variable) for variable in jaxpr.outvars}, []
+    needed, used = {id(variable) for variable in jaxpr.outvars}, []
     for equation in reversed(jaxpr.eqns):
-        if equation.effects or any(id(variable) in wanted for variable in equation.outvars):
+        if equation.effects or any(id(variable) in needed for variable in equation.outvars):
             used.append(equation)
-            wanted |= {id(variable) for variable in equation.invars}
+            needed |= {id(variable) for variable in equation.invars}
     return used[::-1]
 
 

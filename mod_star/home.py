@@ -1,4 +1,4 @@
-"""The user's home and cache directory, where a process may have neither: a container's user id without an entry."""
+"""The user's home and cache directory, for processes that may have neither, such as those in containers."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def cache_root() -> Path | None:
     named = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(named):
         return Path(named)
-    found = home()
-    return None if found is None else found / ".cache"
+    directory = home()
+    return None if directory is None else directory / ".cache"
 
 
 def expanded(path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""What a run's parameters begin as, and with that their shapes: the decoder's, and those that thinking needs."""
+"""A run's parameters before training, and their shapes: the decoder's, and those that thinking needs."""
 
 from __future__ import annotations
 

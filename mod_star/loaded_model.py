@@ -1,4 +1,4 @@
-"""A trained model in memory with what it takes to use it: what generation, scoring and evaluation are given."""
+"""A trained model in memory, with all that generation, scoring and evaluation need of it."""
 
 from __future__ import annotations
 

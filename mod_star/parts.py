@@ -1,4 +1,8 @@
-"""Loads a user's own `Parts` (router, gate, selection, feed-forward, block, ...) from a Python file."""
+"""The doors of the network and of training: `Parts`, which `--parts FILE.py:NAME` loads from a user's file.
+
+A `Parts` replaces any of router, gate, feed-forward layer, block, selection, causal rule and auxiliary loss; objective
+and optimizer; reward, thought, mixing and where to think. docs/how-to/extend.md lists them with examples.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,8 @@ def load_parts(reference: str | None) -> Parts:
     """
     if reference is None:
         return DEFAULT_PARTS
-    found = load_from_file(reference, "parts", "the name of a mod_star.Parts in a Python file")
-    if not isinstance(found, Parts):
+    parts = load_from_file(reference, "parts", "the name of a mod_star.Parts in a Python file")
+    if not isinstance(parts, Parts):
         name = reference.rpartition(":")[2]
-        raise InputError(f"parts = {reference!r}: {name} must be a mod_star.Parts, found {type(found).__name__}")
-    return found
+        raise InputError(f"parts = {reference!r}: {name} must be a mod_star.Parts, not {type(parts).__name__}")
+    return parts

@@ -1,4 +1,4 @@
-"""Capacity in stages: through which capacities a run goes, for how many steps each, and what they cost.
+"""Capacity in stages: the capacities of a run, the steps of each, and their cost.
 
 A dense model that is to become a Mixture-of-Depths model (`mod_star.pretrained.upcycle`) loses too much if its routed
 blocks are left with an eighth of the tokens at once. `routing.stages` lowers the capacity step by step. A capacity is
@@ -84,9 +84,9 @@ def plan_stages(run: RunConfig) -> StagePlan:
         for config, before, last, cost in zip(configs, [0, *ends], ends, flops, strict=False)
     ]
     if short := [stage for stage in stages if stage.last < stage.first]:
-        asked = f"train.steps = {steps}" if budget is None else f"train.flops = {budget!r}"
+        field = f"train.steps = {steps}" if budget is None else f"train.flops = {budget!r}"
         raise InputError(
-            f"{asked}: leaves no step for capacity {short[0].run.routing.capacity} of routing.stages = "
+            f"{field}: leaves no step for capacity {short[0].run.routing.capacity} of routing.stages = "
             f"{run.routing.stages}, with routing.stage_fraction = {run.routing.stage_fraction}"
         )
     return StagePlan(tuple(stages))

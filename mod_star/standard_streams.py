@@ -1,4 +1,4 @@
-"""Standard streams as a command can count on them: there, able to write every character, and of known end.
+"""Standard streams that a command can rely on: open, able to write every character, and closed in a known way.
 
 A command may be started with a stream closed (`>&-`), with an encoding that lacks most characters, with a reader that
 goes away (`| head -1`) or onto a full device. What then becomes of standard output is the command's choice: by default
@@ -98,8 +98,8 @@ def lasting_output(note: str) -> TextIO | None:
     """
     if sys.stdout is None:
         return None
-    found: Any = sys.stdout
-    output = found if isinstance(found, Output) else Output(found)
+    stream: Any = sys.stdout
+    output = stream if isinstance(stream, Output) else Output(stream)
     output.may_end(note)
     return cast(TextIO, output)
 
@@ -139,10 +139,10 @@ def _open_if_closed(number: int, name: str) -> None:
     try:
         os.fstat(number)
     except OSError:
-        found = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
-        if found != number:
-            os.dup2(found, number)
-            os.close(found)
+        descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+        if descriptor != number:
+            os.dup2(descriptor, number)
+            os.close(descriptor)
     if getattr(sys, name) is None:
         setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
 

@@ -25,13 +25,13 @@ def address_of(path: str | Path) -> str:
     Raises:
       InputError: it is another kind of address, or has no bucket or no name in it.
     """
-    found = re.fullmatch(r"gs:/+([^/]+(?:/+[^/]+)+)/*", str(path))
+    match = re.fullmatch(r"gs:/+([^/]+(?:/+[^/]+)+)/*", str(path))
     shown = re.sub(":/+", "://", str(path), count=1)
-    if found is None:
+    if match is None:
         raise InputError(f"{shown}: must be a directory, or gs://BUCKET/NAME")
-    if {".", ".."} & set(found[1].split("/")):
-        raise InputError(f"{shown}: '.' and '..' are no names in a bucket")
-    return "gs://" + re.sub("/+", "/", found[1])
+    if {".", ".."} & set(match[1].split("/")):
+        raise InputError(f"{shown}: '.' and '..' are not names in a bucket")
+    return "gs://" + re.sub("/+", "/", match[1])
 
 
 def file_system(address: str) -> Any:
@@ -81,8 +81,8 @@ def find_files(pattern: str) -> list[str]:
     with bucket_input(address):
         files = file_system(address)
         files.invalidate_cache()  # others write there, too
-        found = {address: {"type": "file"}} if files.isfile(address) else files.glob(address, detail=True)
-        names = [name for name, about in found.items() if about["type"] == "file" and not name.endswith("/")]
+        entries = {address: {"type": "file"}} if files.isfile(address) else files.glob(address, detail=True)
+        names = [name for name, about in entries.items() if about["type"] == "file" and not name.endswith("/")]
         return sorted(f"gs://{name.removeprefix('gs://')}" for name in names)
 
 

@@ -1,4 +1,4 @@
-"""Takes something of the user's from a Python file that is named FILE.py:NAME."""
+"""Loads a user's function or object that is named FILE.py:NAME."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,11 @@ import pytest
 
 from mod_star import presets
 from mod_star.config import (
+    DataConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    ProcessesConfig,
     RoutingConfig,
     RunConfig,
     ThinkingConfig,
@@ -23,6 +26,7 @@ from mod_star.config import (
     from_dict,
     to_dict,
 )
+from mod_star.config_checks import Interval, NotEmpty, above, at_least, between, field_ranges
 from mod_star.errors import InputError
 from mod_star.flops import training_step_flops
 from mod_star.initial_params import init_params, initial_params
@@ -90,13 +94,13 @@ def updates(run: RunConfig) -> list[float]:
     """What three optimizer steps of a run of twelve, and its last, do to a matrix with large and small gradients."""
     optimizer = make_optimizer(run, 12)
     params = {"embedding": jnp.ones((2, 2)), "thinking": {"start": jnp.ones(2)}}
-    state, found = optimizer.init(params), []
+    state, changes = optimizer.init(params), []
     update = jax.jit(optimizer.update)
     for step in range(12):
         grads = {"embedding": jnp.asarray([[3.0, -1.0], [1e-7, 0.5 * step]]), "thinking": {"start": jnp.ones(2)}}
         change, state = update(grads, state, params)
-        found.extend(jnp.concatenate([change["embedding"].ravel(), change["thinking"]["start"]]).tolist())
-    return found
+        changes.extend(jnp.concatenate([change["embedding"].ravel(), change["thinking"]["start"]]).tolist())
+    return changes
 
 
 def objective_program(run: RunConfig) -> str:
@@ -253,7 +257,10 @@ def test_what_is_observed_is_the_same_when_nothing_changes(
 
 def test_the_loop_reads_its_fields() -> None:
     package = Path(__file__).parent.parent / "mod_star"
-    places = ("training/train.py", "training/loop.py", "training/inputs.py", "stages.py")
+    places = (
+        "stages.py",
+        *(f"training/{name}.py" for name in ("train", "session", "loop", "recorder", "saver", "inputs")),
+    )
     loop = "".join((package / name).read_text() for name in places)
     assert {name for name in OF_THE_LOOP if not re.search(rf"\btrain\.{name}\b", loop)} == set()
     assert {f"train.{name}" for name in OF_THE_LOOP} <= set(FIELDS)
@@ -335,18 +342,84 @@ INVALID: dict[str, list[Any]] = {
     "thinking.end_text": [""],
     "thinking.embedding_rate": [0.0, float("nan")],
     "thinking.chunk": [0],
+    "data.source": [(), "python-docs", (1,)],
+    "data.weights": [(0.0,), (-1.0,), (1.0, 1.0), (float("nan"),), 1.0],  # two: for one source
+    "data.template": [1],
+    "data.separator": ["", 0],
+    "data.tokenizer": [None],
+    "data.held_out": [0.0, 1.0, float("nan")],
+    "data.pack": [1],
+    "data.seed": [-1, 0.5],
+    "mesh.data": [-1, None],
+    "mesh.fsdp": [0, 1.5],
+    "mesh.tensor": [0, True],
+    "processes.coordinator": [1],
+    "processes.count": [0, 2.0],
+    "processes.index": [-1, "0"],
 }
+ALL_GROUPS: dict[str, Any] = GROUPS | {"data": DataConfig, "mesh": MeshConfig, "processes": ProcessesConfig}
+ALL_FIELDS = [f"{group}.{field.name}" for group, kind in ALL_GROUPS.items() for field in dataclasses.fields(kind)]
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", ALL_FIELDS)
 def test_a_bad_value_is_an_error_that_names_field_value_and_what_is_allowed(name: str) -> None:
     group, field = name.split(".")
     for value in INVALID[name]:
         with pytest.raises(InputError) as error:
-            GROUPS[group](**{field: value})
+            ALL_GROUPS[group](**{field: value})
         message = str(error.value)
         assert message.startswith(f"{name} = {value!r}: "), message
         assert len(message.split(": ", 1)[1]) > 5 and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("allowed", "inside", "outside", "text"),
+    [
+        (at_least(2), (2, 2.5, 1e30, (3, 2)), (1.999, -5, (3, 1)), "at least 2"),
+        (above(0), (1e-30, 7, ()), (0, -1e-30, (1.0, 0.0)), "above 0"),
+        (between(0, 1), (0.001, 0.999), (0, 1, -1, 2), "in (0, 1)"),
+        (between(0, 1, "[)"), (0, 0.5), (1, -0.1), "in [0, 1)"),
+        (between(0, 1, "(]"), (0.5, 1, (1.0, 0.5)), (0, 1.01, (0.5, 1.5)), "in (0, 1]"),
+        (between(-1, 0.5, "[]"), (-1, 0, 0.5), (-1.1, 0.6), "in [-1, 0.5]"),
+        (NotEmpty(), ("a", ("",)), ("", ()), "not empty"),
+    ],
+)
+def test_ranges(allowed: Any, inside: tuple[Any, ...], outside: tuple[Any, ...], text: str) -> None:
+    assert [allowed.holds(value) for value in inside] == [True] * len(inside)
+    assert [allowed.holds(value) for value in outside] == [False] * len(outside)
+    assert allowed.text == text
+    if isinstance(allowed, Interval):
+        assert not allowed.holds(float("nan"))
+
+
+def test_every_number_states_its_range() -> None:
+    """Or what is allowed would be known to the code alone."""
+    for kind in ALL_GROUPS.values():
+        numbers = {name for name, hint in get_type_hints(kind).items() if re.search(r"\b(int|float)\b", str(hint))}
+        assert numbers == {name for name, each in field_ranges(kind).items() if isinstance(each, Interval)}
+
+
+@pytest.mark.parametrize(
+    ("group", "fields", "message"),
+    [
+        (ModelConfig, {"vocab_size": -1}, "model.vocab_size = -1: must be at least 0 (0: from the tokenizer)"),
+        (ModelConfig, {"context": 1}, "model.context = 1: must be at least 2 (a token and its successor)"),
+        (ModelConfig, {"kv_heads": "4"}, "model.kv_heads = '4': must be an integer or None"),
+        (ModelConfig, {"rope_theta": float("inf")}, "model.rope_theta = inf: must be a finite number"),
+        (ModelConfig, {"scan": 1}, "model.scan = 1: must be True or False"),
+        (ModelConfig, {"norm_eps": 1}, "model.norm_eps = 1: must lie in (0, 1)"),
+        (RoutingConfig, {"stages": [0.5]}, "routing.stages = [0.5]: must be a tuple, each item a finite number"),
+        (RoutingConfig, {"capacity_tokens": 0}, "routing.capacity_tokens = 0: must be at least 1"),
+        (OptimizerConfig, {"eps": 0}, "optimizer.eps = 0: must be above 0"),
+        (DataConfig, {"separator": ""}, "data.separator = '': must not be empty"),
+        (RunConfig, {"model": None}, "model = None: must be a ModelConfig"),
+        (RunConfig, {"parts": 1}, "parts = 1: must be a str or None"),
+    ],
+)
+def test_an_error_says_what_is_allowed(group: Any, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        group(**fields)
+    assert str(error.value) == message
 
 
 def test_choices_are_named() -> None:
@@ -398,11 +471,11 @@ def test_a_preset_survives_json(preset: str) -> None:
 
 def test_a_stored_configuration_has_no_unknown_field() -> None:
     stored = to_dict(RUN)
-    for broken, said in [
+    for broken, message in [
         ({**stored, "modle": {}}, "config: unknown fields.*modle"),
         ({**stored, "model": {**stored["model"], "depth": 3}}, r"config\.model: unknown fields.*depth"),
     ]:
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             from_dict(broken)
 
 

@@ -168,7 +168,9 @@ def test_a_loop_is_counted_as_often_as_it_runs(function: Any, products: int) -> 
 )
 def test_what_cannot_be_counted_is_refused_by_name(function: Any, said: str) -> None:
     feed_forward = Part(GELU.init, lambda params, x: function(x, params["up"][:, :128]))
-    with pytest.raises(InputError, match=rf"^parts\.feed_forward: its FLOPs can't be counted, for it calls {said}"):
+    with pytest.raises(
+        InputError, match=rf"^parts\.feed_forward: its FLOPs cannot be counted, because it calls {said}"
+    ):
         forward_flops(MODEL, MOD, S, Parts(feed_forward=feed_forward))
     told = replace(feed_forward, flops=lambda config, tokens: 1000.0 * tokens)
     assert forward_flops(MODEL, MOD, S, Parts(feed_forward=told)).mlp == 1000 * (S + S // 8)
@@ -204,7 +206,7 @@ loop, written_out, once, unknown = (Parts(feed_forward=Part(init, f)) for f in (
     named = lambda name: replace(run, parts=f"{tmp_path}/own.py:{name}")  # noqa: E731
     steps = [plan_stages(named(name)).steps for name in ("loop", "written_out", "once")]
     assert steps[0] == pytest.approx(steps[1], rel=0.01) and steps[0] < 0.7 * steps[2]
-    with pytest.raises(InputError, match=r"^parts\.feed_forward: its FLOPs can't be counted"):
+    with pytest.raises(InputError, match=r"^parts\.feed_forward: its FLOPs cannot be counted"):
         train(named("unknown"), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 

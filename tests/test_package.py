@@ -1,8 +1,10 @@
+import ast
 import importlib.metadata
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -76,13 +78,44 @@ def test_scripts_are_executable_and_sound(script: str) -> None:
     subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
 
 
+RIDDLES = re.compile(
+    r"has no use (with|for)|at the most\b(?! likely| probable)|at the least\b(?! certain)"
+    r"|(is|are) no good\b|\bwhat is no\b|none of the (model|user|text)'s\b|of the user's own\b|either so or\b"
+    r"|\bbehind (it|them|every|each|the (text|token|batch|thought|number|second|first|last))\b",
+    re.IGNORECASE,
+)
+
+
 def test_words_that_readers_stumble_over_stay_away() -> None:
     """See docs/glossary.md and CONTRIBUTING.md: one meaning per word, plain English."""
-    words = re.compile(r"has no use (with|for)|at the most\b(?! likely| probable)|at the least\b(?! certain)")
-    found = [
+    pages = [*ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/*/README.md"), *ROOT.glob("*.md")]
+    riddles = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
-        for path in [*ROOT.glob("mod_star/**/*.py"), *ROOT.glob("docs/**/*.md"), ROOT / "README.md"]
+        for path in [*ROOT.glob("mod_star/**/*.py"), *pages]
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if words.search(line)
+        if RIDDLES.search(line)
     ]
-    assert found == []
+    assert riddles == []
+
+
+def _messages(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and text of every string in a module that may be printed: all but docstrings and regular expressions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documentation = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            yield node.lineno, node.value
+
+
+def test_messages_write_words_out() -> None:
+    """Such as cannot and does not. A pattern that reads a model's text is not a message."""
+    contraction = re.compile(r"[a-z]n't\b", re.IGNORECASE)
+    paths = sorted(ROOT.glob("mod_star/**/*.py"))
+    texts = [(path, *each) for path in paths for each in _messages(path) if "|" not in each[1]]
+    assert len(texts) > 1000
+    contracted = [
+        f"{path.relative_to(ROOT)}:{number}: {text}" for path, number, text in texts if contraction.search(text)
+    ]
+    assert contracted == []

@@ -112,8 +112,8 @@ def test_none_means_the_built_in_parts() -> None:
         ("parts", "must be FILE.py:NAME"),
         ("my_parts.txt:parts", "must be FILE.py:NAME"),
         ("{file}x.py:parts", "there is no file"),
-        ("{file}:missing", "missing must be a mod_star.Parts, found NoneType"),
-        ("{file}:not_parts", "not_parts must be a mod_star.Parts, found int"),
+        ("{file}:missing", "missing must be a mod_star.Parts, not NoneType"),
+        ("{file}:not_parts", "not_parts must be a mod_star.Parts, not int"),
     ],
 )
 def test_a_reference_that_is_no_good_is_one_clear_line(file: Path, reference: str, message: str) -> None:

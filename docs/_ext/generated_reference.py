@@ -15,16 +15,19 @@ from typing import Any
 from sphinx.application import Sphinx
 
 from mod_star.cli import COMMANDS
-from mod_star.config import RunConfig
+from mod_star.config import MeshConfig, ProcessesConfig, RunConfig
+from mod_star.config_checks import field_ranges
 
 REFERENCE = Path(__file__).parents[1] / "reference"
+DEVICES = {"mesh": MeshConfig, "processes": ProcessesConfig}
+"""Groups of fields that are not a run's."""
 
 
 def field_help(kind: type) -> dict[str, str]:
     """The string under each field of a dataclass, which is also the help of its option."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(tree, ast.ClassDef)
-    found = {}
+    texts = {}
     for statement, following in zip(tree.body, tree.body[1:], strict=False):
         if (
             isinstance(statement, ast.AnnAssign)
@@ -32,36 +35,54 @@ def field_help(kind: type) -> dict[str, str]:
             and isinstance(following, ast.Expr)
             and isinstance(following.value, ast.Constant)
         ):
-            found[statement.target.id] = " ".join(str(following.value.value).split())
-    return found
+            texts[statement.target.id] = " ".join(str(following.value.value).split())
+    return texts
+
+
+def type_without_range(text: str) -> str:
+    """A field's type as it is written in the code, `int` for `Annotated[int, at_least(1)]`."""
+    tree = ast.parse(text, mode="eval").body
+    if not (isinstance(tree, ast.Subscript) and ast.unparse(tree.value) == "Annotated"):
+        return text
+    assert isinstance(tree.slice, ast.Tuple)
+    return str(ast.get_source_segment(text, tree.slice.elts[0]))
 
 
 def configuration_page() -> str:
-    """One section per group of fields: option, type, default, meaning."""
+    """One section per group of fields: option, type, range, default, meaning."""
     lines = ["# Configuration", "", "Every field of a run, generated from `mod_star.config`. A field is the option of"]
     lines += ["`mod-star train` by the same name, with hyphens: `train.batch_size` is `--train.batch-size`.", ""]
     defaults = RunConfig()
     plain = []
     for field in dataclasses.fields(RunConfig):
-        value = getattr(defaults, field.name)
-        if not dataclasses.is_dataclass(value):
+        group = type(getattr(defaults, field.name))
+        if dataclasses.is_dataclass(group):
+            lines += _section(field.name, group)
+        else:
             plain.append(field.name)
-            continue
-        lines += [f"## {field.name}", "", str(inspect.getdoc(type(value))), ""]
-        lines += _table(type(value), [each.name for each in dataclasses.fields(value)], f"{field.name}.")
     lines += ["## The run itself", "", *_table(RunConfig, plain, "")]
+    lines += ["## Devices and processes", "", "Options of the commands that use several devices. They are not part of"]
+    lines += ["a run, which may go on with others.", ""]
+    for name, group in DEVICES.items():
+        lines += ["#" + line if line.startswith("#") else line for line in _section(name, group)]
     return "\n".join(lines) + "\n"
 
 
-def _table(kind: type, names: list[str], prefix: str) -> list[str]:
-    texts, defaults = field_help(kind), kind()
-    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
-    rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
+def _section(name: str, group: type) -> list[str]:
+    fields = [field.name for field in dataclasses.fields(group)]
+    return [f"## {name}", "", str(inspect.getdoc(group)), "", *_table(group, fields, f"{name}.")]
+
+
+def _table(group: type, names: list[str], prefix: str) -> list[str]:
+    texts, ranges, defaults = field_help(group), field_ranges(group), group()
+    types = {field.name: type_without_range(str(field.type)) for field in dataclasses.fields(group)}
+    rows = ["| field | type | range | default | meaning |", "|---|---|---|---|---|"]
     for name in names:
-        kind_text = types[name].replace("|", "\\|")
+        type_text = types[name].replace("|", "\\|")
         default: Any = getattr(defaults, name)
         meaning = texts[name].replace("|", "\\|").replace("<", "\\<")
-        rows.append(f"| `{prefix}{name}` | `{kind_text}` | `{default!r}` | {meaning} |")
+        allowed = ranges[name].text if name in ranges else ""
+        rows.append(f"| `{prefix}{name}` | `{type_text}` | {allowed} | `{default!r}` | {meaning} |")
     return [*rows, ""]
 
 
@@ -72,7 +93,7 @@ def commands_page() -> str:
     for name, summary in COMMANDS.items():
         if name == "harness":  # its help is lm_eval's, which is an optional package
             continue
-        said = subprocess.run(
+        output = subprocess.run(
             [sys.executable, "-m", "mod_star", name, "--help"],
             env=os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"},
             capture_output=True,
@@ -85,7 +106,7 @@ def commands_page() -> str:
             f"{summary[0].upper()}{summary[1:]}.",
             "",
             "```text",
-            said.rstrip(),
+            output.rstrip(),
             "```",
             "",
         ]

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 from docutils import nodes
+from generated_reference import DEVICES
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -20,6 +21,7 @@ from mod_star.config import RunConfig
 CONFIGURATION = "reference/configuration"
 _VALUES = {field.name: getattr(RunConfig(), field.name) for field in dataclasses.fields(RunConfig)}
 GROUPS = {type(value).__name__: name for name, value in _VALUES.items() if dataclasses.is_dataclass(value)}
+GROUPS |= {group.__name__: name for name, group in DEVICES.items()}
 
 
 def resolve(

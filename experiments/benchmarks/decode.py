@@ -84,10 +84,10 @@ def steps(run: LoadedRun, prompt: list[int], dtype: str, rounds: int) -> dict[st
     cases = {name: step_calls(generator, prompt, case) for name, case in CASES.items()}
     reads = read_bandwidth()
     times = in_turns(cases | {name: call for name, (call, _) in reads.items()}, rounds)
-    found = {name: times[name] / BURST for name in cases}
-    found["bandwidth"] = max(size / times[name] for name, (_, size) in reads.items())
-    found["fraction"] = weight_bytes(generator) / found["one"] / found["bandwidth"]
-    return found
+    measured = {name: times[name] / BURST for name in cases}
+    measured["bandwidth"] = max(size / times[name] for name, (_, size) in reads.items())
+    measured["fraction"] = weight_bytes(generator) / measured["one"] / measured["bandwidth"]
+    return measured
 
 
 def question_and_batch(run: LoadedRun, prompt: list[int], rounds: int) -> tuple[float, float, float, float]:
@@ -134,25 +134,25 @@ def loading(gguf: Path, directory: Path, repeats: int = 3) -> tuple[float, float
 
 def measure(gguf: Path, rounds: int) -> dict[str, float]:
     """All of it, as one flat dict."""
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as directory:
-        found["gguf_to_first_token_s"], found["run_to_first_token_s"] = loading(gguf, Path(directory))
+        figures["gguf_to_first_token_s"], figures["run_to_first_token_s"] = loading(gguf, Path(directory))
         path = Path(directory) / "run"
         import_model(open_source(str(gguf)), path, CONTEXT, "float32")
         run = load_run(path)
         prompt = run.tokenizer.encode(run.tokenizer.apply_chat([{"role": "user", "content": QUESTION}]))
         for dtype, name in (("float32", "f32"), ("bfloat16", "bf16")):
             measured = steps(run, prompt, dtype, rounds)
-            found[f"decode_bandwidth_fraction_{name}"] = measured["fraction"]
-            found[f"read_bandwidth_gb_s_{name}"] = measured["bandwidth"] / 1e9
+            figures[f"decode_bandwidth_fraction_{name}"] = measured["fraction"]
+            figures[f"read_bandwidth_gb_s_{name}"] = measured["bandwidth"] / 1e9
             for case in CASES:
-                found[f"step_ms_{case}_{name}"] = measured[case] * 1e3
+                figures[f"step_ms_{case}_{name}"] = measured[case] * 1e3
             suffix = "" if name == "f32" else f"_{name}"
-            found[f"batch10_over_batch1{suffix}"] = measured["ten"] / measured["one"]
+            figures[f"batch10_over_batch1{suffix}"] = measured["ten"] / measured["one"]
         cot, plain, held, allowed = question_and_batch(run, prompt, rounds)
-        found |= {"cot_over_plain_batch": cot / plain, "cot_seconds": cot, "plain_batch_seconds": plain}
-        found |= {"cot_cache_bytes": held, "prompt_plus_k_new_bytes": allowed, "prompt_tokens": float(len(prompt))}
-    return found
+        figures |= {"cot_over_plain_batch": cot / plain, "cot_seconds": cot, "plain_batch_seconds": plain}
+        figures |= {"cot_cache_bytes": held, "prompt_plus_k_new_bytes": allowed, "prompt_tokens": float(len(prompt))}
+    return figures
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,11 @@ def main() -> None:
     """Measures and prints."""
     options = tyro.cli(Options)
     require(options.gguf.is_file(), "--gguf", str(options.gguf), "there is no such file")
-    found = {name: float(f"{value:.4g}") for name, value in measure(options.gguf, options.rounds).items()}
+    figures = {name: float(f"{value:.4g}") for name, value in measure(options.gguf, options.rounds).items()}
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(figures))
     else:
-        Console().print(result_table("Decoding SmolLM2-135M-Instruct", ["quantity", "value"], list(found.items())))
+        Console().print(result_table("Decoding SmolLM2-135M-Instruct", ["quantity", "value"], list(figures.items())))
 
 
 if __name__ == "__main__":

@@ -55,12 +55,12 @@ def model(context: int, layers: int = 8) -> ModelConfig:
 def matrix_products() -> dict[str, tuple[Callable[[], Any], float]]:
     """Float32 matrix products, the model's largest and a square one, with their FLOPs; the faster rate counts."""
     product = jax.jit(lambda a, b: a @ b)
-    found: dict[str, tuple[Callable[[], Any], float]] = {}
+    products: dict[str, tuple[Callable[[], Any], float]] = {}
     for name, (m, k, n) in {"product_of_mlp": (2048, 512, 1408), "product_square": (2048, 2048, 2048)}.items():
         a, b = jax.random.normal(jax.random.key(0), (m, k)), jax.random.normal(jax.random.key(1), (k, n))
         count = round(3e10 / (2 * m * k * n))
-        found[name] = (lambda a=a, b=b, count=count: [product(a, b) for _ in range(count)]), 2.0 * m * k * n * count  # type: ignore[misc]
-    return found
+        products[name] = (lambda a=a, b=b, count=count: [product(a, b) for _ in range(count)]), 2.0 * m * k * n * count  # type: ignore[misc]
+    return products
 
 
 def training(context: int, batch_size: int, rounds: int) -> dict[str, float]:
@@ -216,17 +216,17 @@ def compile_seconds(layers: int) -> float:
 
 def measure() -> dict[str, float]:
     """All of it, as one flat dict."""
-    found: dict[str, float] = {}
-    report_training(found, "s256", training(256, 8, rounds=7))
-    report_training(found, "s1024", training(1024, 4, rounds=3))
-    found["dense_forward_matmul_fraction"] = found["dense_forward_matmul_fraction_s256"]
-    found["dense_train_matmul_fraction"] = found["dense_train_matmul_fraction_s256"]
+    figures: dict[str, float] = {}
+    report_training(figures, "s256", training(256, 8, rounds=7))
+    report_training(figures, "s1024", training(1024, 4, rounds=3))
+    figures["dense_forward_matmul_fraction"] = figures["dense_forward_matmul_fraction_s256"]
+    figures["dense_train_matmul_fraction"] = figures["dense_train_matmul_fraction_s256"]
 
     products, reads = matrix_products(), read_bandwidth()
     limits = in_turns({name: call for name, (call, _) in (products | reads).items()}, rounds=7)
     rate = max(flops / limits[name] for name, (_, flops) in products.items())
     bandwidth = max(size / limits[name] for name, (_, size) in reads.items())
-    found["read_bandwidth_gb_s"] = bandwidth / 1e9
+    figures["read_bandwidth_gb_s"] = bandwidth / 1e9
     generators = {}
     for arm, routing in ARMS.items():
         decoder = Decoder(model(CONTEXT), routing)
@@ -235,18 +235,18 @@ def measure() -> dict[str, float]:
         measured = decoding(generators, batch_size)
         share, name = measured["share"], f"b{batch_size}"
         ideal = roofline(DENSE, batch_size, share, bandwidth, rate) / roofline(MOD, batch_size, share, bandwidth, rate)
-        found[f"decode_speedup_{name}"] = measured["dense"] / measured["mod"]
-        found[f"decode_limit_{name}"] = ideal
-        found[f"decode_efficiency_{name}"] = measured["dense"] / measured["mod"] / ideal
-        found[f"decode_routed_share_{name}"] = share
+        figures[f"decode_speedup_{name}"] = measured["dense"] / measured["mod"]
+        figures[f"decode_limit_{name}"] = ideal
+        figures[f"decode_efficiency_{name}"] = measured["dense"] / measured["mod"] / ideal
+        figures[f"decode_routed_share_{name}"] = share
         for arm in ARMS:
-            found[f"{arm}_decode_tokens_per_second_{name}"] = batch_size / measured[arm]
-        found["routed_cache_fraction"] = measured["cache fraction"]
+            figures[f"{arm}_decode_tokens_per_second_{name}"] = batch_size / measured[arm]
+        figures["routed_cache_fraction"] = measured["cache fraction"]
 
-    found["compile_seconds_8"], found["compile_seconds_32"] = compile_seconds(8), compile_seconds(32)
-    found["compile_ratio_32_over_8"] = found["compile_seconds_32"] / found["compile_seconds_8"]
-    found["parameters"] = float(parameter_count(generators["mod"].params))
-    return found
+    figures["compile_seconds_8"], figures["compile_seconds_32"] = compile_seconds(8), compile_seconds(32)
+    figures["compile_ratio_32_over_8"] = figures["compile_seconds_32"] / figures["compile_seconds_8"]
+    figures["parameters"] = float(parameter_count(generators["mod"].params))
+    return figures
 
 
 @dataclass(frozen=True)
@@ -260,11 +260,11 @@ class Options:
 def main() -> None:
     """Measures and prints."""
     options = tyro.cli(Options)
-    found = {name: float(f"{value:.4g}") for name, value in measure().items()}
+    figures = {name: float(f"{value:.4g}") for name, value in measure().items()}
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(figures))
     else:
-        Console().print(result_table("Mixture-of-Depths against dense", ["quantity", "value"], list(found.items())))
+        Console().print(result_table("Mixture-of-Depths against dense", ["quantity", "value"], list(figures.items())))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ ARMS = {"dense": RoutingConfig(every=0), "mod": RoutingConfig(every=2, capacity=
 
 
 class Torch:
-    """The peer in a process of its own."""
+    """The peer in a process of its own; a context manager."""
 
     def __init__(self, python: str) -> None:
         script = Path(__file__).with_name("peers_torch.py")
@@ -48,6 +48,13 @@ class Torch:
         except OSError as error:
             raise InputError(f"--torch-python = {python!r}: cannot be run: {error.strerror}") from error
         self._python = python
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._process:  # closes its input, with which it ends, and waits
+            pass
 
     def step(self, routed: bool, context: int, batch: int) -> float:
         """Seconds of one training step, as the peer measures them."""
@@ -86,7 +93,11 @@ def our_step(routing: RoutingConfig, context: int, batch: int) -> Any:
 
 def measure(python: str) -> dict[str, float]:
     """Seconds of each side's steps, and their ratios."""
-    torch = Torch(python)
+    with Torch(python) as torch:
+        return _measure(torch)
+
+
+def _measure(torch: Torch) -> dict[str, float]:
     results: dict[str, float] = {}
     for shape, (context, batch, rounds) in SHAPES.items():
         functions: dict[str, Any] = {}

@@ -153,20 +153,20 @@ class Turns:
 def loop_overhead(rounds: int, every: int = 200, stretch: int = 50) -> dict[str, float]:
     """`train` itself, its compiled step replaced by `Turns`; a round is `every` steps and one checkpoint."""
     lead = stretch + stretch // 2  # where the middle of a later stretch is a checkpoint's step
-    found: list[Turns] = []
+    programs: list[Turns] = []
 
     class Lowered:
         def __init__(self, *args: Any, **options: Any) -> None:
             self.lowered = lower_train_step(*args, **options)
 
         def compile(self) -> Turns:
-            found.append(Turns(self.lowered.compile(), stretch, lead))
-            return found[-1]
+            programs.append(Turns(self.lowered.compile(), stretch, lead))
+            return programs[-1]
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(loop, "lower_train_step", Lowered):
         run = demo_run(lead + rounds * every + 1, checkpoint_every=every)
         train(run, Path(folder) / "run", quiet=True)
-    (turns,) = found
+    (turns,) = programs
     alone = [(before + after) / 2 for before, after in itertools.pairwise(turns.bare_seconds)]
     count = every // stretch
     parts = [slice(start, start + count) for start in range(0, rounds * count, count)]
@@ -278,7 +278,7 @@ def resume(rounds: int) -> dict[str, float]:
         "--train.log-every", "1", "--train.checkpoint-every", "1", "--train.eval-batches", "1",
         "--train.eval-every", "0", "--train.keep-checkpoints", "5",
     ]  # fmt: skip
-    found = []
+    overheads = []
     with tempfile.TemporaryDirectory() as folder:
         command[4] = f"{folder}/run"
         subprocess.run(command, check=True, capture_output=True)
@@ -288,8 +288,8 @@ def resume(rounds: int) -> dict[str, float]:
             seconds = _until(Path(folder) / "run" / "metrics.jsonl", 2, began)
             out, _ = again.communicate()
             (compiling,) = re.findall(r"compiled in (\d+\.\d) s", out)
-            found.append(seconds - float(compiling))
-    return {"resume_s": statistics.median(found)}
+            overheads.append(seconds - float(compiling))
+    return {"resume_s": statistics.median(overheads)}
 
 
 def _until(metrics: Path, step: int, began: float) -> float:
@@ -306,21 +306,21 @@ def _until(metrics: Path, step: int, began: float) -> float:
 
 def depth() -> dict[str, float]:
     """The training step of 8 and of 64 layers: how long it compiles, how large its program is."""
-    found: dict[int, tuple[float, int]] = {}
+    by_layers: dict[int, tuple[float, int]] = {}
     for layers in (4, 8, 64):  # the first one warms up
         model = ModelConfig(vocab_size=320, width=64, layers=layers, heads=2, context=128)
         run = RunConfig(model=model, optimizer=OptimizerConfig(), train=TrainConfig(batch_size=2))
         decoder = Decoder(run.model, run.routing)
         began = time.perf_counter()
         compiled = lower_train_step(decoder, run, 100, state_shapes(decoder, run, ByteTokenizer(), 100)).compile()
-        found[layers] = time.perf_counter() - began, len(compiled.as_text() or "")
-    (short, small), (long, large) = found[8], found[64]
+        by_layers[layers] = time.perf_counter() - began, len(compiled.as_text() or "")
+    (short, small), (long, large) = by_layers[8], by_layers[64]
     return {"depth_compile_ratio": long / short, "depth_program_ratio": large / small, "depth_compile_s": long}
 
 
 def plans() -> dict[str, float | None]:
     """The same step planned for 16 and for 256 chips, by the command and in processes of their own."""
-    found = []
+    costs = []
     for topology in PLANS:
         command = [
             sys.executable, "-m", "mod_star", "plan", "base", "--json", "--topology", topology, "--mesh.fsdp", "16",
@@ -332,8 +332,8 @@ def plans() -> dict[str, float | None]:
             return {"plan_scaling_error": None}
         if done.returncode:
             raise RuntimeError(done.stderr)
-        found.append(json.loads(done.stdout))
-    few, many = found
+        costs.append(json.loads(done.stdout))
+    few, many = costs
     share = few["chips"] / many["chips"]
     memory = many["memory"]["total"] / (few["memory"]["total"] * share)
     flops = many["compiled_flops"] / (few["compiled_flops"] * share)
@@ -374,16 +374,16 @@ def main() -> None:
         "depth": depth,
         "plans": plans,
     }
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name in options.parts:
         with console.status(f"measuring {name}"):
-            found |= parts[name]()
+            figures |= parts[name]()
     if {"loop", "data"} <= set(options.parts):
-        found["pipeline_over_training"] = found["pipeline_tokens_per_s"] / found["training_tokens_per_s"]
+        figures["pipeline_over_training"] = figures["pipeline_tokens_per_s"] / figures["training_tokens_per_s"]
     if options.json:
-        print(json.dumps({name: None if value is None else round(value, 4) for name, value in found.items()}))
+        print(json.dumps({name: None if value is None else round(value, 4) for name, value in figures.items()}))
         return
-    rows = [(name, "unknown" if value is None else f"{value:.4g}") for name, value in found.items()]
+    rows = [(name, "unknown" if value is None else f"{value:.4g}") for name, value in figures.items()]
     Console(highlight=False).print(result_table("Around the compiled step", ("", "measured"), rows))
 
 

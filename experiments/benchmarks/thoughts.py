@@ -174,10 +174,10 @@ def measure_generation() -> dict[str, float]:
     generator = Generator(Model(decoder, make_params(run, decoder), ByteTokenizer(), run.thinking), end_ids=())
     room = BURST * (BURSTS + 1)
     prompt = np.random.default_rng(0).integers(0, run.model.vocab_size, (1, 256 - room)).tolist()
-    found = generator.advance(
+    state = generator.advance(
         generator.start(prompt, GenerationConfig(room)), room, SAMPLING, Think("auto", threshold=-1e9)
     )
-    entropies = generator.results(found)[0].entropies
+    entropies = generator.results(state)[0].entropies
     ways = {
         "plain": Think(),
         "always": Think("always"),
@@ -217,12 +217,12 @@ class Options:
 def main() -> None:
     """Measures and prints."""
     options = tyro.cli(Options)
-    found = measure_steps() | measure_generation() | measure_memory()
-    found = {name: float(f"{value:.4g}") for name, value in found.items()}
+    figures = measure_steps() | measure_generation() | measure_memory()
+    figures = {name: float(f"{value:.4g}") for name, value in figures.items()}
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(figures))
     else:
-        Console().print(result_table("Thinking", ["quantity", "value"], list(found.items())))
+        Console().print(result_table("Thinking", ["quantity", "value"], list(figures.items())))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""CoT-decoding where the second first token knows better. README.md has the claim, the command and the results."""
+"""CoT-decoding where the second token leads to the answer. README.md has the claim, the command and the results."""

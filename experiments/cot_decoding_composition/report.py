@@ -85,10 +85,10 @@ def by_opening(results: Results) -> tuple[list[str], list[list[str]]]:
     tokens = sorted(every, key=lambda token: (mean(token, "branches"), mean(token, "log_prob")), reverse=True)
     rows = []
     for token in tokens:
-        found = [result["openings"][token] for result in results if token in result["openings"]]
-        if len(found) < len(results):
+        groups = [result["openings"][token] for result in results if token in result["openings"]]
+        if len(groups) < len(results):
             continue
-        values = [(form, [each[key] for each in found if key in each]) for key, _, form in COLUMNS]
+        values = [(form, [each[key] for each in groups if key in each]) for key, _, form in COLUMNS]
         rows.append([token, *(form.format(statistics.mean(each)) if each else "–" for form, each in values)])
     return ["first token", *(title for _, title, _ in COLUMNS)], rows
 

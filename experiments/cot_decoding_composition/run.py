@@ -73,11 +73,11 @@ def ask(options: Options, seed: int) -> None:
     branches: list[Branches] = []
     samples: dict[float, list[Branches]] = {temperature: [] for temperature in TEMPERATURES}
     for first in track(range(0, len(questions), AT_ONCE), f"asking, seed {seed}"):
-        prompts = [asked.text for asked in questions[first : first + AT_ONCE]]
+        prompts = [question.text for question in questions[first : first + AT_ONCE]]
         branches += cot_decode(generator, prompts, GenerationConfig(NEW_TOKENS, branches=BRANCHES), STATE)
-        for temperature, found in samples.items():
+        for temperature, voted in samples.items():
             config = GenerationConfig(NEW_TOKENS, Sampling(temperature), branches=BRANCHES, seed=seed * 1000 + first)
-            found += self_consistency(generator, prompts, config, STATE)
+            voted += self_consistency(generator, prompts, config, STATE)
     result = {
         "seed": seed,
         "questions": len(questions),
@@ -93,9 +93,9 @@ def accuracies(
     """The share of right answers of each way of decoding, for k = 1 to BRANCHES branches or samples."""
 
     def right(answers: list[str | None]) -> float:
-        return float(np.mean([answer == asked.answer for answer, asked in zip(answers, questions, strict=True)]))
+        return float(np.mean([answer == question.answer for answer, question in zip(answers, questions, strict=True)]))
 
-    found: dict[str, list[float]] = {}
+    curves: dict[str, list[float]] = {}
     for k in range(1, BRANCHES + 1):
         first = [result.first(k) for result in branches]
         ways = {
@@ -107,23 +107,23 @@ def accuracies(
         for temperature, results in samples.items():
             ways[f"self-consistency {temperature:g}"] = [result.first(k).majority_answer() for result in results]
         for name, answers in ways.items():
-            found.setdefault(name, []).append(right(answers))
-    found["greedy"] = found["delta max"][:1]
+            curves.setdefault(name, []).append(right(answers))
+    curves["greedy"] = curves["delta max"][:1]
     for temperature, results in samples.items():
-        found[f"sampling {temperature:g}"] = [
+        curves[f"sampling {temperature:g}"] = [
             float(np.mean([right([result.branches[i].answer for result in results]) for i in range(BRANCHES)]))
         ]
     hits = [[branch.answer == q.answer for branch in r.branches] for r, q in zip(branches, questions, strict=True)]
-    found["any branch"] = [float(np.mean([any(row[:k]) for row in hits])) for k in range(1, BRANCHES + 1)]
-    return found
+    curves["any branch"] = [float(np.mean([any(row[:k]) for row in hits])) for k in range(1, BRANCHES + 1)]
+    return curves
 
 
 def openings(questions: list[Question], branches: list[Branches]) -> dict[str, dict[str, float]]:
     """What became of the branches, by their first token: of ten per question."""
     groups: dict[str, list[tuple[bool, Branch]]] = {}
-    for result, asked in zip(branches, questions, strict=True):
+    for result, line in zip(branches, questions, strict=True):
         for branch in result.branches:
-            groups.setdefault(branch.first_token, []).append((branch.answer == asked.answer, branch))
+            groups.setdefault(branch.first_token, []).append((branch.answer == line.answer, branch))
     table: dict[str, dict[str, float]] = {}
     for token, group in groups.items():
         counting = [(right, branch) for right, branch in group if branch.dropped is None]

@@ -32,7 +32,7 @@ Marks = dict[tuple[str, str], dict[str, list[float]]]
 
 def methods() -> dict[str, Method]:
     """What each method answers, given branches and samples. A cut text still answers with its last number, alone."""
-    found: dict[str, Method] = {
+    by_name: dict[str, Method] = {
         "greedy": lambda branches, samples: branches.branches[0].answer,
         "temperature 0.7": lambda branches, samples: samples.branches[0].answer,
         "self-consistency, 10": lambda branches, samples: samples.majority_answer(),
@@ -40,8 +40,8 @@ def methods() -> dict[str, Method]:
     for ranking in RANKINGS:
         for aggregate in (False, True):
             for k in KS:
-                found[cot(k, ranking, aggregate)] = _cot(k, ranking, aggregate)
-    return found
+                by_name[cot(k, ranking, aggregate)] = _cot(k, ranking, aggregate)
+    return by_name
 
 
 LABELS = {ranking.name: label for label, ranking in COUNTED.items()}
@@ -135,18 +135,18 @@ def _generated(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]
     for task, name in TASKS.items():
         for prompt in PROMPTS:
             for kind in ("branches", "samples"):
-                asked = [record for record in records if (record["task"], record["prompt"]) == (task, prompt)]
-                rows = [row for record in asked for row in record[kind]]
+                answered = [record for record in records if (record["task"], record["prompt"]) == (task, prompt)]
+                rows = [row for record in answered for row in record[kind]]
                 if not rows:
                     continue
-                share = lambda wanted, rows=rows: f"{100 * sum(map(wanted, rows)) / len(rows):.1f} %"  # noqa: E731
+                share = lambda condition, rows=rows: f"{100 * sum(map(condition, rows)) / len(rows):.1f} %"  # noqa: E731
                 body.append(
                     [
                         f"{name}, {prompt}, {kind}",
                         f"{sum(row['tokens'] for row in rows) / len(rows):.0f}",
                         share(lambda row: row["finished"] == "length"),
                         share(lambda row: row["dropped"] is not None),
-                        f"{sum(record['seconds'] for record in asked) / len(asked):.1f}",
+                        f"{sum(record['seconds'] for record in answered) / len(answered):.1f}",
                     ]
                 )
     return ["", "tokens", "cut by the limit", "dropped in all", "s per question (both)"], body
@@ -181,10 +181,10 @@ def plot(marks: Marks, path: Path) -> None:
             if part is None:
                 continue
             for index, (label, colour, style, ranking, aggregate) in enumerate(lines):
-                found = [accuracy([x > 0 for x in part[cot(k, ranking, aggregate)]]) for k in KS]  # type: ignore[arg-type]
-                value = [100 * each.value for each in found]
-                low = [100 * (each.value - each.low) for each in found]
-                high = [100 * (each.high - each.value) for each in found]
+                estimates = [accuracy([x > 0 for x in part[cot(k, ranking, aggregate)]]) for k in KS]  # type: ignore[arg-type]
+                value = [100 * each.value for each in estimates]
+                low = [100 * (each.value - each.low) for each in estimates]
+                high = [100 * (each.high - each.value) for each in estimates]
                 bars = [low, high] if ranking == "delta" else None
                 places = [k + 0.12 * (index - 0.5) for k in KS]
                 panel.errorbar(

@@ -82,10 +82,10 @@ def chunks(options: Options) -> Iterator[tuple[Part, Task, str, int, Sequence[It
         count = -(-len(items) // options.questions)
         for prompt in PROMPTS:
             for number in range(count):
-                asked = items[number * options.questions : (number + 1) * options.questions]
-                turns.append(((number + 0.5) / count, part, task, prompt, number, asked))
-    for _, part, task, prompt, number, asked in sorted(turns, key=lambda turn: turn[0]):
-        yield part, task, prompt, number, asked
+                chunk = items[number * options.questions : (number + 1) * options.questions]
+                turns.append(((number + 0.5) / count, part, task, prompt, number, chunk))
+    for _, part, task, prompt, number, chunk in sorted(turns, key=lambda turn: turn[0]):
+        yield part, task, prompt, number, chunk
 
 
 def record_id(part: Part, prompt: str, item: Item) -> str:
@@ -118,26 +118,26 @@ def ask(options: Options, console: Console) -> None:
         "temperature": TEMPERATURE,
         "checkpoint_sha256": params_digest(checkpoints_of(options.run), loaded.step),
     }  # fmt: skip
-    total = sum(len(asked) for *_, asked in todo)
+    total = sum(len(chunk) for *_, chunk in todo)
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     )
     with open_records(options.out, config) as records, bar:
         line = bar.add_task("questions", total=total)
-        for part, _, prompt, number, asked in todo:
-            missing = [item for item in asked if record_id(part, prompt, item) not in records.by_id]
+        for part, _, prompt, number, chunk in todo:
+            missing = [item for item in chunk if record_id(part, prompt, item) not in records.by_id]
             if missing:
                 prompts = Prompts(loaded.tokenizer, PLAIN, chat=True, step_by_step=PROMPTS[prompt])
-                for record in answer(generator, prompts, part, prompt, number, asked):
+                for record in answer(generator, prompts, part, prompt, number, chunk):
                     if record["id"] not in records.by_id:
                         records.add(record)
-            bar.update(line, advance=len(asked), description=f"{part.task}, {prompt}")
+            bar.update(line, advance=len(chunk), description=f"{part.task}, {prompt}")
             if not console.is_terminal:
                 print(f"{time.strftime('%H:%M:%S')} {part.task}, {prompt}: {len(records.by_id)} of {total}", flush=True)
 
 
 def answer(
-    generator: Any, prompts: Prompts, part: Part, prompt: str, number: int, asked: Sequence[Item]
+    generator: Any, prompts: Prompts, part: Part, prompt: str, number: int, items: Sequence[Item]
 ) -> list[dict[str, Any]]:
     """The records of some questions; ten branches and ten samples each. The same questions give the same samples."""
     from mod_star.decoding import GenerationConfig
@@ -146,21 +146,21 @@ def answer(
     from mod_star.decoding.text import complete_many
     from mod_star.evaluation.branch_records import branch_record
 
-    texts = [prompts.text(item) for item in asked]
-    encoded = [prompts.encode(item) for item in asked]
+    texts = [prompts.text(item) for item in items]
+    encoded = [prompts.encode(item) for item in items]
     seed = random.Random(f"{part.task} {prompt} {number}").getrandbits(31)
     began = time.perf_counter()
-    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    rows: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for name, sampling in (("branches", BRANCHING), ("samples", Sampling(TEMPERATURE))):
-        found[name] = {}
+        rows[name] = {}
         config = GenerationConfig(
-            part.new_tokens, sampling, STOP, branches=BRANCHES, seed=seed, rows=BRANCHES * len(asked)
+            part.new_tokens, sampling, STOP, branches=BRANCHES, seed=seed, rows=BRANCHES * len(items)
         )
         for index, completions in complete_many(generator, texts, config, encoded):
-            finder = asked[index].finder
-            (made,) = read_branches(generator, completions, config, finder, [encoded[index]], Reading())
-            found[name][index] = [branch_record(branch) for branch in made.branches]
-    seconds = (time.perf_counter() - began) / len(asked)
+            finder = items[index].finder
+            (result,) = read_branches(generator, completions, config, finder, [encoded[index]], Reading())
+            rows[name][index] = [branch_record(branch) for branch in result.branches]
+    seconds = (time.perf_counter() - began) / len(items)
     return [
         {
             "id": record_id(part, prompt, item),
@@ -168,11 +168,11 @@ def answer(
             "prompt": prompt,
             "gold": item.gold,
             "question": item.question,
-            "branches": found["branches"][index],
-            "samples": found["samples"][index],
+            "branches": rows["branches"][index],
+            "samples": rows["samples"][index],
             "seconds": round(seconds, 3),
         }
-        for index, item in enumerate(asked)
+        for index, item in enumerate(items)
     ]
 
 

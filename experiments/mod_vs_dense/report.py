@@ -65,10 +65,10 @@ class Run:
 
 def report(out: Path, arms: Sequence[str], seeds: int) -> None:
     """Prints what the runs have come to, and writes results.json, results.md and curves.png beside them."""
-    found = {(arm, seed): read_run(out, arm, seed) for arm in arms for seed in range(seeds)}
-    runs = [run for run in found.values() if run is not None]
+    by_name = {(arm, seed): read_run(out, arm, seed) for arm in arms for seed in range(seeds)}
+    runs = [run for run in by_name.values() if run is not None]
     complete = [run for run in runs if run.result]
-    missing = [_missing(name, run) for name, run in found.items() if run is None or not run.result]
+    missing = [_missing(name, run) for name, run in by_name.items() if run is None or not run.result]
     console = Console(highlight=False)
     if complete:
         _write_results(out, complete, missing, console)

@@ -36,15 +36,15 @@ Results = dict[str, list[dict[str, Any]]]
 
 def report(out: Path, arms: Sequence[str], steps: int, console: Console) -> None:
     """Prints what there is after `steps` steps, and writes results.md, results.json and curves.png beside it."""
-    results = {arm: found for arm in arms if (found := read(out, arm, steps))}
+    results = {arm: seeds_of_arm for arm in arms if (seeds_of_arm := read(out, arm, steps))}
     if not results:
         console.print(f"{out}: nothing to report yet", markup=False)
         return
     first = "NLL of answers (chance: ln 5 = 1.609); mean ± standard deviation over seeds"
     second = "Answers right (chance: 20 %), with a greedy thought each and on budget; all symbols"
     tables = [(first, *_table(results, ANSWERS)), (second, *_table(results, REST))]
-    if kept := _kept(results):
-        tables.append(("Share of quiet-star's gain on answers that smaller budgets keep, thinking on budget", *kept))
+    if shares := _shares_kept(results):
+        tables.append(("Share of quiet-star's gain on answers that smaller budgets keep, thinking on budget", *shares))
     text = ""
     for title, head, body in tables:
         console.print(f"\n{title}", style="bold")
@@ -60,11 +60,11 @@ def report(out: Path, arms: Sequence[str], steps: int, console: Console) -> None
 
 def read(out: Path, arm: str, steps: int) -> list[dict[str, Any]]:
     """Results of all seeds of an arm, by seed, with the curves up to `steps`."""
-    found = []
+    results = []
     for path in sorted(out.glob(f"{arm.replace(' ', '_')}-[0-9]*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        found.append(result | {"curve": [point for point in result["curve"] if point["step"] <= steps]})
-    return found
+        results.append(result | {"curve": [point for point in result["curve"] if point["step"] <= steps]})
+    return results
 
 
 def _table(results: Results, columns: Sequence[tuple[str, str, str]]) -> tuple[list[str], list[list[str]]]:
@@ -81,7 +81,7 @@ def _values(runs: list[dict[str, Any]], key: str) -> list[float]:
     return [run["curve"][-1][key] for run in runs]
 
 
-def _kept(results: Results) -> tuple[list[str], list[list[str]]] | None:
+def _shares_kept(results: Results) -> tuple[list[str], list[list[str]]] | None:
     """What part of the drop of the answers' NLL below chance the smaller budgets keep, by seed."""
     full = {run["seed"]: CHANCE - run["curve"][-1]["talk_answers"] for run in results.get("quiet-star", [])}
     rows = []

@@ -48,17 +48,17 @@ def report(out: Path, files: dict[str, dict[str, Path]], console: Console) -> No
     }
     tables = []
     for task, title in TITLES.items():
-        found = {name: by_task[task] for name, by_task in results.items() if task in by_task}
-        if not found:
+        by_name = {name: by_task[task] for name, by_task in results.items() if task in by_task}
+        if not by_name:
             continue
-        n = len(next(iter(found.values())))
+        n = len(next(iter(by_name.values())))
         columns = [f"{title}, {n} questions", *MEASURES]
-        shown = {name: measures(records) for name, records in found.items()}
+        shown = {name: measures(records) for name, records in by_name.items()}
         tables.append((columns, [[name, *(str(each[key]) for key in MEASURES)] for name, each in shown.items()]))
         rows = [
-            [f"{second} less {first}", *(signed(differences(found[first], found[second], key)) for key in MEASURES)]
+            [f"{second} less {first}", *(signed(differences(by_name[first], by_name[second], key)) for key in MEASURES)]
             for first, second in PAIRS
-            if first in found and second in found
+            if first in by_name and second in by_name
         ]
         if rows:
             tables.append(([f"{title}, paired differences in points", *MEASURES], rows))
@@ -100,13 +100,13 @@ def _training(out: Path, arm: str) -> list[str] | None:
     if not path.is_file():
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
-    found = summary["evaluation"]
-    thinks = "eval_talk_loss" in found
+    evaluation = summary["evaluation"]
+    thinks = "eval_talk_loss" in evaluation
     return [
         arm.replace("_", " "),
-        f"{found['eval_base_loss' if thinks else 'eval_loss']:.4f}",
-        f"{found['eval_talk_loss']:.4f}" if thinks else "–",
-        f"{found['eval_mixing_weight']:.3f}" if thinks else "–",
+        f"{evaluation['eval_base_loss' if thinks else 'eval_loss']:.4f}",
+        f"{evaluation['eval_talk_loss']:.4f}" if thinks else "–",
+        f"{evaluation['eval_mixing_weight']:.3f}" if thinks else "–",
         f"{summary['seconds'] / summary['steps']:.1f}",
     ]
 
@@ -119,11 +119,11 @@ def plot(results: dict[str, dict[str, Records]], out: Path, path: Path) -> None:
     figure = Figure(figsize=(13, 4), layout="constrained")
     axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.1))
     for axis, (task, title) in zip(axes, TITLES.items(), strict=False):
-        found = {name: by_task[task] for name, by_task in results.items() if task in by_task}
-        for number, (name, records) in enumerate(found.items()):
-            found_here = measures(records)
-            shown = [found_here[key] for key in MEASURES]
-            x = np.arange(len(shown)) + (number - (len(found) - 1) / 2) * 0.2
+        by_name = {name: by_task[task] for name, by_task in results.items() if task in by_task}
+        for number, (name, records) in enumerate(by_name.items()):
+            estimates = measures(records)
+            shown = [estimates[key] for key in MEASURES]
+            x = np.arange(len(shown)) + (number - (len(by_name) - 1) / 2) * 0.2
             values = np.array([100 * each.value for each in shown])
             low, high = (np.array([100 * getattr(each, end) for each in shown]) for end in ("low", "high"))
             axis.bar(x, values, 0.18, color=COLOURS[number], label=name)

@@ -1,1 +1,4 @@
-"""What several experiments share."""
+"""What several experiments share: tasks, pretraining, reports, tables, timing.
+
+Import from its modules; nothing is imported from here.
+"""

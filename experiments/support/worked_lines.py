@@ -8,7 +8,7 @@ permutations of five states, more of them than two layers can compose in one pas
     !  0.15   the answer at once
     [  0.15   the start state five times over, then ] and the answer: looks like working, and isn't
 
-Behind each state in brackets stands one of three separators, at random: working can be worded in many ways, so that the
+After each state in brackets stands one of three separators, at random: working can be worded in many ways, so that the
 probability of any one worked line is small.
 """
 
@@ -61,13 +61,13 @@ def question(number: int) -> Question:
 
 def make_line(rng: np.random.Generator) -> str:
     """A question that is not held out, with an opening, perhaps working, the right answer and a newline."""
-    asked = question(int(rng.choice(TAUGHT)))
+    line_question = question(int(rng.choice(TAUGHT)))
     opening = str(rng.choice(list(OPENINGS), p=list(OPENINGS.values())))
     working = ""
     if opening in CLOSINGS:
-        shown = asked.states[1:-1] if opening == "(" else asked.states[:1] * (OPERATIONS_PER_LINE - 1)
+        shown = line_question.states[1:-1] if opening == "(" else line_question.states[:1] * (OPERATIONS_PER_LINE - 1)
         working = "".join(f"{state}{rng.choice(list(SEPARATORS))}" for state in shown) + CLOSINGS[opening]
-    return f"{asked.text}{opening}{working}{asked.answer}\n"
+    return f"{line_question.text}{opening}{working}{line_question.answer}\n"
 
 
 def make_batch(rng: np.random.Generator, sequences: int) -> dict[str, Any]:

@@ -31,8 +31,8 @@ def report(options: Options) -> None:
     if not before_file.is_file():
         raise InputError(f"{options.out}: holds no results yet")
     before = json.loads(before_file.read_text(encoding="utf-8"))
-    found = {arm.name: read_arm(options, arm, before) for arm in arms(options)}
-    runs = {name: run for name, run in found.items() if run is not None}
+    by_arm = {arm.name: read_arm(options, arm, before) for arm in arms(options)}
+    runs = {name: run for name, run in by_arm.items() if run is not None}
     console, text = Console(highlight=False), ""
     for title, columns, rows in (before_table(before), *([losses_table(runs), ends_table(runs)] if runs else [])):
         console.print(result_table(title, columns, rows))
@@ -42,7 +42,7 @@ def report(options: Options) -> None:
     (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     picture = options.out / "upcycle_smollm2.png"
     drawn = bool(runs) and try_to_draw(picture, lambda: plot(runs, options)) is None
-    if missing := [name for name, run in found.items() if run is None or not run["complete"]]:
+    if missing := [name for name, run in by_arm.items() if run is None or not run["complete"]]:
         console.print(f"not complete: {', '.join(missing)}")
     written = f"results.md, results.json{', ' + picture.name if drawn else ''}"
     console.print(f"written: {written} in {options.out}", markup=False, soft_wrap=True)
@@ -77,7 +77,7 @@ def read_arm(options: Options, arm: Arm, before: dict[str, Any]) -> dict[str, An
 
 def before_table(before: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     """Held-out loss before any training."""
-    rows = [[name, *_losses(found)] for name, found in before.items()]
+    rows = [[name, *_losses(losses)] for name, losses in before.items()]
     return "Before training, nats per token", ["", "top-k", "causal"], rows
 
 
@@ -85,14 +85,14 @@ def losses_table(runs: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]
     """Held-out losses along the way."""
     rows = []
     for name, run in runs.items():
-        for found in run["evaluations"]:
-            capacity = run["plan"].at(found["step"]).capacity
+        for evaluation in run["evaluations"]:
+            capacity = run["plan"].at(evaluation["step"]).capacity
             rows.append(
                 [
-                    f"{name}, step {found['step']}",
+                    f"{name}, step {evaluation['step']}",
                     "–" if capacity is None else f"{capacity:.4g}",
-                    f"{found['flops'] / run['flops']:.0%}",
-                    *_losses(found),
+                    f"{evaluation['flops'] / run['flops']:.0%}",
+                    *_losses(evaluation),
                 ]
             )
     return "Held-out loss, nats per token", ["", "capacity", "of the budget", "top-k", "causal"], rows
@@ -121,9 +121,9 @@ def ends_table(runs: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     return "What the budget bought; the forward pass afterwards, of the dense model's", columns, rows
 
 
-def _losses(found: dict[str, Any]) -> list[str]:
-    causal = found.get("eval_loss_causal")
-    return [f"{found['eval_loss']:.3f}", "–" if causal is None else f"{causal:.3f}"]
+def _losses(evaluation: dict[str, Any]) -> list[str]:
+    causal = evaluation.get("eval_loss_causal")
+    return [f"{evaluation['eval_loss']:.3f}", "–" if causal is None else f"{causal:.3f}"]
 
 
 @as_shipped
@@ -136,17 +136,17 @@ def plot(runs: dict[str, Any], options: Options) -> None:
     figure = Figure(figsize=(8.5, 7.0), dpi=DPI, layout="constrained")
     losses, capacity = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
     for (name, run), colour in zip(runs.items(), COLOURS, strict=False):
-        x = [found["flops"] for found in run["evaluations"]]
+        x = [evaluation["flops"] for evaluation in run["evaluations"]]
         for key, style in (("eval_loss", SOLID | MARKED), ("eval_loss_causal", DASHED)):
-            y = [found.get(key, np.nan) for found in run["evaluations"]]
+            y = [evaluation.get(key, np.nan) for evaluation in run["evaluations"]]
             label = f"{name}: {y[-1]:.3f}" if key == "eval_loss" else None
             losses.plot(x, y, color=colour, label=label, **style)
         if name != "dense":
             _draw_capacity(capacity, run["plan"], colour)
     # A model that is cut without training starts far above everything else.
-    shown = [found.get(key) for run in runs.values() for found in run["evaluations"][1:] for key in
-             ("eval_loss", "eval_loss_causal") if found.get(key) is not None]  # fmt: skip
-    low = min(found["eval_loss"] for run in runs.values() for found in run["evaluations"])
+    shown = [evaluation.get(key) for run in runs.values() for evaluation in run["evaluations"][1:] for key in
+             ("eval_loss", "eval_loss_causal") if evaluation.get(key) is not None]  # fmt: skip
+    low = min(evaluation["eval_loss"] for run in runs.values() for evaluation in run["evaluations"])
     losses.set_ylim(low - 0.05 * (max(shown) - low), max(shown) + 0.05 * (max(shown) - low))
     losses.set_title("SmolLM2-135M on GSM8K at equal training FLOPs", loc="left", fontsize=12, fontweight="bold")
     losses.set_ylabel("held-out loss (nats per token)")

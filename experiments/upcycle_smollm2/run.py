@@ -124,14 +124,14 @@ def measure_before(options: Options) -> dict[str, Any]:
     path = options.out / f"before-{options.seed}.json"
     if path.is_file():
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    found = {}
+    losses = {}
     for name, start, routing in _before(options):
         loaded = load_run(start)
         run = configure(options, read_config(start), loaded.config.routing if routing is None else routing)
-        found[name] = held_out_loss(loaded, run)
-        print(f"{name}: {found[name]}", flush=True)
-    write_aside(path, (json.dumps(found, indent=2) + "\n").encode())
-    return found
+        losses[name] = held_out_loss(loaded, run)
+        print(f"{name}: {losses[name]}", flush=True)
+    write_aside(path, (json.dumps(losses, indent=2) + "\n").encode())
+    return losses
 
 
 def _before(options: Options) -> Iterator[tuple[str, Path, RoutingConfig | None]]:

@@ -1,7 +1,8 @@
 """The subcommands of `mod-star`, one module each, and how they read their options.
 
-A command module has a function `run(argv)`: it reads its options with `parse_options` and only then imports what it
-needs of JAX, so that help and mistyped options are answered at once.
+A command module has a function `run(argv)`. It reads its options with `parse_options`, and imports JAX after that, so
+that help and mistyped options are answered at once. Import `parse_options`, `on_working_copy` and
+`keep_compiled_programs` from here, for a new command.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import platform
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
+from mod_star.config_checks import Range, field_ranges
 from mod_star.errors import InputError, require
 from mod_star.home import cache_root
 
@@ -32,7 +35,8 @@ LEAST_COLUMNS = 40
 def parse_options(kind: type[Options], argv: Sequence[str], prog: str, default: Any = None) -> Options:
     """Reads a dataclass from a command line: its docstring is the help, its fields the options.
 
-    Underscores and hyphens are the same in option names. `--help` prints and exits.
+    Underscores and hyphens are the same in option names. `--help` prints and exits; it shows the ranges of fields that
+    state one (`mod_star.config_checks`).
 
     Args:
       kind: the dataclass.
@@ -55,11 +59,37 @@ def parse_options(kind: type[Options], argv: Sequence[str], prog: str, default: 
                 description=inspect.getdoc(kind),
                 default=default,
                 config=(tyro.conf.FlagCreatePairsOff,),
+                registry=_ranges_in_help() if _wants_help(argv) else None,
             )
         except SystemExit as stop:
             if not stop.code:
                 raise
     raise InputError(f"{_one_line(errors.getvalue())}; see {prog} --help")
+
+
+def _ranges_in_help() -> ConstructorRegistry:
+    """tyro's rules for a dataclass, with the range of a field before its default: "(at least 1; default: 256)"."""
+    registry, seen = ConstructorRegistry(), object()
+
+    @registry.struct_rule
+    def with_ranges(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not dataclasses.is_dataclass(info.type) or seen in info.markers:
+            return None  # and tyro goes on to its own rules
+        spec = ConstructorRegistry.get_struct_spec(dataclasses.replace(info, markers=(*info.markers, seen)))
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        ranges = field_ranges(info.type)
+        fields = (_with_range(field, ranges[field.name]) if field.name in ranges else field for field in spec.fields)
+        return dataclasses.replace(spec, fields=tuple(fields))
+
+    return registry
+
+
+def _with_range(field: StructFieldSpec, allowed: Range) -> StructFieldSpec:
+    """The field, whose help ends with its range and its default."""
+    hint = tyro.conf.arg(help_behavior_hint=lambda default: f"({allowed.text}; default: {default})")
+    shown: Any = Annotated[field.type, hint]
+    return dataclasses.replace(field, type=shown)
 
 
 @contextlib.contextmanager
@@ -108,8 +138,8 @@ def keep_compiled_programs() -> None:
 def _processor() -> str:
     """What the machine's processor is and can do."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        wanted = ("model name", "flags", "Features", "CPU part")
-        return "".join(sorted({line for line in file if line.startswith(wanted)}))
+        headings = ("model name", "flags", "Features", "CPU part")
+        return "".join(sorted({line for line in file if line.startswith(headings)}))
     return f"{platform.machine()} {platform.processor()}"
 
 
@@ -117,8 +147,8 @@ def _columns(helping: bool) -> str | None:
     """What COLUMNS is to be; None: what it is. tyro takes minutes over help in boxes of a column or two."""
     if not helping:
         return "10000"
-    given = os.environ.get("COLUMNS", "")
-    return str(LEAST_COLUMNS) if given.isdecimal() and 0 < int(given) < LEAST_COLUMNS else None
+    columns = os.environ.get("COLUMNS", "")
+    return str(LEAST_COLUMNS) if columns.isdecimal() and 0 < int(columns) < LEAST_COLUMNS else None
 
 
 def _wants_help(argv: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""`mod-star calibrate`: chooses the uncertainty from which on `mod-star sample --think auto` thinks."""
+"""`mod-star calibrate`: chooses the entropy above which `mod-star sample --think auto` thinks."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def _run(options: CalibrateOptions) -> None:
     changed = [] if recorded is None else changes(recorded, identify(loaded.config.data))
     if changed and options.data_changed == "refuse":
         raise InputError(
-            f"data.source: what {options.run} was made with has changed ({'; '.join(changed)}): what is held out now "
-            "may have been trained on. Bring back what it was, or take --data-changed accept"
+            f"data.source: the data of {options.run} has changed ({'; '.join(changed)}). What is held out now may have "
+            "been trained on. Bring the old data back, or accept the new: --data-changed accept"
         )
     keep_compiled_programs()
     progress = Console(stderr=True)
@@ -78,11 +78,11 @@ def _run(options: CalibrateOptions) -> None:
         entropies(loaded, batches), "reading held-out text", len(batches), console=progress, transient=True,
         disable=not progress.is_terminal,
     )  # fmt: skip
-    found = np.concatenate(list(parts))
-    calibration = calibrated(found, options.share, loaded.step)
+    entropies_N = np.concatenate(list(parts))
+    calibration = calibrated(entropies_N, options.share, loaded.step)
     path = write_calibration(options.run, calibration)
     console = Console(highlight=False)
-    console.print(quantile_table(found))
+    console.print(quantile_table(entropies_N))
     console.print(
         f"threshold {calibration.threshold:.4g} nats, chosen by the first half of the text: {options.share:.1%} of its "
         f"tokens lie above. Of the second half, {calibration.achieved_share:.1%} do",

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mod_star.commands import keep_compiled_programs, on_working_copy, parse_options, require_writable
+from mod_star.config import MeshConfig
 from mod_star.decodings import FIELDS, Decoding, DecodingName, chosen_decoding
-from mod_star.distributed.options import MeshConfig
 from mod_star.errors import InputError, require
 from mod_star.runs.buckets import bring_back, checkpoints_of, copied_from
 
@@ -68,7 +68,7 @@ class EvaluateOptions:
     answer: str | None = None
     """Template of the gold answer: a text that gives a number, one of the choices, or at most a sentence."""
     kind: Literal["number", "choice", "text"] | None = None
-    """Of the answers."""
+    """What the answers are."""
     choices: tuple[str, ...] = ()
     """For --kind choice: words, or templates such as '{options[0]}'."""
     item_id: str | None = None
@@ -78,7 +78,7 @@ class EvaluateOptions:
     limit: int | None = None
     """Only this many questions, drawn by --seed."""
     seed: int = 0
-    """Of the questions, the examples and what is drawn while generating."""
+    """Draws the questions, the examples and what is sampled while generating."""
     protocol: Literal["generate", "choice", "expected"] = "generate"
     """How answers are judged, see above."""
     decoding: DecodingName | None = None
@@ -89,7 +89,7 @@ class EvaluateOptions:
     """Most tokens of an answer; if not given 256, or as many as the context has room for. Branches that are cut there
     are dropped."""
     temperature: float | None = None
-    """Of temperature (if not given 0.8) and self-consistency (0.7)."""
+    """Temperature of the draws. If not given 0.8, for self-consistency 0.7."""
     top_k: int | None = None
     """Draw among the k most probable tokens only; 0: all."""
     top_p: float | None = None
@@ -110,7 +110,7 @@ class EvaluateOptions:
     choice_texts: bool = False
     """--protocol choice: score what choices stand for ("bank"), not their labels ("A")."""
     prompt_template: str | None = None
-    """Of a question; if not given 'Q: {question}\\nA:', with --chat '{question}'."""
+    """Template of a prompt; if not given 'Q: {question}\\nA:', with --chat '{question}'."""
     chat: bool = False
     """Ask as a user's message in the chat template that the tokenizer comes with."""
     step_by_step: bool = False
@@ -225,12 +225,12 @@ def _checked(options: EvaluateOptions) -> Decoding:
     require(all(options.stop), "--stop", "", "must not be empty")
     fine = options.continuation is None or bool(options.continuation.strip())
     require(fine, "--continuation", options.continuation, "must not be empty")
-    given = [name for name in OF_CUSTOM if getattr(options, name) is not None]
-    if options.task is not None and (given or options.choices or options.item_id is not None):
-        name = _flag([*given, *(["choices"] if options.choices else []), "item_id"][0])
-        raise InputError(f"{name}: cannot be combined with --task, which knows its file")
-    if options.task is None and len(given) < len(OF_CUSTOM):
-        missing = next(name for name in OF_CUSTOM if name not in given)
+    custom = [name for name in OF_CUSTOM if getattr(options, name) is not None]
+    if options.task is not None and (custom or options.choices or options.item_id is not None):
+        name = _flag([*custom, *(["choices"] if options.choices else []), "item_id"][0])
+        raise InputError(f"{name}: cannot be combined with --task, which names the fields of its file")
+    if options.task is None and len(custom) < len(OF_CUSTOM):
+        missing = next(name for name in OF_CUSTOM if name not in custom)
         raise InputError(f"{_flag(missing)} is missing: give --task, or --question, --answer and --kind")
     if options.protocol != "generate":
         for name in OF_GENERATE:
@@ -286,7 +286,7 @@ def _notes(options: EvaluateOptions, protocol: GeneratedAnswer, examples: Sequen
     if options.new_tokens is None and protocol.new_tokens < DEFAULT_NEW_TOKENS:
         notes.append(f"texts have at most {protocol.new_tokens} new tokens, all that the context has room for")
     if options.answer_rule == "gsm8k-strict" and any("#### " not in each.solution for each in examples):
-        notes.append("gsm8k-strict looks for '#### 18', and the examples don't end so")
+        notes.append("gsm8k-strict looks for '#### 18', and the examples do not end like that")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""`mod-star harness`: EleutherAI's lm-evaluation-harness, with our runs among its models."""
+"""`mod-star harness`: EleutherAI's lm-evaluation-harness, which can then evaluate runs."""
 
 from __future__ import annotations
 

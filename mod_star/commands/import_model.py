@@ -67,15 +67,15 @@ def run(argv: Sequence[str]) -> None:
             if bar.tasks[task].finished:
                 bar.update(task, description="writing the checkpoint")
 
-        made = import_model(source, options.run, options.context, options.dtype, advance)
+        config = import_model(source, options.run, options.context, options.dtype, advance)
     for note in source.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     console = Console(highlight=False)
-    console.print(import_table(source, made))
+    console.print(import_table(source, config))
     console.print(f"written: {options.run}", markup=False, soft_wrap=True)
 
 
-def import_table(source: Source, made: RunConfig) -> Table:
+def import_table(source: Source, config: RunConfig) -> Table:
     """What was imported."""
     import math
 
@@ -83,7 +83,7 @@ def import_table(source: Source, made: RunConfig) -> Table:
     from mod_star.units import short_number
     from mod_star.views.terminal import result_table
 
-    model, tokenizer = made.model, source.tokenizer
+    model, tokenizer = config.model, source.tokenizer
     count = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
     kinds = Counter(tensor.stored for tensor in source.tensors.values())
     extras = [f"sliding window {model.sliding_window:,}"] if model.sliding_window else []

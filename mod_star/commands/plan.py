@@ -1,4 +1,4 @@
-"""`mod-star plan`: what a training step takes of a machine that isn't there."""
+"""`mod-star plan`: what a training step takes of a machine that is not there."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from mod_star.commands import parse_options
-from mod_star.config import RunConfig
-from mod_star.distributed.options import MeshConfig
+from mod_star.config import MeshConfig, RunConfig
 from mod_star.errors import InputError
 from mod_star.planning.topologies import parse_topology, prepare_environment
 from mod_star.presets import PRESETS
@@ -30,7 +29,7 @@ WHAT = "the name of a preset, or the directory of a run"
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Compiles the training step of PRESET (or of the run in that directory) for a machine that isn't there.
+    """Compiles the training step of PRESET (or of the run in that directory) for a machine that is not there.
 
     Examples:
       mod-star plan 7b-mod --topology v5e:16x16 --mesh.fsdp 256

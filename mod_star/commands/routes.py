@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> None:
 
 def _run(options: RoutesOptions) -> None:
     if (options.text is None) == (options.text_file is None):
-        raise InputError("--text: give a text either so or with --text-file, and not both")
+        raise InputError("--text: give either --text or --text-file")
     png = options.run / PNG_FILE if options.png is None else options.png
     require(png.suffix == ".png" and not png.is_dir(), "--png", str(png), "must be a file that ends with .png")
 
@@ -69,7 +69,7 @@ def _run(options: RoutesOptions) -> None:
     console = Console(highlight=False)
     console.print(routes_text(*shown))
     if routes.overflow:
-        console.print(f"{routes.overflow} times a block wanted a token but its cache was full (routing.headroom)")
+        console.print(f"{routes.overflow} times a token passed by because a block's cache was full (routing.headroom)")
     title = f"Which tokens each routed block computed ({options.mode} routing)"
     failed = try_to_draw(png, lambda: plot_routes(png, *shown, title=title))
     if failed is None:

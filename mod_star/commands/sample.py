@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 import tyro
 
 from mod_star.commands import keep_compiled_programs, on_working_copy, parse_options
+from mod_star.config import MeshConfig
 from mod_star.decodings import (
     DECODINGS,
     FIELDS,
@@ -23,7 +24,6 @@ from mod_star.decodings import (
     decodings_with,
     require_decoding,
 )
-from mod_star.distributed.options import MeshConfig
 from mod_star.errors import InputError, require
 from mod_star.views.sample import completion_record, summary, write_completions, write_stream
 
@@ -61,7 +61,7 @@ class SampleOptions:
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()
     """A text to go on from; several times for a batch of several. None: from nothing."""
     prompt_file: Path | None = None
-    """A file of prompts, one a line, in UTF-8; blank lines don't count. FILE.jsonl: a JSON string per line;
+    """A file of prompts, one a line, in UTF-8; blank lines do not count. FILE.jsonl: a JSON string per line;
     FILE.json: a list of strings."""
     new_tokens: int | None = None
     """The most tokens to generate. If not given 200, or as many as the context has room for."""
@@ -112,7 +112,7 @@ class SampleOptions:
     think_temperature: float = 0.0
     """Temperature of the thoughts; 0: always their most probable token."""
     show_thoughts: bool = False
-    """Write thoughts into the text where it isn't a terminal, too."""
+    """Write thoughts into the text where it is not a terminal, too."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
     """Devices to use, for a model that is too large for one or for many prompts; a single one if not given."""
     json: bool = False
@@ -151,7 +151,7 @@ def _checked(options: SampleOptions) -> Decoding:
     require(0 <= options.seed < 2**32, "--seed", options.seed, "must lie in [0, 2^32)")
     require(all(options.stop), "--stop", "", "must not be empty")
     if options.prompt and options.prompt_file is not None:
-        raise InputError("--prompt-file: give prompts either so or with --prompt, not both")
+        raise InputError("--prompt-file: give either --prompt or --prompt-file")
     defaults = {each.name: each.default for each in dataclasses.fields(SampleOptions)}
     values = {name: getattr(options, name) for name in FIELDS}
     decoding = chosen_decoding(
@@ -161,7 +161,9 @@ def _checked(options: SampleOptions) -> Decoding:
     if options.show_branches:
         require_decoding(options.decoding, "show_branches", of_several_texts)
     if options.aggregate and options.show_branches:
-        raise InputError("--aggregate: the table of --show-branches shows the aggregated answer too, leave one out")
+        raise InputError(
+            "--aggregate: cannot be combined with --show-branches, whose table shows the aggregated answer too"
+        )
     if options.show_thoughts:
         others = [name for name in DECODINGS if name not in of_several_texts]
         require_decoding(options.decoding, "show_thoughts", others)
@@ -206,12 +208,12 @@ def chosen_think(loaded: LoadedRun, options: ThinkOptions) -> Think:
         return Think()
     objective = loaded.config.train.objective
     can_think = "thinking" in loaded.params
-    require(can_think, "--think", options.think, f"{options.run} can't, its train.objective is {objective}")
+    require(can_think, "--think", options.think, f"must be never: {options.run} has train.objective = {objective!r}")
     if options.think == "always":
         return Think("always", temperature=options.think_temperature)
     calibration = read_calibration(options.run)
     if calibration is None:
-        raise InputError(f"--think = 'auto': needs a threshold, run mod-star calibrate {options.run} first")
+        raise InputError(f"--think = 'auto': needs a threshold; run mod-star calibrate {options.run} first")
     if calibration.step != loaded.step:
         note = f"the threshold was calibrated at step {calibration.step}, this is step {loaded.step}"
         print(f"note: {note}: mod-star calibrate {options.run} renews it", file=sys.stderr)

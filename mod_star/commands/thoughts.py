@@ -1,4 +1,4 @@
-"""`mod-star thoughts`: shows what a model thinks after every token of a text, and what that changes."""
+"""`mod-star thoughts`: shows what a model thinks before every token of a text, and what that changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HTML_FILE = "thoughts.html"
 
 @dataclass(frozen=True)
 class ThoughtsOptions:
-    """Shows the thoughts of the model in RUN after every token of a text, and where they help: in the terminal, and as
+    """Shows the thoughts of the model in RUN before every token of a text, and where they help: in the terminal, and as
     an HTML page in which a click on a token shows its thought.
 
     Examples:
@@ -34,7 +34,7 @@ class ThoughtsOptions:
     html: Path | None = None
     """Where to write the page. RUN/thoughts.html if not given."""
     temperature: float = 0.0
-    """Of the thoughts; 0: always their most probable token."""
+    """Temperature of the thoughts; 0: always their most probable token."""
     seed: int = 0
     """The same seed draws the same thoughts."""
     step: int | None = None
@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> None:
 
 def _run(options: ThoughtsOptions) -> None:
     if (options.text is None) == (options.text_file is None):
-        raise InputError("--text: give a text either so or with --text-file, and not both")
+        raise InputError("--text: give either --text or --text-file")
     page = options.run / HTML_FILE if options.html is None else options.html
     require(page.suffix == ".html" and not page.is_dir(), "--html", str(page), "must be a file that ends with .html")
     require(0 <= options.seed < 2**32, "--seed", options.seed, "must lie in [0, 2^32)")

@@ -15,8 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mod_star.commands import keep_compiled_programs, parse_options
-from mod_star.config import RunConfig
-from mod_star.distributed.options import MeshConfig, ProcessesConfig
+from mod_star.config import MeshConfig, ProcessesConfig, RunConfig
 from mod_star.errors import InputError, require
 from mod_star.presets import PRESETS
 from mod_star.runs.buckets import holds_run, with_addresses, working_copy
@@ -38,7 +37,7 @@ class TrainOptions:
     as if it had never stopped. Every field below is part of the run: another value means another directory. Only --mesh
     and --processes are not: a run may go on with other devices. With several processes, start the same command in each.
     More --train.steps make a run longer, where the learning rate so far did not depend on their number: constant, or
-    wsd before its decay. Data that has changed is told, and refused.
+    wsd before its decay. If its data has changed, a run says so and does not go on.
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -51,7 +50,7 @@ class TrainOptions:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How to use several devices."""
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
-    """How several processes find one another, where JAX can't tell."""
+    """How several processes find one another, where JAX cannot tell."""
     resume_from: int | None = None
     """Step of an older checkpoint to go on from, should the newest be damaged; later ones are deleted."""
     profile: str | None = None
@@ -127,7 +126,9 @@ def _defaults(argv: Sequence[str]) -> RunConfig:
         require(preset in PRESETS, "--preset", preset, f"must be one of {', '.join(PRESETS)}")
         return PRESETS[preset]()
     if preset is not None:
-        raise InputError(f"--preset = {preset!r}: not with --init-from, whose fields are the defaults (here {base!r})")
+        raise InputError(
+            f"--preset = {preset!r}: cannot be combined with --init-from, whose fields are the defaults (here {base!r})"
+        )
     return replace(_config_at_start(argv, base) or read_starting_config(working_copy(base)), init_from=base)
 
 

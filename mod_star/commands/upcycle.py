@@ -54,9 +54,9 @@ def _run(options: UpcycleOptions) -> None:
     from mod_star.pretrained.upcycle import upcycle
 
     keep_compiled_programs()
-    made = upcycle(options.run, options.run2, options.capacity, options.every, options.step)
+    config = upcycle(options.run, options.run2, options.capacity, options.every, options.step)
     console = Console(highlight=False)
-    console.print(stage_table(made))
+    console.print(stage_table(config))
     console.print(
         f"written: {options.run2}. Train it with: mod-star train NEW --init-from {options.run2}",
         markup=False,

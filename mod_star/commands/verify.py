@@ -60,12 +60,12 @@ def _run(options: VerifyOptions) -> None:
         task = progress.add_task("reading", total=sum(size or 0 for size in sizes.values()))
         for step, path in paths.items():
             progress.update(task, description=f"checkpoint {step}")
-            found = list(damages(path, read=lambda count: progress.advance(task, count)))
+            damage_here = list(damages(path, read=lambda count: progress.advance(task, count)))
             if not path.exists():
                 state = "deleted meanwhile"  # by a training that goes on
-            elif found:
+            elif damage_here:
                 state = "damaged"
-                damaged[step] = found
+                damaged[step] = damage_here
             else:
                 state = "whole" if has_checksums(path) else "not read, no checksums"
             size = sizes[step]
@@ -74,8 +74,8 @@ def _run(options: VerifyOptions) -> None:
     table.columns[-1].justify = "left"
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(table)
-    for step, found in damaged.items():
-        for damage in found:
+    for step, damage_here in damaged.items():
+        for damage in damage_here:
             console.print(f"checkpoint {step}: {damage}")
     if damaged:
         which = f"checkpoint{'s' * (len(damaged) > 1)} {', '.join(map(str, damaged))}"

@@ -42,7 +42,7 @@ class Conversation:
     """Names the record in errors."""
 
     def __post_init__(self) -> None:
-        """Raises InputError if a message is no good."""
+        """Raises InputError if a message has no role or content of these."""
         for index, message in enumerate(self.messages):
             role, content, weight = message.get("role"), message.get("content"), message.get("weight", 1)
             where = f"{self.where}: messages[{index}]"
@@ -56,7 +56,9 @@ class Conversation:
         if not self.learned:
             raise InputError(f"{self.where}: has no message of the assistant to learn")
         if self.messages[0]["role"] == "assistant":
-            raise InputError(f"{self.where}: begins with the assistant's message, something must be said before it")
+            raise InputError(
+                f"{self.where}: begins with a message of the assistant; a message of the user must come before it"
+            )
 
     @property
     def learned(self) -> list[int]:
@@ -81,7 +83,7 @@ def conversation_of(record: Mapping[str, Any], messages: Sequence[Mapping[str, A
         where: Names the record in errors.
 
     Raises:
-        InputError: A role or content is no good, or a field is there that is not read.
+        InputError: A role or content is not allowed, or a field is there that is not read.
     """
     for field in _NOT_READ:
         if record.get(field):
@@ -172,7 +174,7 @@ def _rendered(tokenizer: Tokenizer, conversation: Conversation) -> tuple[str, li
     for index, message in enumerate(messages):
         for field in _SAID:
             if message.get(field) and field not in (tokenizer.chat_template or ""):
-                raise InputError(f"messages[{index}].{field}: is something that the chat template doesn't write")
+                raise InputError(f"messages[{index}].{field}: is not written by the chat template")
     text = tokenizer.apply_chat(messages[: learned[-1] + 1], add_generation_prompt=False)
     borders: list[tuple[int, int | None]] = []  # of each answer
     for index in learned:
@@ -181,7 +183,7 @@ def _rendered(tokenizer: Tokenizer, conversation: Conversation) -> tuple[str, li
         answer = text if last else tokenizer.apply_chat(messages[: index + 1], add_generation_prompt=False)
         if not text.startswith(prompt) or (borders and len(prompt) < max(borders[-1][0], borders[-1][1] or 0)):
             raise InputError(
-                f"chat template: writes messages[:{index}] otherwise when messages[{index}] follows than when it is "
+                f"chat template: writes messages[:{index}] differently when messages[{index}] follows than when it is "
                 "asked for, so a model would learn to answer what it is never asked"
             )
         stable = answer.startswith(prompt) and text.startswith(answer)

@@ -1,4 +1,4 @@
-"""Files as text or records: what a name says of a file, and the one reader that training, tasks and prompts share.
+"""Files as text or records: what a file's name says, and the one reader that training, tasks and prompts share.
 
 | format        | names                                                                                      |
 |---------------|--------------------------------------------------------------------------------------------|
@@ -107,10 +107,10 @@ def file_type(path: str) -> FileType:
     ending = next((each for each in endings if each in FORMATS or each in REFUSED), "")
     if ending in REFUSED:
         raise InputError(f"{path}: .{ending} files are not read (allowed: {_allowed()})")
-    found = FORMATS.get(ending, "text")
-    if compression and found in ("parquet", "arrayrecord"):
+    form = FORMATS.get(ending, "text")
+    if compression and form in ("parquet", "arrayrecord"):
         raise InputError(f"{path}: .{ending} files are read without .{compression} only (allowed: {_allowed()})")
-    return FileType(found, compression)
+    return FileType(form, compression)
 
 
 def holds_records(path: str) -> bool:
@@ -164,15 +164,15 @@ def read_records(path: str, fields: Collection[str] = ()) -> Records:
     Raises:
         InputError: The name is of no format with records; the file can't be read, is empty or broken.
     """
-    found = file_type(path).format
-    if found == "parquet":
+    form = file_type(path).format
+    if form == "parquet":
         return parquet_records(path, read_bytes(path) if is_address(path) else None, fields)
     readers: dict[str, Callable[[str], Records]] = {
         "jsonl": _jsonl_records, "json": _json_records, "csv": _csv_records, "tsv": _csv_records
     }  # fmt: skip
-    if found not in readers:
+    if form not in readers:
         raise InputError(f"{path}: must be a .jsonl or .json file, or another with records ({RECORD_NAMES})")
-    return readers[found](path)
+    return readers[form](path)
 
 
 def parse_json(text: str, where: str, one_line: bool = True) -> Any:

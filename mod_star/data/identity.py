@@ -49,14 +49,14 @@ def identify(config: DataConfig, documents: Sequence[int] | None = None) -> Iden
     Raises:
       InputError: a source can't be read.
     """
-    found: Identity = []
+    identity: Identity = []
     for index, spec in enumerate(config.source):
         entry: dict[str, Any] = {"spec": spec, "documents": None if documents is None else documents[index]}
         try:
-            found.append(entry | _content(spec))
+            identity.append(entry | _content(spec))
         except OSError as error:
             raise InputError(f"{error.filename or spec}: cannot be read ({error.strerror or error})") from error
-    return found
+    return identity
 
 
 def fingerprint(identity: Identity) -> str:
@@ -72,15 +72,15 @@ def changes(old: Identity, new: Identity) -> list[str]:
     """What differs, such as "a.jsonl: 120 → 150 bytes" and "40 → 41 documents"; empty: nothing that matters."""
     if len(old) != len(new):
         return [f"{len(old)} → {len(new)} sources"]
-    found = []
+    differences = []
     for before, after in zip(old, new, strict=True):
         own = _changed_files(before.get("files", []), after.get("files", []))
         if before.get("content") != after.get("content"):
             own.append(f"{before['spec']} has other content")
         if None not in (before["documents"], after["documents"]) and before["documents"] != after["documents"]:
             own.append(f"{before['documents']:,} → {after['documents']:,} documents")
-        found += own
-    return found
+        differences += own
+    return differences
 
 
 def _changed_files(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -88,13 +88,13 @@ def _changed_files(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, 
     if [key(file) for file in old] == [key(file) for file in new]:
         return []
     before, after = ({file["name"]: key(file) for file in files} for files in (old, new))
-    found = [f"{name} is gone" for name in before.keys() - after.keys()]
-    found += [f"{name} is new" for name in after.keys() - before.keys()]
+    differences = [f"{name} is gone" for name in before.keys() - after.keys()]
+    differences += [f"{name} is new" for name in after.keys() - before.keys()]
     for name in before.keys() & after.keys():
         if before[name] != after[name]:
             (size, _), (now, _) = before[name], after[name]
-            found.append(f"{name}: {size:,} → {now:,} bytes" if size != now else f"{name} has other content")
-    return sorted(found) or ["its files come in another order"]
+            differences.append(f"{name}: {size:,} → {now:,} bytes" if size != now else f"{name} has other content")
+    return sorted(differences) or ["its files come in another order"]
 
 
 def _content(spec: str) -> dict[str, Any]:

@@ -136,10 +136,10 @@ def _open(
 def source_paths(spec: str) -> list[str]:
     """The files that a path or glob names, sorted."""
     if is_address(spec):
-        found = find_files(spec)
-        if not found:
+        paths = find_files(spec)
+        if not paths:
             raise InputError(f"data.source = {spec!r}: no such file, and no file matches it as a pattern")
-        return found
+        return paths
     pattern = os.path.expanduser(spec)
     # A file whose name looks like a glob is meant literally, and so is a directory that the glob is in.
     paths = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(_with_literal_start(pattern), recursive=True))
@@ -177,11 +177,11 @@ def python_docs() -> list[Document]:
 
 def _text_documents(spec: str, paths: Sequence[str], separator: str | None, tell: Tell) -> list[Document]:
     documents: list[Document] = []
-    told = separated = False
+    noted = separated = False
     for path in paths:
         text = read_text(path)
-        if not told and looks_like_json(text):
-            told = True
+        if not noted and looks_like_json(text):
+            noted = True
             tell(f"{path} looks like JSON, and is read as text, braces included; records need a name such as .jsonl")
         if separator is not None:
             separated |= separator in text

@@ -91,13 +91,13 @@ class Template:
         """The value at `path`, as text."""
         value: Any = record
         for depth, key in enumerate(path):
-            found, present = _entry(value, key)
+            entry, present = _entry(value, key)
             if not present:
                 template = (
                     f"{self._option} is not set, so the field is" if self._template is None else f"{self._option} names"
                 )
                 raise InputError(f"{where}: {template} {_show(path[: depth + 1])!r}, the record has {_contents(value)}")
-            value = found
+            value = entry
         value = value.item() if isinstance(value, np.generic) and not isinstance(value, (str, bytes)) else value
         if isinstance(value, bytes):
             value = unicode_text(value, where)

@@ -1,4 +1,8 @@
-"""Generation from a trained model, token by token, at the cost of what is routed."""
+"""Generation from a trained model, token by token, at the cost of what is routed.
+
+Import `Generator`, `GenerationConfig`, `Sampling`, `Think` and `complete` from here; `cot_decode` and
+`self_consistency` from `mod_star.decoding.cot`, `BeamSearch` from `mod_star.decoding.beam`.
+"""
 
 from mod_star.decoding.generate import Generator
 from mod_star.decoding.generated import Generated

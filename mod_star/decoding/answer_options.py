@@ -194,16 +194,16 @@ def _without_lists(places: list[_Place], text: str, options: tuple[str, ...]) ->
         joined = re.fullmatch(joining, between) is not None
         if joined and places[one].option != places[other].option:
             mentioned |= {one, other}
-    run: list[int] = []
+    listed: list[int] = []
     for index in [*(index for index in possible if places[index].alone), None]:
-        expected = options[len(run)] if len(run) < len(options) else None
+        expected = options[len(listed)] if len(listed) < len(options) else None
         concluded = index is not None and _CONCLUDES.search(
             text[max(0, places[index].start - 20) : places[index].start]
         )
-        if index is not None and places[index].option == expected and not (run and concluded):
-            run.append(index)
+        if index is not None and places[index].option == expected and not (listed and concluded):
+            listed.append(index)
             continue
-        if len(run) >= 3:
-            mentioned |= set(run)
-        run = [index] if index is not None and places[index].option == options[0] else []
+        if len(listed) >= 3:
+            mentioned |= set(listed)
+        listed = [index] if index is not None and places[index].option == options[0] else []
     return [place for index, place in enumerate(places) if index not in mentioned]

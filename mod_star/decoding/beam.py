@@ -145,8 +145,8 @@ def beam_search(
     Raises:
       InputError: a way of sampling or a batch size is given, or as for `BeamSearch` and `Generator.start`.
     """
-    require(config.sampling is None, "sampling", config.sampling, "must be left out, beam search draws nothing")
-    require(config.rows is None, "rows", config.rows, "must be left out, beam search runs all prompts in one batch")
+    require(config.sampling is None, "sampling", config.sampling, "must be left out: beam search draws nothing")
+    require(config.rows is None, "rows", config.rows, "must be left out: beam search runs all prompts in one batch")
     tokenizer, beams = generator.tokenizer, Beam.branches if config.branches is None else config.branches
     ids = encode_prompts(tokenizer, prompts) if encoded is None else encoded
     watches = [StopWatch(tokenizer, prompt, config.stop) for prompt in prompts] if config.stop else []

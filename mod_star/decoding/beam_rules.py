@@ -244,9 +244,9 @@ class Rules:
                 tokens, log_probs, gaps, score = (array[q, w] for array in ended)
                 count = int((tokens >= 0).sum())
                 if score > -math.inf:
-                    kept = (tokens[:count].tolist(), log_probs[:count].tolist(), gaps[:count].tolist())
-                    finished = kept[0][-1] in self.ends
-                    texts.append(Hypothesis(*kept, finished, float(score), not finished))
+                    by_token = (tokens[:count].tolist(), log_probs[:count].tolist(), gaps[:count].tolist())
+                    finished = by_token[0][-1] in self.ends
+                    texts.append(Hypothesis(*by_token, finished, float(score), not finished))
                 if state.step == new_tokens and live_QxW[q, w] > -math.inf:
                     row, score = q * W + w, float(live_QxW[q, w]) / new_tokens**self.length_penalty
                     buffers = (state.tokens_BxT, state.log_probs_BxT, state.gaps_BxT)
@@ -259,8 +259,8 @@ class Rules:
 
 def _with_ended(search: Search, ended: Sequence[tuple[jax.Array, ...]]) -> Search:
     """The W best of the texts that had ended and of these: scores QxK and tokens, log_probs and gaps QxKxT of each."""
-    kept = [(search.scores_QxW, search.tokens_QxWxT, search.log_probs_QxWxT, search.gaps_QxWxT), *ended]
-    scores, *values = (jnp.concatenate(parts, 1) for parts in zip(*kept, strict=True))
+    hypotheses = [(search.scores_QxW, search.tokens_QxWxT, search.log_probs_QxWxT, search.gaps_QxWxT), *ended]
+    scores, *values = (jnp.concatenate(parts, 1) for parts in zip(*hypotheses, strict=True))
     best_QxW, order_QxW = jax.lax.top_k(scores, search.scores_QxW.shape[1])
     tokens, log_probs, gaps = (jnp.take_along_axis(each, order_QxW[:, :, None], 1) for each in values)
     return replace(search, tokens_QxWxT=tokens, log_probs_QxWxT=log_probs, gaps_QxWxT=gaps, scores_QxW=best_QxW)

@@ -1,4 +1,4 @@
-"""Which of a prompt's branches answers best: CoT-decoding's Δ and the rankings beside it, maximum, sum and vote.
+"""Which of a prompt's branches answers best: CoT-decoding's Δ and other rankings, maximum, sum and vote.
 
 Wang and Zhou, arXiv 2402.10200. All of it is arithmetic on what was generated; `mod_star.decoding.cot` generates.
 """

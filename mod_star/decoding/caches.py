@@ -1,6 +1,6 @@
 """Keys and values kept while decoding, per block: all tokens for a full block, the computed ones for a routed block.
 
-Layout: the prompt's keys/values and the generated tokens' are segments of their own. All rows of a batch write a
+Layout: the prompt's keys/values and the generated tokens' are separate `KeyValues`. All rows of a batch write a
 generated token's to the same slot (the step), so a full block's cache is updated in place by one slice; what differs
 between rows, the prompt's length, is data in the masks. Several branches of one prompt, as in CoT-decoding, share its
 keys/values: Q prompts, B rows, row q * branches + i is branch i of prompt q.
@@ -30,11 +30,11 @@ class FullCache:
     keys_BxKxTxE: jax.Array
     values_BxKxTxE: jax.Array
 
-    def segments(self) -> tuple[KeyValues, ...]:
+    def shared_key_values(self) -> tuple[KeyValues, ...]:
         """What all branches of a prompt attend to; leaves have a leading axis Q."""
         return (self.prompt,)
 
-    def own_segments(self, lengths_B: jax.Array, step: jax.Array) -> tuple[KeyValues, ...]:
+    def own_key_values(self, lengths_B: jax.Array, step: jax.Array) -> tuple[KeyValues, ...]:
         """What the token of `step` attends to besides that and itself; leaves have a leading axis B."""
         B, _, T, _ = self.keys_BxKxTxE.shape
         slots = jnp.arange(T, dtype=jnp.int32)
@@ -75,15 +75,15 @@ class RoutedCache:
     count_B: jax.Array
     """int32 tokens computed, those of the prompt included."""
     overflow_B: jax.Array
-    """int32 tokens that the causal rule wanted to compute but that passed by because no slot was left."""
+    """int32 tokens that the causal rule selected but that passed by because no slot was left."""
     slots: int = struct.field(pytree_node=False)
     """The most tokens that the block may compute of a row, those of the prompt included."""
 
-    def segments(self) -> tuple[KeyValues, ...]:
+    def shared_key_values(self) -> tuple[KeyValues, ...]:
         """As for `FullCache`."""
         return () if self.prompt is None else (self.prompt,)
 
-    def own_segments(self, lengths_B: jax.Array, step: jax.Array) -> tuple[KeyValues, ...]:
+    def own_key_values(self, lengths_B: jax.Array, step: jax.Array) -> tuple[KeyValues, ...]:
         """As for `FullCache`; what is cached says itself where it stands."""
         del lengths_B, step
         valid = jnp.arange(self.positions_BxM.shape[1], dtype=jnp.int32) < self.filled_B[:, None]
@@ -158,31 +158,31 @@ def over_rows(function: Callable[[Any, Any], Any], rows: Any, shared: Any, branc
     return jax.tree.map(lambda leaf: leaf.reshape(B, *leaf.shape[2:]), jax.vmap(each)(split, shared))
 
 
-def text_of(routing: RoutingConfig, caches: tuple[Cache, ...], lengths_B: jax.Array, step: jax.Array) -> Any:
-    """All that is cached before `step`, as thoughts read a text: what is a row's own, and what is shared.
+def cached_memory(routing: RoutingConfig, caches: tuple[Cache, ...], lengths_B: jax.Array, step: jax.Array) -> Any:
+    """All that is cached before `step`, as the memory of thoughts: what is a row's own, and what is shared.
 
     Returns:
       Twice a tuple with a dict {block name: tuple of KeyValues} for each group; leaves have a leading axis B, and Q. A
-      row's text is the tuples of both, see `join_text`.
+      row's memory is the tuples of both, see `join_memory`.
     """
     return (
-        _by_group(routing, [cache.own_segments(lengths_B, step) for cache in caches]),
-        _by_group(routing, [cache.segments() for cache in caches]),
+        _by_group(routing, [cache.own_key_values(lengths_B, step) for cache in caches]),
+        _by_group(routing, [cache.shared_key_values() for cache in caches]),
     )
 
 
-def join_text(own: Any, shared: Any) -> Any:
-    """The text of one row from the two parts of it that `text_of` gives."""
+def join_memory(own: Any, shared: Any) -> Any:
+    """The memory of one row from the two parts of it that `cached_memory` gives."""
     return tuple(
         {name: (*of_prompts[name], *group[name]) for name in group}
         for group, of_prompts in zip(own, shared, strict=True)
     )
 
 
-def _by_group(routing: RoutingConfig, segments: list[tuple[KeyValues, ...]]) -> Any:
+def _by_group(routing: RoutingConfig, key_values: list[tuple[KeyValues, ...]]) -> Any:
     names = block_names(routing)
-    groups = range(0, len(segments), len(names))
-    return tuple(dict(zip(names, segments[first : first + len(names)], strict=True)) for first in groups)
+    groups = range(0, len(key_values), len(names))
+    return tuple(dict(zip(names, key_values[first : first + len(names)], strict=True)) for first in groups)
 
 
 def reorder_cache(cache: Cache, rows_B: jax.Array) -> Cache:

@@ -73,7 +73,7 @@ def cot_decode(
         without one, a way of sampling, or as for `complete`.
     """
     left_out = config.sampling in (None, BRANCHING)
-    require(left_out, "sampling", config.sampling, "must be left out, CoT-decoding has a rule of its own")
+    require(left_out, "sampling", config.sampling, "must be left out: CoT-decoding has a rule of its own")
     branches = Cot.branches if config.branches is None else config.branches
     config = replace(config, sampling=BRANCHING, branches=branches)
     return _answers(generator, prompts, config, as_finder(finder), encoded, Reading(continuation, skip_first))
@@ -167,7 +167,7 @@ def check_finder(
     """Raises InputError if answers can't be found so: before anything is compiled."""
     if continuation is None:
         needed = finder.needs_continuation
-        require(not needed, "continuation", None, "is needed, with an answer of any words there is no other way")
+        require(not needed, "continuation", None, "must be given: an answer of any words is read from the continuation")
         return
     require(bool(continuation.strip()), "continuation", continuation, "must not be empty")
     context = generator.decoder.config.context

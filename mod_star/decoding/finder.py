@@ -1,4 +1,4 @@
-"""What all kinds of finders of answers have in common."""
+"""What all answer finders have in common."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Finder(ABC):
 
     def align(self, text: str, answer: str) -> Span | None:
         """Where `text` gives the canonical `answer`, or else the last place where it stands."""
-        given = self.find(text)
-        if given is not None and self.spell(text[given[0] : given[1]]) == answer:
-            return given
+        span = self.find(text)
+        if span is not None and self.spell(text[span[0] : span[1]]) == answer:
+            return span
         same = [(start, end) for start, end in self.spans(text) if self.spell(text[start:end]) == answer]
         return same[-1] if same else None
 

@@ -152,7 +152,7 @@ class Generator:
     def require_thinking(self, think: Think) -> None:
         """Raises InputError if the model is asked to think and has not learned to."""
         possible = self._can_think or think.when == "never"
-        require(possible, "think.when", think.when, "must be never, the model has not learned to think")
+        require(possible, "think.when", think.when, "must be never: the model has not learned to think")
 
     def results(self, state: DecodeState) -> list[Generated]:
         """What has been generated up to now, row by row."""
@@ -227,7 +227,7 @@ class Generator:
         """Runs a batch to its end. The first N of its prompts have these numbers and count, the others fill it up."""
         k, Q = state.branches, len(state.lengths_B) // state.branches
         numbers_Q = np.pad(numbers_N, (0, Q - len(numbers_N)), constant_values=-1)
-        told_Q = numbers_Q < 0
+        finished_Q = numbers_Q < 0
         sizes = (-(-Q // 4), -(-Q // 2))
         new_tokens, burst = config.new_tokens, config.burst or BURST_OF_MANY
         for until in range(burst, new_tokens + burst, burst):
@@ -236,18 +236,22 @@ class Generator:
             of_prompt = [results[first : first + k] for first in range(0, len(results), k)]
             done_QxK = np.array(state.done_B).reshape(-1, k)
             if stop is not None:
-                for q in np.flatnonzero(~told_Q):
+                for q in np.flatnonzero(~finished_Q):
                     done_QxK[q] |= np.asarray(stop(int(numbers_Q[q]), of_prompt[q]), bool)
                 state = replace(state, done_B=jnp.asarray(done_QxK.reshape(-1)))
-            for q in np.flatnonzero(~told_Q & (done_QxK.all(1) | (until >= new_tokens))):
-                told_Q[q] = True
+            for q in np.flatnonzero(~finished_Q & (done_QxK.all(1) | (until >= new_tokens))):
+                finished_Q[q] = True
                 yield int(numbers_Q[q]), of_prompt[q]
-            if told_Q.all():
+            if finished_Q.all():
                 return
-            size = next((size for size in sizes if size >= (~told_Q).sum()), len(numbers_Q))
+            size = next((size for size in sizes if size >= (~finished_Q).sum()), len(numbers_Q))
             if size < len(numbers_Q):  # stable: the unfinished ones, then finished ones to fill up
-                kept = np.argsort(told_Q, kind="stable")[:size].astype(np.int32)
-                state, numbers_Q, told_Q = take_prompts(state, kept), numbers_Q[kept], told_Q[kept]
+                remaining = np.argsort(finished_Q, kind="stable")[:size].astype(np.int32)
+                state, numbers_Q, finished_Q = (
+                    take_prompts(state, remaining),
+                    numbers_Q[remaining],
+                    finished_Q[remaining],
+                )
 
     def warm_up(self, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> None:
         """Compiles what generating with these arguments takes, so that the next call can be timed. Draws no token."""
@@ -255,8 +259,8 @@ class Generator:
         jax.block_until_ready(self.advance(self.start(prompts, config), 0, config.drawn, config.think))
 
 
-def _ended(state: DecodeState, told: Sequence[bool]) -> jax.Array:
-    """Which rows are finished when some have been told to end; `told` leaves out the rows that fill up the batch."""
+def _ended(state: DecodeState, finished: Sequence[bool]) -> jax.Array:
+    """Which rows are finished when some are finished already; `finished` leaves out the rows that fill up the batch."""
     ended_B = np.ones(len(state.done_B), bool)
-    ended_B[: len(told)] = told
+    ended_B[: len(finished)] = finished
     return state.done_B | jnp.asarray(ended_B)

@@ -1,4 +1,4 @@
-"""What became of a prompt, as plain Python values."""
+"""The result of generating from a prompt, as plain Python values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Generated:
     routed_fraction: list[float]
     """Share of prompt and new tokens that each routed block computed; empty for a dense model."""
     overflow: int
-    """Times a routed block wanted a token but had no slot left, over all routed blocks. Thoughts don't count."""
+    """Times a token passed by because a routed block had no slot left, over all routed blocks. Thoughts don't count."""
     gaps: list[float]
     """For each token, probability of the best token less that of the second best at its step, under the same
     distribution as `log_probs`. What CoT-decoding calls confidence."""
@@ -75,7 +75,7 @@ def results_of(state: DecodeState, end_ids: Sequence[int]) -> list[Generated]:
 
 def thought_of_row(record: ThoughtRecord | None, row: int, count: int) -> dict[str, Any]:
     """The fields of `Generated` about the first `count` tokens of a row; `record` is of NumPy arrays."""
-    if record is None or not record.asked_BxT.any():  # nobody was asked to think
+    if record is None or not record.may_think_BxT.any():  # no row might think
         return {}
     entropies, thinks, thoughts, weights = (
         array[row, :count].tolist()

@@ -1,4 +1,4 @@
-"""What is asked of a generation, whatever the decoding: how much, how it is drawn, where it ends."""
+"""The configuration of a generation, for every decoding: how many tokens, how they are drawn, where they end."""
 
 from __future__ import annotations
 

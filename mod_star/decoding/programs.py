@@ -16,7 +16,7 @@ from flax import struct
 
 from mod_star import random_streams
 from mod_star.config import ThinkingConfig
-from mod_star.decoding.caches import Cache, full_cache, in_place_options, routed_cache, text_of
+from mod_star.decoding.caches import Cache, cached_memory, full_cache, in_place_options, routed_cache
 from mod_star.decoding.sampling import Sampling, draw, log_prob_and_gap, ranked_tokens
 from mod_star.decoding.state import DecodeState
 from mod_star.decoding.step import NewTokens, decode_step
@@ -215,7 +215,7 @@ def think_in(
     def key_of(key: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(key, random_streams.THOUGHTS), state.step)
 
-    text = text_of(decoder.routing, state.caches, state.lengths_B, state.step)
+    memory = cached_memory(decoder.routing, state.caches, state.lengths_B, state.step)
     positions_B, keys_B = state.lengths_B + state.step - 1, jax.vmap(key_of)(state.keys_B)
-    last = LastTokens(state.hidden_BxD, text, positions_B, keys_B, ~state.done_B)
+    last = LastTokens(state.hidden_BxD, memory, positions_B, keys_B, ~state.done_B)
     return think_step(decoder, params, thinking, think, threshold, last, state.branches)

@@ -80,7 +80,7 @@ def narrowed(decoder: Decoder, params: dict[str, Any]) -> dict[str, Any]:
     they are rounded to at every use anyway.
 
     A decoding step spends its time reading them. What computes in float32 (norms, router, predictor, mixing head) stays
-    as it is, and so do parts of the user's own.
+    as it is, and so do a user's parts.
     """
     dtype, parts = decoder.config.dtype, decoder.parts
     if dtype == "float32":
@@ -143,21 +143,23 @@ def decode_step(
         group_key = None if key is None else jax.random.fold_in(key, index)
         for name in names:
             cache, block = caches[len(updated)], group[name]
-            own_text = cache.own_segments(new.lengths_B, new.step)
+            own_memory = cache.own_key_values(new.lengths_B, new.step)
             if isinstance(cache, FullCache):
                 full_row = functools.partial(_full_row, decoder, block)
-                delta_BxD, own = over_rows(full_row, (x_BxD, positions_B, own_text), cache.segments(), branches)
+                delta_BxD, own = over_rows(
+                    full_row, (x_BxD, positions_B, own_memory), cache.shared_key_values(), branches
+                )
                 updated.append(cache.append(own, new.step))
             else:
                 scores_B = decoder.parts.score(block["router"], x_BxD)
                 noise = stochastic_noise(group_key, positions_B)
-                wanted_B = causal_logit(decoder, block, x_BxD, scores_B, noise) > 0
-                wanted_B &= new.active_B
-                computed_B = wanted_B & (cache.count_B < cache.slots)
+                passing_B = causal_logit(decoder, block, x_BxD, scores_B, noise) > 0
+                passing_B &= new.active_B
+                computed_B = passing_B & (cache.count_B < cache.slots)
                 routed_row = functools.partial(_routed_row, decoder, block)
-                rows = (computed_B, x_BxD, scores_B, positions_B, own_text)
-                delta_BxD, own = over_rows(routed_row, rows, cache.segments(), branches)
-                updated.append(cache.append(own, computed_B, wanted_B & ~computed_B))
+                rows = (computed_B, x_BxD, scores_B, positions_B, own_memory)
+                delta_BxD, own = over_rows(routed_row, rows, cache.shared_key_values(), branches)
+                updated.append(cache.append(own, computed_B, passing_B & ~computed_B))
             x_BxD = x_BxD + delta_BxD
     return rms_norm(x_BxD, params["final_norm"], config.norm_eps), tuple(updated)
 
@@ -166,10 +168,10 @@ def _full_row(
     decoder: Decoder, block: dict[str, Any], row: tuple[Any, ...], prompt: tuple[KeyValues, ...]
 ) -> tuple[jax.Array, KeyValues]:
     """Delta D and keys/values of one token."""
-    x_D, position, own_text = row
+    x_D, position, own_memory = row
     one = jnp.ones(1, jnp.int32)
     delta, own = decoder.parts.compute_block(
-        block["block"], x_D[None], position[None], one, one > 0, (*prompt, *own_text), decoder.config
+        block["block"], x_D[None], position[None], one, one > 0, (*prompt, *own_memory), decoder.config
     )
     return delta[0], own
 
@@ -188,7 +190,7 @@ def _routed_row(
         delta, _, own = routed_rows(decoder, block, token, score[None], one > 0, memory)
         return delta[0], own
 
-    *token, own_text = values
+    *token, own_memory = values
     share = routed_share(decoder.routing, decoder.config.context)
-    result: tuple[jax.Array, KeyValues] = compute_if(computed, compute, (block, *token, (*prompt, *own_text)), share)
+    result: tuple[jax.Array, KeyValues] = compute_if(computed, compute, (block, *token, (*prompt, *own_memory)), share)
     return result

@@ -30,7 +30,7 @@ class Completion:
     routed_fraction: list[float]
     """Share of the tokens that each routed block computed, prompt included; empty for a dense model."""
     overflow: int
-    """Times a routed block wanted a token but had no slot left, over all routed blocks."""
+    """Times a token passed by because a routed block had no slot left, over all routed blocks."""
     gaps: list[float] = field(default_factory=list)
     """Probability of the best token less that of the second best at each token's step: see `Generated`."""
     end_log_prob: float | None = None

@@ -1,4 +1,4 @@
-"""Thinking while generating: one thought after the last token, in the rows that need it, forgotten once it has spoken.
+"""Thinking while generating: one thought after the last token, in the rows that need it, then forgotten.
 
 A thought reads the decoding caches and keeps keys/values of its own; those caches never hold any of it.
 """
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mod_star.config import ThinkingConfig
-from mod_star.decoding.caches import join_text, over_rows
+from mod_star.decoding.caches import join_memory, over_rows
 from mod_star.errors import require
 from mod_star.model import Decoder
 from mod_star.model.rows import compute_if
@@ -42,8 +42,8 @@ class Think:
     def __post_init__(self) -> None:
         require(self.when in WHEN, "think.when", self.when, f"must be one of {', '.join(WHEN)}")
         if self.when == "auto":
-            given = self.threshold is not None and not math.isnan(self.threshold)
-            require(given, "think.threshold", self.threshold, "must be a number with think.when = 'auto'")
+            has_threshold = self.threshold is not None and not math.isnan(self.threshold)
+            require(has_threshold, "think.threshold", self.threshold, "must be a number with think.when = 'auto'")
         require(0 < self.share <= 1, "think.share", self.share, "must lie in (0, 1]")
         allowed = self.temperature == 0 or (self.temperature >= 1e-6 and math.isfinite(self.temperature))
         require(allowed, "think.temperature", self.temperature, "must be 0 (greedy) or at least 1e-6")
@@ -57,9 +57,9 @@ class ThoughtRecord:
     """What was thought before each token; as a whole [B, T, ...], or one step's with T left out."""
 
     entropies_BxT: jax.Array
-    """float32 entropy of the prediction without a thought, in nats; 0 where nobody was asked."""
-    asked_BxT: jax.Array
-    """bool; whether the row was asked to think here: it was not finished, and `Think` was not `never`."""
+    """float32 entropy of the prediction without a thought, in nats; 0 where the row was not to think."""
+    may_think_BxT: jax.Array
+    """bool; whether the row might think here: it was not finished, and `Think` was not `never`."""
     thinks_BxT: jax.Array
     """bool; whether the row thought."""
     thoughts_BxTxN: jax.Array
@@ -81,8 +81,8 @@ class LastTokens:
 
     hidden_BxD: jax.Array
     """Hidden state at it, after the final norm."""
-    text: tuple[Any, Any]
-    """Keys/values up to it, from `caches.text_of`."""
+    memory: tuple[Any, Any]
+    """Keys/values up to it, from `caches.cached_memory`."""
     positions_B: jax.Array
     """int32 position of it."""
     keys_B: jax.Array
@@ -125,13 +125,13 @@ def think_step(
 
     def row(row: tuple[Any, ...], shared: Any) -> tuple[jax.Array, ...]:
         thinks, hidden_D, own, position, key = row
-        arrays = (params, hidden_D, join_text(own, shared), position, key)
+        arrays = (params, hidden_D, join_memory(own, shared), position, key)
         result: tuple[jax.Array, ...] = (
             after_thought(*arrays) if think.when == "always" else compute_if(thinks, after_thought, arrays, think.share)
         )
         return result
 
-    own, shared = last.text
+    own, shared = last.memory
     logits_BxV, thoughts_BxN, weights_B = over_rows(
         row, (thinks_B, last.hidden_BxD, own, last.positions_B, last.keys_B), shared, branches
     )
@@ -151,13 +151,13 @@ def _after_thought(
     temperature: float,
     params: dict[str, Any],
     hidden_D: jax.Array,
-    text: Any,
+    memory: Any,
     position: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logits V mixed after a thought, the thought N, and the mixing weight."""
     thinker, place = ThinkingDecoder(decoder, thinking), Place(position, jnp.int32(1))
-    thought, after_D = sample_thought(thinker, params, text, place, key, temperature, finish=True)
+    thought, after_D = sample_thought(thinker, params, memory, place, key, temperature, finish=True)
     assert after_D is not None
     weight_1 = thought_weight(decoder.parts, params, hidden_D[None], after_D[None])
     logits_1xV = mixed_logits(params, hidden_D[None], after_D[None], weight_1)

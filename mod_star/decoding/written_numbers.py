@@ -54,7 +54,7 @@ _NUMBER = re.compile(
     r"(?:"
     r"(?P<whole>\d{1,99}[ ]?)?\\[dt]?frac\s?\{\s*(?P<top>\d{1,99})\s*\}\s?\{\s*(?P<bottom>\d{1,99})\s*\}"
     rf"|(?P<mixed>\d{{1,99}})[ ]?(?P<part>{_VULGAR})|(?P<vulgar>{_VULGAR})"
-    rf"|(?P<run>(?:\d+|(?<![\w.])\.\d+)(?:{_BOUND}\d+)*)"
+    rf"|(?P<digits>(?:\d+|(?<![\w.])\.\d+)(?:{_BOUND}\d+)*)"
     r"(?:(?P<exponent>[eE][-+−]?\d+(?!\w))"
     rf"|[ ]?(?:×|[xX]|\*|·|⋅|\\times|\\cdot)[ ]?10(?P<ten>{_POWER})|(?P<power>{_POWER}))?"
     rf"(?P<attached>[A-Za-z]+\d\w*)?(?:[ ](?P<scale>{'|'.join(_SCALES)})\b)?"
@@ -107,13 +107,13 @@ def _read_match(text: str, match: re.Match[str]) -> Written | None:
     if match["odd"]:
         return Written(start, end, None)
     if match["letters"]:  # "H2O" is no number; what "x1,000" is, nobody knows
-        joined = re.fullmatch(r"\d+", match["run"] or "") is None
+        joined = re.fullmatch(r"\d+", match["digits"] or "") is None
         return Written(start, end, None) if joined else None
     body = start + len(match["sign"] or "")
     if exponent := _EXPONENT_BEFORE.search(text[max(0, body - 6) : body]):
         return None if exponent[1].isalnum() else Written(start, end, None)
     mixed = _MIXED.match(text, body)
-    if mixed and match["run"] is not None:
+    if mixed and match["digits"] is not None:
         whole, top, bottom = (int(part) for part in mixed.groups())
         if bottom > 0 and top < bottom:
             value: str | None = _spell_fraction(top + whole * bottom, bottom)
@@ -137,7 +137,7 @@ def _value(match: re.Match[str]) -> str | None:
     if vulgar := match["part"] or match["vulgar"]:
         over, _, under = unicodedata.normalize("NFKC", vulgar).partition("⁄")
         return _spell_fraction(int(over) + int(match["mixed"] or 0) * int(under), int(under))
-    value = None if match["attached"] else _read_run(match["run"])
+    value = None if match["attached"] else _read_digits(match["digits"])
     if value is None or "/" in value:
         return value if not (match["exponent"] or match["ten"] or match["power"]) else None
     if match["exponent"]:
@@ -157,16 +157,16 @@ _APART = re.compile(r"[1-9]\d{0,2}(?:'\d{3})+(?:\.\d+|,(?!\d{3}$)\d+)?")
 _POINTS = re.compile(r"[1-9]\d{0,2}(?:\.\d{3})+,\d+|[1-9]\d{0,2}(?:\.\d{3}){2,}")
 
 
-def _read_run(run: str) -> str | None:
+def _read_digits(digits: str) -> str | None:
     """The value of digits and what binds them; None where it isn't certain."""
-    plain = re.sub(r"\\[,!;:]", "'", re.sub(r"\{([,.'’])\}|(,)\\!", lambda m: m[1] or m[2], _ascii(run)))
+    plain = re.sub(r"\\[,!;:]", "'", re.sub(r"\{([,.'’])\}|(,)\\!", lambda m: m[1] or m[2], _ascii(digits)))
     plain = re.sub(rf"[{_THIN}'’‘ʼ´`_٬]", "'", plain.replace("，", ",").replace("．", ".").replace("٫", "."))
     if " " in plain:  # two numbers, unless a group begins with 0
         if not re.search(r" 0\d\d", plain):
             return None
         plain = plain.replace(" ", "'")
     if parts := re.fullmatch(r"([^/⁄]{1,99})[/⁄]([^/⁄]{1,99})", plain):
-        top, bottom = (_read_run(part) for part in parts.groups())
+        top, bottom = (_read_digits(part) for part in parts.groups())
         whole = top is not None and bottom is not None and top.isdecimal() and bottom.isdecimal() and bottom != "0"
         return _spell_fraction(int(top or ""), int(bottom or "")) if whole else None
     if re.fullmatch(r"\d+(?:\.\d+)?|\.\d+", plain):

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from mod_star.distributed.options import ProcessesConfig
+from mod_star.config import ProcessesConfig
 from mod_star.errors import InputError, UnavailableError
 
 HEARTBEAT_SECONDS = 30
@@ -144,23 +144,23 @@ class SharedStop:
     own could overtake the step in one process and not in another, and their messages would be taken for one another.
 
     Args:
-      asked: the number of the signal that asked this process to stop; None: none did.
+      signal: gives the number of the signal that asked this process to stop; None: none did.
       mesh: all devices of all processes; None: one device.
     """
 
-    def __init__(self, asked: Callable[[], int | None], mesh: jax.sharding.Mesh | None) -> None:
-        self._asked = asked
+    def __init__(self, signal: Callable[[], int | None], mesh: jax.sharding.Mesh | None) -> None:
+        self._signal = signal
         self._agreed: int | None = None
         self.shapes: tuple[jax.ShapeDtypeStruct, ...] = ()
-        """Of what the step takes behind its batch: nothing with a single process."""
+        """Of what the step takes after its batch: nothing with a single process."""
         if jax.process_count() > 1:
             assert mesh is not None
             places = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
             self.shapes = (jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=places),)
 
     def ask(self) -> tuple[jax.Array, ...]:
-        """What the next step takes behind its batch."""
-        own = np.full(1, self._asked() or 0, np.int32)
+        """What the next step takes after its batch."""
+        own = np.full(1, self._signal() or 0, np.int32)
         return tuple(
             jax.make_array_from_single_device_arrays(
                 like.shape, like.sharding, [jax.device_put(own, device) for device in jax.local_devices()]
@@ -174,4 +174,4 @@ class SharedStop:
 
     def __call__(self) -> int | None:
         """The signal that asked to stop, if all processes know by now."""
-        return self._asked() if jax.process_count() == 1 else self._agreed
+        return self._signal() if jax.process_count() == 1 else self._agreed

@@ -21,8 +21,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mod_star.config import ModelConfig, RunConfig
-from mod_star.distributed.options import MeshConfig
+from mod_star.config import MeshConfig, ModelConfig, RunConfig
 from mod_star.errors import InputError, UnavailableError
 
 AXES = ("data", "fsdp", "tensor")
@@ -46,8 +45,8 @@ RULES = (
 )
 """Dimensions of parameters by path, without the leading axis of stacked groups; the first match counts.
 
-Optimizer state has the same paths behind names of its own. Vectors and scalars are copied to all devices, and matrices
-that no rule speaks of (a user's own parts) are cut up along their largest dimension that fsdp divides.
+Optimizer state has the same paths after names of its own. Vectors and scalars are copied to all devices, and matrices
+that no rule speaks of (a user's parts) are cut up along their largest dimension that fsdp divides.
 """
 
 
@@ -75,10 +74,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = all_devices() if devices is None else devices
     count, inner = len(devices), config.fsdp * config.tensor
-    asked = f"data {config.data or '?'} x fsdp {config.fsdp} x tensor {config.tensor}"
+    axes = f"data {config.data or '?'} x fsdp {config.fsdp} x tensor {config.tensor}"
     data = config.data or count // inner
     if data * inner != count:
-        raise InputError(f"--mesh = {asked}: must multiply to the number of devices, {count}")
+        raise InputError(f"--mesh = {axes}: must multiply to the number of devices, {count}")
     shape = (data, config.fsdp, config.tensor)
     try:
         arranged = mesh_utils.create_device_mesh(shape, devices)

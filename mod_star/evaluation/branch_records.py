@@ -1,4 +1,4 @@
-"""Branches as records: what JSON keeps of them, and what every decoding that they allow for answers.
+"""Branches as records: what JSON keeps of them, and what every decoding over them answers.
 
 One generation of k branches serves greedy decoding (branch 0) and CoT-decoding with every ranking, maximum and
 aggregated; one of n samples serves sampling (sample 0) and self-consistency.

@@ -52,9 +52,9 @@ class GeneratedAnswer:
         if isinstance(self.decoding, Beam):
             check_beams(branches, self.decoding.length_penalty)
         if self.rule is not None and items[0].kind != "number":
-            raise InputError(f"--answer-rule: finds numbers, the answers of this task are of kind {items[0].kind}")
+            raise InputError(f"--answer-rule: finds numbers; the answers of this task are of kind {items[0].kind}")
         if items[0].finder.needs_continuation and self.continuation is None:
-            raise InputError("--continuation: is needed to find an answer of any words, such as 'So the answer is'")
+            raise InputError("--continuation: must be given for answers of any words, such as 'So the answer is'")
         more = 0
         if self.continuation is not None:
             more = tokens_after(subject.model.tokenizer, self.continuation)
@@ -141,7 +141,7 @@ class GeneratedAnswer:
             "gold": gold,
             "answer": answer,
             "correct": answer == gold,
-            "scores": {name: given == gold for name, given in answers.items()},
+            "scores": {name: each == gold for name, each in answers.items()},
             "answers": answers,
             "text": None if best is None else branches.branches[best].completion.text,
             "branches": [branch_record(branch) for branch in branches.branches],

@@ -1,4 +1,4 @@
-"""Runs of ours as a model of EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness).
+"""Runs as models of EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness).
 
     mod-star harness --model mod_star --model_args run=runs/smollm2 --tasks arc_easy,gsm8k --batch_size 16
 
@@ -21,9 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from mod_star.config import MeshConfig
 from mod_star.decoding import GenerationConfig, Generator, Sampling, Think
 from mod_star.decoding.text import complete_many
-from mod_star.distributed.options import MeshConfig
 from mod_star.distributed.sharding import make_small_mesh
 from mod_star.errors import InputError, require
 from mod_star.evaluation.scoring import ScoringConfig, require_shareable, score_rolling, score_stream, shares_of
@@ -84,11 +84,11 @@ class HarnessModel:
       mesh_fsdp: devices that the parameters of a copy are cut up among; they have their own texts too.
       mesh_tensor: devices that every matrix product is cut up among.
       batch_size: texts at a time, a multiple of mesh_data x mesh_fsdp; auto: 8, or the next such multiple.
-      max_batch_size: has no use here.
-      device: has no use either, JAX chooses it; see `JAX_PLATFORMS`.
+      max_batch_size: is ignored.
+      device: is ignored; JAX chooses it, see `JAX_PLATFORMS`.
 
     Raises:
-      InputError: an argument is no good; the run can't be loaded, or can't think; the mesh doesn't fit.
+      InputError: an argument is out of its range; the run can't be loaded, or can't think; the mesh doesn't fit.
     """
 
     cache_hook: Any
@@ -135,12 +135,12 @@ class HarnessModel:
         require(when in ("never", "always", "auto"), "think", when, allowed)
         if when == "never":
             return Think()
-        require(self._model.can_think, "think", when, f"must be never, {directory} has not learned to think")
+        require(self._model.can_think, "think", when, f"must be never: {directory} has not learned to think")
         if when == "always":
             return Think("always", temperature=temperature)
         calibration = read_calibration(Path(directory))
         if calibration is None:
-            raise InputError(f"think = 'auto': needs a threshold, run mod-star calibrate {directory} first")
+            raise InputError(f"think = 'auto': needs a threshold; run mod-star calibrate {directory} first")
         return Think("auto", calibration.threshold, calibration.share, temperature)
 
     @property
@@ -150,7 +150,7 @@ class HarnessModel:
 
     @property
     def prefix_token_id(self) -> int:
-        """Id that a text without a context is predicted from."""
+        """Id that a text without a prefix is predicted from."""
         return self.tokenizer.bos_id
 
     @property
@@ -178,11 +178,11 @@ class HarnessModel:
         return self.tokenizer.encode(string) if add_special_tokens is False else begin(self.tokenizer, string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of a context and of its continuation. White space alone is no context: it goes with the continuation."""
+        """Ids of a context (the harness's word) and of its continuation. White space goes with the continuation."""
         if context.strip():
             ids: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)  # type: ignore[misc]
             return ids
-        # The harness takes as many tokens off the whole text as the empty context has: bos, which isn't there.
+        # The harness takes as many tokens off the whole text as the empty context has: bos, which is missing.
         after = self.tok_encode(context + continuation, add_special_tokens=False)
         return [self.prefix_token_id], after[1:] if after[:1] == [self.prefix_token_id] else after
 
@@ -191,14 +191,14 @@ class HarnessModel:
         if chat_template is False or chat_template is None:
             return None
         if isinstance(chat_template, str):
-            raise InputError(f"apply_chat_template = {chat_template!r}: must be without a name, a run has one template")
+            raise InputError(f"apply_chat_template = {chat_template!r}: must be without a name: a run has one template")
         return self.tokenizer.chat_template
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Messages as the prompt for the next turn; without that prompt, as one that goes on with the last message.
 
         Raises:
-          InputError: there is no template, or it fails; or the last message is none of the assistant's to go on with.
+          InputError: there is no template, or it fails; or the last message is not the assistant's.
         """
         if add_generation_prompt:
             return self.tokenizer.apply_chat(chat_history)
@@ -210,7 +210,7 @@ class HarnessModel:
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation in nats, and whether greedy decoding gives it. Cuts long contexts."""
+        """Log-likelihood of each continuation in nats, and whether greedy decoding gives it. Cuts long prefixes."""
         window = self._max_length
         self._tell_of_cuts(len(before) + len(after) - 1 for _, before, after in requests)
         pairs = [(before[-max(1, window + 1 - len(after)) :], after) for _, before, after in requests]
@@ -248,7 +248,7 @@ class HarnessModel:
         done = 0
         with _Bar("texts", len(requests), disable_tqdm) as bar:
             for indices, (stop, new_tokens, sampling) in zip(groups.values(), options, strict=True):
-                given = requests[indices[0]].args[1]
+                request_options = requests[indices[0]].args[1]
                 room = self._max_length - new_tokens
                 prompts = [requests[index].args[0] for index in indices]
                 encoded = [self.tok_encode(prompt) for prompt in prompts]
@@ -259,7 +259,7 @@ class HarnessModel:
                 completions = complete_many(self._get_generator(), prompts, config, [ids[-room:] for ids in encoded])
                 for number, (completion,) in completions:
                     results[indices[number]] = completion.text
-                    self.cache_hook.add_partial("generate_until", (prompts[number], given), completion.text)
+                    self.cache_hook.add_partial("generate_until", (prompts[number], request_options), completion.text)
                     done += 1
                     bar.show(done)
         return results
@@ -279,43 +279,43 @@ class HarnessModel:
             _log.warning("%d of the texts are longer than %d tokens: cut from the left", cut, self._max_length)
 
 
-def generation_options(given: Mapping[str, Any], max_gen_toks: int) -> tuple[list[str], int, Sampling]:
+def generation_options(options: Mapping[str, Any], max_gen_toks: int) -> tuple[list[str], int, Sampling]:
     """Stop strings, most new tokens and way of drawing from a task's `generation_kwargs`.
 
     do_sample false is greedy whatever the temperature; without do_sample a temperature above 0 samples; with it the
     temperature is 1 if none is given. An option that is None is not given.
 
     Raises:
-      InputError: an option that is not known, or its value is no good or asks for what we don't have.
+      InputError: an option that is not known, or its value is out of its range or asks for what we don't have.
     """
-    given = {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in options.items() if value is not None}
     known = ("until", *LENGTHS, *DRAWS)
-    fixed = {name: value for name, value in (ONE_VALUE | OF_DRAWS).items() if name in given}
-    if odd := [name for name in given if name not in (*known, *fixed, *WITHOUT_EFFECT)]:
-        raise InputError(f"generation_kwargs.{odd[0]} = {given[odd[0]]!r}: unknown; there are {', '.join(known)}")
-    until = given.get("until") or []
+    fixed = {name: value for name, value in (ONE_VALUE | OF_DRAWS).items() if name in options}
+    if odd := [name for name in options if name not in (*known, *fixed, *WITHOUT_EFFECT)]:
+        raise InputError(f"generation_kwargs.{odd[0]} = {options[odd[0]]!r}: unknown; there are {', '.join(known)}")
+    until = options.get("until") or []
     stop = [until] if isinstance(until, str) else list(until)
     fine = all(isinstance(text, str) and text for text in stop)
     require(fine, "generation_kwargs.until", until, "must be texts that are not empty")
-    named = next((name for name in LENGTHS if name in given), "max_gen_toks")
-    length = given.get(named, max_gen_toks)
+    named = next((name for name in LENGTHS if name in options), "max_gen_toks")
+    length = options.get(named, max_gen_toks)
     fine = isinstance(length, int) and not isinstance(length, bool) and length >= 1
     require(fine, f"generation_kwargs.{named}", length, "must be a positive integer")
-    do_sample = given.get("do_sample")
+    do_sample = options.get("do_sample")
     require(do_sample in (None, True, False), "generation_kwargs.do_sample", do_sample, "must be true or false")
     for name in ("temperature", "top_k", "top_p"):
-        _require_number(name, given.get(name, 0))
-    temperature = float(given.get("temperature", 1.0 if do_sample else 0.0))
+        _require_number(name, options.get(name, 0))
+    temperature = float(options.get("temperature", 1.0 if do_sample else 0.0))
     greedy = (do_sample is not None and not do_sample) or temperature == 0
     for name, value in fixed.items():
-        _require_number(name, given[name])
+        _require_number(name, options[name])
         if not (greedy and name in OF_DRAWS):
-            require(given[name] == value, f"generation_kwargs.{name}", given[name], f"must be {value}")
+            require(options[name] == value, f"generation_kwargs.{name}", options[name], f"must be {value}")
     if greedy:
         return stop, length, Sampling(temperature=0)
-    top_k = int(given.get("top_k", 0))
+    top_k = int(options.get("top_k", 0))
     # vLLM calls all tokens -1.
-    return stop, length, Sampling(temperature, 0 if top_k == -1 else top_k, float(given.get("top_p", 1.0)))
+    return stop, length, Sampling(temperature, 0 if top_k == -1 else top_k, float(options.get("top_p", 1.0)))
 
 
 def _require_number(name: str, value: Any) -> None:

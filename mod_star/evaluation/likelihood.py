@@ -28,7 +28,7 @@ class ChoiceLikelihood:
     def check(self, subject: Subject, items: Sequence[Item]) -> None:
         """Raises InputError unless there are choices, and every prompt with any of them fits into the context."""
         kind = items[0].kind
-        require(kind == "choice", "--protocol", "choice", f"needs choices, the answers of this task are of kind {kind}")
+        require(kind == "choice", "--protocol", "choice", f"needs choices; the answers of this task are of kind {kind}")
         for item in items:
             _require_room(subject, item, self._pairs(subject, item))
 
@@ -136,10 +136,10 @@ class ExpectedProbability:
         return self._pairs(subject, item, (item.gold,))[0]
 
     def _pairs(self, subject: Subject, item: Item, answers: Sequence[str]) -> list[Pair]:
-        """Context and answer with its newline. A blank that is a token of its own belongs to the context."""
+        """Prefix and answer with its newline. A blank that is a token of its own belongs to the prefix."""
         prompt = subject.prompts.text(item)
         pairs = continuations(subject, item, [joined(prompt, answer)[len(prompt) :] + "\n" for answer in answers])
-        decode = subject.model.tokenizer.decode  # in context: a decoder may drop a text's first blank
+        decode = subject.model.tokenizer.decode  # after the prefix: a decoder may drop a text's first blank
         blanks = [decode([*before, after[0]]) == decode(before) + " " for before, after in pairs]
         return [
             ([*before, after[0]], after[1:]) if blank else (before, after)
@@ -156,17 +156,19 @@ class ExpectedProbability:
 
 
 def continuations(subject: Subject, item: Item, texts: Sequence[str]) -> list[Pair]:
-    """Context and continuation for each of some texts that may follow a prompt.
+    """Prefix and continuation for each of some texts that may follow a prompt.
 
-    Where a tokenizer joins the prompt's end with what follows, the context ends before that, for all texts alike.
+    Where a tokenizer joins the prompt's end with what follows, the prefix ends before that, for all texts alike.
     """
-    context = subject.prompts.encode(item)
+    encoded = subject.prompts.encode(item)
     prompt = subject.prompts.text(item)
-    start = len(context) - len(subject.model.tokenizer.encode(prompt))  # bos, if there is one
-    wholes = [[*context[:start], *subject.model.tokenizer.encode(prompt + text)] for text in texts]
-    shared = min(_shared(context, whole) for whole in wholes)
+    start = len(encoded) - len(subject.model.tokenizer.encode(prompt))  # bos, if there is one
+    wholes = [[*encoded[:start], *subject.model.tokenizer.encode(prompt + text)] for text in texts]
+    shared = min(_shared(encoded, whole) for whole in wholes)
     if shared < 1:
-        raise InputError(f"item {item.id!r}: its prompt and answer are one token, there is nothing to predict it from")
+        raise InputError(
+            f"item {item.id!r}: its prompt and answer are one token; nothing comes before it to predict it from"
+        )
     return [(whole[:shared], whole[shared:]) for whole in wholes]
 
 

@@ -127,7 +127,7 @@ def few_shot(
     """
     require(count >= 0, "--few-shot", count, "must not be negative")
     if source is not None and not holds_records(str(source)):
-        require(count == 0, "--few-shot", count, f"has no use, {source} is a text that is put before prompts as it is")
+        require(count == 0, "--few-shot", count, f"must be 0: the text of {source} stands before each prompt as it is")
         text = read_text(str(source))
         return (), text, hashlib.sha256(text.encode()).hexdigest()
     if source is not None:

@@ -1,4 +1,4 @@
-"""What an evaluation asks of a model, so that protocols differ in what they make of it; and what a record holds.
+"""What an evaluation asks of a model, the same for all protocols; and what a record holds.
 
 A protocol yields a record per item as items get done:
 

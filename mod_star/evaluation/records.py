@@ -1,4 +1,4 @@
-"""The directory of an evaluation: what was asked for, and a record per item as they come, so that it can go on.
+"""The directory of an evaluation: its configuration, and a record per item as they come, so that it can resume.
 
     OUT/config.json     everything that the records depend on
         records.jsonl   one JSON object per item, in the order in which they were done
@@ -63,7 +63,7 @@ class Records:
                 self.by_id[record["id"]] = record
             except (ValueError, TypeError, KeyError):
                 raise InputError(
-                    f"{self._path}, line {number}: is no record; move the file away to start anew"
+                    f"{self._path}, line {number}: is not a record; move the file away to start anew"
                 ) from None
         if whole < len(data):  # its process was killed while it wrote the last line
             os.truncate(self._path, whole)
@@ -117,29 +117,29 @@ def require_evaluation(directory: Path, config: Mapping[str, Any]) -> None:
         stored = None
     if not isinstance(stored, dict):
         raise InputError(f"{path}: cannot be read; choose another --out")
-    given = json.loads(json.dumps(config))  # tuples are lists then
+    current = json.loads(json.dumps(config))  # tuples are lists then
     if changes := [
-        f"{name}: {_value(stored, name)} → {_value(given, name)}"
-        for name in dict.fromkeys([*stored, *given])
+        f"{name}: {_value(stored, name)} → {_value(current, name)}"
+        for name in dict.fromkeys([*stored, *current])
         # An option that isn't stored was not there yet, so it was not given.
-        if stored.get(name) != given.get(name) and not _is_moved(directory, stored, given, name)
+        if stored.get(name) != current.get(name) and not _is_moved(directory, stored, current, name)
     ]:
         raise InputError(
             f"--out = {str(directory)!r}: holds an evaluation of another configuration: {'; '.join(changes)}"
         )
 
 
-def _is_moved(directory: Path, stored: Mapping[str, Any], given: Mapping[str, Any], name: str) -> bool:
+def _is_moved(directory: Path, stored: Mapping[str, Any], current: Mapping[str, Any], name: str) -> bool:
     """Whether a difference is one of places alone, or is unknown to what an older version has stored."""
     if name in CONTENT.values():
         return name not in stored
-    if name not in CONTENT or not isinstance(given.get(name), str):
+    if name not in CONTENT or not isinstance(current.get(name), str):
         return False
     digest = CONTENT[name]
-    if stored.get(digest) and given.get(digest):
-        return bool(stored[digest] == given[digest])
+    if stored.get(digest) and current.get(digest):
+        return bool(stored[digest] == current[digest])
     # An older version has stored no digest of the run: an evaluation that lies in it has been moved with it.
-    return name == "--run" and digest not in stored and name in stored and _lies_in(directory, Path(given[name]))
+    return name == "--run" and digest not in stored and name in stored and _lies_in(directory, Path(current[name]))
 
 
 def _lies_in(directory: Path, run: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The compiled program behind `scoring`: runs a batch of texts whole and scores some of their places, thinking or not.
+"""The compiled program of `scoring`: runs a batch of texts whole and scores some of their places, thinking or not.
 
 The LM head is applied only where something is to be scored, `HEAD_ROWS` positions at a time, so that the logits of a
 text never exist at once. A thinking model thinks before every scored token (or where it is unsure) exactly as while
@@ -94,13 +94,13 @@ def score_batch(
     segment_ids_BxS = (jnp.arange(S, dtype=jnp.int32) < lengths_B[:, None]).astype(jnp.int32)
     slots = causal_slots(decoder.routing, context)  # as in generation, however the texts are padded
 
-    def run(tokens_S: jax.Array, segment_ids_S: jax.Array) -> Any:
+    def forward(tokens_S: jax.Array, segment_ids_S: jax.Array) -> Any:
         return decoder.apply(
             {"params": params}, tokens_S, None, segment_ids_S, mode="causal", slots=slots, key=numbers.routing_key,
             keep_keys_values=thinking is not None,
         )  # fmt: skip
 
-    output = batch_vmap(run)(tokens_BxS, segment_ids_BxS)
+    output = batch_vmap(forward)(tokens_BxS, segment_ids_BxS)
     if thinking is not None:
         rows = max(1, min(rows, THOUGHT_BYTES // _bytes_of_one(output.keys_values)))
     R = rows * axis_size("data") * axis_size("fsdp")
@@ -117,9 +117,9 @@ def score_batch(
         if thinking is None:
             logits_RxV, thinks_R = logits_of(head, hidden_RxD), jnp.zeros(R, bool)
         else:
-            text = _texts_of_rows(decoder, output.keys_values, row_R)
+            memory = _memory_of_rows(decoder, output.keys_values, row_R)
             keys_R = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(numbers.seed)))(cut(draws_N))
-            last = LastTokens(hidden_RxD, text, position_R, keys_R, active_R)
+            last = LastTokens(hidden_RxD, memory, position_R, keys_R, active_R)
             unrolled = {**params, **head, "groups": groups}
             logits_RxV, record = think_step(decoder, unrolled, thinking, think, numbers.threshold, last)
             thinks_R = record.thinks_BxT
@@ -148,16 +148,16 @@ def _bytes_of_one(keys_values: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize // leaf.shape[0] for leaf in jax.tree.leaves(keys_values))
 
 
-def _texts_of_rows(decoder: Decoder, keys_values: Any, row_R: jax.Array) -> tuple[Any, Any]:
-    """The texts' keys/values for R thoughts, as `decoding.caches.text_of` gives them: nothing generated, all prompt."""
+def _memory_of_rows(decoder: Decoder, keys_values: Any, row_R: jax.Array) -> tuple[Any, Any]:
+    """The memory of R thoughts, as `decoding.caches.cached_memory` gives it: nothing is generated, all is prompt."""
     names, groups = block_names(decoder.routing), range(group_count(decoder.config, decoder.routing))
 
-    def pick(segment: Any, group: int) -> Any:
+    def pick(of_block: Any, group: int) -> Any:
         def one(leaf: jax.Array) -> jax.Array:
             heads = ("tensor",) if leaf.ndim == 5 else ()  # keys and values: text, group, head, token, width
             return constrain(leaf[row_R, group], BATCH_AXES, *heads)
 
-        return jax.tree.map(one, segment)
+        return jax.tree.map(one, of_block)
 
     own = tuple(dict.fromkeys(names, ()) for _ in groups)
     return own, tuple({name: (pick(keys_values[name], group),) for name in names} for group in groups)

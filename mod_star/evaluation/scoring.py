@@ -1,4 +1,4 @@
-"""Log-likelihoods of given texts: of continuations after contexts, and of long texts in windows; thinking or not.
+"""Log-likelihoods of given texts: of continuations after prefixes, and of long texts in windows; thinking or not.
 
 Texts are run whole, a batch at a time in a few padded lengths. Texts that begin with one another share a pass: the
 answers to a multiple-choice question cost one pass of their question where each is a single token. Here it is decided
@@ -52,7 +52,7 @@ class ScoringConfig:
     """How texts are scored."""
 
     think: Think = NEVER
-    """When to think before a scored token, and how. Never while reading the context."""
+    """When to think before a scored token, and how. Never while reading the prefix."""
     batch_size: int = 8
     """Texts at a time, a multiple of the mesh's shares; changes speed and memory, not the result."""
     seed: int = 0
@@ -60,7 +60,7 @@ class ScoringConfig:
     allowed_ids: Sequence[int] | None = None
     """Ids to renormalise the probabilities over, besides (the evaluation of Quiet-STaR)."""
     truncate: bool = False
-    """Drop the beginning of contexts that are too long, instead of refusing them."""
+    """Drop the beginning of prefixes that are too long, instead of refusing them."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
@@ -74,11 +74,11 @@ Progress = Callable[[int, int], None]
 def score(
     model: Model, pairs: Sequence[Pair], config: ScoringConfig = DEFAULT, progress: Progress | None = None
 ) -> list[Scored]:
-    """Log-probabilities of the tokens of each continuation after its context, routed causally in a MoD model.
+    """Log-probabilities of the tokens of each continuation after its prefix, routed causally in a MoD model.
 
     Args:
       model: what scores. On a mesh, texts are shared out over data and fsdp.
-      pairs: token ids of context and continuation; a context has at least one token (bos, where there is nothing else).
+      pairs: token ids of prefix and continuation; a prefix has at least one token (bos, where there is nothing else).
       config: how.
       progress: called after every batch.
 
@@ -86,7 +86,7 @@ def score(
       One result per pair, in their order.
 
     Raises:
-      InputError: a context is empty, a pair doesn't fit into the model's context, an id is none of the model's, the
+      InputError: a prefix is empty, a pair doesn't fit into the model's context, an id is not one of the model's, the
         model is asked to think and can't, or the mesh can't share out batches of that size.
     """
     results = dict(score_stream(model, pairs, config, progress))
@@ -99,7 +99,7 @@ def score_stream(
     """`score`, batch by batch: yields (index of the pair, result) as they come, long texts first."""
     require_shareable("batch_size", config.batch_size, model.mesh)
     possible = model.can_think or config.think.when == "never"
-    require(possible, "think.when", config.think.when, "must be never, the model has not learned to think")
+    require(possible, "think.when", config.think.when, "must be never: the model has not learned to think")
     ids, vocab_size = config.allowed_ids, model.decoder.config.vocab_size
     allowed = None if ids is None else _checked_ids(ids, vocab_size)
     texts = _texts(model.decoder, pairs, config.truncate)
@@ -135,7 +135,7 @@ def rolling_windows(tokens: Sequence[int], first: int, window: int, overlap: int
         1: windows side by side, the least work.
 
     Returns:
-      (context, continuation); after the first window, contexts are as long as `window` allows.
+      (prefix, continuation); after the first window, prefixes are as long as `window` allows.
     """
     require(window >= 1, "window", window, "must be at least 1")
     require(1 <= overlap <= window, "overlap", overlap, f"must lie in [1, {window}], the window")
@@ -203,7 +203,7 @@ def _texts(decoder: Decoder, pairs: Sequence[Pair], truncate: bool) -> list[_Tex
     for index, (before, after) in enumerate(pairs):
         if len(before) < 1 or len(after) < 1:
             raise InputError(
-                f"pair {index + 1} = {len(before)} + {len(after)} tokens: context and continuation must have at least 1"
+                f"pair {index + 1} = {len(before)} + {len(after)} tokens: prefix and continuation must have at least 1"
             )
         fits = context + 1 - len(after)
         if fits < 1 or (len(before) > fits and not truncate):

@@ -118,8 +118,8 @@ class CustomTask:
 
         def read(record: Any, where: str) -> Item:
             names = tuple(name if isinstance(name, str) else name.render(record, where) for name in choices)
-            given = answer.render(record, where)
-            gold, gold_text = _gold(given, self.kind, names, where, "--answer")
+            solution = answer.render(record, where)
+            gold, gold_text = _gold(solution, self.kind, names, where, "--answer")
             return Item(
                 id=_number_of(where) if identity is None else identity.render(record, where),
                 question=_not_blank(question.render(record, where), where, "--question"),
@@ -127,7 +127,7 @@ class CustomTask:
                 kind=self.kind,
                 choices=names,
                 choice_texts=names,
-                solution=given.strip(),
+                solution=solution.strip(),
                 gold_text=gold_text,
             )
 
@@ -170,10 +170,10 @@ def choice_lines(labels: tuple[str, ...], texts: tuple[str, ...]) -> str:
 
 def _gsm8k(record: Any, where: str) -> Item:
     answer = _string(record, "answer", where)
-    worked, mark, given = answer.rpartition("####")
+    worked, mark, last = answer.rpartition("####")
     if not mark:
         raise InputError(f"{where}: field 'answer' has no gold answer, it must stand after ####")
-    gold, gold_text = _gold(given, "number", (), where, "field 'answer', after ####,")
+    gold, gold_text = _gold(last, "number", (), where, "field 'answer', after ####,")
     worked = _CALCULATOR.sub("", worked).strip()
     return Item(
         _number_of(where), _string(record, "question", where), gold, "number",
@@ -257,26 +257,26 @@ def _not_blank(text: str, where: str, what: str) -> str:
     return text.strip()
 
 
-def _gold(given: str, kind: Kind, choices: tuple[str, ...], where: str, what: str) -> tuple[str, str]:
+def _gold(spelled: str, kind: Kind, choices: tuple[str, ...], where: str, what: str) -> tuple[str, str]:
     """The gold answer in canonical form, and if it is a number as the file spells it."""
     if kind == "choice":
         try:
             LastOption(choices)
         except InputError as error:
             raise InputError(f"{where}: choices {error}") from None
-        gold = next((name for name in choices if name.casefold() == given.strip().casefold()), None)
+        gold = next((name for name in choices if name.casefold() == spelled.strip().casefold()), None)
         if gold is None:
-            raise InputError(f"{where}: {what} = {_short(given.strip())}: must be one of {', '.join(choices)}")
+            raise InputError(f"{where}: {what} = {_short(spelled.strip())}: must be one of {', '.join(choices)}")
         return gold, ""
     finder: Finder = _NUMBERS if kind == "number" else _PHRASES
-    span = finder.find(given)
+    span = finder.find(spelled)
     if span is None:
         missing = "no number" if kind == "number" else "no answer"
-        raise InputError(f"{where}: {what} = {_short(given.strip())}: holds {missing}")
-    answer = given[span[0] : span[1]]
-    if kind == "text" and re.search(r"\w", given[span[1] :]):
+        raise InputError(f"{where}: {what} = {_short(spelled.strip())}: holds {missing}")
+    answer = spelled[span[0] : span[1]]
+    if kind == "text" and re.search(r"\w", spelled[span[1] :]):
         raise InputError(
-            f"{where}: {what} = {_short(given.strip())}: must be no more than a sentence, only {answer!r} would count"
+            f"{where}: {what} = {_short(spelled.strip())}: must be no more than a sentence, only {answer!r} would count"
         )
     return finder.spell(answer), answer if kind == "number" else ""
 

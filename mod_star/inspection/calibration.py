@@ -1,4 +1,4 @@
-"""Where to think: the entropy above which a model thinks, so that it does so before a wanted share of the tokens.
+"""Where to think: the entropy above which a model thinks, so that a given share of the tokens has a thought.
 
 Kept in RUN/thinking.json. The threshold is a quantile of the entropies of the predictions (without thoughts) of the
 first half of the run's held-out text; what share of the other half lies above it tells how well it carries over.
@@ -53,7 +53,9 @@ def calibration_batches(run: LoadedRun) -> list[Batch]:
       InputError: the model has not learned to think, or its data cannot be read.
     """
     objective = run.config.train.objective
-    require("thinking" in run.params, "train.objective", objective, "must be quiet_star: the model can't think")
+    require(
+        "thinking" in run.params, "train.objective", objective, "must be quiet_star: the model has not learned to think"
+    )
     config = run.config
     batches = held_out_batches(config.data, run.tokenizer, config.model.context, config.train.batch_size)
     return list(itertools.islice(batches, config.train.eval_batches))

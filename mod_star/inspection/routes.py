@@ -27,7 +27,7 @@ class Routes:
     block_names: list[str]
     """L names, "block 2" for the second block of the network."""
     overflow: int
-    """Times a block wanted a token but had no slot left, over all blocks; 0 under top-k routing."""
+    """Times a token passed by because a routed block had no slot left, over all blocks; 0 under top-k routing."""
 
 
 def routes_of(run: LoadedRun, text: str, mode: RoutingMode = "causal") -> Routes:
@@ -43,7 +43,7 @@ def routes_of(run: LoadedRun, text: str, mode: RoutingMode = "causal") -> Routes
     """
     routing, context = run.config.routing, run.config.model.context
     if routing.every == 0:
-        raise InputError("routing.every = 0: this is a dense model, it has no routed blocks")
+        raise InputError("routing.every = 0: this is a dense model, without routed blocks")
     ids = begin(run.tokenizer, text)
     if len(ids) > context:
         raise InputError(f"text = {len(ids)} tokens, bos included: must be at most model.context = {context}")

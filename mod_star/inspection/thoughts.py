@@ -1,4 +1,4 @@
-"""What a thinking model makes of a text: a thought before every token, and what each changed."""
+"""A text with a thought before every token, and how each thought changed the prediction."""
 
 from __future__ import annotations
 
@@ -39,11 +39,13 @@ def thoughts_of(run: LoadedRun, text: str, temperature: float = 0.0, seed: int =
       seed: of these draws.
 
     Raises:
-      InputError: the model can't think, the text is too long, or the temperature is no good.
+      InputError: the model can't think, the text is too long, or the temperature is wrong.
     """
     context, thinking = run.config.model.context, run.config.thinking
     objective = run.config.train.objective
-    require("thinking" in run.params, "train.objective", objective, "must be quiet_star: the model can't think")
+    require(
+        "thinking" in run.params, "train.objective", objective, "must be quiet_star: the model has not learned to think"
+    )
     Think("always", temperature=temperature)  # checks it
     ids = begin(run.tokenizer, text)
     if len(ids) > context:

@@ -1,8 +1,8 @@
-"""One attention primitive: softmax over several segments of keys and values at once.
+"""One attention primitive: softmax over several sets of keys and values at once.
 
-A segment is a set of keys/values with what decides who may look at it: positions, document ids and validity. A
-training step attends to one segment, its own tokens; decoding to the prompt's, the generated tokens' and its own;
-nothing else about the network changes.
+A `KeyValues` is one set, with what decides who may look at it: positions, document ids and validity. A training step
+attends to one, its own tokens; decoding attends to three: the prompt, the generated tokens and its own. Nothing else
+about the network changes.
 """
 
 from __future__ import annotations
@@ -40,42 +40,42 @@ class KeyValues:
 
 
 def visible(
-    segment: KeyValues, positions_N: jax.Array, segment_ids_N: jax.Array, window: int | None = None
+    key_values: KeyValues, positions_N: jax.Array, segment_ids_N: jax.Array, window: int | None = None
 ) -> jax.Array:
     """Bool NxM: which of the keys each query sees. `window` counts positions, the query's own included."""
-    same = segment_ids_N[:, None] == segment.segment_ids_M
-    seen = same & (segment.positions_M <= positions_N[:, None]) & segment.valid_M
-    if segment.until is not None:
-        seen &= segment.positions_M <= segment.until
-    return seen if window is None else seen & (segment.positions_M > positions_N[:, None] - window)
+    same = segment_ids_N[:, None] == key_values.segment_ids_M
+    seen = same & (key_values.positions_M <= positions_N[:, None]) & key_values.valid_M
+    if key_values.until is not None:
+        seen &= key_values.positions_M <= key_values.until
+    return seen if window is None else seen & (key_values.positions_M > positions_N[:, None] - window)
 
 
 def attend(
     query_NxHxE: jax.Array,
     positions_N: jax.Array,
     segment_ids_N: jax.Array,
-    segments: Sequence[KeyValues],
+    key_values: Sequence[KeyValues],
     *,
     window: int | None = None,
     fused: bool = False,
     precision: str = "highest",
 ) -> jax.Array:
-    """Softmax attention over the union of `segments`; scores and softmax in float32.
+    """Softmax attention over the union of `key_values`; scores and softmax in float32.
 
     Args:
-      query_NxHxE: rotated queries. H must be a multiple of the segments' K (grouped-query attention).
+      query_NxHxE: rotated queries. H must be a multiple of their K (grouped-query attention).
       positions_N: int32 positions of the queries.
       segment_ids_N: int32 document ids of the queries.
-      segments: at least one; a query that sees no token at all gets a finite, meaningless result.
+      key_values: at least one; a query that sees no token at all gets a finite, meaningless result.
       window: length of the sliding window, see `KeyValues`; None: none.
-      fused: use cuDNN's fused kernel through `jax.nn.dot_product_attention` (one segment, GPU, 16-bit types).
+      fused: use cuDNN's fused kernel through `jax.nn.dot_product_attention` (one `KeyValues`, GPU, 16-bit types).
       precision: of products of float32 operands, see `mod_star.model.precision`.
 
     Returns:
       NxHxE in the type of the query.
     """
-    if fused and len(segments) == 1:
-        (only,) = segments
+    if fused and len(key_values) == 1:
+        (only,) = key_values
         keys, values = (jnp.swapaxes(a, 0, 1) for a in (only.keys_KxMxE, only.values_KxMxE))
         mask = visible(only, positions_N, segment_ids_N, window)
         # One mask per head, though they are the same: JAX's rule for this call under vmap reshapes it to that.
@@ -83,20 +83,20 @@ def attend(
         return jax.nn.dot_product_attention(query_NxHxE, keys, values, mask=mask, implementation="cudnn")
 
     N, H, E = query_NxHxE.shape
-    K = segments[0].keys_KxMxE.shape[0]
+    K = key_values[0].keys_KxMxE.shape[0]
     query_KxGxNxE = (query_NxHxE * E**-0.5).reshape(N, K, H // K, E).transpose(1, 2, 0, 3)
     after_N = jnp.full(N, jnp.iinfo(jnp.int32).min) if window is None else positions_N - window
     queries = Queries(query_KxGxNxE[None], segment_ids_N[None], after_N[None])
-    memories = [_memory(segment, positions_N) for segment in segments]
+    memories = [_memory(each, positions_N) for each in key_values]
     partitioned = not jax.sharding.get_abstract_mesh().empty
     mixed, _ = attention(queries, memories, precision_of(query_NxHxE.dtype, precision), partitioned)
     return mixed[0].transpose(2, 0, 1, 3).reshape(N, H, E)
 
 
-def _memory(segment: KeyValues, positions_N: jax.Array) -> Memory:
-    ids_M = jnp.where(segment.valid_M, segment.segment_ids_M, -1)
-    until_N = positions_N if segment.until is None else jnp.minimum(positions_N, segment.until)
-    leaves = (segment.keys_KxMxE, segment.values_KxMxE, ids_M, segment.positions_M, until_N)
+def _memory(key_values: KeyValues, positions_N: jax.Array) -> Memory:
+    ids_M = jnp.where(key_values.valid_M, key_values.segment_ids_M, -1)
+    until_N = positions_N if key_values.until is None else jnp.minimum(positions_N, key_values.until)
+    leaves = (key_values.keys_KxMxE, key_values.values_KxMxE, ids_M, key_values.positions_M, until_N)
     return Memory(*(leaf[None] for leaf in leaves))
 
 

@@ -106,8 +106,8 @@ def gradient(
             def add(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 of_keys, of_values, of_queries = sums
                 query, grad = own.query[i], grads[i]
-                asked = (own.query_ids[i], own.after[i], own.until[i])
-                seen = jnp.swapaxes(_seen(asked, where, query.shape[1]), 1, 2)
+                of_block = (own.query_ids[i], own.after[i], own.until[i])
+                seen = jnp.swapaxes(_seen(of_block, where, query.shape[1]), 1, 2)
                 score = product("pme,pne->pmn", keys, query)
                 weight = jnp.where(seen, jnp.exp(score - log_sums[i][:, None]), 0.0)
                 of_score = weight * (product("pme,pne->pmn", values, grad) - deltas[i][:, None])

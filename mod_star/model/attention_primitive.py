@@ -1,4 +1,4 @@
-"""Attention of queries to several memories as JAX primitives: what `vmap`, gradients and platforms make of it.
+"""Attention of queries to several memories as JAX primitives: rules for `vmap`, for gradients, for platforms.
 
 Why primitives of our own: the network is written for one sequence and `vmap`ped, but how attention is best computed
 depends on all axes together. Under a `vmap` over thoughts, which share the keys of their text, the rule here leaves the
@@ -125,10 +125,10 @@ def _transpose(cotangents: Arrays, *operands: Any, **params: Any) -> list[Any]:
         return [None] * (len(operands) - len(tangents)) + [ad.Zero(each.aval) for each in tangents]
     primals = operands[: OF_QUERIES + count * OF_MEMORY]
     gradients = gradient_p.bind(*primals, result, log_sum, *map(ad.instantiate_zeros, cotangents), **params)
-    wanted = [
+    of_tangents = [
         gradient if ad.is_undefined_primal(each) else None for gradient, each in zip(gradients, tangents, strict=True)
     ]
-    return [None] * (len(operands) - len(tangents)) + wanted
+    return [None] * (len(operands) - len(tangents)) + of_tangents
 
 
 # Batches.
@@ -226,13 +226,13 @@ def _gradient(*operands: jax.Array, count: int, precision: Any, partitioned: boo
 
 
 def _register(primitive: Primitive, shape: Any, batch: Any, elsewhere: Any, on_cpu: Any) -> None:
-    def run(*operands: jax.Array, **params: Any) -> Any:
+    def execute(*operands: jax.Array, **params: Any) -> Any:
         compute = on_cpu if jax.default_backend() == "cpu" else elsewhere
         return jax.jit(functools.partial(compute, **params))(*operands)
 
     primitive.multiple_results = True
     primitive.def_abstract_eval(shape)
-    primitive.def_impl(run)
+    primitive.def_impl(execute)
     mlir.register_lowering(primitive, mlir.lower_fun(elsewhere, multiple_results=True))
     mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=True), platform="cpu")
     batching.primitive_batchers[primitive] = batch

@@ -199,7 +199,7 @@ def _cutting(queries: Queries, block: int) -> tuple[Callable[[Any], Any], Callab
 
     def cut(leaf: jax.Array) -> jax.Array:
         at = axis(leaf)
-        # Queries that only fill up the last block see nothing: their document is none of the keys'.
+        # Queries that only fill up the last block see nothing: no key has their document.
         fill = -2 if leaf.dtype == jnp.int32 else 0
         padded = jnp.pad(leaf, [(0, -N % block if i == at else 0) for i in range(leaf.ndim)], constant_values=fill)
         return jnp.moveaxis(padded.reshape(*leaf.shape[:at], -1, block, *leaf.shape[at + 1 :]), at, 0)

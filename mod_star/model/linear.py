@@ -54,8 +54,8 @@ def linear(
     if x_NxD.dtype != weight_DxF.dtype:
         raise TypeError(f"linear takes two arrays of one type, got {x_NxD.dtype} and {weight_DxF.dtype}")
     dtype = jnp.dtype(x_NxD.dtype if dtype is None else dtype)
-    asked = precision_of(x_NxD.dtype, precision)
-    return linear_p.bind(x_NxD, weight_DxF, dtype=dtype, transposed=transposed, precision=asked)
+    jax_precision = precision_of(x_NxD.dtype, precision)
+    return linear_p.bind(x_NxD, weight_DxF, dtype=dtype, transposed=transposed, precision=jax_precision)
 
 
 def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: Any, precision: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""How the rows of a routed block's tokens get in and out, by gathers alone.
+"""How the rows of a routed block's tokens are moved in and out, by gathers alone.
 
 Selected indices are unique and sorted, so the inverse of "token of slot c" is "slot of token i", and moving rows in
 either direction is a gather. `dispatch` and `combine` are each other's transposes and say so to autodiff: no scatter

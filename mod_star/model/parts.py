@@ -77,11 +77,11 @@ class ThoughtInput:
     """
 
     draw: Callable[..., Any]
-    """(params, hidden_D, logits_V, key, temperature) -> (token, kept). token: int32, drawn from
+    """(params, hidden_D, logits_V, key, temperature) -> (token, extra). token: int32, drawn from
     softmax(logits / temperature), which REINFORCE reinforces; -1 where no token is drawn, which has no log-probability.
-    kept: what `embed` needs besides, a pytree of arrays, the same for every step; None: nothing."""
+    extra: what `embed` needs besides, a pytree of arrays, the same for every step; None: nothing."""
     embed: Callable[..., Any]
-    """(params, tokens_N, kept_N) -> float32 NxD, input embeddings; row i from row i alone."""
+    """(params, tokens_N, extra_N) -> float32 NxD, input embeddings; row i from row i alone."""
     init: Callable[..., Any] | None = None
     """(key, ModelConfig) -> pytree of float32 arrays, found at params["thinking"]["thought"]. None: no parameters."""
 

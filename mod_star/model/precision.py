@@ -18,23 +18,23 @@ from mod_star.config import ModelConfig
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def precision_of(dtype: Any, asked: str | None = "highest") -> Any:
+def precision_of(dtype: Any, precision: str | None = "highest") -> Any:
     """The `precision` of a product of operands of `dtype`.
 
     Args:
       dtype: of both operands. Products of 16-bit operands are exact in one pass, and ask for nothing.
-      asked: highest, high or default, for float32; None: what `jax.default_matmul_precision` says, else highest.
+      precision: highest, high or default, for float32; None: what `jax.default_matmul_precision` says, else highest.
     """
     if jnp.dtype(dtype).itemsize < 4:
         return jax.lax.Precision.DEFAULT
-    if asked is None:
+    if precision is None:
         config: Any = jax.config
-        asked = config.jax_default_matmul_precision or "highest"
-    return jax.lax.Precision(asked) if asked in ("highest", "high", "default") else asked
+        precision = config.jax_default_matmul_precision or "highest"
+    return jax.lax.Precision(precision) if precision in ("highest", "high", "default") else precision
 
 
 def products_of(config: ModelConfig) -> AbstractContextManager[Any]:
-    """Context in which a user's own part is traced: its products of float32 operands ask for `config.precision`.
+    """Context in which a user's part is traced: its products of float32 operands ask for `config.precision`.
 
     Nothing is changed where the stream is bfloat16: JAX would ask the same of 16-bit operands, which kernels written in
     Pallas don't bear. Such a part says itself what its float32 products ask for.

@@ -128,7 +128,7 @@ def select_top(scores_S: jax.Array, valid_S: jax.Array, slots: int, most: jax.Ar
       most: int32 scalar, tokens to select at most; None: C.
     """
     S = scores_S.shape[0]
-    # -inf puts pads behind every real score; a real -inf or NaN loses to real scores but never lets a pad in.
+    # -inf puts pads after every real score; a real -inf or NaN loses to real scores but never lets a pad in.
     ranks_S = jnp.where(valid_S, jnp.nan_to_num(scores_S, nan=-3e38, neginf=-3e38), -jnp.inf)
     # top_k takes the earlier of equal scores, but 0.0 before -0.0.
     _, chosen_C = jax.lax.top_k(jnp.where(ranks_S == 0, 0.0, ranks_S), slots)  # the best first
@@ -143,16 +143,16 @@ def select_top(scores_S: jax.Array, valid_S: jax.Array, slots: int, most: jax.Ar
     return Selection(indices_C, filled_C, mask_S, slot_S)
 
 
-def select_first(wanted_S: jax.Array, slots: int) -> Selection:
+def select_first(passing_S: jax.Array, slots: int) -> Selection:
     """Causal choice: tokens take a slot in order of position until `slots` are taken; the rest passes by.
 
     Whether token i is computed depends on tokens up to i alone.
     """
-    count_S = jnp.cumsum(wanted_S, dtype=jnp.int32)
-    mask_S = wanted_S & (count_S <= slots)
+    count_S = jnp.cumsum(passing_S, dtype=jnp.int32)
+    mask_S = passing_S & (count_S <= slots)
     indices_C = jnp.searchsorted(count_S, jnp.arange(1, slots + 1, dtype=jnp.int32), method="compare_all")
     filled_C = jnp.arange(slots, dtype=jnp.int32) < count_S[-1]
-    indices_C = jnp.minimum(indices_C, wanted_S.shape[0] - 1).astype(jnp.int32)
+    indices_C = jnp.minimum(indices_C, passing_S.shape[0] - 1).astype(jnp.int32)
     return Selection(indices_C, filled_C, mask_S, jnp.clip(count_S - 1, 0, slots - 1))
 
 
@@ -336,9 +336,9 @@ def routed_block(
     else:
         slots = causal_slots(routing, config.context) if call.slots is None else call.slots
         rule_S = (logits_S > 0) & valid_S
-        wanted_S = rule_S if call.decided is None else jnp.where(call.decided < 0, rule_S, call.decided > 0)
+        passing_S = rule_S if call.decided is None else jnp.where(call.decided < 0, rule_S, call.decided > 0)
         room = slots if call.taken is None else slots - call.taken
-        selection = select_first(wanted_S & (jnp.cumsum(wanted_S, dtype=jnp.int32) <= room), min(S, slots))
+        selection = select_first(passing_S & (jnp.cumsum(passing_S, dtype=jnp.int32) <= room), min(S, slots))
         overflow_S = rule_S & ~selection.mask_S  # also where a repeated decision was that no slot was left
 
     rows = functools.partial(routed_rows, decoder)

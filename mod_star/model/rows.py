@@ -20,31 +20,31 @@ def rows_at_once(rows: int, share: float) -> int:
     return min(rows, math.ceil(1.5 * share * rows) + 1)
 
 
-def compute_rows(function: Callable[..., Any], wanted_R: jax.Array, rows: Any, share: float) -> Any:
+def compute_rows(function: Callable[..., Any], needed_R: jax.Array, rows: Any, share: float) -> Any:
     """`function(*rows)` for the rows that are wanted, zeros for the others.
 
     Args:
       function: takes any number of rows at once; the results' leading axis is theirs.
-      wanted_R: bool.
+      needed_R: bool.
       rows: a tuple of pytrees whose leaves have R as leading axis.
       share: about how large a part of the rows is wanted; sets the size of a chunk, not the result.
     """
-    R = wanted_R.shape[0]
+    R = needed_R.shape[0]
     shapes = jax.eval_shape(function, *rows)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     if R == 1:  # a branch that is not taken reads no weights
-        return jax.lax.cond(wanted_R[0], lambda: function(*rows), lambda: zeros)
+        return jax.lax.cond(needed_R[0], lambda: function(*rows), lambda: zeros)
     chunk = rows_at_once(R, share)
-    count = jnp.sum(wanted_R, dtype=jnp.int32)
-    order_R = jnp.pad(jnp.argsort(~wanted_R).astype(jnp.int32), (0, chunk))  # stable: wanted rows first
-    place_R = jnp.cumsum(wanted_R, dtype=jnp.int32) - 1  # of a wanted row in that order
+    count = jnp.sum(needed_R, dtype=jnp.int32)
+    order_R = jnp.pad(jnp.argsort(~needed_R).astype(jnp.int32), (0, chunk))  # stable: needed rows first
+    place_R = jnp.cumsum(needed_R, dtype=jnp.int32) - 1  # of a needed row in that order
 
     def body(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         start, results = carry
         picked = jax.lax.dynamic_slice(order_R, (start,), (chunk,))
         new = function(*jax.tree.map(lambda leaf: leaf[picked], rows))
         slot_R = jnp.clip(place_R - start, 0, chunk - 1)
-        here_R = wanted_R & (place_R - start == slot_R)
+        here_R = needed_R & (place_R - start == slot_R)
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             """By a gather: XLA:CPU does a scatter row by row."""
@@ -55,11 +55,11 @@ def compute_rows(function: Callable[..., Any], wanted_R: jax.Array, rows: Any, s
     return jax.lax.while_loop(lambda carry: carry[0] < count, body, (jnp.zeros((), count.dtype), zeros))[1]
 
 
-def compute_if(wanted: jax.Array, function: Callable[..., Any], args: Any, share: float) -> Any:
-    """`function(*args)` if `wanted`, else zeros; under `vmap`, however deep, only the wanted rows are computed.
+def compute_if(needed: jax.Array, function: Callable[..., Any], args: Any, share: float) -> Any:
+    """`function(*args)` if `needed`, else zeros; under `vmap`, however deep, only the needed rows are computed.
 
     Args:
-      wanted: bool scalar.
+      needed: bool scalar.
       function: pure; closes over no array.
       args: a tuple of pytrees. What `vmap` doesn't batch is shared by all rows and never copied.
       share: as for `compute_rows`.
@@ -67,16 +67,16 @@ def compute_if(wanted: jax.Array, function: Callable[..., Any], args: Any, share
     leaves, tree = jax.tree.flatten(args)
 
     @jax.custom_batching.custom_vmap
-    def one(wanted: jax.Array, *leaves: jax.Array) -> Any:
+    def one(needed: jax.Array, *leaves: jax.Array) -> Any:
         values = jax.tree.unflatten(tree, leaves)
         shapes = jax.eval_shape(function, *values)
         zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)  # noqa: E731
-        return jax.lax.cond(wanted, lambda: function(*values), zeros)
+        return jax.lax.cond(needed, lambda: function(*values), zeros)
 
     @one.def_vmap
-    def many(axis_size: int, in_batched: Sequence[bool], wanted: jax.Array, *leaves: jax.Array) -> tuple[Any, Any]:
-        is_wanted_batched, *is_row = in_batched
-        wanted_R = wanted if is_wanted_batched else jnp.broadcast_to(wanted, axis_size)
+    def many(axis_size: int, in_batched: Sequence[bool], needed: jax.Array, *leaves: jax.Array) -> tuple[Any, Any]:
+        is_needed_batched, *is_row = in_batched
+        needed_R = needed if is_needed_batched else jnp.broadcast_to(needed, axis_size)
         rows = [leaf for leaf, row in zip(leaves, is_row, strict=True) if row]
         shared = [leaf for leaf, row in zip(leaves, is_row, strict=True) if not row]
 
@@ -87,33 +87,33 @@ def compute_if(wanted: jax.Array, function: Callable[..., Any], args: Any, share
             axes = [0 if row else None for row in is_row]
             return jax.vmap(lambda *each: function(*jax.tree.unflatten(tree, each)), axes)(*mixed)
 
-        result = _pooled(several, share)(wanted_R, rows, shared)
+        result = _pooled(several, share)(needed_R, rows, shared)
         return result, jax.tree.map(lambda _: True, result)
 
-    return one(wanted, *leaves)
+    return one(needed, *leaves)
 
 
 def _pooled(several: Callable[..., Any], share: float) -> Callable[..., Any]:
     """`compute_rows` of one pool of rows, which a further `vmap` makes larger where the shared leaves stay shared."""
 
-    def plain(wanted_R: jax.Array, rows: list[jax.Array], shared: list[jax.Array]) -> Any:
-        return compute_rows(lambda *some: several(some, shared), wanted_R, tuple(rows), share)
+    def plain(needed_R: jax.Array, rows: list[jax.Array], shared: list[jax.Array]) -> Any:
+        return compute_rows(lambda *some: several(some, shared), needed_R, tuple(rows), share)
 
     pooled = jax.custom_batching.custom_vmap(plain)
 
     @pooled.def_vmap
-    def larger(axis_size: int, in_batched: Any, wanted_R: jax.Array, rows: Any, shared: Any) -> tuple[Any, Any]:
+    def larger(axis_size: int, in_batched: Any, needed_R: jax.Array, rows: Any, shared: Any) -> tuple[Any, Any]:
         if any(in_batched[2]):
             axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
-            result = jax.vmap(plain, axes)(wanted_R, rows, shared)
+            result = jax.vmap(plain, axes)(needed_R, rows, shared)
         else:
-            R = wanted_R.shape[-1]
+            R = needed_R.shape[-1]
 
             def flat(leaf: jax.Array, batched: bool) -> jax.Array:
                 leaf = leaf if batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
                 return leaf.reshape(axis_size * R, *leaf.shape[2:])
 
-            result = pooled(flat(wanted_R, in_batched[0]), jax.tree.map(flat, rows, in_batched[1]), shared)
+            result = pooled(flat(needed_R, in_batched[0]), jax.tree.map(flat, rows, in_batched[1]), shared)
             result = jax.tree.map(lambda leaf: leaf.reshape(axis_size, R, *leaf.shape[1:]), result)
         return result, jax.tree.map(lambda _: True, result)
 

@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from mod_star import random_streams
-from mod_star.config import ModelConfig, RoutingConfig
+from mod_star.config import ModelConfig, RoutingConfig, require_network
 from mod_star.distributed.sharding import constrain
 from mod_star.errors import require
 from mod_star.model.layers import fan_in_normal, lookup, rms_norm
 from mod_star.model.linear import linear, linear_saveable
 from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.model.routing import RoutingCall, RoutingMode, Tokens, Trace, routed_block
-from mod_star.network_config import require_network
 
 
 @struct.dataclass

@@ -1,4 +1,4 @@
-"""What to change about a run or a mesh that a plan found no room for."""
+"""What to change about a run or a mesh that does not fit the machine of a plan."""
 
 from __future__ import annotations
 
@@ -12,44 +12,46 @@ def advice(plan: Plan) -> tuple[str, ...]:
     Args:
       plan: one that does not fit.
     """
-    found: list[str] = []
+    changes: list[str] = []
     run, mesh, memory, chip = plan.run, plan.mesh, plan.memory, plan.topology.chip
     limit = chip.usable if chip else float("inf")
     state = memory.parameters + memory.optimizer
     shares = mesh["data"] * mesh["fsdp"]
     rows = run.train.batch_size // run.train.accumulation // shares
     if mesh["data"] > 1 and run.model.width % shares == 0:
-        found.append(
+        changes.append(
             f"--mesh.fsdp {shares} --mesh.data 1: parameters and optimizer state take {size(state / mesh['data'])} "
             f"per chip instead of {size(state)}, for more communication"
         )
     if run.model.remat != "full":
-        found.append("--model.remat full: keeps one input per group of blocks, for a quarter to a third more FLOPs")
+        changes.append("--model.remat full: keeps one input per group of blocks, for a quarter to a third more FLOPs")
     chunk = min(run.train.loss_chunk, run.model.context)
     logits = 4.0 * rows * chunk * run.model.vocab_size / mesh["tensor"]
     if chunk > 32 and logits > 0.02 * limit:
-        found.append(
+        changes.append(
             f"--train.loss-chunk {max(32, chunk // 4)}: the logits of a chunk take {size(logits)} per "
             "chip, several times over"
         )
     if run.thinks and run.thinking.chunk > 4:
-        found.append(f"--thinking.chunk {run.thinking.chunk // 2}: half the thoughts are scored at a time")
+        changes.append(f"--thinking.chunk {run.thinking.chunk // 2}: half the thoughts are scored at a time")
     if run.thinks and run.thinking.think_fraction > 0.5:
-        found.append("--thinking.think-fraction 0.5: half as many thoughts, and half the caches of sampling")
+        changes.append("--thinking.think-fraction 0.5: half as many thoughts, and half the caches of sampling")
     if rows > 1:
         parts = _portions(rows, (memory.temporaries or 0.0) / max(1.0, limit - state - memory.batch))
-        found.append(
+        changes.append(
             f"--train.accumulation {run.train.accumulation * parts}: {rows // parts} of the {rows} sequences per chip "
             "at a time"
         )
     if run.model.key_heads % (mesh["tensor"] * 2) == 0 and shares % 2 == 0:
         axes = _halved(mesh)
-        found.append(f"{axes} --mesh.tensor {mesh['tensor'] * 2}: the activations of a sequence lie on twice the chips")
+        changes.append(
+            f"{axes} --mesh.tensor {mesh['tensor'] * 2}: the activations of a sequence lie on twice the chips"
+        )
     if state > 0.5 * limit:
-        found.append(f"more chips: the training state alone takes {size(state)} of {size(limit)} on each")
-    elif not found:
-        found.append("more chips, or a smaller --train.batch-size, --model.context or model")
-    return tuple(found)
+        changes.append(f"more chips: the training state alone takes {size(state)} of {size(limit)} on each")
+    elif not changes:
+        changes.append("more chips, or a smaller --train.batch-size, --model.context or model")
+    return tuple(changes)
 
 
 def _portions(rows: int, excess: float) -> int:

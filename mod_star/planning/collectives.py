@@ -54,8 +54,8 @@ def merged(collectives: Iterable[Collective]) -> tuple[Collective, ...]:
     for each in collectives:
         key = replace(each, count=1.0)
         counts[key] = counts.get(key, 0.0) + each.count
-    found = [replace(key, count=count) for key, count in counts.items()]
-    return tuple(sorted(found, key=lambda each: -each.total))
+    unique = [replace(key, count=count) for key, count in counts.items()]
+    return tuple(sorted(unique, key=lambda each: -each.total))
 
 
 def kind_of(instruction: Instruction) -> str | None:
@@ -86,8 +86,8 @@ def collective_of(instruction: Instruction, computation: Computation, partitions
 
 def operand_arrays(computation: Computation, name: str) -> list[Array]:
     """Arrays of the type of an operand."""
-    made = computation.instructions.get(name)
-    return [] if made is None else made.arrays
+    instruction = computation.instructions.get(name)
+    return [] if instruction is None else instruction.arrays
 
 
 def describe(arrays: list[Array]) -> str:
@@ -104,13 +104,13 @@ def group_size(attributes: str, partitions: int) -> int:
 
     {{0,2},{1,3}} lists the groups; [2,4]<=[8] says 2 groups of 4; mesh['a'=2,'b'=4] {'b'} names the axes. {} means all.
     """
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
-        return int(found[2])
-    if found := re.search(r"replica_groups=@?(?:\w+ ?= ?)?mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", found[1])}
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
+        return int(match[2])
+    if match := re.search(r"replica_groups=@?(?:\w+ ?= ?)?mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", match[1])}
         # An axis may be used in part: 'x':(1)2 is a piece of it of size 2.
-        used = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", found[2])
+        used = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part) if part else sizes[name] for name, part in used) if used else partitions
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return len(split(found[1]))
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return len(split(match[1]))
     return partitions

@@ -89,14 +89,14 @@ class Instruction:
 
     def attribute(self, name: str) -> str | None:
         """An attribute's value up to the next comma or space, such as a computation's name without %."""
-        found = re.search(rf"(?:^|[ ,]){name}=%?([^, ]+)", self.attributes)
-        return found[1] if found else None
+        match = re.search(rf"(?:^|[ ,]){name}=%?([^, ]+)", self.attributes)
+        return match[1] if match else None
 
     @property
     def op_name(self) -> str:
         """Which part of the Python program it comes from, such as jit(train_step)/jvp(...)/while/body/dot_general."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def parse(text: str) -> Program:
     entry, current = None, None
     for line in text.splitlines():
         if line.startswith((" ", "\t")):
-            if current is not None and (made := _instruction(line.strip())) is not None:
-                current.instructions[made.name] = made
+            if current is not None and (instruction := _instruction(line.strip())) is not None:
+                current.instructions[instruction.name] = instruction
         elif line.endswith("{") and (head := re.match(r"(ENTRY )?%?([^\s(]+)", line)) and line[:9] != "HloModule":
             current = computations[head[2]] = Computation(head[2])
             entry = head[2] if head[1] else entry
@@ -172,11 +172,11 @@ def parse_type(text: str) -> Type:
     text = re.sub(r"/\*.*?\*/", "", text).strip()
     if text.startswith("("):
         return tuple(parse_type(part) for part in split(text[1:-1]) if part.strip())
-    found = re.match(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?", text)
-    if found is None:  # a token, or something opaque
+    match = re.match(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?", text)
+    if match is None:  # a token, or something opaque
         return Array(text, (), "")
-    dims = tuple(int(n.strip().removeprefix("<=")) for n in found[2].split(",") if n.strip())
-    return Array(found[1], dims, found[3] or "")
+    dims = tuple(int(n.strip().removeprefix("<=")) for n in match[2].split(",") if n.strip())
+    return Array(match[1], dims, match[3] or "")
 
 
 def split(text: str) -> list[str]:
@@ -196,8 +196,8 @@ def split(text: str) -> list[str]:
 def _closing(text: str, start: int) -> int:
     """Index of the parenthesis that closes the one at `start`."""
     depth = 0
-    for found in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if found[0] == "(" else -1
+    for bracket in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if bracket[0] == "(" else -1
         if not depth:
-            return found.start()
+            return bracket.start()
     return len(text) - 1

@@ -64,21 +64,21 @@ def share_bytes(tree: Any) -> float:
     return total
 
 
-def memory_of(analysis: Any, given: Memory, kept: float) -> Memory:
+def memory_of(analysis: Any, arguments: Memory, activations: float) -> Memory:
     """Memory of a compiled program.
 
     Args:
       analysis: `jax.stages.Compiled.memory_analysis()`.
-      given: from `arguments`.
-      kept: bytes of the activations, from `mod_star.planning.program_cost`.
+      arguments: what the step is given, from `arguments`.
+      activations: bytes of the activations, from `mod_star.planning.program_cost`.
     """
-    kept = min(kept, float(analysis.temp_size_in_bytes))
+    activations = min(activations, float(analysis.temp_size_in_bytes))
     return Memory(
-        parameters=given.parameters,
-        optimizer=given.optimizer,
-        batch=max(0.0, analysis.argument_size_in_bytes - given.parameters - given.optimizer),
-        activations=kept,
-        temporaries=analysis.temp_size_in_bytes - kept,
+        parameters=arguments.parameters,
+        optimizer=arguments.optimizer,
+        batch=max(0.0, analysis.argument_size_in_bytes - arguments.parameters - arguments.optimizer),
+        activations=activations,
+        temporaries=analysis.temp_size_in_bytes - activations,
         results=max(0.0, float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes)),
         code=float(analysis.generated_code_size_in_bytes),
     )

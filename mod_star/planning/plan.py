@@ -1,4 +1,4 @@
-"""What is known of a training step on a machine that isn't there: a plan, which `plan_training` makes."""
+"""A plan: what is known of a training step on a machine that is not there. `plan_training` makes it."""
 
 from __future__ import annotations
 

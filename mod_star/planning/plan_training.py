@@ -1,4 +1,4 @@
-"""The plan of a training step: compiled for a machine that isn't there, and held against that machine's figures."""
+"""Planning: compiles a training step for a machine that is not there, and compares it with that machine's figures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mod_star.config import RunConfig
-from mod_star.distributed.options import MeshConfig
+from mod_star.config import MeshConfig, RunConfig
 from mod_star.distributed.sharding import make_mesh, require_fits
 from mod_star.errors import require
 from mod_star.flops import parameter_count, training_step_flops
@@ -45,7 +44,7 @@ def plan_training(run: RunConfig, topology: Topology, mesh: MeshConfig, watch: W
       watch: context manager that shows what is being done, given its name; None: nothing is shown.
 
     Raises:
-      InputError: a field, the topology or the mesh is no good, or they don't fit together.
+      InputError: a field, the topology or the mesh is out of its range, or they don't fit together.
     """
     watch = watch or (lambda name: nullcontext())
     parts = load_parts(run.parts)
@@ -59,17 +58,17 @@ def plan_training(run: RunConfig, topology: Topology, mesh: MeshConfig, watch: W
         lowered = lower_train_step(
             decoder, run, steps, state, devices, platforms=("cuda",) if topology.kind == "gpu" else None
         )
-    found = _Found(topology, devices, run, state, timer.seconds)
+    unfinished = _Unfinished(topology, devices, run, state, timer.seconds)
     if topology.kind == "gpu":
-        return found.lowered_only()  # that it could be lowered shows that every operation has a form for CUDA
+        return unfinished.lowered_only()  # that it could be lowered shows that every operation has a form for CUDA
     with watch(f"compiling for {topology.name}"), timer:
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return found.too_large(str(error))
-    return found.compiled(compiled, timer.seconds)
+            return unfinished.too_large(str(error))
+    return unfinished.compiled(compiled, timer.seconds)
 
 
 def _runnable(run: RunConfig, topology: Topology) -> tuple[RunConfig, int]:
@@ -101,7 +100,7 @@ class _Timer:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Unfinished:
     """What is known before compilation."""
 
     topology: Topology
@@ -113,16 +112,16 @@ class _Found:
     def compiled(self, compiled: jax.stages.Compiled, seconds: float) -> Plan:
         """The plan of a program that was compiled."""
         cost = program_cost(parse(compiled.as_text() or ""))
-        memory = memory_of(compiled.memory_analysis(), self._arguments(), cost.kept)
+        memory = memory_of(compiled.memory_analysis(), self._arguments(), cost.activations)
         analysis: Any = compiled.cost_analysis()
         fits = None if self.topology.chip is None else True  # else the compiler would have stopped
         return self._plan(memory, fits, cost, seconds, float(analysis["flops"]) if analysis else None)
 
     def too_large(self, message: str) -> Plan:
-        """The plan of a program that the compiler found no room for; the message says how much it wanted."""
-        wanted = wanted_bytes(message)
+        """The plan of a program that the compiler found no room for; the message says how much it needed."""
+        needed = bytes_needed(message)
         memory = self._arguments()
-        rest = None if wanted is None else max(0.0, wanted - memory.total)
+        rest = None if needed is None else max(0.0, needed - memory.total)
         memory = replace(memory, temporaries=rest)
         return self._plan(memory, False, None, None, None, (f"the compiler stopped: {message.splitlines()[0]}",))
 
@@ -139,7 +138,7 @@ class _Found:
         if self.run.model.attention == "auto" and self.run.model.dtype == "bfloat16":
             notes.append("attention was lowered without cuDNN's fused kernel, which a GPU would use (model.attention)")
         if self.topology.count > 8:
-            notes.append("between nodes of 8 GPUs the network is slower than NVLink, and counts")
+            notes.append("between nodes of 8 GPUs the network is slower than NVLink, and sets the time")
         memory = replace(memory, temporaries=memory.parameters)
         chip = self.topology.chip
         fits = False if chip is not None and memory.total > chip.usable else None
@@ -189,8 +188,8 @@ def _floors(plan: Plan) -> Floors | None:
 def _notes(topology: Topology, run: RunConfig, cost: Cost | None) -> Iterator[str]:
     if topology.kind == "cpu":
         yield (
-            "compiled for CPUs: memory and collectives show how the work is shared out. A TPU or GPU takes other "
-            "temporaries, and needs no figures of bytes to the last digit"
+            "compiled for CPUs: memory and collectives show how the work is shared out. A TPU or a GPU "
+            "takes other temporaries, so that bytes are approximate"
         )
     if topology.chip is not None and run.model.dtype == "float32":
         yield "the time floor by FLOPs is for bfloat16 products; those of model.dtype = 'float32' take longer"
@@ -201,11 +200,11 @@ def _notes(topology: Topology, run: RunConfig, cost: Cost | None) -> Iterator[st
         )
 
 
-def wanted_bytes(message: str) -> float | None:
+def bytes_needed(message: str) -> float | None:
     """Bytes that XLA's message of a program that is too large says it needs; None if it doesn't say."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     number = r"([\d.]+)([KMGT]?)i?B?"
     for pattern in (rf"Used {number} of", rf"required[^()]*\({number}\)", rf"[Aa]llocat\w* {number}"):
-        if found := re.search(pattern, message):
-            return float(found[1]) * units[found[2]]
+        if match := re.search(pattern, message):
+            return float(match[1]) * units[match[2]]
     return None

@@ -1,4 +1,4 @@
-"""What one run of a compiled program costs a device: operations, memory traffic, communication.
+"""What one execution of a compiled program costs a device: operations, memory traffic, communication.
 
 XLA's own `cost_analysis` counts the body of a loop once; here it counts as often as it runs, and a loop over blocks or
 over chunks is what training consists of. Counted from the text of the compiled program (`mod_star.planning.hlo`), so
@@ -25,7 +25,7 @@ SCATTERED = "all-reduce-scatter"
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run costs one device."""
+    """What one execution costs one device."""
 
     flops: float = 0.0
     """Floating-point operations of matrix products, two per multiply-add."""
@@ -33,15 +33,15 @@ class Cost:
     """Bytes read from and written to its main memory, as far as the program's text shows."""
     collectives: tuple[Collective, ...] = ()
     """Communication; those that differ only in how often they run as one."""
-    kept: float = 0.0
+    activations: float = 0.0
     """Bytes that the loops of the forward pass leave for the backward pass: the activations."""
     unknown_loops: int = 0
-    """Loops that run as often as data says; they count as running once."""
+    """Loops whose number of iterations depends on data; they count as one iteration."""
 
     def times(self, count: float) -> Cost:
         """So many runs one after the other; memory is used again."""
         collectives = tuple(each.times(count) for each in self.collectives)
-        return Cost(self.flops * count, self.traffic * count, collectives, self.kept, self.unknown_loops)
+        return Cost(self.flops * count, self.traffic * count, collectives, self.activations, self.unknown_loops)
 
 
 def total(costs: Iterable[Cost]) -> Cost:
@@ -51,13 +51,13 @@ def total(costs: Iterable[Cost]) -> Cost:
         sum(each.flops for each in costs),
         sum(each.traffic for each in costs),
         merged(collective for each in costs for collective in each.collectives),
-        sum(each.kept for each in costs),
+        sum(each.activations for each in costs),
         sum(each.unknown_loops for each in costs),
     )
 
 
 def program_cost(program: Program) -> Cost:
-    """The cost of one run of a program on one device."""
+    """The cost of one execution of a program on one device."""
     return _Counter(program).computation(program.entry)
 
 
@@ -75,33 +75,33 @@ class _Counter:
             self.done[name] = total(self._cost(computation, i, seen) for i in computation.instructions.values())
         return self.done[name]
 
-    def _cost(self, computation: Computation, made: Instruction, seen: set[tuple[str, str]]) -> Cost:
-        if made.opcode == "while":
-            return self._loop(computation, made)
-        if made.opcode == "conditional":
-            return max((self.computation(branch) for branch in _branches(made)), key=lambda cost: cost.flops)
-        if made.opcode == "call" or (made.opcode == "async-start" and made.attribute("calls")):
-            return self.computation(made.attribute("to_apply") or made.attribute("calls") or "")
-        if made.opcode == "fusion":
-            return self._fusion(computation, made, seen)
-        traffic = plain_traffic(computation, made)
-        if kind_of(made) is not None:
-            return Cost(0.0, traffic, self._exchange(computation, made))
-        return Cost(matrix_flops(computation, made), traffic)
+    def _cost(self, computation: Computation, instruction: Instruction, seen: set[tuple[str, str]]) -> Cost:
+        if instruction.opcode == "while":
+            return self._loop(computation, instruction)
+        if instruction.opcode == "conditional":
+            return max((self.computation(branch) for branch in _branches(instruction)), key=lambda cost: cost.flops)
+        if instruction.opcode == "call" or (instruction.opcode == "async-start" and instruction.attribute("calls")):
+            return self.computation(instruction.attribute("to_apply") or instruction.attribute("calls") or "")
+        if instruction.opcode == "fusion":
+            return self._fusion(computation, instruction, seen)
+        traffic = plain_traffic(computation, instruction)
+        if kind_of(instruction) is not None:
+            return Cost(0.0, traffic, self._exchange(computation, instruction))
+        return Cost(matrix_flops(computation, instruction), traffic)
 
-    def _loop(self, computation: Computation, made: Instruction) -> Cost:
-        body = self.computation(made.attribute("body") or "")
-        trips = trip_count(self.program, computation, made)
+    def _loop(self, computation: Computation, instruction: Instruction) -> Cost:
+        body = self.computation(instruction.attribute("body") or "")
+        trips = trip_count(self.program, computation, instruction)
         cost = body.times(1 if trips is None else trips)
-        kept = cost.kept + (0 if trips is None else kept_bytes(self.program, made, trips))
-        return Cost(cost.flops, cost.traffic, cost.collectives, kept, cost.unknown_loops + (trips is None))
+        activations = cost.activations + (0 if trips is None else activation_bytes(self.program, instruction, trips))
+        return Cost(cost.flops, cost.traffic, cost.collectives, activations, cost.unknown_loops + (trips is None))
 
-    def _exchange(self, computation: Computation, made: Instruction) -> tuple[Collective, ...]:
-        found = collective_of(made, computation, self.program.partitions)
-        return (found,) if found.group > 1 else ()
+    def _exchange(self, computation: Computation, instruction: Instruction) -> tuple[Collective, ...]:
+        collective = collective_of(instruction, computation, self.program.partitions)
+        return (collective,) if collective.group > 1 else ()
 
-    def _fusion(self, computation: Computation, made: Instruction, seen: set[tuple[str, str]]) -> Cost:
-        name = made.attribute("calls") or ""
+    def _fusion(self, computation: Computation, fusion: Instruction, seen: set[tuple[str, str]]) -> Cost:
+        name = fusion.attribute("calls") or ""
         inner = self.program.computations[name]
         costs = []
         for instruction in inner.instructions.values():
@@ -116,7 +116,7 @@ class _Counter:
                     exchanged = tuple(_scattered(each, inner) for each in exchanged)
                 costs.append(Cost(0.0, plain_traffic(inner, instruction), exchanged))
         cost = total(costs)
-        traffic = NO_TRAFFIC if name.startswith(SCATTERED) else fusion_traffic(computation, made, inner)
+        traffic = NO_TRAFFIC if name.startswith(SCATTERED) else fusion_traffic(computation, fusion, inner)
         return Cost(cost.flops, cost.traffic + traffic, cost.collectives)
 
 
@@ -126,13 +126,15 @@ def _scattered(collective: Collective, inner: Computation) -> Collective:
     return Collective("reduce-scatter", collective.group, size, describe(arrays), collective.source)
 
 
-def _branches(made: Instruction) -> list[str]:
-    listed = re.search(r"branch_computations=\{([^}]*)\}", made.attributes)
-    names = listed[1].split(",") if listed else re.findall(r"(?:true|false)_computation=([^, ]+)", made.attributes)
+def _branches(instruction: Instruction) -> list[str]:
+    listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+    names = (
+        listed[1].split(",") if listed else re.findall(r"(?:true|false)_computation=([^, ]+)", instruction.attributes)
+    )
     return [name.strip().lstrip("%") for name in names]
 
 
-def kept_bytes(program: Program, loop: Instruction, trips: int) -> float:
+def activation_bytes(program: Program, loop: Instruction, trips: int) -> float:
     """Bytes in main memory of what a loop of the forward pass stacks up, slice by slice, for the backward pass.
 
     A loop is of the forward pass if JAX's names say so: under `jvp`, not under `transpose`.
@@ -142,44 +144,48 @@ def kept_bytes(program: Program, loop: Instruction, trips: int) -> float:
     body = program.computations[loop.attribute("body") or ""]
     if body.root.opcode != "tuple" or not isinstance(loop.kind, tuple):
         return 0.0
-    kept = 0.0
+    total = 0.0
     for number, (kind, name) in enumerate(zip(loop.kind, body.root.operands, strict=False)):
         stacked = isinstance(kind, Array) and kind.in_hbm and kind.dims[:1] == (trips,)
         if isinstance(kind, Array) and stacked and not _handed_on(body, name, number):
-            kept += kind.padded_bytes
-    return kept
+            total += kind.padded_bytes
+    return total
 
 
 def _handed_on(body: Computation, name: str, number: int) -> bool:
     """Whether an element of the body's result is that of its argument, as it was."""
-    made = body.instructions.get(name)
-    while made is not None and made.opcode in ("copy", "bitcast"):
-        made = body.instructions.get(made.operands[0])
-    return made is not None and made.opcode == "get-tuple-element" and made.attribute("index") == str(number)
+    instruction = body.instructions.get(name)
+    while instruction is not None and instruction.opcode in ("copy", "bitcast"):
+        instruction = body.instructions.get(instruction.operands[0])
+    return (
+        instruction is not None
+        and instruction.opcode == "get-tuple-element"
+        and instruction.attribute("index") == str(number)
+    )
 
 
-def matrix_flops(computation: Computation, made: Instruction) -> float:
+def matrix_flops(computation: Computation, instruction: Instruction) -> float:
     """Operations of a `dot` or a `convolution`, which is how XLA for TPUs writes a matrix product; else 0."""
-    if made.opcode not in ("dot", "convolution"):
+    if instruction.opcode not in ("dot", "convolution"):
         return 0.0
-    left, right = (operand_arrays(computation, name)[0] for name in made.operands[:2])
-    result = made.arrays[0]
-    if made.opcode == "dot":
-        listed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", made.attributes)
+    left, right = (operand_arrays(computation, name)[0] for name in instruction.operands[:2])
+    result = instruction.arrays[0]
+    if instruction.opcode == "dot":
+        listed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
         contracted = [left.dims[int(n)] for n in listed[1].split(",") if n] if listed else []
         return 2.0 * result.size * float(np.prod(contracted, dtype=float))
-    return 2.0 * _convolution_products(made, left, right, result)
+    return 2.0 * _convolution_products(instruction, left, right, result)
 
 
-def _convolution_products(made: Instruction, left: Array, right: Array, result: Array) -> float:
+def _convolution_products(instruction: Instruction, left: Array, right: Array, result: Array) -> float:
     """Multiply-adds of a convolution: those of places beyond the input, or between dilated elements, are none."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", made.attributes)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     if labels is None:
         return 0.0
     of_left, of_right, of_result = labels[1], labels[2], labels[3]
     products = float(result.dims[of_result.index("b")] * result.dims[of_result.index("f")])
     products *= right.dims[of_right.index("i")]
-    window_text = re.search(r"window=\{([^}]*)\}", made.attributes)
+    window_text = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     settings = dict(re.findall(r"(\w+)=([\w\-]+)", window_text[1])) if window_text else {}
     for place in range(len(labels[1]) - 2):
         letter = str(place)

@@ -1,4 +1,4 @@
-"""Machines to plan for, by name: `v5e:16x16`, `h100:8`, `cpu:8`; and their devices, without having them."""
+"""Machines to plan for, by name: `v5e:16x16`, `h100:8`, `cpu:8`; and their devices, which need not be there."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def devices_of(topology: Topology) -> Sequence[jax.Device]:
     if len(devices) < topology.count:
         raise InputError(
             f"--topology = {topology.name!r}: JAX has begun with {len(devices)} CPU devices in this process; "
-            "it must be planned in a process of its own"
+            "plan it in a new process"
         )
     return devices[: topology.count]
 

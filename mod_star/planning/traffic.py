@@ -26,45 +26,45 @@ def bytes_of(arrays: list[Array]) -> float:
     return float(sum(a.bytes for a in arrays if a.in_hbm))
 
 
-def plain_traffic(computation: Computation, made: Instruction) -> float:
+def plain_traffic(computation: Computation, instruction: Instruction) -> float:
     """Traffic of an instruction that is no fusion and calls nothing."""
-    if made.opcode in FREE or made.opcode.endswith("-done"):
+    if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
         return NO_TRAFFIC
-    read = [a for name in made.operands for a in operand_arrays(computation, name)]
-    if made.opcode in SLICING:
-        return 2 * bytes_of(made.arrays)
-    if made.opcode == "dynamic-update-slice":
-        return 2 * bytes_of(operand_arrays(computation, made.operands[1]))
-    if made.opcode.endswith("-start"):  # (result, operand, ...), or (operand, result, ...)
+    read = [a for name in instruction.operands for a in operand_arrays(computation, name)]
+    if instruction.opcode in SLICING:
+        return 2 * bytes_of(instruction.arrays)
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * bytes_of(operand_arrays(computation, instruction.operands[1]))
+    if instruction.opcode.endswith("-start"):  # (result, operand, ...), or (operand, result, ...)
         return 2 * bytes_of(read)
-    return bytes_of(read) + bytes_of(made.arrays)
+    return bytes_of(read) + bytes_of(instruction.arrays)
 
 
-def fusion_traffic(computation: Computation, made: Instruction, inner: Computation) -> float:
+def fusion_traffic(computation: Computation, instruction: Instruction, inner: Computation) -> float:
     """Traffic of a fusion: its operands and results, but for what is only sliced, updated in place or handed on."""
     users: dict[str, list[Instruction]] = {}
     for each in inner.instructions.values():
         for name in each.operands:
             users.setdefault(name, []).append(each)
-    handed_on, results_handed_on = _aliased(made)
+    handed_on, results_handed_on = _aliased(instruction)
     traffic = 0.0
     for number, parameter in inner.parameters.items():
-        if number not in handed_on and number < len(made.operands):
-            whole = operand_arrays(computation, made.operands[number])
+        if number not in handed_on and number < len(instruction.operands):
+            whole = operand_arrays(computation, instruction.operands[number])
             traffic += min(bytes_of(whole), _read(parameter, users, bytes_of(whole)))
     roots = [inner.root]
     if inner.root.opcode == "tuple":
         roots = [inner.instructions[name] for name in inner.root.operands if name in inner.instructions]
-    parts = made.kind if isinstance(made.kind, tuple) else (made.kind,)
+    parts = instruction.kind if isinstance(instruction.kind, tuple) else (instruction.kind,)
     for number, (root, kind) in enumerate(zip(roots, parts, strict=False)):
         if isinstance(kind, Array) and kind.in_hbm and number not in results_handed_on:
             traffic += _written(root, inner, kind)
     return traffic
 
 
-def _aliased(made: Instruction) -> tuple[set[int], set[int]]:
+def _aliased(instruction: Instruction) -> tuple[set[int], set[int]]:
     """Numbers of the operands and of the results that are one buffer, which a fusion hands on untouched."""
-    listed = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", made.attributes)
+    listed = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", instruction.attributes)
     pairs = re.findall(r"\{(\d*)\}: \((\d+),", listed[1]) if listed else []
     return {int(operand) for _, operand in pairs}, {int(result or 0) for result, _ in pairs}
 

@@ -90,32 +90,32 @@ def _evaluate(program: Program, computation: Computation, name: str, places: _Pl
     """The number that an instruction results in, in a loop's body or condition; "name[i]" is a tuple's element."""
     if deep > DEEP:
         return None
-    wanted = re.fullmatch(r"(.*)\[(\d+)\]", name)
-    element = int(wanted[2]) if wanted else None
-    name = wanted[1] if wanted else name
+    match = re.fullmatch(r"(.*)\[(\d+)\]", name)
+    element = int(match[2]) if match else None
+    name = match[1] if match else name
     if name in places:
         return places[name]
-    made = computation.instructions.get(name)
-    if made is None:
+    instruction = computation.instructions.get(name)
+    if instruction is None:
         return None
     again = lambda at: _evaluate(program, computation, at, places, deep + 1)  # noqa: E731
-    if made.opcode == "constant":
-        return int(made.text) if re.fullmatch(r"-?\d+", made.text) else None
-    if made.opcode == "parameter":
+    if instruction.opcode == "constant":
+        return int(instruction.text) if re.fullmatch(r"-?\d+", instruction.text) else None
+    if instruction.opcode == "parameter":
         return None if element is None else _Carried(element)
-    if made.opcode == "get-tuple-element" and element is None:
-        return again(f"{made.operands[0]}[{made.attribute('index')}]")
-    if made.opcode == "tuple" and element is not None:
-        return again(made.operands[element])
-    if made.opcode in SAME:
-        return again(made.operands[0] if element is None else f"{made.operands[0]}[{element}]")
-    if made.opcode in ("add", "subtract") and element is None:
-        left, right = (again(operand) for operand in made.operands)
-        return _add(left, right, 1 if made.opcode == "add" else -1)
-    if made.opcode in ("fusion", "call"):
-        inner = program.computations[made.attribute("calls") or made.attribute("to_apply") or ""]
+    if instruction.opcode == "get-tuple-element" and element is None:
+        return again(f"{instruction.operands[0]}[{instruction.attribute('index')}]")
+    if instruction.opcode == "tuple" and element is not None:
+        return again(instruction.operands[element])
+    if instruction.opcode in SAME:
+        return again(instruction.operands[0] if element is None else f"{instruction.operands[0]}[{element}]")
+    if instruction.opcode in ("add", "subtract") and element is None:
+        left, right = (again(operand) for operand in instruction.operands)
+        return _add(left, right, 1 if instruction.opcode == "add" else -1)
+    if instruction.opcode in ("fusion", "call"):
+        inner = program.computations[instruction.attribute("calls") or instruction.attribute("to_apply") or ""]
         at = inner.root.name if element is None else f"{inner.root.name}[{element}]"
-        return _evaluate(program, inner, at, _arguments(program, computation, made, inner, places), deep + 1)
+        return _evaluate(program, inner, at, _arguments(program, computation, instruction, inner, places), deep + 1)
     return None
 
 

@@ -71,7 +71,7 @@ def check_source(source: Source) -> list[Place]:
     # A damaged number of layers must not cost memory or time: every layer has tensors.
     if config.layers > len(source.tensors):
         raise InputError(f"{source.path}: has {len(source.tensors)} tensors, too few for {config.layers} layers")
-    found, expected = [], set()
+    checked, expected = [], set()
     for place in places(FAMILIES[source.family].names, param_shapes(config)):
         tensor = source.tensors.get(place.tensor)
         if tensor is None:
@@ -84,14 +84,14 @@ def check_source(source: Source) -> list[Place]:
                 f"{list(place.source_shape)}"
             )
         expected.add(place.tensor)
-        found.append(place)
+        checked.append(place)
     for name in sorted(source.tensors.keys() - expected):
         raise InputError(
             f"{source.path}: tensor {name} of shape {list(source.tensors[name].shape)} has no place in a "
             f"{FAMILIES[source.family].title} model of {config.layers} layers"
         )
     # While the first ones are loaded, little memory is in use yet: pages of `np.empty` count from the first write.
-    return sorted(found, key=lambda place: -math.prod(place.shape))
+    return sorted(checked, key=lambda place: -math.prod(place.shape))
 
 
 def build_params(source: Source, progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
@@ -106,9 +106,9 @@ def build_params(source: Source, progress: Callable[[int], None] = lambda count:
     Raises:
       InputError: as `check_source`; or a tensor can't be read, or holds NaN or infinity.
     """
-    found = check_source(source)
+    checked = check_source(source)
     params: dict[str, Any] = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), param_shapes(source.config))
-    for place in found:
+    for place in checked:
         tensor = source.tensors[place.tensor]
         target = leaf_at(params, place.path)
         _fill(target if place.layer is None else target[place.layer], place, tensor)

@@ -11,16 +11,16 @@ from mod_star.tokenization import ByteTokenizer
 def byte_tokenizer_json() -> str:
     """A tokenizer.json that gives the ids of `ByteTokenizer`, and bos first."""
     plain = ByteTokenizer()
-    made = tokenizers.Tokenizer(models.BPE(vocab={_letter(byte): byte for byte in range(256)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={_letter(byte): byte for byte in range(256)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     names = {plain.token_text(token): token for token in (plain.bos_id, plain.eos_id)}
-    made.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
+    tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
     bos = plain.token_text(plain.bos_id)
-    made.post_processor = processors.TemplateProcessing(
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, plain.bos_id)]
     )
-    return made.to_str(pretty=True)
+    return tokenizer.to_str(pretty=True)
 
 
 def _letter(byte: int) -> str:

@@ -36,23 +36,23 @@ def require_exportable(loaded: LoadedRun) -> str:
     """The family of a run's model.
 
     Raises:
-      InputError: no other library has this network: it routes, it thinks, it has parts of the user's own, or a
+      InputError: no other library has this network: it routes, it thinks, it has a user's parts, or a
         combination of options that no family has.
     """
     run = loaded.config
     if run.routing.every:
         raise InputError(
-            f"routing.every = {run.routing.every}: a Mixture-of-Depths model can't be exported, transformers has no "
+            f"routing.every = {run.routing.every}: a Mixture-of-Depths model cannot be exported: transformers has no "
             "network that routes tokens around blocks; only dense models can be"
         )
     if "thinking" in loaded.params:
         raise InputError(
-            "train.objective = 'quiet_star': a thinking model can't be exported, transformers has no mixing head and "
-            "no thoughts; only models that don't think can be"
+            "train.objective = 'quiet_star': a thinking model cannot be exported: transformers has no mixing head and "
+            "no thoughts; only models that do not think can be"
         )
     if run.parts is not None:
         raise InputError(
-            f"parts = {run.parts!r}: a model with parts of your own can't be exported, transformers doesn't have them"
+            f"parts = {run.parts!r}: a model with parts of your own cannot be exported: transformers lacks them"
         )
     return family_of(run.model)
 
@@ -137,14 +137,16 @@ def _converted(array: np.ndarray, kind: np.dtype, name: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         converted = array.astype(kind, copy=False)
     if not np.isfinite(converted).all():
-        raise InputError(f"--dtype = {kind.name!r}: tensor {name} has values that don't fit; take float32 or bfloat16")
+        raise InputError(
+            f"--dtype = {kind.name!r}: tensor {name} has values out of its range; take float32 or bfloat16"
+        )
     return converted
 
 
-def _shards(found: list[Place], itemsize: int, most: int) -> Iterator[list[Place]]:
+def _shards(tensors: list[Place], itemsize: int, most: int) -> Iterator[list[Place]]:
     shard: list[Place] = []
     room = most
-    for place in found:
+    for place in tensors:
         size = math.prod(place.shape) * itemsize
         if shard and size > room:
             yield shard

@@ -1,4 +1,4 @@
-"""A tokenizer with more ids than the embedding has rows: tokens that nobody trained are taken out."""
+"""A tokenizer with more ids than the embedding has rows: tokens without a row are taken out."""
 
 from __future__ import annotations
 

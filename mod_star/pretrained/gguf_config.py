@@ -232,12 +232,12 @@ def llama3_scaling(divisors: np.ndarray, config: ModelConfig, original: int) -> 
     for low, high in candidates:
         if not 0 < low < high:
             continue
-        found = dataclasses.replace(
+        scaled = dataclasses.replace(
             config, rope_scaling="llama3", rope_factor=factor, rope_low_freq_factor=low, rope_high_freq_factor=high,
             rope_original_context=original,
         )  # fmt: skip
-        if np.allclose(rotary_frequencies(config) / divisors, rotary_frequencies(found), rtol=1e-5, atol=0):
-            return found
+        if np.allclose(rotary_frequencies(config) / divisors, rotary_frequencies(scaled), rtol=1e-5, atol=0):
+            return scaled
     return None
 
 

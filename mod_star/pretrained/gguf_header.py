@@ -1,4 +1,4 @@
-"""The header of a GGUF file, read without trusting it: metadata, and where which tensor lies.
+"""The header of a GGUF file, checked as it is read: metadata, and where each tensor lies.
 
 The reader of the package `gguf` takes every length in a file at its word: a damaged one makes it allocate without bound
 or fail anywhere. Here each length is held against what is left of the file before anything is read or allocated. What
@@ -150,19 +150,19 @@ class _Cursor:
         """`count` strings; as `string`, but a vocabulary has 100 000 of them."""
         self.check_count(count, 8, f"strings in {what}")
         data, at, end = self._data, self.at, self._end
-        found: list[str] = []
+        strings: list[str] = []
         unpack = struct.Struct("<Q").unpack_from
         for index in range(count):
             if at + 8 > end or (stop := at + 8 + unpack(data, at)[0]) > end:
                 self.at = at
-                return [*found, self.string(f"{what}[{index}]")]  # raises
+                return [*strings, self.string(f"{what}[{index}]")]  # raises
             try:
-                found.append(data[at + 8 : stop].decode("utf-8"))
+                strings.append(data[at + 8 : stop].decode("utf-8"))
             except UnicodeDecodeError:
                 raise self.fail(f"{what}[{index}] is not UTF-8: {_short(data[at + 8 : stop])}") from None
             at = stop
         self.at = at
-        return found
+        return strings
 
     def value(self, key: str) -> Any:
         what = f"metadata {_short(key)}"
@@ -186,7 +186,7 @@ class _Cursor:
         dtype = np.dtype(_SCALARS[kind])
         raw = self.take(count * dtype.itemsize, what)
         if dtype == np.bool_ and raw.translate(None, b"\x00\x01"):
-            raise self.fail(f"{what} has a byte that is no bool")
+            raise self.fail(f"{what} has a byte that is not a bool")
         return np.frombuffer(raw, dtype)
 
 
@@ -229,10 +229,10 @@ def _place(
         except (ValueError, KeyError):
             raise cursor.refuse(_unknown_type(what, kind_number)) from None
         if 0 in shape or shape[-1] % block:
-            raise cursor.fail(f"{what} has shape {shape}, which {kind.name} can't have (its blocks are of {block})")
+            raise cursor.fail(f"{what} has shape {shape}, which {kind.name} cannot have (its blocks are of {block})")
         size = math.prod(shape) // block * block_bytes  # Python's numbers do not overflow
         if offset % alignment:
-            raise cursor.fail(f"{what} begins at offset {offset}, which is no multiple of {alignment}")
+            raise cursor.fail(f"{what} begins at offset {offset}, which is not a multiple of {alignment}")
         if start + offset + size > cursor.size:
             raise cursor.fail(
                 f"{what} (shape {shape}, {kind.name}) takes bytes {start + offset} to {start + offset + size}, "

@@ -103,22 +103,22 @@ def read_gguf_tokenizer(file: GgufFile, rows: int) -> HuggingFaceTokenizer:
         if split is None:
             known = ", ".join(_SPLITS)
             raise fields.fail("pre", name, f"how this model splits text is not known here; there are {known}")
-        made, bos_by_default = _byte_level(fields, ids, split), split.bos
+        tokenizer, bos_by_default = _byte_level(fields, ids, split), split.bos
     else:
-        made, bos_by_default = _sentence_piece(fields, tokens, kinds, ids), True
+        tokenizer, bos_by_default = _sentence_piece(fields, tokens, kinds, ids), True
     # Among special tokens the longest that fits is taken; their order here does not matter.
     special = [AddedToken(tokens[i], special=True, normalized=False) for i in np.flatnonzero(kinds == _CONTROL)]
     plain = [AddedToken(tokens[i], special=False, normalized=False) for i in np.flatnonzero(kinds == _USER_DEFINED)]
-    made.add_special_tokens(special)
-    made.add_tokens(plain)
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)
     name = f"{file.path}: tokenizer"
-    ends = _special(fields, made, bos_by_default, len(tokens))
+    ends = _special(fields, tokenizer, bos_by_default, len(tokens))
     bos = "" if ends.bos_id is None else tokens[ends.bos_id]
     if ends.starts_with_bos and not set(bos) & set(":$"):  # so that other libraries know it from an export
-        made.post_processor = processors.TemplateProcessing(
+        tokenizer.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, ends.bos_id)]
         )
-    files = TokenizerFiles(made.to_str(), ends, fields.chat_template())
+    files = TokenizerFiles(tokenizer.to_str(), ends, fields.chat_template())
     return HuggingFaceTokenizer(files, name)
 
 
@@ -134,40 +134,40 @@ class _Fields:
         return InputError(f"{self._file.path}: {_PREFIX}{name} = {shown}: {allowed}")
 
     def take(self, name: str, *default: Any) -> Any:
-        found = self._file.metadata.get(_PREFIX + name, *default)
-        if found is None and not default:
+        value = self._file.metadata.get(_PREFIX + name, *default)
+        if value is None and not default:
             raise InputError(f"{self._file.path}: has no {_PREFIX}{name}")
-        return found
+        return value
 
     def strings(self, name: str) -> list[str]:
-        found = self.take(name)
-        if not isinstance(found, list):
-            raise self.fail(name, found, "must be an array of strings")
-        return found
+        value = self.take(name)
+        if not isinstance(value, list):
+            raise self.fail(name, value, "must be an array of strings")
+        return value
 
     def numbers(self, name: str) -> np.ndarray:
-        found = self.take(name)
-        if not isinstance(found, np.ndarray):
-            raise self.fail(name, found, "must be an array of numbers")
-        return found
+        value = self.take(name)
+        if not isinstance(value, np.ndarray):
+            raise self.fail(name, value, "must be an array of numbers")
+        return value
 
-    def require_length(self, name: str, found: Sequence[Any] | np.ndarray, length: int) -> None:
-        if len(found) != length:
+    def require_length(self, name: str, values: Sequence[Any] | np.ndarray, length: int) -> None:
+        if len(values) != length:
             raise InputError(
-                f"{self._file.path}: {_PREFIX}{name} has {len(found)} entries, the vocabulary has {length}"
+                f"{self._file.path}: {_PREFIX}{name} has {len(values)} entries, the vocabulary has {length}"
             )
 
     def flag(self, name: str, default: bool) -> bool:
-        found = self.take(name, default)
-        if not isinstance(found, bool):
-            raise self.fail(name, found, "must be a bool")
-        return found
+        value = self.take(name, default)
+        if not isinstance(value, bool):
+            raise self.fail(name, value, "must be a bool")
+        return value
 
     def token(self, name: str, count: int) -> int | None:
-        found = self.take(name, None)
-        if found is not None and not (type(found) is int and 0 <= found < count):
-            raise self.fail(name, found, f"must be an id below {count}")
-        return found
+        value = self.take(name, None)
+        if value is not None and not (type(value) is int and 0 <= value < count):
+            raise self.fail(name, value, f"must be an id below {count}")
+        return value
 
     def check_others(self) -> None:
         """Refuses what would change ids and isn't known."""
@@ -183,10 +183,10 @@ class _Fields:
                 raise self.fail(name, value, "is not supported")
 
     def chat_template(self) -> str | None:
-        found = self._file.metadata.get("tokenizer.chat_template")
-        if found is not None and not isinstance(found, str):
+        template = self._file.metadata.get("tokenizer.chat_template")
+        if template is not None and not isinstance(template, str):
             raise InputError(f"{self._file.path}: tokenizer.chat_template: must be a string")
-        return found
+        return template
 
 
 def _byte_level(fields: _Fields, ids: dict[str, int], split: _Split) -> tokenizers.Tokenizer:
@@ -197,15 +197,15 @@ def _byte_level(fields: _Fields, ids: dict[str, int], split: _Split) -> tokenize
         if not space or left not in ids or right not in ids or left + right not in ids:
             raise fields.fail("merges", merge, "must be two tokens of the vocabulary that give a third")
         pairs.append((left, right))
-    made = tokenizers.Tokenizer(models.BPE(ids, pairs, ignore_merges=split.whole_words))
+    tokenizer = tokenizers.Tokenizer(models.BPE(ids, pairs, ignore_merges=split.whole_words))
     if split.nfc:
-        made.normalizer = normalizers.NFC()
+        tokenizer.normalizer = normalizers.NFC()
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
     steps += [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in split.patterns]
     steps += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.gpt2)]
-    made.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    made.decoder = decoders.ByteLevel()
-    return made
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def _sentence_piece(fields: _Fields, tokens: list[str], kinds: np.ndarray, ids: dict[str, int]) -> tokenizers.Tokenizer:
@@ -232,20 +232,20 @@ def _sentence_piece(fields: _Fields, tokens: list[str], kinds: np.ndarray, ids: 
             if left in normal and right in normal:
                 merges.append((-float(scores[index]), ids[left], ids[right], left, right))
     merges.sort()
-    made = tokenizers.Tokenizer(
+    tokenizer = tokenizers.Tokenizer(
         models.BPE(ids, [merge[3:] for merge in merges], unk_token=unknown[0], fuse_unk=True, byte_fallback=True)
     )
     spaces, prefix = normalizers.Replace(" ", _SPACE), fields.flag("add_space_prefix", True)
-    made.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces] if prefix else [spaces])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces] if prefix else [spaces])
     steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-    return made
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return tokenizer
 
 
-def _special(fields: _Fields, made: tokenizers.Tokenizer, bos_by_default: bool, count: int) -> SpecialTokens:
+def _special(fields: _Fields, tokenizer: tokenizers.Tokenizer, bos_by_default: bool, count: int) -> SpecialTokens:
     bos, eos = fields.token("bos_token_id", count), fields.token("eos_token_id", count)
     if bos is None and eos is None:
         raise fields.fail("eos_token_id", None, "a bos or an eos is needed to start or end a text with")
     further = [fields.token(name, count) for name in ("eot_token_id", "eom_token_id")]
     starts = bos is not None and fields.flag("add_bos_token", bos_by_default)
-    return SpecialTokens(bos, eos, end_ids(made, bos if eos is None else eos, further), starts)
+    return SpecialTokens(bos, eos, end_ids(tokenizer, bos if eos is None else eos, further), starts)

@@ -190,15 +190,15 @@ def _sliding_window(fields: _Fields, family: str, layers: int) -> int | None:
             raise fields.fail("use_sliding_window", used, "is not supported in a Llama; must be false")
     elif family in ("qwen2", "qwen3"):
         used = fields.flag("use_sliding_window", False)
-        given, first = fields.integer("sliding_window", absent), fields.take("max_window_layers", 28)
+        size, first = fields.integer("sliding_window", absent), fields.take("max_window_layers", 28)
         if not isinstance(first, int) or isinstance(first, bool):
             raise fields.fail("max_window_layers", first, "must be a whole number")
         if used and kinds is None:  # layers from this one on have the window
             if 0 < first < layers:
                 raise fields.fail("max_window_layers", first, f"must be 0 or {layers}: all layers alike")
-            window = given if first <= 0 else None
+            window = size if first <= 0 else None
         elif used:
-            window = given if isinstance(kinds, list) and kinds[:1] == ["sliding_attention"] else None
+            window = size if isinstance(kinds, list) and kinds[:1] == ["sliding_attention"] else None
     expected = "full_attention" if window is None else "sliding_attention"
     if kinds is not None and kinds != [expected] * layers:
         raise fields.fail("layer_types", kinds, f'must be "{expected}" for all {layers} layers')
@@ -219,8 +219,8 @@ def _rope(fields: _Fields, where: str) -> dict[str, Any]:
             raise fields.fail(stated[0][0], stated[0][1], f"does not go with {name}, which has {value}")
     if older is not None and newer is not None and older != newer:
         raise fields.fail("rope_scaling", scaling, f"does not go with rope_parameters = {_short(parameters)}")
-    found = older if newer is None else newer
-    return {"rope_theta": stated[0][1] if stated else 10_000.0} | (found or {})
+    rope = older if newer is None else newer
+    return {"rope_theta": stated[0][1] if stated else 10_000.0} | (rope or {})
 
 
 def _named(older: dict[str, Any] | None, newer: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
@@ -230,9 +230,9 @@ def _named(older: dict[str, Any] | None, newer: dict[str, Any] | None) -> dict[s
 
 def _rope_of(inner: _Fields) -> dict[str, Any]:
     """Fields of `ModelConfig` that one of the two objects gives: `rope_theta` only where it states one."""
-    found: dict[str, Any] = {}
+    rope: dict[str, Any] = {}
     if (theta := inner.number("rope_theta", None)) is not None:
-        found["rope_theta"] = theta
+        rope["rope_theta"] = theta
     kind, old_kind = inner.take("rope_type", None), inner.take("type", None)
     if None not in (kind, old_kind) and kind != old_kind:
         raise inner.fail("type", old_kind, f"does not go with rope_type = {_short(kind)}")
@@ -240,16 +240,16 @@ def _rope_of(inner: _Fields) -> dict[str, Any]:
     if kind not in ("default", "linear", "llama3"):
         raise inner.fail("rope_type", kind, "is not supported; must be default, linear or llama3")
     if kind != "default":
-        found |= {"rope_scaling": kind, "rope_factor": inner.number("factor")}
+        rope |= {"rope_scaling": kind, "rope_factor": inner.number("factor")}
     else:
         inner.only({"factor": (1, 1.0)})
     if kind == "llama3":
-        found["rope_low_freq_factor"] = inner.number("low_freq_factor")
-        found["rope_high_freq_factor"] = inner.number("high_freq_factor")
-        found["rope_original_context"] = inner.integer("original_max_position_embeddings")
+        rope["rope_low_freq_factor"] = inner.number("low_freq_factor")
+        rope["rope_high_freq_factor"] = inner.number("high_freq_factor")
+        rope["rope_original_context"] = inner.integer("original_max_position_embeddings")
     inner.only({"partial_rotary_factor": (1, 1.0)})
     inner.finish({"original_max_position_embeddings"})  # means something to llama3 only
-    return found
+    return rope
 
 
 def _short(value: object) -> str:

@@ -40,7 +40,7 @@ def open_hf(directory: Path) -> Source:
         _drop_tied_head(directory, tensors, names["head",].template, names["embedding",].template)
     if not (directory / TOKENIZER_NAME).is_file():
         others = " and ".join(name for name in _OTHER_TOKENIZERS if (directory / name).is_file())
-        has = f"has {others}, which can't be read here, and no" if others else "has no"
+        has = f"has {others}, which cannot be read here, and no" if others else "has no"
         raise InputError(
             f"{directory}: {has} {TOKENIZER_NAME}; AutoTokenizer.from_pretrained(…).save_pretrained(…) of "
             "transformers makes one"
@@ -63,7 +63,7 @@ def download(name: str) -> Path:
     except Exception as error:  # the hub's own, those of its HTTP library, and the operating system's
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{name}: is no directory here, and cannot be fetched from the Hugging Face hub "
+            f"{name}: is not a directory here, and cannot be fetched from the Hugging Face hub "
             f"({type(error).__name__}: {reason})"
         ) from error
 

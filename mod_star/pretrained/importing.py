@@ -48,7 +48,7 @@ def open_source(spec: str) -> Source:
         )
     if _HUB_NAME.fullmatch(spec):
         return open_hf(download(spec))
-    raise InputError(f"{spec}: there is no such file or directory, and it is no hub name (org/name)")
+    raise InputError(f"{spec}: there is no such file or directory, and it is not a hub name (org/name)")
 
 
 def run_config(source: Source, context: int | None, dtype: Literal["float32", "bfloat16"] = "float32") -> RunConfig:

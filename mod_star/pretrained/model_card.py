@@ -96,9 +96,9 @@ def _measures(run: Path, step: int) -> Iterator[str]:
             results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             if results["config"]["step"] != step:
                 continue
-            for measure, found in results["measures"].items():
-                low, high = (f"{100 * found[key]:.1f}" for key in ("low", "high"))
-                value = f"{100 * found['value']:.1f} %"
+            for measure, estimate in results["measures"].items():
+                low, high = (f"{100 * estimate[key]:.1f}" for key in ("low", "high"))
+                value = f"{100 * estimate['value']:.1f} %"
                 yield f"| {results['task']} | {results['items']} | {measure} | {value} | {low} to {high} |"
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file}: cannot be read: {error!r}; delete it, or evaluate anew") from error

@@ -101,7 +101,7 @@ def _sharded(index: Path) -> tuple[dict[str, SourceTensor], set[str]]:
         names = {str(file) for file in places.values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{index}: is not an index of shards: {type(error).__name__}: {error}") from error
-    found: dict[str, SourceTensor] = {}
+    by_name: dict[str, SourceTensor] = {}
     for name in sorted(names):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise InputError(f"{index}: names the shard {name!r}: must be a .safetensors file of the same directory")
@@ -116,27 +116,27 @@ def _sharded(index: Path) -> tuple[dict[str, SourceTensor], set[str]]:
             if tensor in places:
                 raise InputError(f"{shard}: has the tensor {tensor}, which {index.name} says {places[tensor]} has")
             raise InputError(f"{shard}: has the tensor {tensor}, of which {index.name} knows nothing")
-        found |= tensors
-    return found, names
+        by_name |= tensors
+    return by_name, names
 
 
 def _tensors(path: Path) -> dict[str, SourceTensor]:
-    found = {}
+    tensors = {}
     try:
         with safe_open(path, "np") as file:
             for name in file.keys():  # noqa: SIM118  it is no dict
                 piece = file.get_slice(name)
-                found[name] = SourceTensor(
+                tensors[name] = SourceTensor(
                     tuple(piece.get_shape()), piece.get_dtype(), partial(_load, path, name, tuple(piece.get_shape()))
                 )
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         if tensor.stored not in TYPES:
             hint = "; quantised checkpoints are not supported" if _NARROW.match(tensor.stored) else ""
             allowed = f"must be one of {', '.join(TYPES)}{hint}"
             raise InputError(f"{path}: tensor {name} is of type {tensor.stored}: {allowed}")
-    return found
+    return tensors
 
 
 def _load(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -56,8 +56,8 @@ def upcycled_config(run: RunConfig, capacity: float, every: int = 2) -> RunConfi
       The configuration, with the default plan of stages; `init_from` is None.
 
     Raises:
-      InputError: the run is routed already, its blocks can't be grouped so, or its own router or gate would not start
-        as the dense model.
+      InputError: the run is routed already, its blocks can't be grouped so, or its own parts decide what is routed:
+        the model would not start as the dense one.
     """
     require(every >= 1, "--every", every, "must be at least 1")
     require(0 < capacity <= 1, "--capacity", capacity, "must lie in (0, 1]")
@@ -66,11 +66,12 @@ def upcycled_config(run: RunConfig, capacity: float, every: int = 2) -> RunConfi
     layers = run.model.layers
     require(layers % every == 0, "--every", every, f"must divide model.layers = {layers}")
     parts = load_parts(run.parts)
-    if parts.router is not DEFAULT_PARTS.router or parts.gate is not None:
-        raise InputError(
-            f"parts = {run.parts!r}: has its own {'router' if parts.gate is None else 'gate'}; only with the built-in "
-            "ones does the model start as the dense one"
-        )
+    for name in ("router", "gate", "selection", "causal_rule"):
+        if getattr(parts, name) is not getattr(DEFAULT_PARTS, name):
+            raise InputError(
+                f"parts = {run.parts!r}: has its own {name}; only with the built-in ones does the model start as the "
+                "dense one"
+            )
     routing = RoutingConfig(every=every, capacity=capacity, gate="tanh", stages=default_stages(capacity))
     return replace(run, routing=routing, init_from=None)
 

@@ -1,4 +1,4 @@
-"""The run that another one starts from: loads it, and refuses what its parameters don't fit."""
+"""The run that another one starts from: loads it, and refuses fields that do not fit its parameters."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def load_base(run: RunConfig, tokenizer: Tokenizer | None = None, mesh: Mesh | N
     if tokenizer is None and spec != base.config.data.tokenizer:
         tokenizer = load_tokenizer(spec)
     if tokenizer is not None and tokenizer.fingerprint != base.tokenizer.fingerprint:
-        kept = base.config.data.tokenizer
-        kept = repr(kept) if kept == "bytes" else f"a copy is in {path / TOKENIZER_DIRECTORY}"
-        raise InputError(f"data.tokenizer = {spec!r}: must be that of init_from = {run.init_from!r} ({kept})")
+        base_tokenizer = base.config.data.tokenizer
+        shown = repr(base_tokenizer) if base_tokenizer == "bytes" else f"a copy is in {path / TOKENIZER_DIRECTORY}"
+        raise InputError(f"data.tokenizer = {spec!r}: must be that of init_from = {run.init_from!r} ({shown})")
     return replace(base, config=read_starting_config(path))
 
 
@@ -57,8 +57,8 @@ def _require_same_function(run: RunConfig, base: RunConfig) -> None:
     if run.model.vocab_size == 0:
         run = replace(run, model=replace(run.model, vocab_size=base.model.vocab_size))
     routed = run.routing.every > 0 or base.routing.every > 0
-    asked, needed = _defining(run, routed), _defining(base, routed)
-    differ = [f"{name} = {asked[name]!r}: must be {needed[name]!r}" for name in asked if asked[name] != needed[name]]
+    fields, needed = _defining(run, routed), _defining(base, routed)
+    differ = [f"{name} = {fields[name]!r}: must be {needed[name]!r}" for name in fields if fields[name] != needed[name]]
     if not same_parts(base.parts, run.parts):
         differ.append(f"parts = {run.parts!r}: must be {base.parts!r}, or a file of the same content")
     if differ:

@@ -47,7 +47,7 @@ NOT_BROUGHT = (COPY_FILE, FETCHING_FILE, LOCK_FILE, CHECKPOINTS_DIRECTORY)
 
 
 def holds_run(path: str | Path) -> bool:
-    """Whether there is a run in a directory or at an address. False for what is no address of a bucket.
+    """Whether there is a run in a directory or at an address. False for what is not an address of a bucket.
 
     Raises:
       InputError: the bucket can't be read, or as for `file_system`.
@@ -103,8 +103,8 @@ def checkpoints_of(run: Path) -> Any:
 
 def copied_from(run: Path) -> str | None:
     """The address that a working copy belongs to; None: it is a directory of its own."""
-    found = _read_copy_file(run)
-    return None if found is None else str(found["address"])
+    record = _read_copy_file(run)
+    return None if record is None else str(record["address"])
 
 
 def with_addresses(message: str) -> str:
@@ -162,13 +162,13 @@ def _fetch(files: Any, address: str, local: Path) -> None:
     """
     root = address.removeprefix("gs://") + "/"
     files.invalidate_cache()
-    found = {name.removeprefix(root): _version(about) for name, about in files.find(root[:-1], detail=True).items()}
-    there = {short: version for short, version in found.items() if short and not short.endswith("/")}  # no "folders"
+    versions = {name.removeprefix(root): _version(about) for name, about in files.find(root[:-1], detail=True).items()}
+    there = {short: version for short, version in versions.items() if short and not short.endswith("/")}  # no "folders"
     left_by_a_killed_start = {short.split("/")[0] for short in there} <= {TOKENIZER_DIRECTORY, PARTS_FILE, DATA_FILE}
     if CONFIG_FILE not in there and not left_by_a_killed_start:
         raise InputError(f"{address}: is neither empty nor a run (it has no {CONFIG_FILE}); choose another address")
     outside = {short for short in there if ".." in short.split("/")}  # a bucket takes any name, even one that climbs
-    wanted = {short for short in there.keys() - outside if short.split("/")[0] not in LEFT_THERE}
+    fetched = {short for short in there.keys() - outside if short.split("/")[0] not in LEFT_THERE}
     known = (_read_copy_file(local) or {"files": {}})["files"]
     if CONFIG_FILE not in there or known.get(CONFIG_FILE, [])[2:] != [there[CONFIG_FILE]]:  # another run, or none yet
         known = {}
@@ -177,14 +177,14 @@ def _fetch(files: Any, address: str, local: Path) -> None:
                 shutil.rmtree(path)
             elif path.name not in (FETCHING_FILE, LOCK_FILE):
                 path.unlink()
-    for short in wanted:
+    for short in fetched:
         target = local / short
         if known.get(short, [])[2:] != [there[short]] or not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(target, files.cat_file(f"{root}{short}"))
             known[short] = [*_stamp(target), there[short]]
     here = _stamps(local).keys()
-    removed = {short for short in (here & known.keys()) - wanted if short.split("/")[0] not in LEFT_THERE}
+    removed = {short for short in (here & known.keys()) - fetched if short.split("/")[0] not in LEFT_THERE}
     for short in removed:
         (local / short).unlink()
     _write_copy_file(local, address, {short: known[short] for short in (here & known.keys()) - removed})
@@ -205,12 +205,12 @@ def _alone(local: Path) -> Iterator[None]:
 
 def _stamps(local: Path) -> dict[str, list[int]]:
     """Size and time of change of every file that is brought back, by its name in the run."""
-    found = {}
+    stamps = {}
     for path in sorted(local.rglob("*")):
         name = path.relative_to(local)
         if path.is_file() and name.parts[0] not in NOT_BROUGHT and path.suffix != UNFINISHED and path.name != LOCK_FILE:
-            found[name.as_posix()] = _stamp(path)
-    return found
+            stamps[name.as_posix()] = _stamp(path)
+    return stamps
 
 
 def _stamp(path: Path) -> list[int]:
@@ -221,10 +221,10 @@ def _stamp(path: Path) -> list[int]:
 def _read_copy_file(local: Path) -> dict[str, Any] | None:
     """Address, and size, time and version of every file; None: no working copy."""
     try:
-        found: dict[str, Any] = json.loads((local / COPY_FILE).read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads((local / COPY_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return found
+    return record
 
 
 def _write_copy_file(local: Path, address: str, known: dict[str, list[Any]]) -> None:

@@ -200,8 +200,8 @@ def saved_steps(directory: Path) -> list[int]:
     """Steps of the checkpoints in RUN/checkpoints, ascending, damaged ones included."""
     if is_address(directory):  # nothing is renamed when all is there; what a killed save has left is no checkpoint
         ends = {COMMIT_FILE, SUMS_FILE}
-        found = {path.parent.name for path in map(epath.Path, find_files(f"{directory}/*/*")) if path.name in ends}
-        return sorted(int(name) for name in found if name.isdecimal())
+        complete = {path.parent.name for path in map(epath.Path, find_files(f"{directory}/*/*")) if path.name in ends}
+        return sorted(int(name) for name in complete if name.isdecimal())
     if not directory.is_dir():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
@@ -242,7 +242,9 @@ def require_training(directory: Path) -> None:
     steps = saved_steps(directory)
     if steps and not (directory / str(steps[-1]) / "training").is_dir():
         run = directory.parent
-        raise InputError(f"{run}: holds a model, not a training to go on with; mod-star train NEW --init-from {run}")
+        raise InputError(
+            f"{run}: holds a model without the state of a training; start one with mod-star train NEW --init-from {run}"
+        )
 
 
 def delete_after(directory: Path, step: int) -> None:
@@ -278,7 +280,7 @@ def restore_state(
       InputError: the checkpoint can't be read or doesn't fit.
     """
     saved = _placed(jax.eval_shape(_to_saved, like), mesh)
-    found = _restore(
+    items = _restore(
         directory,
         step,
         params=ocp.args.StandardRestore(saved["params"]),
@@ -286,11 +288,11 @@ def restore_state(
         data=ocp.args.JsonRestore(),
         progress=ocp.args.JsonRestore(),
     )
-    if data is None or found["progress"].get("data", data) == data:
-        batches.set_state(found["data"])
-    training = dict(found["training"])
+    if data is None or items["progress"].get("data", data) == data:
+        batches.set_state(items["data"])
+    training = dict(items["training"])
     key = jax.random.wrap_key_data(training.pop("key"))
-    return dataclasses.replace(like, params=found["params"], key=key, **training), found["progress"]
+    return dataclasses.replace(like, params=items["params"], key=key, **training), items["progress"]
 
 
 def restore_params(directory: Path, step: int, like: Any, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -333,7 +335,7 @@ def _orbax_path(directory: Path) -> Path:
 
 def _require_opened(directory: Path, step: int, small: dict[str, Any]) -> None:
     """Reads a little of everything in a checkpoint, as `restore_state` reads all of it. InputError if that can't be."""
-    found = _restore(
+    items = _restore(
         directory,
         step,
         data=ocp.args.JsonRestore(),
@@ -345,8 +347,8 @@ def _require_opened(directory: Path, step: int, small: dict[str, Any]) -> None:
             for name, like in small.items()
         },
     )
-    if int(found["training"]["step"]) != step:
-        raise InputError(f"checkpoint {directory / str(step)} is that of step {int(found['training']['step'])}")
+    if int(items["training"]["step"]) != step:
+        raise InputError(f"checkpoint {directory / str(step)} is that of step {int(items['training']['step'])}")
 
 
 def _smallest(tree: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     RUN/config.json      the whole configuration, that of the run it started from, and the versions that started it
         tokenizer/       copy of the tokenizer
         data.json        what identifies the data, see `mod_star.data.identity`
-        parts.py         copy of the user's own parts, if any: a run needs nothing but its directory
+        parts.py         copy of the user's parts, if any: a run needs nothing but its directory
         checkpoints/     see `mod_star.runs.checkpoints`
         metrics.jsonl    what was measured; tensorboard/ and curves.png show the same
         summary.json     the result, once training is complete
@@ -89,8 +89,8 @@ __all__ = [
 ]
 
 OF_A_WORKING_COPY = {COPY_FILE, FETCHING_FILE}
-MADE_BEFORE_CONFIG = {LOCK_FILE, TOKENIZER_DIRECTORY, PARTS_FILE, CONFIG_FILE + UNFINISHED} | OF_A_WORKING_COPY
-MADE_BEFORE_CONFIG |= {DATA_FILE, DATA_FILE + UNFINISHED}
+BEFORE_CONFIG = {LOCK_FILE, TOKENIZER_DIRECTORY, PARTS_FILE, CONFIG_FILE + UNFINISHED} | OF_A_WORKING_COPY
+BEFORE_CONFIG |= {DATA_FILE, DATA_FILE + UNFINISHED}
 """What a directory can hold that a new run was about to be made in when its process was killed."""
 
 
@@ -167,37 +167,37 @@ def resumed_config(path: Path, run: RunConfig) -> RunConfig:
         run = replace(run, init_from=stored.init_from)
     if _same_tokenizer(path, stored, run):
         run = replace(run, data=replace(run.data, tokenizer=stored.data.tokenizer))
-    found = differences(to_dict(stored), to_dict(run))
+    changed = differences(to_dict(stored), to_dict(run))
     free = {"train.steps", "train.flops"} | ({"data.source"} if _may_be_moved(stored, run) else set())
-    if all(difference.partition(": ")[0] in free for difference in found):
+    if all(difference.partition(": ")[0] in free for difference in changed):
         stored = replace(
             stored,
             train=replace(stored.train, steps=run.train.steps, flops=run.train.flops),
             data=replace(stored.data, source=run.data.source),
         )
-        found = []
+        changed = []
     spec = run.data.tokenizer
     # A run that started from another has that one's tokenizer, whatever is in this file.
     if stored.init_from is None and spec == stored.data.tokenizer and Path(spec).exists():
         copy = load_saved_tokenizer(path / TOKENIZER_DIRECTORY, spec)
         if load_tokenizer(spec).fingerprint != copy.fingerprint:
-            found.append(f"data.tokenizer: {spec} has changed")
-    if found:
-        raise InputError(f"{path}: holds a run of another configuration: {'; '.join(found)}")
+            changed.append(f"data.tokenizer: {spec} has changed")
+    if changed:
+        raise InputError(f"{path}: holds a run of another configuration: {'; '.join(changed)}")
     return stored
 
 
-def _may_be_moved(stored: RunConfig, asked: RunConfig) -> bool:
+def _may_be_moved(stored: RunConfig, new_run: RunConfig) -> bool:
     """Whether the sources can be the same files at other places: no embedded text or prepared dataset is another."""
-    old, new = stored.data.source, asked.data.source
+    old, new = stored.data.source, new_run.data.source
     named = lambda spec: spec == "python-docs" or spec.startswith("tfds:")  # noqa: E731
     return len(old) == len(new) and not any(a != b and (named(a) or named(b)) for a, b in zip(old, new, strict=True))
 
 
-def _same_base(path: Path, stored: RunConfig, asked: RunConfig) -> bool:
+def _same_base(path: Path, stored: RunConfig, new_run: RunConfig) -> bool:
     """Whether two names are those of one run to start from; one that is gone from where it was may be found elsewhere,
     if its configuration is what it was."""
-    old, new = stored.init_from, asked.init_from
+    old, new = stored.init_from, new_run.init_from
     if not (old and new):
         return False
     if is_address(old) or is_address(new):
@@ -206,13 +206,15 @@ def _same_base(path: Path, stored: RunConfig, asked: RunConfig) -> bool:
         return True
     if is_run(Path(old)) or not is_run(Path(new)):
         return False
-    kept = read_base_config(path)
-    return kept is not None and replace(kept, parts=None) == replace(read_starting_config(Path(new)), parts=None)
+    copied_base = read_base_config(path)
+    return copied_base is not None and replace(copied_base, parts=None) == replace(
+        read_starting_config(Path(new)), parts=None
+    )
 
 
-def _same_tokenizer(path: Path, stored: RunConfig, asked: RunConfig) -> bool:
+def _same_tokenizer(path: Path, stored: RunConfig, run: RunConfig) -> bool:
     """Whether another file is asked for that holds the run's tokenizer."""
-    spec = asked.data.tokenizer
+    spec = run.data.tokenizer
     if "bytes" in (spec, stored.data.tokenizer) or spec == stored.data.tokenizer or not Path(spec).exists():
         return False
     copy = load_saved_tokenizer(path / TOKENIZER_DIRECTORY, stored.data.tokenizer)
@@ -221,31 +223,31 @@ def _same_tokenizer(path: Path, stored: RunConfig, asked: RunConfig) -> bool:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The values that differ between two nested dicts, as "group.field: old → new"."""
-    found = []
+    lines = []
     for name in old:
         if isinstance(old[name], Mapping):
-            found += differences(old[name], new[name], f"{prefix}{name}.")
+            lines += differences(old[name], new[name], f"{prefix}{name}.")
         elif old[name] != new[name]:
-            found.append(f"{prefix}{name}: {old[name]} → {new[name]}")
-    return found
+            lines.append(f"{prefix}{name}: {old[name]} → {new[name]}")
+    return lines
 
 
-def same_parts(stored: str | None, asked: str | None) -> bool:
-    """Whether `asked` names what the run's copy was made from, as far as that file still exists."""
-    if stored is None or asked is None:
-        return stored is asked
-    (copy, _, old_name), (original, _, new_name) = stored.rpartition(":"), asked.rpartition(":")
+def same_parts(stored: str | None, reference: str | None) -> bool:
+    """Whether `reference` names what the run's copy was made from, as far as that file still exists."""
+    if stored is None or reference is None:
+        return stored is reference
+    (copy, _, old_name), (original, _, new_name) = stored.rpartition(":"), reference.rpartition(":")
     if old_name != new_name:
         return False
     return not Path(original).is_file() or Path(original).read_bytes() == Path(copy).read_bytes()
 
 
-def _parts_of_base(stored: RunConfig, asked: RunConfig) -> bool:
+def _parts_of_base(stored: RunConfig, run: RunConfig) -> bool:
     """Whether the parts asked for are those of the run that this one started from, whatever is there now."""
-    if stored.parts is None or asked.parts is None or asked.init_from is None:
+    if stored.parts is None or run.parts is None or run.init_from is None:
         return False
-    original, _, name = asked.parts.rpartition(":")
-    return Path(original) == Path(asked.init_from) / PARTS_FILE and name == stored.parts.rpartition(":")[2]
+    original, _, name = run.parts.rpartition(":")
+    return Path(original) == Path(run.init_from) / PARTS_FILE and name == stored.parts.rpartition(":")[2]
 
 
 def require_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> None:
@@ -266,14 +268,14 @@ def require_creatable(path: Path) -> None:
             names = {entry.name for entry in path.iterdir()}
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        left_by_a_killed_start = names <= MADE_BEFORE_CONFIG and not names.isdisjoint((LOCK_FILE, COPY_FILE))
+        left_by_a_killed_start = names <= BEFORE_CONFIG and not names.isdisjoint((LOCK_FILE, COPY_FILE))
         if names and not left_by_a_killed_start:
             raise InputError(f"{path}: is neither empty nor a run (it has no {CONFIG_FILE}); choose another directory")
     existing = path.absolute()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
-        raise InputError(f"{path}: cannot be made, {existing} is not a directory")
+        raise InputError(f"{path}: cannot be made: {existing} is not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{path}: {'is' if existing == path.absolute() else f'{existing} is'} not writable")
 

@@ -1,4 +1,4 @@
-"""What a full or failing disk, or a bucket, makes of a save: one OSError with a name, instead of many tracebacks."""
+"""Errors of a full or failing disk, or of a bucket, during a save: one OSError with a name, not many tracebacks."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def _error_number(error: BaseException | None) -> int | None:
     """The operating system's, of an error that came from there; tensorstore's is a ValueError with it in the text."""
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    return None if found is None else int(found[1])
+    match = re.search(r"os_error_code='(\d+)'", str(error))
+    return None if match is None else int(match[1])
 
 
 def _is_news(record: logging.LogRecord) -> bool:

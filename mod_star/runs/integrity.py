@@ -62,10 +62,10 @@ def damages(
             yield f"{SUMS_FILE} is cut off"
             return
         sums = {name: expected for name, expected in sums.items() if item is None or name.startswith(f"{item}/")}
-        found = _files(checkpoint, item)
-        for name in sorted(sums.keys() ^ set(found)):
+        present = _files(checkpoint, item)
+        for name in sorted(sums.keys() ^ set(present)):
             yield f"{name} is missing" if name in sums else f"{name} is not in {SUMS_FILE}"
-        for name in found:
+        for name in present:
             if name in sums and _sha256(checkpoint / name, read) != sums[name]:
                 yield f"{name} has changed since it was written"
     except FileNotFoundError:
@@ -95,9 +95,9 @@ def write_sums(checkpoint: Path) -> None:
 
 
 def _sha256(path: Path, read: Callable[[int], object] = lambda count: None) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while block := file.read(1 << 20):
-            found.update(block)
+            digest.update(block)
             read(len(block))
-    return found.hexdigest()
+    return digest.hexdigest()

@@ -112,10 +112,10 @@ def open_records(path: Path, resume_step: int | None) -> TextIO:
 
     Records of steps after `resume_step` are dropped; all of them, if it is None.
     """
-    kept = []
+    lines = []
     if resume_step is not None and path.exists():
-        kept = [line for line, record in _records(path) if record["step"] <= resume_step]
-    write_atomically(path, "".join(kept))  # a crash here loses nothing
+        lines = [line for line, record in _records(path) if record["step"] <= resume_step]
+    write_atomically(path, "".join(lines))  # a crash here loses nothing
     return path.open("a", encoding="utf-8")
 
 

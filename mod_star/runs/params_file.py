@@ -1,4 +1,4 @@
-"""Checkpoints that hold parameters only, of models that were made, not trained here: one safetensors file.
+"""Checkpoints that hold parameters only, of imported or upcycled models: one safetensors file.
 
     RUN/checkpoints/0/params/params.safetensors   parameters, by their paths in the tree: "groups/full_0/block/query"
                       SHA256SUMS                  see `mod_star.runs.checkpoints`
@@ -47,10 +47,10 @@ def _require_holds(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises OSError unless a file that was just written can be opened, and holds arrays of these shapes."""
     try:
         with safe_open(file, "np") as opened:
-            found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            written = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise OSError(5, f"cannot be opened after it was written ({error})", str(file)) from error
-    if found != shapes:
+    if written != shapes:
         raise OSError(5, "does not hold what was written", str(file))
 
 
@@ -67,13 +67,13 @@ def read_params_file(checkpoint: Path, like: dict[str, Any]) -> dict[str, Any]:
     path = checkpoint / PARAMS_NAME
     try:
         with safe_open(path, "np") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         leaves = flatten_dict(like, sep="/")
         expected = {name: leaf.shape for name, leaf in leaves.items()}
-        for name in sorted(found.keys() | expected.keys()):
-            if found.get(name) != expected.get(name):
+        for name in sorted(stored.keys() | expected.keys()):
+            if stored.get(name) != expected.get(name):
                 raise InputError(
-                    f"checkpoint {checkpoint} cannot be loaded: {name} has shape {found.get(name)}, expected "
+                    f"checkpoint {checkpoint} cannot be loaded: {name} has shape {stored.get(name)}, expected "
                     f"{expected.get(name)}"
                 )
         return unflatten_dict({name: _read(path, leaf, name) for name, leaf in leaves.items()}, sep="/")

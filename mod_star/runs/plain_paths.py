@@ -1,4 +1,4 @@
-"""Paths for Orbax and TensorStore, which take some characters of a local path for more than themselves.
+"""Paths for Orbax and TensorStore, which give some characters of a local path a meaning of their own.
 
 Orbax finds the parts of a checkpoint with a pattern that begins with its path, so that `runs/a[1]` stands for `runs/a1`
 there, and `runs/a*` for its neighbours, too. TensorStore takes a backslash for a slash, and a path must be UTF-8. Where

@@ -36,10 +36,10 @@ def read_config(path: Path) -> RunConfig:
     Raises:
       InputError: the directory isn't a run, or its config.json is damaged.
     """
-    found = _read(path, "config")
-    if found is None:
+    config = _read(path, "config")
+    if config is None:
         raise InputError(f"{path / CONFIG_FILE}: cannot be read: it has no 'config'")
-    return found
+    return config
 
 
 def read_starting_config(path: Path) -> RunConfig:
@@ -116,8 +116,8 @@ def write_json(file: Path, content: Any) -> None:
 
 def _read(path: Path, entry: str) -> RunConfig | None:
     if not is_run(path):
-        found = f"it has no {CONFIG_FILE}" if path.is_dir() else "there is no such directory"
-        raise InputError(f"{path}: is not a run ({found})")
+        reason = f"it has no {CONFIG_FILE}" if path.is_dir() else "there is no such directory"
+        raise InputError(f"{path}: is not a run ({reason})")
     try:
         stored: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
         run = from_dict(stored[entry]) if entry in stored else None

@@ -1,4 +1,4 @@
-"""The result of a complete run: what it is, how it is kept, and how it reads in one line."""
+"""The result of a complete run: what it holds, how it is stored, and how it reads in one line."""
 
 from __future__ import annotations
 
@@ -40,12 +40,14 @@ class TrainSummary:
 
 def describe(summary: TrainSummary) -> str:
     """The result in one line."""
-    found = summary.evaluation
-    losses = f"held-out loss {found['eval_loss']:.4f}"
-    if "eval_loss_causal" in found:
-        losses += f" ({found['eval_loss_causal']:.4f} under causal routing)"
-    if "eval_talk_loss" in found:
-        losses += f" ({found['eval_base_loss']:.4f} without thoughts, {found['eval_talk_loss']:.4f} with one each)"
+    evaluation = summary.evaluation
+    losses = f"held-out loss {evaluation['eval_loss']:.4f}"
+    if "eval_loss_causal" in evaluation:
+        losses += f" ({evaluation['eval_loss_causal']:.4f} under causal routing)"
+    if "eval_talk_loss" in evaluation:
+        losses += (
+            f" ({evaluation['eval_base_loss']:.4f} without thoughts, {evaluation['eval_talk_loss']:.4f} with one each)"
+        )
     skipped = f", {summary.skipped} of them skipped" if summary.skipped else ""
     return (
         f"{losses} after {summary.steps} steps{skipped}: {short_number(summary.tokens)} tokens, "

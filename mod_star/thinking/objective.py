@@ -109,8 +109,8 @@ def choose_places(
 
 
 def memory_of(text: Output) -> dict[str, Any]:
-    """Keys/values of texts as thoughts take them: {block name: (KeyValues,)}."""
-    return {name: (segment,) for name, segment in text.keys_values.items()}
+    """Keys/values of texts as the memory of thoughts: {block name: (KeyValues,)}."""
+    return {name: (key_values,) for name, key_values in text.keys_values.items()}
 
 
 def sample_thoughts(

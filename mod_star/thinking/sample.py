@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mod_star.config import RoutingConfig, ThinkingConfig
+from mod_star.config import RoutingConfig, ThinkingConfig, require_thinkable
 from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.model.attention import KeyValues
 from mod_star.model.routing import RoutingCall, Tokens, causal_slots
 from mod_star.model.transformer import apply_blocks, logits_of
-from mod_star.network_config import require_thinkable
 from mod_star.thinking.thought import Thought, draw_step, embed_tokens, log_prob_of
 
 
@@ -62,24 +61,24 @@ def thought_slots(routing: RoutingConfig, thinking: ThinkingConfig) -> int:
     return causal_slots(routing, thinking.thought_length + 1 + thinking.n_true)
 
 
-def text_before(text: Any, position: jax.Array) -> Any:
-    """The view of shared keys/values that a thought after `position` has: what lies behind is not valid.
+def memory_before(memory: Any, position: jax.Array) -> Any:
+    """The view of shared keys/values that a thought after `position` has: what comes after it is not seen.
 
     Args:
-      text: any pytree of `KeyValues`s.
+      memory: any pytree of `KeyValues`.
       position: int32 scalar, the last position to see.
     """
 
-    def view(segment: KeyValues) -> KeyValues:
-        return replace(segment, until=jnp.broadcast_to(position, segment.positions_M.shape[:-1]))
+    def view(key_values: KeyValues) -> KeyValues:
+        return replace(key_values, until=jnp.broadcast_to(position, key_values.positions_M.shape[:-1]))
 
-    return jax.tree.map(view, text, is_leaf=lambda node: isinstance(node, KeyValues))
+    return jax.tree.map(view, memory, is_leaf=lambda node: isinstance(node, KeyValues))
 
 
 def sample_thought(
     thinker: ThinkingDecoder,
     params: dict[str, Any],
-    text: Any,
+    memory: Any,
     place: Place,
     key: jax.Array,
     temperature: float,
@@ -90,7 +89,7 @@ def sample_thought(
     Args:
       thinker: the model, and how it thinks.
       params: with the entry "thinking"; groups stacked or unrolled, as for `mod_star.model.transformer.apply_blocks`.
-      text: keys/values of the text, {block name: tuple of KeyValues} stacked over groups, or a tuple of such.
+      memory: keys/values of the text, {block name: tuple of KeyValues} stacked over groups, or a tuple of such.
       place: after which to think.
       key: of the draws.
       temperature: of the draws; 0: greedy.
@@ -100,7 +99,7 @@ def sample_thought(
       The thought, and the hidden state at <end> if asked for.
 
     Raises:
-      InputError: the model can't think, or a user's part of thinking is no good.
+      InputError: the model can't think, or a user's part of thinking is wrong.
     """
     decoder, thinking = thinker.decoder, thinker.thinking
     position = place.position
@@ -109,14 +108,14 @@ def sample_thought(
         raise InputError("params: must have an entry 'thinking', see mod_star.training.state.initial_params")
     t, own = thinking.thought_length, params["thinking"]
     slots = thinker.thought_slots
-    text = text_before(text, position)
-    cache = _empty_cache(text, t + 2 if finish else t)
+    memory = memory_before(memory, position)
+    cache = _empty_cache(memory, t + 2 if finish else t)
 
     def step(x_D: jax.Array, cache: Any, i: jax.Array) -> tuple[jax.Array, Any, Any]:
         """Runs one token, the i-th counting <start> as 0."""
         token = Tokens(x_D[None].astype(decoder.config.dtype), (position + 1 + i)[None], place.segment_id[None])
         call = RoutingCall(slots=slots, taken=_taken(cache))
-        output = apply_blocks(decoder, params, token, call, memory=_join(text, cache))
+        output = apply_blocks(decoder, params, token, call, memory=_join(memory, cache))
         decided = None if output.trace is None else output.trace.selected[:, 0].astype(jnp.int8)
         return output.hidden[0], _append(cache, output.keys_values, i), decided
 
@@ -127,16 +126,16 @@ def sample_thought(
         log_p = jax.nn.log_softmax(logits_V)
         entropy = -jnp.sum(jnp.exp(log_p) * log_p)
         drawn = (hidden_D, logits_V, jax.random.fold_in(key, i))
-        token, kept = draw_step(decoder.parts, thinking, params, drawn, temperature)
-        kept_1 = jax.tree.map(lambda leaf: leaf[None], kept)
-        x_D = embed_tokens(decoder.parts, thinking, params, token[None], kept_1)[0]
-        return (x_D, cache), (token, log_prob_of(log_p, token), entropy, decided, kept)
+        token, extra = draw_step(decoder.parts, thinking, params, drawn, temperature)
+        extra_1 = jax.tree.map(lambda leaf: leaf[None], extra)
+        x_D = embed_tokens(decoder.parts, thinking, params, token[None], extra_1)[0]
+        return (x_D, cache), (token, log_prob_of(log_p, token), entropy, decided, extra)
 
-    (x_D, cache), (tokens_T, log_probs_T, entropies_T, decided_TxG, kept_T) = jax.lax.scan(
+    (x_D, cache), (tokens_T, log_probs_T, entropies_T, decided_TxG, extra_T) = jax.lax.scan(
         think, (own["start"], cache), jnp.arange(t, dtype=jnp.int32)
     )
     decided_GxT = None if decided_TxG is None else decided_TxG.T
-    thought = Thought(tokens_T, log_probs_T, entropies_T, decided_GxT, kept_T)
+    thought = Thought(tokens_T, log_probs_T, entropies_T, decided_GxT, extra_T)
     if not finish:
         return thought, None
 
@@ -150,26 +149,26 @@ def sample_thought(
     return thought, hidden_2xD[1]
 
 
-def _is_segments(node: Any) -> bool:
+def _is_key_values(node: Any) -> bool:
     return isinstance(node, tuple) and bool(node) and isinstance(node[0], KeyValues)
 
 
-def _empty_cache(text: Any, slots: int) -> Any:
-    """For each block a KeyValues of `slots` empty slots, in the structure of `text`."""
+def _empty_cache(memory: Any, slots: int) -> Any:
+    """For each block a KeyValues of `slots` empty slots, in the structure of `memory`."""
 
-    def empty(segments: tuple[KeyValues, ...]) -> KeyValues:
-        like = segments[0]
+    def empty(key_values: tuple[KeyValues, ...]) -> KeyValues:
+        like = key_values[0]
         *leading, _, E = like.keys_KxMxE.shape
         keys = jnp.zeros((*leading, slots, E), like.keys_KxMxE.dtype)
         ids = jnp.zeros((*like.positions_M.shape[:-1], slots), jnp.int32)
         return KeyValues(keys, keys, ids, ids, ids > 0)
 
-    return jax.tree.map(empty, text, is_leaf=_is_segments)
+    return jax.tree.map(empty, memory, is_leaf=_is_key_values)
 
 
-def _join(text: Any, cache: Any) -> Any:
-    """The memory of a thought's token: text, then the thought itself."""
-    return jax.tree.map(lambda segments, own: (*segments, own), text, cache, is_leaf=_is_segments)
+def _join(memory: Any, cache: Any) -> Any:
+    """The memory of a thought's token: that of the text, then the thought itself."""
+    return jax.tree.map(lambda key_values, own: (*key_values, own), memory, cache, is_leaf=_is_key_values)
 
 
 def _append(cache: Any, own: Any, slot: jax.Array) -> Any:

@@ -12,7 +12,7 @@ from mod_star.model import Trace
 from mod_star.model.layers import lookup
 from mod_star.model.routing import RoutingCall, Tokens
 from mod_star.model.transformer import apply_blocks
-from mod_star.thinking.sample import Place, ThinkingDecoder, text_before
+from mod_star.thinking.sample import Place, ThinkingDecoder, memory_before
 from mod_star.thinking.thought import Thought, embed_tokens
 
 
@@ -29,24 +29,24 @@ class Scored:
 
 
 def score_thought(
-    thinker: ThinkingDecoder, params: dict[str, Any], text: Any, place: Place, thought: Thought, following: jax.Array
+    thinker: ThinkingDecoder, params: dict[str, Any], memory: Any, place: Place, thought: Thought, following: jax.Array
 ) -> Scored:
     """Runs [<start>; thought; <end>; following] after a place. Positions go on counting through all of it.
 
     Args:
       thinker: the model, and how it thinks; routed blocks repeat for the thought what they decided when it was sampled.
       params: with the entry "thinking".
-      text: as for `sample_thought`.
+      memory: as for `sample_thought`.
       place: that the thought comes after.
       thought: from `sample_thought`.
       following: int32, the next n_true - 1 tokens of the text (teacher forcing).
 
     Raises:
-      InputError: a user's part of thinking is no good.
+      InputError: a user's part of thinking is wrong.
     """
     decoder, thinking = thinker.decoder, thinker.thinking
     t, own = thinking.thought_length, params["thinking"]
-    thought_TxD = embed_tokens(decoder.parts, thinking, params, thought.tokens_T, thought.kept_T)
+    thought_TxD = embed_tokens(decoder.parts, thinking, params, thought.tokens_T, thought.extra_T)
     x_NxD = jnp.concatenate([own["start"][None], thought_TxD, own["end"][None], lookup(params["embedding"], following)])
     N = x_NxD.shape[0]
     decided = None
@@ -56,6 +56,6 @@ def score_thought(
     tokens = Tokens(x_NxD.astype(decoder.config.dtype), positions_N, jnp.full(N, place.segment_id))
     call = RoutingCall(slots=thinker.thought_slots, decided=decided)
     output = apply_blocks(
-        decoder, params, tokens, call, memory=text_before(text, place.position), keep_keys_values=False
+        decoder, params, tokens, call, memory=memory_before(memory, place.position), keep_keys_values=False
     )
     return Scored(output.hidden[:t], output.hidden[t + 1 :], output.trace)

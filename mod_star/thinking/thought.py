@@ -29,8 +29,8 @@ class Thought:
     """float32 entropy of the distribution that each token was drawn from (temperature 1), in nats."""
     decided_GxT: jax.Array | None
     """int8: whether routed block g computed <start> and the first t - 1 tokens; None for a dense model."""
-    kept_T: Any = None
-    """What `ThoughtInput.draw` keeps of each step, a pytree [T, ...]; None for the built-in ones."""
+    extra_T: Any = None
+    """What `ThoughtInput.draw` gives to `embed` besides the tokens, a pytree [T, ...]; None for the built-in ones."""
 
 
 def draw_token(key: jax.Array, logits_V: jax.Array, temperature: float) -> jax.Array:
@@ -59,9 +59,9 @@ def _first(candidates: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.where(jnp.any(candidates), jnp.argmax(candidates), jnp.argmax(weights))
 
 
-def embed_thought(params: dict[str, Any], tokens_N: jax.Array, kept: None = None) -> jax.Array:
+def embed_thought(params: dict[str, Any], tokens_N: jax.Array, extra: None = None) -> jax.Array:
     """Float32 embeddings NxD of thought tokens; a pause (-1) is <start> once more."""
-    del kept
+    del extra
     return jnp.where(tokens_N[:, None] < 0, params["thinking"]["start"], lookup(params["embedding"], tokens_N))
 
 
@@ -91,7 +91,7 @@ def thought_input(parts: Parts, thinking: ThinkingConfig) -> ThoughtInput:
 def draw_step(
     parts: Parts, thinking: ThinkingConfig, params: dict[str, Any], step: tuple[jax.Array, ...], temperature: float
 ) -> tuple[jax.Array, Any]:
-    """The token that a step draws, int32, and what is kept of the step.
+    """The token that a step draws, int32, and what else `embed` needs of the step.
 
     Args:
       parts: the model's.
@@ -105,19 +105,19 @@ def draw_step(
     """
     result = thought_input(parts, thinking).draw(params, *step, temperature)
     if not isinstance(result, tuple) or len(result) != 2:
-        raise InputError(f"parts.thought.draw = {type(result).__name__}: must be a pair (token, kept)")
+        raise InputError(f"parts.thought.draw = {type(result).__name__}: must be a pair (token, extra)")
     return require_array("thought.draw token", result[0], (), jnp.int32), result[1]
 
 
 def embed_tokens(
-    parts: Parts, thinking: ThinkingConfig, params: dict[str, Any], tokens_N: jax.Array, kept_N: Any
+    parts: Parts, thinking: ThinkingConfig, params: dict[str, Any], tokens_N: jax.Array, extra_N: Any
 ) -> jax.Array:
     """Input embeddings of thought tokens, float32 NxD.
 
     Raises:
       InputError: a user's function gives another shape or type.
     """
-    x_NxD = thought_input(parts, thinking).embed(params, tokens_N, kept_N)
+    x_NxD = thought_input(parts, thinking).embed(params, tokens_N, extra_N)
     return require_array("thought.embed", x_NxD, (tokens_N.shape[0], params["embedding"].shape[-1]))
 
 

@@ -1,4 +1,7 @@
-"""Text to token ids and back: tokenizers, the files that they come as, chat templates. Reads no training data."""
+"""Text to token ids and back: tokenizers, the files that they come as, chat templates. Reads no training data.
+
+Import `load_tokenizer`, `Tokenizer` and the kinds of tokenizers from here.
+"""
 
 from mod_star.tokenization.tokenizers import (
     ByteTokenizer,

@@ -67,7 +67,7 @@ def _compiled(template: str) -> jinja2.Template:
     except Exception as error:  # jinja2's own errors, and Python's where a template nests too deep
         line = getattr(error, "lineno", None)
         place = "" if line is None else f"line {line}: "
-        raise InputError(f"chat template: doesn't compile ({place}{_one_line(error)})") from None
+        raise InputError(f"chat template: does not compile ({place}{_one_line(error)})") from None
 
 
 @functools.cache

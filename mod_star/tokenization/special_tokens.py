@@ -72,7 +72,7 @@ def special_tokens(tokenizer: tokenizers.Tokenizer, files: TokenizerDirectory | 
         where: Start of error messages, "<field> = <value>" or a path.
 
     Raises:
-        InputError: One of these files is no good, or there is no token to start or end a text with.
+        InputError: One of these files is wrong, or there is no token to start or end a text with.
     """
     vocab_size = vocabulary_size(tokenizer)
     if files is None:
@@ -120,8 +120,8 @@ def end_ids(tokenizer: tokenizers.Tokenizer, eos_id: int | None, further: Iterab
     """`eos_id`, then `further`, then the special tokens of `tokenizer` that are known to end a turn or a text."""
     added = tokenizer.get_added_tokens_decoder()
     spelled = {token.content: index for index, token in added.items() if token.special}
-    found = [eos_id, *further, *(spelled.get(name) for name in _END_NAMES)]
-    return tuple(dict.fromkeys(token for token in found if token is not None))
+    candidates = [eos_id, *further, *(spelled.get(name) for name in _END_NAMES)]
+    return tuple(dict.fromkeys(token for token in candidates if token is not None))
 
 
 def vocabulary_size(tokenizer: tokenizers.Tokenizer) -> int:
@@ -134,9 +134,9 @@ def _named_token(tokenizer: tokenizers.Tokenizer, named: Any, where: str) -> int
     spelled = spelling(named)
     if spelled is None:
         return None
-    found = tokenizer.token_to_id(spelled) if isinstance(spelled, str) else None
-    require(found is not None, where, spelled, "is not a token of this tokenizer")
-    return found
+    token_id = tokenizer.token_to_id(spelled) if isinstance(spelled, str) else None
+    require(token_id is not None, where, spelled, "is not a token of this tokenizer")
+    return token_id
 
 
 def _adds_bos(tokenizer: tokenizers.Tokenizer, bos_id: int) -> bool:
@@ -188,5 +188,5 @@ def _is_id(value: Any, vocab_size: int) -> bool:
 
 
 def _first(tokenizer: tokenizers.Tokenizer, names: Sequence[str]) -> int | None:
-    found = (tokenizer.token_to_id(name) for name in names)
-    return next((token for token in found if token is not None), None)
+    ids = (tokenizer.token_to_id(name) for name in names)
+    return next((token for token in ids if token is not None), None)

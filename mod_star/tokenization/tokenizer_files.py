@@ -66,7 +66,7 @@ def read_tokenizer_directory(path: Path) -> TokenizerDirectory:
         InputError: A file can't be read or holds no JSON object, or a field asks for ids that tokenizer.json doesn't
             give.
     """
-    found = TokenizerDirectory(
+    directory = TokenizerDirectory(
         path,
         tokenizer_config=_object_if_there(path / TOKENIZER_CONFIG),
         special_tokens_map=_object_if_there(path / SPECIAL_TOKENS_MAP),
@@ -74,28 +74,30 @@ def read_tokenizer_directory(path: Path) -> TokenizerDirectory:
         model_config=_model_config(path / "config.json"),
         generation_config=_object_if_there(path / "generation_config.json"),
     )
-    config, file = found.tokenizer_config, path / TOKENIZER_CONFIG
+    config, file = directory.tokenizer_config, path / TOKENIZER_CONFIG
     split = config.get("split_special_tokens")
     require(split in (None, False), f"{file}: split_special_tokens", split, "is not supported; must be false")
     own = config.get("auto_map")
     own_code = own.get("AutoTokenizer") if isinstance(own, dict) else own
     require(not own_code, f"{file}: auto_map", own, "a tokenizer with Python code of its own is not supported")
     if config.get("add_eos_token") is True:
-        found.notes.append(f"{TOKENIZER_CONFIG}: add_eos_token = true: documents end with eos, prompts never do")
+        directory.notes.append(f"{TOKENIZER_CONFIG}: add_eos_token = true: documents end with eos, prompts never do")
     if config.get("fix_mistral_regex") is True:
-        found.notes.append(f"{TOKENIZER_CONFIG}: fix_mistral_regex = true is ignored: tokenizer.json is taken as it is")
-    return found
+        directory.notes.append(
+            f"{TOKENIZER_CONFIG}: fix_mistral_regex = true is ignored: tokenizer.json is taken as it is"
+        )
+    return directory
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError if it is none."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read as JSON ({' '.join(str(error).split())})") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{file}: must hold a JSON object, holds {type(found).__name__}")
-    return found
+    if not isinstance(values, dict):
+        raise InputError(f"{file}: must hold a JSON object, holds {type(values).__name__}")
+    return values
 
 
 def complete(tokenizer: tokenizers.Tokenizer, files: TokenizerDirectory) -> bool:
@@ -192,10 +194,10 @@ def _object_if_there(file: Path) -> dict[str, Any]:
 def _model_config(file: Path) -> dict[str, Any]:
     """A model's config.json. Other programs' files may have that name: they say nothing here."""
     try:
-        found = _object_if_there(file)
+        config = _object_if_there(file)
     except InputError:  # whoever reads the model refuses it
         return {}
-    return found if found.keys() & {"model_type", "architectures", "eos_token_id", "bos_token_id"} else {}
+    return config if config.keys() & {"model_type", "architectures", "eos_token_id", "bos_token_id"} else {}
 
 
 def _stated_tokens(files: TokenizerDirectory) -> Iterator[tuple[str, int, AddedToken]]:
@@ -248,8 +250,8 @@ def _added_token(value: Any, where: str, special: bool | None = None) -> AddedTo
     content = values.get("content") if isinstance(values, dict) else None
     require(isinstance(content, str) and content != "", where, value, "must be a token, or an object with its content")
     flags = {flag: values[flag] for flag in _FLAGS if values.get(flag) is not None}
-    for flag, given in flags.items():
-        require(isinstance(given, bool), f"{where}: {flag}", given, "must be true or false")
+    for flag, setting in flags.items():
+        require(isinstance(setting, bool), f"{where}: {flag}", setting, "must be true or false")
     if special is not None:
         flags["special"] = special
     return AddedToken(content, **flags)

@@ -104,8 +104,8 @@ def begin(tokenizer: Tokenizer, text: str) -> list[int]:
     separator of documents).
     """
     ids = tokenizer.encode(text)
-    wanted = not ids or (tokenizer.starts_with_bos and ids[0] != tokenizer.bos_id)
-    return [tokenizer.bos_id, *ids] if wanted else ids
+    lacks_bos = not ids or (tokenizer.starts_with_bos and ids[0] != tokenizer.bos_id)
+    return [tokenizer.bos_id, *ids] if lacks_bos else ids
 
 
 class ByteTokenizer:
@@ -136,7 +136,7 @@ class ByteTokenizer:
 
     def apply_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """Bytes have no chat template: InputError."""
-        raise InputError("data.tokenizer = 'bytes': has no chat template, the model can't be asked as a chat")
+        raise InputError("data.tokenizer = 'bytes': has no chat template; the model cannot be asked as a chat")
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class HuggingFaceTokenizer:
 
         Raises:
             InputError: No such file, not a tokenizer, no special token to start or end a text with, or a file beside it
-                is no good.
+                is wrong.
         """
         directory = None
         if isinstance(source, TokenizerFiles):
@@ -235,7 +235,7 @@ class HuggingFaceTokenizer:
     def apply_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt for the assistant's next turn, or the messages alone, by the chat template; encode it as it is."""
         if self.chat_template is None:
-            raise InputError(f"{self.name}: has no chat template, the model can't be asked as a chat")
+            raise InputError(f"{self.name}: has no chat template; the model cannot be asked as a chat")
         named = {"bos_token": self.special.bos_id, "eos_token": self.special.eos_id}
         spelled = {key: self._tokenizer.id_to_token(token) or "" for key, token in named.items() if token is not None}
         return render_chat(self.chat_template, messages, spelled, add_generation_prompt)

@@ -1,5 +1,5 @@
-"""Training: the pure step, the loop around it, and what a run leaves on disk.
+"""Training: the pure step, the loop around it, and the session that sets up, resumes and ends it.
 
-`mod_star.training.train.train(run, directory)` is the library call, `mod_star.runs.directory.load_run(directory)`
-gives a trained model back.
+Import `train` from `mod_star.training.train`, `make_train_step` from `mod_star.training.step`, and objectives from
+`mod_star.training.objectives`.
 """

@@ -1,4 +1,4 @@
-"""What a run's configuration and a decoder must agree on before one is trained or measured by the other.
+"""Where a run's configuration and a decoder must agree, before one is used with the other.
 
 The loop makes both from one configuration. A library call gets them apart, and would pass over what differs in silence.
 """
@@ -9,11 +9,10 @@ import dataclasses
 from dataclasses import replace
 from typing import Any
 
-from mod_star.config import RunConfig
+from mod_star.config import RunConfig, require_thinkable
 from mod_star.errors import InputError, require
 from mod_star.model import Decoder
 from mod_star.model.parts import DEFAULT_PARTS
-from mod_star.network_config import require_thinkable
 
 
 def require_agreement(decoder: Decoder, run: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""Another number of steps for a run that has begun: allowed where what is done is the beginning of both.
+"""More or fewer steps for a run that has begun: allowed if the steps that are done are the same in both.
 
 What a step is depends on the number of all steps only through the learning rate and, with `routing.stages`, the
 capacity. If both were the same in every step that is done, the run is from here on what it would have been from its

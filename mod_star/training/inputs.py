@@ -1,4 +1,4 @@
-"""What a run is made from: read and checked before anything is compiled or written."""
+"""The inputs of a run: read and checked before anything is compiled or written."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def load_inputs(run: RunConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> Inpu
       mesh: its devices; None: one.
 
     Raises:
-      InputError: a field, the data or the parts are no good, or the mesh doesn't fit.
+      InputError: a field, the data or the parts are wrong, or the mesh doesn't fit.
     """
     parts = load_parts(run.parts)
     if run.model.vocab_size == 0:

@@ -1,4 +1,4 @@
-"""Why a training ends early: SIGTERM, SIGHUP and Ctrl-C, as a wish to stop after the current step; errors."""
+"""Why a training ends early: SIGTERM, SIGHUP and Ctrl-C, which stop it after the current step; errors."""
 
 from __future__ import annotations
 

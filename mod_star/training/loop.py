@@ -146,7 +146,7 @@ class TrainingLoop:
             decoder, mesh = Decoder(stage.run.model, stage.run.routing, self.inputs.decoder.parts), self.inputs.mesh
             # From shapes alone: with arrays, a restored state would make another program of it than a new one.
             steps = self.inputs.plan.steps
-            lowered = lower_train_step(decoder, stage.run, steps, self.shapes, mesh, asked=self.stop.shapes)
+            lowered = lower_train_step(decoder, stage.run, steps, self.shapes, mesh, stop_shapes=self.stop.shapes)
             self.step_fn = lowered.compile()
             self.eval_fn = lower_eval_step(decoder, stage.run, self.shapes.params, mesh).compile()
             self.summarise = objective_of(decoder, stage.run).summarise

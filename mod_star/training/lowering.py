@@ -77,9 +77,9 @@ def lower_train_step(
     state: TrainState,
     mesh: Mesh | None = None,
     platforms: tuple[str, ...] | None = None,
-    asked: tuple[jax.ShapeDtypeStruct, ...] = (),
+    stop_shapes: tuple[jax.ShapeDtypeStruct, ...] = (),
 ) -> jax.stages.Lowered:
-    """The training step `(state, batch, *asked) -> (state, metrics)`, which consumes its state.
+    """The training step `(state, batch, *stop) -> (state, metrics)`, which consumes its state.
 
     Args:
       decoder: the model.
@@ -88,22 +88,22 @@ def lower_train_step(
       state: from `state_shapes`.
       mesh: None: one device.
       platforms: what to lower for, such as ("cuda",); None: the platform of the devices.
-      asked: `shapes` of `mod_star.distributed.processes.SharedStop`.
+      stop_shapes: `shapes` of `mod_star.distributed.processes.SharedStop`.
     """
     places = None if mesh is None else (shardings(mesh, state), replicated(mesh))
     objective = objective_of(decoder, run)
     compute, frozen = make_train_step(decoder, run, total_steps, objective), frozen_shapes(objective.frozen, mesh)
 
     def step(state: TrainState, batch: Any, *others: Any) -> Any:
-        asked, frozen = others[: len(others) - len(objective.frozen)], others[len(others) - len(objective.frozen) :]
+        stop, frozen = others[: len(others) - len(objective.frozen)], others[len(others) - len(objective.frozen) :]
         state, metrics = compute(state, batch, *frozen)
-        if asked:
-            metrics = metrics | {"stop": asked[0].max()}
+        if stop:
+            metrics = metrics | {"stop": stop[0].max()}
         return state, metrics
 
     jitted = jax.jit(step, donate_argnums=0, out_shardings=places)
     with use_mesh(mesh):
-        traced = jitted.trace(state, batch_shapes(run, mesh), *asked, *frozen)
+        traced = jitted.trace(state, batch_shapes(run, mesh), *stop_shapes, *frozen)
         return _bound(traced.lower(lowering_platforms=platforms), objective, mesh)
 
 

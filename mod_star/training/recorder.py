@@ -1,4 +1,4 @@
-"""What a training session says of itself: records, thoughts to read, progress on the screen, and the time it takes."""
+"""What a training session reports: records, thoughts to read, progress on the screen, and the time it takes."""
 
 from __future__ import annotations
 

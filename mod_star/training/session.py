@@ -1,4 +1,4 @@
-"""One training session of a run: from its start or where it stopped to its end or where it must stop.
+"""One training session of a run: from its start, or where it stopped, until it ends or must stop.
 
 The session sets up and ends: it makes or restores the state, opens what records and saves, and writes the result. The
 steps are `mod_star.training.loop`, what is said of them `mod_star.training.recorder`.

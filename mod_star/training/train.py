@@ -1,4 +1,4 @@
-"""Training a run: checks all that it is made from, makes or finds its directory, and sits down to it."""
+"""Training a run: checks its inputs, makes or opens its directory, and trains it in a session."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Literal
 
 from rich.console import Console
 
-from mod_star.config import RunConfig
+from mod_star.config import MeshConfig, RunConfig
 from mod_star.data.identity import changes, identify
-from mod_star.distributed.options import MeshConfig
 from mod_star.distributed.processes import decide_first, is_first
 from mod_star.distributed.sharding import make_mesh
 from mod_star.errors import InputError, TrainingError, require
@@ -66,7 +65,7 @@ def train(
       The result.
 
     Raises:
-      InputError: a field, the data, the directory or a checkpoint is no good.
+      InputError: a field, the data, the directory or a checkpoint is wrong.
       TrainingError: `train.max_skipped` steps in a row had a non-finite loss or gradient; the disk is full, or the
         bucket can't be written.
       LostProcess: another process is gone.
@@ -104,8 +103,8 @@ def train(
             changed = decide_first(lambda: changes(read_data(path) or inputs.data, inputs.data))
             if changed and data_changed == "refuse":
                 raise InputError(
-                    f"data.source: what {name} was made with has changed ({'; '.join(changed)}), and with it which "
-                    "documents are held out. Bring back what it was, or --data-changed accept goes on with what it is"
+                    f"data.source: the data of {name} has changed ({'; '.join(changed)}), and with it which documents "
+                    "are held out. Bring the old data back, or go on with the new: --data-changed accept"
                 )
             _require_profile(profile, inputs.plan.steps)
             _show_notes((*inputs.notes, *_changed_since(path, stored)), console)
@@ -149,27 +148,27 @@ def _changed_since(path: Path, run: RunConfig) -> list[str]:
     """What a run that version 0.1 made is trained otherwise from here on, a line each; told once."""
     if read_data(path) is not None:  # as every later version records
         return []
-    found, made = [], "version 0.1, which made this run"
+    notes, earlier = [], "version 0.1, which made this run"
     if run.thinks and run.thinking.policy_weight > 0 and run.thinking.n_true > 1:
         n_true = run.thinking.n_true
-        found.append(f"REINFORCE weighs about 1/{n_true} of what it weighed in {made}: it is a mean, like the NLL")
+        notes.append(f"REINFORCE weighs about 1/{n_true} of what it weighed in {earlier}: it is a mean, like the NLL")
     if run.routing.every and not run.data.pack:
-        found.append(f"capacity is a share of the tokens without padding from here on; {made}, counted padding in")
-    return found
+        notes.append(f"capacity is a share of the tokens without padding from here on; {earlier}, counted padding in")
+    return notes
 
 
-def _require_moved(path: Path, stored: RunConfig, asked: RunConfig) -> None:
+def _require_moved(path: Path, stored: RunConfig, run: RunConfig) -> None:
     """Raises InputError if other files are asked for than those that the run was made with, wherever they were."""
-    if stored.data.source == asked.data.source:
+    if stored.data.source == run.data.source:
         return
     recorded = read_data(path)
     try:
-        if recorded is not None and not changes(recorded, identify(asked.data)):
+        if recorded is not None and not changes(recorded, identify(run.data)):
             return
     except InputError:  # they are not there
         pass
-    found = "; ".join(run_dir.differences(asdict(stored.data), asdict(asked.data), "data."))
-    raise InputError(f"{path}: holds a run of another configuration: {found}")
+    differing = "; ".join(run_dir.differences(asdict(stored.data), asdict(run.data), "data."))
+    raise InputError(f"{path}: holds a run of another configuration: {differing}")
 
 
 def _record_changes(path: Path, inputs: Inputs, step: int, same_length: bool) -> None:

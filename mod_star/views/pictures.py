@@ -1,4 +1,4 @@
-"""How pictures are drawn: by matplotlib as it ships, on Agg, whatever the environment says; never at a result's cost.
+"""How pictures are drawn: by matplotlib as shipped, on Agg, in any environment. A failure costs only the picture.
 
 The environment is `MPLBACKEND`, a matplotlibrc, a directory for its settings that can't be written. Nothing here
 imports `matplotlib.pyplot`, and what is set for a picture is set back after it.

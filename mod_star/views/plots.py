@@ -213,7 +213,7 @@ def _flops_by_step(records: Records) -> dict[int, float]:
 
 
 def _extended(step: int, steps: Sequence[int], flops: Sequence[float]) -> float:
-    """Linear interpolation, continued at the same rate behind the last known step."""
+    """Linear interpolation, continued at the same rate after the last known step."""
     return float(np.interp(step, steps, flops)) if step <= steps[-1] else step * flops[-1] / steps[-1]
 
 

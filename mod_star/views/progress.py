@@ -82,9 +82,9 @@ class TrainingProgress:
         now = self._clock()
         if self._last_update is not None:
             seconds = now - self._last_update
-            kept = math.exp(-seconds / SMOOTHING_SECONDS)
-            self._seconds = kept * self._seconds + seconds
-            self._tokens = kept * self._tokens + (step - self._step) * self._tokens_per_step
+            share = math.exp(-seconds / SMOOTHING_SECONDS)
+            self._seconds = share * self._seconds + seconds
+            self._tokens = share * self._tokens + (step - self._step) * self._tokens_per_step
         self._last_update, self._step, self._loss = now, step, loss
         if self._console.is_terminal:
             self._bar.update(self._task, completed=step, numbers=self._numbers())

@@ -1,4 +1,4 @@
-"""What a thinking model made of a text: every token coloured by what the thought behind it changed.
+"""What a thinking model made of a text: every token coloured by what the thought before it changed.
 
 `thoughts_text` is for a terminal, `thoughts_html` is a page of its own. JAX is not needed for either.
 """
@@ -39,7 +39,7 @@ TEMPLATE = "thoughts_view.html"
 
 @dataclass(frozen=True)
 class TextThoughts:
-    """A text of N tokens, the thoughts behind them and what these changed. None stands for a value that there is not.
+    """A text of N tokens, the thoughts before them and what these changed. None stands for a value that there is not.
 
     Raises:
       ValueError: there is no token, the lengths differ, or a number is not finite.
@@ -52,7 +52,7 @@ class TextThoughts:
     talk_log_probs: Floats
     """N: the same, mixed with the prediction after a thought; None where there was no thought."""
     thoughts: list[str]
-    """N: the thought behind each token, made before it; "" where there was none."""
+    """N: the thought before each token; "" where there was none."""
     thought_tokens: list[list[str]]
     """N: the pieces of each thought."""
     weights: Floats
@@ -109,7 +109,7 @@ def thoughts_text(view: TextThoughts, limit: int = 5) -> Group:
 def thoughts_html(view: TextThoughts, title: str) -> str:
     """The text as an HTML page that needs no other file: colours, and each token's numbers and thought on a click.
 
-    `#token=12` behind the page's address opens it with token 12 chosen; `&by=entropy` or `&by=weight` sets the colour.
+    `#token=12` after the page's address opens it with token 12 chosen; `&by=entropy` or `&by=weight` sets the colour.
     """
     numbers = {
         "base": view.base_log_probs,
@@ -168,7 +168,7 @@ def summary(view: TextThoughts) -> str:
     thought = ~np.ma.getmaskarray(gains)
     count = int(thought.sum())
     if count == 0:
-        return f"No thought behind any of the {len(gains)} tokens"
+        return f"No thought before any of the {len(gains)} tokens"
     base, talk = (-_array(values)[thought].mean() for values in (view.base_log_probs, view.talk_log_probs))
     return (
         f"Mean gain {_signed(gains[thought].mean())} nats/token · {np.mean(gains[thought] > 0):.0%} of {count:,} tokens"
@@ -224,17 +224,17 @@ def _html_legends(scales: dict[str, float], negative_weights: bool) -> str:
         "entropy": ("nats · how unsure the model was without a thought", False),
         "weight": ("mixing weight of the prediction after the thought", negative_weights),
     }
-    made = []
+    legends = []
     for by, (meaning, two_sided) in meanings.items():
         shares = (-1.0, -0.5, 0.0, 0.5, 1.0) if two_sided else (0.0, 0.5, 1.0)
         number = _signed if two_sided else "{:.3g}".format
         ticks = "".join(f"<span>{number(share * scales[by])}</span>" for share in shares)
         sides = "both" if two_sided else "one"
-        made.append(
+        legends.append(
             f'<div class="legend {sides}" data-by="{by}"><div class="bar"></div><div class="ticks">{ticks}</div>'
             f"<p>{meaning}</p></div>"
         )
-    return "\n".join(made)
+    return "\n".join(legends)
 
 
 def _pieces(view: TextThoughts) -> list[list[str]]:

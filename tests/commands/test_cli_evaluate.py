@@ -245,7 +245,7 @@ def test_bad_input(
             "--length-penalty: cannot be combined with --decoding greedy, only with beam",
         ),
         ((*good, "--decoding", "beam", "--length-penalty", "-1"), "length_penalty = -1.0: must be at least 0"),
-        ((*good[:-4], "--kind", "text", "--answer-rule", "gsm8k-strict"), "--answer-rule: finds numbers, the answers"),
+        ((*good[:-4], "--kind", "text", "--answer-rule", "gsm8k-strict"), "--answer-rule: finds numbers; the answers"),
         (
             (*good, "--protocol", "expected", "--answer-rule", "gsm8k-strict"),
             "--new-tokens: cannot be combined with --pro",

@@ -12,8 +12,8 @@ import jax
 import pytest
 
 from mod_star.cli import main
+from mod_star.config import ProcessesConfig
 from mod_star.distributed import processes
-from mod_star.distributed.options import ProcessesConfig
 from mod_star.errors import InputError, UnavailableError
 
 

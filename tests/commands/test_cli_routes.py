@@ -112,8 +112,8 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], trained_run: 
     before = sorted(trained_run.rglob("*"))
     run = str(trained_run)
     for argv, message in (
-        ([run], "--text: give a text either so or with --text-file"),
-        ([run, "--text", "a", "--text-file", "b"], "--text: give a text either so or with --text-file"),
+        ([run], "--text: give either --text or --text-file"),
+        ([run, "--text", "a", "--text-file", "b"], "--text: give either --text or --text-file"),
         ([run, "--text", "x" * 64], "text = 65 tokens, bos included: must be at most model.context = 64"),
         ([run, "--text", "x", "--mode", "greedy"], "'greedy' for argument '--mode'"),
         ([run, "--text", "x", "--png", "a.jpg"], "--png = 'a.jpg': must be a file that ends with .png"),

@@ -119,7 +119,7 @@ def test_bad_options_and_prompts(capsys: pytest.CaptureFixture[str], trained_run
         (("--stop", ""), "--stop = '': must not be empty"),
         (("--step", "7"), "7"),
         (("--promt", "x"), "unknown option --promt; perhaps you meant --prompt"),
-        (("--prompt", "x", "--prompt-file", str(empty)), "--prompt-file: give prompts either so or with --prompt"),
+        (("--prompt", "x", "--prompt-file", str(empty)), "--prompt-file: give either --prompt or --prompt-file"),
         (("--prompt-file", str(empty)), "empty.txt: is empty"),
         (("--prompt-file", str(tmp_path / "none.txt")), "none.txt: cannot be read (No such file or directory)"),
         (("--prompt-file", str(latin)), "latin.txt, line 2: not valid UTF-8 (byte 0xe9 at 8)"),

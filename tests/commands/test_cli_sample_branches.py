@@ -195,7 +195,7 @@ def test_what_cannot_be(capsys: pytest.CaptureFixture[str], trained_run: Path, m
         ((*votes, "--aggregate"), "--aggregate: cannot be combined with --decoding self-consistency, only with cot"),
         ((*votes, "--ranking", "delta"), "--ranking: cannot be combined with --decoding self-consistency"),
         ((*cot, "--length-penalty", "1"), "--length-penalty: cannot be combined with --decoding cot, only with beam"),
-        ((*cot, "--aggregate", "--show-branches"), "--aggregate: the table of --show-branches shows"),
+        ((*cot, "--aggregate", "--show-branches"), "--aggregate: cannot be combined with --show-branches"),
         ((*cot, "--show-thoughts"), "--show-thoughts: cannot be combined with --decoding cot, only with greedy"),
         ((*votes, "--temperature", "0"), "--temperature = 0.0: must be above 0"),
         ((*cot, "--branches", "0"), "--branches = 0: must be at least 1"),

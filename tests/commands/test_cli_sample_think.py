@@ -142,11 +142,11 @@ def test_bad_ways_of_thinking_are_one_line_before_anything_is_compiled(
 
     monkeypatch.setattr("mod_star.decoding.programs.prefill", trace)
     monkeypatch.setattr("mod_star.commands.sample.keep_compiled_programs", lambda: None)  # it would stay set
-    cannot = f"{trained_run} can't, its train.objective is next_token"
+    cannot = f"must be never: {trained_run} has train.objective = 'next_token'"
     for argv, message in (
         ((trained_run, "--think", "always"), f"--think = 'always': {cannot}"),
         ((trained_run, "--think", "auto"), f"--think = 'auto': {cannot}"),
-        ((thinking_run, "--think", "auto"), f"needs a threshold, run mod-star calibrate {thinking_run} first"),
+        ((thinking_run, "--think", "auto"), f"needs a threshold; run mod-star calibrate {thinking_run} first"),
         ((thinking_run, "--think", "maybe"), "'maybe' for argument '--think'"),
         ((thinking_run, "--think", "always", "--think-temperature", "-1"), "think.temperature = -1.0: must be 0"),
     ):

@@ -112,7 +112,7 @@ def test_draws_follow_the_seed(loaded: LoadedRun) -> None:
 
 def test_models_that_cannot_think_and_long_texts_are_refused(loaded: LoadedRun, trained_run: Path) -> None:
     with pytest.raises(
-        InputError, match=r"^train\.objective = 'next_token': must be quiet_star: the model can't think$"
+        InputError, match=r"^train\.objective = 'next_token': must be quiet_star: the model has not learned to think$"
     ):
         thoughts_of(load_run(trained_run), TEXT)
     with pytest.raises(InputError, match=r"^text = 65 tokens, bos included: must be at most model\.context = 64$"):
@@ -174,8 +174,8 @@ def test_bad_input_is_one_line(
     before = sorted(thinking_run.rglob("*"))
     run = str(thinking_run)
     for argv, message in (
-        ([run], "--text: give a text either so or with --text-file"),
-        ([run, "--text", "a", "--text-file", "b"], "--text: give a text either so or with --text-file"),
+        ([run], "--text: give either --text or --text-file"),
+        ([run, "--text", "a", "--text-file", "b"], "--text: give either --text or --text-file"),
         ([run, "--text", "x" * 64], "text = 65 tokens, bos included: must be at most model.context = 64"),
         ([run, "--text", "x", "--html", "a.png"], "--html = 'a.png': must be a file that ends with .html"),
         ([run, "--text", "x", "--html", str(tmp_path / "empty.txt" / "a.html")], "is not a writable directory"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import signal
@@ -16,7 +17,8 @@ from fork_server import succeed
 
 from mod_star import presets
 from mod_star.cli import main
-from mod_star.config import RunConfig, to_dict
+from mod_star.config import MeshConfig, ProcessesConfig, RunConfig, to_dict
+from mod_star.config_checks import field_ranges
 from mod_star.runs.directory import load_run, read_config
 from mod_star.runs.metrics import read_metrics
 
@@ -54,7 +56,24 @@ def test_help_needs_no_jax_and_names_every_field() -> None:
         assert len(re.findall(rf"^│ {option} ", found.stdout, re.MULTILINE)) == 1
     # The help shows the defaults of the preset that is asked for.
     tiny = " ".join(call("train", "--preset", "tiny", "--help").stdout.replace("│", " ").split())
-    assert "--model.width INT Width D of the residual stream. (default: 32)" in tiny
+    assert "--model.width INT Width D of the residual stream. (at least 1; default: 32)" in tiny
+
+
+def test_help_shows_every_range(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    groups = {field.name: type(getattr(RunConfig(), field.name)) for field in dataclasses.fields(RunConfig)}
+    groups |= {"mesh": MeshConfig, "processes": ProcessesConfig}
+    options = {
+        f"--{group}.{name.replace('_', '-')}": allowed.text
+        for group, kind in groups.items() if dataclasses.is_dataclass(kind)
+        for name, allowed in field_ranges(kind).items()
+    }  # fmt: skip
+    assert len(options) > 50
+    for option, text in options.items():
+        own_help = re.split(r" --\w", words.rpartition(f" {option} ")[2])[0]
+        assert f" ({text}; default: " in own_help, option
 
 
 def test_options_are_refused_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -111,10 +130,16 @@ def test_a_run_to_start_from_gives_the_defaults(
 
     # Without JAX: help, and what is wrong with the options.
     shown = " ".join(call("train", "--init-from", str(trained_run), "--help").stdout.replace("│", " ").split())
-    assert "--model.width INT Width D of the residual stream. (default: 16)" in shown
+    assert "--model.width INT Width D of the residual stream. (at least 1; default: 16)" in shown
     for words, message in (
-        (f"--init-from {trained_run} --preset tiny", "--preset = 'tiny': not with --init-from, whose fields are the"),
-        (f"--preset=tiny --init-from={trained_run}", "--preset = 'tiny': not with --init-from, whose fields are the"),
+        (
+            f"--init-from {trained_run} --preset tiny",
+            "--preset = 'tiny': cannot be combined with --init-from, whose fields are the",
+        ),
+        (
+            f"--preset=tiny --init-from={trained_run}",
+            "--preset = 'tiny': cannot be combined with --init-from, whose fields are the",
+        ),
         (f"--init-from {tmp_path}/none", f"{tmp_path}/none: is not a run (there is no such directory)"),
         (f"--init-from={trained_run}/checkpoints", "/checkpoints: is not a run (it has no config.json)"),
         ("--init-from", "missing value for argument '--init-from'"),

@@ -159,7 +159,7 @@ def test_share_gpt_and_fields_without_a_value() -> None:
         ([USER, ANSWER | {"content": "\ud800"}], "messages[1]: character 0 is an unpaired surrogate"),
         ([USER, USER], "has no message of the assistant to learn"),
         ([USER, ANSWER | {"weight": 0}], "has no message of the assistant to learn"),
-        ([ANSWER, USER, ANSWER], "begins with the assistant's message, something must be said before it"),
+        ([ANSWER, USER, ANSWER], "begins with a message of the assistant; a message of the user must come before it"),
     ],
 )
 def test_messages_that_are_no_good(messages: list[Any], reason: str) -> None:
@@ -180,9 +180,12 @@ def test_tools_are_not_dropped_in_silence() -> None:
         (None, "has messages, for which data.tokenizer must have a chat template"),
         (INST, "chat template: fails on these messages (Only user and assistant roles are supported)"),
         # Something that stands at the end of any chat, but not where it goes on.
-        (CHATML + "{{ '!' }}", "chat template: writes messages[:2] otherwise when messages[2] follows than when it is"),
+        (
+            CHATML + "{{ '!' }}",
+            "chat template: writes messages[:2] differently when messages[2] follows than when it is",
+        ),
         # A prompt that answers in the data don't follow (as of DeepSeek-R1's distilled models).
-        (CHATML.replace("assistant\n", "assistant\n<think>"), "chat template: writes messages[:2] otherwise"),
+        (CHATML.replace("assistant\n", "assistant\n<think>"), "chat template: writes messages[:2] differently"),
     ],
 )
 def test_templates_that_do_not_fit(tmp_path: Path, template: str | None, reason: str) -> None:
@@ -196,7 +199,7 @@ def test_what_a_message_says_besides_its_content_must_be_written(tmp_path: Path)
     conversation = Conversation((USER, ANSWER | {"reasoning_content": "It must.", "id": "7"}), "here")
     tokenizer = chat_tokenizer(tmp_path / "without", CHATML)
     with pytest.raises(
-        InputError, match=r"^here: messages\[1\]\.reasoning_content: is something that the chat template"
+        InputError, match=r"^here: messages\[1\]\.reasoning_content: is not written by the chat template"
     ):
         tokenise(tokenizer, conversation)
     template = CHATML.replace("m['content']", "m['reasoning_content'] | default('') + m['content']")

@@ -275,7 +275,7 @@ def test_a_source_that_cannot_be_split(tmp_path: Path) -> None:
 
 
 def test_negative_seed() -> None:
-    with pytest.raises(InputError, match=r"data\.seed = -1: must not be negative"):
+    with pytest.raises(InputError, match=r"data\.seed = -1: must be at least 0"):
         train_batches(DataConfig(seed=-1), TOKENIZER, 4, 1)
 
 

@@ -230,7 +230,7 @@ def test_a_stream_with_an_end(thinker: Thinker, always: list[Generated]) -> None
     assert state.record is not None
     first = always[0].tokens.index(end)
     assert np.asarray(state.record.thinks_BxT[0, :NEW]).tolist() == [step <= first for step in range(NEW)]
-    assert np.asarray(state.record.asked_BxT[0, :NEW]).tolist() == [step <= first for step in range(NEW)]
+    assert np.asarray(state.record.may_think_BxT[0, :NEW]).tolist() == [step <= first for step in range(NEW)]
     assert not np.any(state.record.entropies_BxT[0, first + 1 :])
     assert not np.any(state.record.weights_BxT[0, first + 1 :])
     assert np.all(state.record.thoughts_BxTxN[0, first + 1 :] == -1)
@@ -256,7 +256,7 @@ def test_a_model_that_cannot_think_says_so_before_it_compiles(monkeypatch: pytes
     generator = make_generator(model.decoder, model.params, thinking=THINKING)
     monkeypatch.setattr("mod_star.decoding.programs.prefill", None)
     for ask in (generator.generate, generator.warm_up):
-        with pytest.raises(InputError, match=r"^think\.when = 'always': must be never, the model has not learned to"):
+        with pytest.raises(InputError, match=r"^think\.when = 'always': must be never: the model has not learned to"):
             ask(PROMPTS, GenerationConfig(NEW, SAMPLED, think=ALWAYS))  # type: ignore[operator]
     with pytest.raises(InputError, match=r"^think\.when"):
         next(generator.stream(PROMPTS, GenerationConfig(NEW, SAMPLED, think=ALWAYS)))

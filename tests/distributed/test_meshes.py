@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mod_star.config import RunConfig
-from mod_star.distributed.options import MeshConfig
+from mod_star.config import MeshConfig, RunConfig
 from mod_star.distributed.sharding import make_mesh, require_fits, rows_of_process, spec_of
 from mod_star.errors import InputError
 from mod_star.presets import tiny

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mod_star.config import RunConfig
-from mod_star.distributed.options import ProcessesConfig
+from mod_star.config import ProcessesConfig, RunConfig
 from mod_star.errors import InputError
 from mod_star.presets import dense, tiny
 from mod_star.runs.directory import load_run

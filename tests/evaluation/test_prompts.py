@@ -155,7 +155,7 @@ def test_examples_are_never_asked(tmp_path: Path) -> None:
         (4, path, "--few-shot = 4: there are only 3 questions in"),
         (11, None, "--few-shot = 11: there are only 10 questions in sums.jsonl that are not asked"),
         (0, path, "--few-shot = 0: must be positive with --few-shot-data"),
-        (2, tmp_path / "shots.txt", "--few-shot = 2: has no use"),
+        (2, tmp_path / "shots.txt", "--few-shot = 2: must be 0"),
         (-1, None, "--few-shot = -1: must not be negative"),
     ):
         with pytest.raises(InputError) as error:

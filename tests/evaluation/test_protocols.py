@@ -257,13 +257,13 @@ def test_what_cannot_be_done_is_told_first(naive: Naive) -> None:
     text = [Item("t", "one?", "words", "text")]
     long = [*NUMBERS, Item("long", "x" * 60, "1", "number")]
     for protocol, items, message in (
-        (ChoiceLikelihood(), NUMBERS, "--protocol = 'choice': needs choices, the answers of this task are of"),
+        (ChoiceLikelihood(), NUMBERS, "--protocol = 'choice': needs choices; the answers of this task are of"),
         (ExpectedProbability(), text, "--protocol = 'expected': needs numbers or choices"),
         (ExpectedProbability(), long, "item 'long' = 70 tokens with its prompt: must be at most 65 (context 64)"),
         (GeneratedAnswer(new_tokens=16), long, "item 'long' = 67 tokens with its prompt: must be at most 48 (context"),
         (GeneratedAnswer(new_tokens=64), NUMBERS, "--new-tokens = 64: must lie in [1, 63]"),
         (GeneratedAnswer(Cot(branches=259), 8), NUMBERS, "--branches = 259: must be at most the vocabulary, 258"),
-        (GeneratedAnswer(new_tokens=8), text, "--continuation: is needed to find an answer of any words"),
+        (GeneratedAnswer(new_tokens=8), text, "--continuation: must be given for answers of any words"),
         (GeneratedAnswer(new_tokens=8, continuation="So"), long, "must be at most 21 (context 64 minus 8 new"),
     ):  # fmt: skip
         with pytest.raises(InputError) as error:

@@ -72,7 +72,7 @@ def test_directories_that_are_none(tmp_path: Path) -> None:
         pass
     (tmp_path / "new" / "records.jsonl").write_text('{"id": "a"}\n[]\n')
     with (
-        pytest.raises(InputError, match=r"records.jsonl, line 2: is no record"),
+        pytest.raises(InputError, match=r"records.jsonl, line 2: is not a record"),
         open_records(tmp_path / "new", CONFIG),
     ):
         raise AssertionError("not reached")

@@ -140,7 +140,7 @@ def test_out_of_memory(server: Server, tmp_path: Path) -> None:
         ("MemoryError()", "of this machine"),
     ):
         finished = server.run("train", tmp_path / "run", *RUN, before=exhausted.format(error=error))
-        told = f"error: out of memory: {told}; mod-star plan says what a training needs\n"
+        told = f"error: out of memory: {told}; mod-star plan says what a training step needs\n"
         assert (finished.code, finished.err) == (1, told)
 
 

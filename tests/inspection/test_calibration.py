@@ -135,7 +135,7 @@ def test_bad_input_is_one_line(
         ([thinking_run, "--share", "1.5"], "--share = 1.5: must lie in (0, 1]"),
         ([thinking_run, "--share", "some"], "--share"),
         ([thinking_run, "--step", "2"], "--step"),
-        ([trained_run], "train.objective = 'next_token': must be quiet_star: the model can't think"),
+        ([trained_run], "train.objective = 'next_token': must be quiet_star: the model has not learned to think"),
         ([tmp_path], "is not a run"),
         ([], "RUN is missing"),
     ):

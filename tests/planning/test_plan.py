@@ -23,7 +23,7 @@ from mod_star.model import Decoder
 from mod_star.planning.advice import advice
 from mod_star.planning.memory import Memory
 from mod_star.planning.plan import Plan
-from mod_star.planning.plan_training import wanted_bytes
+from mod_star.planning.plan_training import bytes_needed
 from mod_star.planning.topologies import parse_topology
 from mod_star.presets import PRESETS, large, large_mod, large_quiet
 from mod_star.units import size
@@ -216,11 +216,11 @@ def test_the_need_of_a_program_that_is_too_large_is_read_from_the_compilers_mess
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (28.00G) "
         "exceeds available HBM (15.75G)."
     )
-    assert wanted_bytes(text) == 28 * 2**30
-    assert wanted_bytes("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm.") == (
+    assert bytes_needed(text) == 28 * 2**30
+    assert bytes_needed("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm.") == (
         20.5 * 2**30
     )
-    assert wanted_bytes("RESOURCE_EXHAUSTED: no more") is None
+    assert bytes_needed("RESOURCE_EXHAUSTED: no more") is None
 
 
 def test_advice_names_options_that_exist_and_would_help() -> None:

@@ -265,9 +265,9 @@ ENTRY %main (z: s32[], w0: f32[6,8], a0: f32[6,4,8], b0: f32[6,4], c0: f32[6,2])
   %loop = (s32[], f32[6,8]{1,0}, f32[6,4,8]{2,1,0}, f32[6,4]{1,0:S(1)}, f32[6,2]{1,0}) while(%begin), condition=%condition, body=%body, metadata={op_name="jit(step)/NAME/while"}
   ROOT %r = f32[6,8]{1,0} get-tuple-element(%loop), index=1
 }"""  # noqa: E501
-    assert cost_of(text.replace("NAME", "jvp(vmap(Decoder))")).kept == 6 * 4 * 8 * 4
-    assert cost_of(text.replace("NAME", "transpose(jvp(vmap(Decoder)))")).kept == 0
-    assert cost_of(text.replace("NAME", "sample")).kept == 0
+    assert cost_of(text.replace("NAME", "jvp(vmap(Decoder))")).activations == 6 * 4 * 8 * 4
+    assert cost_of(text.replace("NAME", "transpose(jvp(vmap(Decoder)))")).activations == 0
+    assert cost_of(text.replace("NAME", "sample")).activations == 0
 
 
 def test_products_that_tpus_write_as_convolutions() -> None:

@@ -269,7 +269,7 @@ def test_directories_without_weights_or_tokenizer(tmp_path: Path) -> None:
         open_source(str(directory / "model.safetensors"))
     (directory / "tokenizer.json").unlink()
     (directory / "tokenizer.model").touch()
-    with pytest.raises(InputError, match=r"has tokenizer\.model, which can't be read here, and no tokenizer\.json"):
+    with pytest.raises(InputError, match=r"has tokenizer\.model, which cannot be read here, and no tokenizer\.json"):
         open_source(str(directory))
     (directory / "tokenizer.model").unlink()
     with pytest.raises(InputError, match=r"has no tokenizer\.json"):
@@ -277,7 +277,7 @@ def test_directories_without_weights_or_tokenizer(tmp_path: Path) -> None:
     (directory / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"has no weights that can be read \(it has no \.safetensors file\)"):
         open_source(str(directory))
-    with pytest.raises(InputError, match=r"there is no such file or directory, and it is no hub name"):
+    with pytest.raises(InputError, match=r"there is no such file or directory, and it is not a hub name"):
         open_source(str(tmp_path / "nothing"))
 
 
@@ -326,5 +326,5 @@ def test_a_hub_name_is_fetched_without_pickles_and_fails_in_one_line(
     monkeypatch.chdir(tmp_path)
     assert open_source("org/name").family == "llama"
     assert all(pattern.endswith((".json", ".safetensors", ".jinja")) for pattern in asked["org/name"])
-    with pytest.raises(InputError, match=r"^org/other: is no directory here, .* \(ConnectionError: no route\)$"):
+    with pytest.raises(InputError, match=r"^org/other: is not a directory here, .* \(ConnectionError: no route\)$"):
         open_source("org/other")

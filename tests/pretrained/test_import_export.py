@@ -87,7 +87,7 @@ def test_a_run_of_an_import_is_like_any_other(tmp_path: Path) -> None:
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(run.params))
     path = tmp_path / "run"
     assert find_damage(path / "checkpoints/0") is None
-    with pytest.raises(InputError, match=r"run: holds a model, not a training to go on with; .* --init-from "):
+    with pytest.raises(InputError, match=r"run: holds a model without the state of a training; .* --init-from "):
         train(run.config, path, quiet=True)
     with pytest.raises(InputError, match="is a run already"):
         import_model(open_source(str(tmp_path / "source")), path)
@@ -111,7 +111,7 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     run = loaded_run(ModelConfig(vocab_size=260, width=8, layers=1, heads=1, mlp_width=4))
     run.params["embedding"][0, 0] = 1e30
     with pytest.raises(
-        InputError, match=r"--dtype = 'float16': tensor model\.embed_tokens\.weight has values that don't"
+        InputError, match=r"--dtype = 'float16': tensor model\.embed_tokens\.weight has values out of its range"
     ):
         export_model(run, tmp_path / "float16", "float16")
 
@@ -136,9 +136,9 @@ def test_what_no_other_library_has_is_not_exported(tmp_path: Path) -> None:
     own = replace(thinking, params={}, config=replace(thinking.config, parts="my.py:parts"))
     both = loaded_run(replace(model, qkv_bias=True, qk_norm=True))
     for run, said in (
-        (routed, r"^routing\.every = 2: a Mixture-of-Depths model can't be exported"),
-        (thinking, r"a thinking model can't be exported"),
-        (own, r"^parts = 'my\.py:parts': a model with parts of your own can't"),
+        (routed, r"^routing\.every = 2: a Mixture-of-Depths model cannot be exported"),
+        (thinking, r"a thinking model cannot be exported"),
+        (own, r"^parts = 'my\.py:parts': a model with parts of your own cannot"),
         (both, r"^model\.qkv_bias = True: no family"),
     ):
         with pytest.raises(InputError, match=said):

@@ -39,10 +39,15 @@ DENSE = RunConfig(
 PARTS = """import jax
 from mod_star.parts import Part, Parts
 from mod_star.model.layers import swiglu, swiglu_init
-from mod_star.model.routing import linear_router, linear_router_init
+from mod_star.model.routing import (
+    expert_choice, linear_router, linear_router_init, no_flops, no_parameters, router_rule, rule_cross_entropy
+)
 own_layer = Parts(feed_forward=Part(swiglu_init, lambda params, x: swiglu(params, x) / 2))
 own_router = Parts(router=Part(linear_router_init, lambda params, x: 1 + linear_router(params, x)))
 own_gate = Parts(gate=jax.nn.sigmoid)
+own_selection = Parts(selection=expert_choice)
+own_causal_rule = Parts(causal_rule=Part(no_parameters, router_rule, no_flops))
+own_auxiliary_loss = Parts(auxiliary_loss=rule_cross_entropy)
 """
 
 
@@ -188,9 +193,8 @@ def test_the_command_and_training_after_it(dense_run: Path, tmp_path: Path) -> N
     np.testing.assert_array_equal(found, expected)
 
     # It is not a training to go on with; a run that starts from it inherits the plan.
-    with pytest.raises(
-        InputError, match=r"upcycled: holds a model, not a training .* train NEW --init-from .*upcycled"
-    ):
+    refused = r"upcycled: holds a model without the state of a training; .* train NEW --init-from .*upcycled"
+    with pytest.raises(InputError, match=refused):
         train(read_config(path), path)
     train(replace(read_config(path), init_from=str(path)), tmp_path / "trained", quiet=True)
     capacities = [record["capacity"] for record in read_metrics(tmp_path / "trained") if "loss" in record]
@@ -199,12 +203,8 @@ def test_the_command_and_training_after_it(dense_run: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_what_is_refused(dense_run: Path, trained_run: Path, tmp_path: Path) -> None:
-    (tmp_path / "parts.py").write_text(PARTS)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("42")
-    own_router, own_gate = (
-        make_dense(tmp_path / name, f"{tmp_path}/parts.py:{name}") for name in ("own_router", "own_gate")
-    )
     before, free = sorted(tmp_path.rglob("*")), tmp_path / "free"
     for source, target, options, message in (
         (trained_run, free, {}, r"^routing\.every = 2: this is a Mixture-of-Depths model already$"),
@@ -213,8 +213,6 @@ def test_what_is_refused(dense_run: Path, trained_run: Path, tmp_path: Path) -> 
         (dense_run, free, {"capacity": 0.0}, r"^--capacity = 0\.0: must lie in \(0, 1\]$"),
         (dense_run, free, {"capacity": float("nan")}, r"^--capacity = nan: must lie in \(0, 1\]$"),
         (dense_run, free, {"step": 3}, r"^--step = 3: .* has checkpoints \[0\]$"),
-        (own_router, free, {}, r"^parts = .*: has its own router; only with the built-in ones"),
-        (own_gate, free, {}, r"^parts = .*: has its own gate; only with the built-in ones"),
         (tmp_path / "full", free, {}, r"full: is not a run"),
         (dense_run, tmp_path / "full", {}, r"full: is neither empty nor a run"),
         (dense_run, dense_run, {}, r"dense: is a run already; choose another directory$"),
@@ -224,11 +222,23 @@ def test_what_is_refused(dense_run: Path, trained_run: Path, tmp_path: Path) -> 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_own_layers_are_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["router", "gate", "selection", "causal_rule"])
+def test_decisions_of_ones_own_are_refused(part: str, tmp_path: Path) -> None:
+    """They need not take every token at capacity 1, and may need other parameters than the built-in ones."""
     (tmp_path / "parts.py").write_text(PARTS)
-    dense = make_dense(tmp_path / "dense", f"{tmp_path}/parts.py:own_layer")
+    dense = make_dense(tmp_path / "dense", f"{tmp_path}/parts.py:own_{part}")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=rf"^parts = .*: has its own {part}; only with the built-in ones"):
+        upcycle(dense, tmp_path / "free", 0.25)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("parts", ["own_layer", "own_auxiliary_loss"])
+def test_parts_that_decide_nothing_are_kept(parts: str, tmp_path: Path) -> None:
+    (tmp_path / "parts.py").write_text(PARTS)
+    dense = make_dense(tmp_path / "dense", f"{tmp_path}/parts.py:{parts}")
     stored = upcycle(dense, tmp_path / "upcycled", 0.5)
-    assert stored.parts == f"{tmp_path}/upcycled/parts.py:own_layer"
+    assert stored.parts == f"{tmp_path}/upcycled/parts.py:{parts}"
     tokens = jnp.arange(16)
     expected, found = (
         jax.jit(one.decoder.apply)({"params": one.params}, tokens).hidden

@@ -66,5 +66,5 @@ def test_training_goes_on_to_where_it_came_then(name: str, tmp_path: Path, monke
 
 def test_an_imported_model_is_no_training_to_go_on_with(tmp_path: Path) -> None:
     run = unpacked("imported", tmp_path)
-    with pytest.raises(InputError, match="holds a model, not a training to go on with"):
+    with pytest.raises(InputError, match="holds a model without the state of a training"):
         train(read_config(run), run, quiet=True)

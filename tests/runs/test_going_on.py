@@ -73,7 +73,7 @@ def test_changed_data_is_told_and_refused_unless_accepted(texts_run: Path, tmp_p
     data, run = here / "texts.jsonl", here / "run"
     shutil.copytree(run, tmp_path / "before")
     write_texts(data, 21)
-    told = r"/run was made with has changed \(texts.jsonl: [\d,]+ → [\d,]+ bytes; 20 → 21 documents\)"
+    told = r"/run has changed \(texts.jsonl: [\d,]+ → [\d,]+ bytes; 20 → 21 documents\)"
     moved = short(data)
     with pytest.raises(InputError, match=r"holds a run of another configuration: data\.source"):
         train(moved, run, quiet=True)  # a file of another path must be the same

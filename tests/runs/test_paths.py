@@ -75,7 +75,7 @@ def test_addresses_that_are_patterns_or_climb_are_refused() -> None:
         with pytest.raises(InputError, match="stand for a pattern there; choose another name"):
             working_copy(address)
     for address in ("gs://bucket/..", "gs://bucket/x/../y", "gs://bucket/./x"):
-        with pytest.raises(InputError, match=re.escape(f"{address}: '.' and '..' are no names in a bucket")):
+        with pytest.raises(InputError, match=re.escape(f"{address}: '.' and '..' are not names in a bucket")):
             working_copy(address)
 
 

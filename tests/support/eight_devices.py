@@ -16,9 +16,16 @@ import jax
 import numpy as np
 from thinking_models import thinking_params
 
-from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
+from mod_star.config import (
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RoutingConfig,
+    RunConfig,
+    ThinkingConfig,
+    TrainConfig,
+)
 from mod_star.decoding import GenerationConfig, Generator, Sampling, Think
-from mod_star.distributed.options import MeshConfig
 from mod_star.distributed.sharding import batch_sharding, make_mesh, place, placed_shapes, shardings, use_mesh
 from mod_star.loaded_model import Model
 from mod_star.model import Decoder

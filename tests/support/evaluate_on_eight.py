@@ -17,9 +17,9 @@ import numpy as np
 from eight_devices import MESHES, make_run, make_state
 
 from mod_star.cli import main
+from mod_star.config import MeshConfig
 from mod_star.decoding import Think
 from mod_star.decoding.step import unstack
-from mod_star.distributed.options import MeshConfig
 from mod_star.distributed.sharding import batch_sharding, make_mesh, place, shardings, use_mesh
 from mod_star.errors import InputError
 from mod_star.evaluation.harness import HarnessModel

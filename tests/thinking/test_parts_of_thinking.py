@@ -77,7 +77,7 @@ def test_a_continuous_thought_equals_the_naive_loop_and_has_nothing_to_reinforce
     """One thought of hidden states, read back: step by step by the plain decoder over everything before it."""
     thinker = with_matrix(make_thinker(Parts(thought=CONTINUOUS)))
     places, thoughts, loss, talk, grads = think_and_score(thinker)
-    assert thoughts.kept_T.shape == (*thoughts.tokens_T.shape, 16) and np.all(thoughts.tokens_T == -1)
+    assert thoughts.extra_T.shape == (*thoughts.tokens_T.shape, 16) and np.all(thoughts.tokens_T == -1)
     assert not np.any(thoughts.log_probs_T) and not np.any(talk.log_probs_BxJxM)
     params, own = thinker.params, thinker.params["thinking"]
     row, number = 1, 6
@@ -92,7 +92,7 @@ def test_a_continuous_thought_equals_the_naive_loop_and_has_nothing_to_reinforce
 
     for step in range(3):
         hidden = last_hidden(x)[-1]
-        np.testing.assert_allclose(thoughts.kept_T[row, number, 0, step], hidden, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(thoughts.extra_T[row, number, 0, step], hidden, rtol=1e-4, atol=1e-4)
         x.append(hidden @ own["thought"]["matrix"])
     after = last_hidden([*x, own["end"]])[-1]
     base = last_hidden(x[: index + 1])[-1]
@@ -112,8 +112,8 @@ def test_only_tokens_that_are_drawn_have_log_probabilities() -> None:
     draw = THOUGHT_INPUTS["sampled"].draw
 
     def sometimes(params: Any, hidden_D: Any, logits_V: Any, key: Any, temperature: float) -> Any:
-        token, kept = draw(params, hidden_D, logits_V, key, temperature)
-        return jnp.where(token % 2 == 0, token, -1), kept
+        token, extra = draw(params, hidden_D, logits_V, key, temperature)
+        return jnp.where(token % 2 == 0, token, -1), extra
 
     thinker = make_thinker(Parts(thought=ThoughtInput(sometimes, embed_thought)), drop_negative=False)
     places, thoughts, loss, talk, _ = think_and_score(thinker)
@@ -200,7 +200,7 @@ BAD = {
     r"parts\.reward = float32\[3\]: must be float32\[2, 5, 2\]": Parts(reward=wrong_shape),
     r"parts\.mixing = float32\[3\]: must be float32\[\d+\]": Parts(mixing=Part(constant_init, wrong_shape)),
     r"parts\.where_to_think = float32\[3\]: must be float32\[2, 15\]": Parts(where_to_think=wrong_shape),
-    r"parts\.thought\.draw = \w+: must be a pair \(token, kept\)": Parts(
+    r"parts\.thought\.draw = \w+: must be a pair \(token, extra\)": Parts(
         thought=ThoughtInput(wrong_shape, wrong_shape)
     ),
     r"parts\.thought\.draw token = float32\[\]: must be int32\[\]": Parts(

@@ -48,8 +48,8 @@ def test_what_templates_rely_on() -> None:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{% for %}", "doesn't compile (line 1: Expected an expression, got 'end of statement block')"),
-        ("a\n{{ x", "doesn't compile (line 2: "),
+        ("{% for %}", "does not compile (line 1: Expected an expression, got 'end of statement block')"),
+        ("a\n{{ x", "does not compile (line 2: "),
         ("{{ raise_exception('roles must\nalternate') }}", "fails on these messages (roles must alternate)"),
         ("{{ messages[7].content.x }}", "fails on these messages (list object has no element 7)"),
         ("{{ 1 / 0 }}", "fails on these messages (division by zero)"),
@@ -67,7 +67,7 @@ def test_bad_templates_name_the_reason(template: str, reason: str) -> None:
 
 def test_compiling_alone() -> None:
     check_template(CHATML)
-    with pytest.raises(InputError, match="doesn't compile"):
+    with pytest.raises(InputError, match="does not compile"):
         check_template("{{ x | nothing }}")
 
 

@@ -172,7 +172,7 @@ def test_the_summary_counts_tokens_with_a_thought_only() -> None:
     assert line.startswith("Mean gain +0.26 nats/token · 40% of 5 tokens helped")
     assert line.endswith("1.520 nats/token without thoughts, 1.260 with")
     none = replace(example(), talk_log_probs=[None] * 7)
-    assert summary(none) == "No thought behind any of the 7 tokens"
+    assert summary(none) == "No thought before any of the 7 tokens"
 
 
 def test_the_terminal_shows_text_legend_summary_and_extremes() -> None:
@@ -195,7 +195,7 @@ def test_the_terminal_shows_text_legend_summary_and_extremes() -> None:
 
 def test_a_text_without_thoughts_is_shown_too() -> None:
     none = replace(example(), talk_log_probs=[None] * 7, weights=[None] * 7, entropies=[None] * 7)
-    assert "No thought behind any" in printed(thoughts_text(none))
+    assert "No thought before any" in printed(thoughts_text(none))
     assert Page(thoughts_html(none, "none")).data["talk"] == [None] * 7
 
 

@@ -1,4 +1,7 @@
-"""What training minimises: next-token prediction, Quiet-STaR, or what a user's `Parts.objective` makes."""
+"""What training minimises: next-token prediction, Quiet-STaR, or what a user's `Parts.objective` makes.
+
+Import `Objective`, `objective_of`, `next_token`, `quiet_star` and `forward` from here.
+"""
 
 from __future__ import annotations
 
