@@ -68,7 +68,7 @@ def test_decoding_is_teacher_forced_causal_routing(
 
 VARIANTS = {
     "router decides": Model({"causal_rule": "router", "headroom": 1.0}),
-    "stochastic": Model({"selection": "stochastic", "headroom": 1.0}),
+    "stochastic": Model({"selection": "stochastic", "headroom": 1.0}, layers=4),
     "every block": Model({"every": 1, "gate": "tanh", "causal_rule": "router"}),
     "one in three": Model({"every": 3, "gate": "identity", "headroom": 4.0}, layers=3),
     "dense, untied head": Model({"every": 0}, tie_embeddings=False, kv_heads=4),
