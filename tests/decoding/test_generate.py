@@ -153,8 +153,11 @@ def test_an_end_token_ends_its_row_alone(mod: Model, greedy: list[Generated]) ->
         assert result.tokens == whole.tokens[:count]
         np.testing.assert_allclose(result.log_probs, whole.log_probs[:count], atol=1e-5)
         np.testing.assert_allclose(result.gaps, whole.gaps[:count], atol=1e-5)
-        at_end = [result.end_log_prob, result.end_gap] if result.finished else []
-        np.testing.assert_allclose(at_end, [whole.log_probs[count], whole.gaps[count]] if at_end else [], atol=1e-5)
+        if result.finished:
+            assert result.end_log_prob == pytest.approx(whole.log_probs[count], abs=1e-5)
+            assert result.end_gap == pytest.approx(whole.gaps[count], abs=1e-5)
+        else:
+            assert result.end_log_prob is result.end_gap is None
         # What is routed after the end would be counted here.
         teacher = mod.teach(prompt + result.tokens)
         np.testing.assert_allclose(result.routed_fraction, teacher.selected_LxS.mean(1))
