@@ -249,7 +249,7 @@ def test_bad_requests_are_refused_before_anything_is_compiled(
         ({"branches": VOCAB + 1}, f"branches = {VOCAB + 1}: must be at most the vocabulary, {VOCAB}"),
         ({"branches": 0}, "branches = 0: must be at least 1"),
         ({"new_tokens": 40}, r"prompt 2 = 9 tokens: must have 1 to 8"),
-        ({"finder": Phrase()}, "continuation = None: is needed"),
+        ({"finder": Phrase()}, "continuation = None: must be given"),
         ({"continuation": " "}, "continuation = ' ': must not be empty"),
         ({"continuation": "=>", "new_tokens": 30}, rf"prompt 1 = 3 tokens: must have at most {max(0, room)} "),
         ({"stop": ("",)}, "stop = "),
