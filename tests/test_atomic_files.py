@@ -33,3 +33,16 @@ def test_what_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> No
     assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "absent" / "a.json", "content")
+
+
+def test_an_interrupt_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text("before")
+
+    def is_interrupted(beside: Path) -> None:
+        beside.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(file, is_interrupted)
+    assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]

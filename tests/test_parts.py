@@ -234,15 +234,15 @@ def test_a_causal_rule_of_ones_own_has_its_parameters_is_trained_by_ones_own_los
     assert counted.predictor == pytest.approx(groups * 2 * 24 * D, rel=0.1)
 
 
+@pytest.mark.parametrize("slots", [1, 5, 7])
 @pytest.mark.slow
 def test_a_selection_with_another_number_of_slots_than_the_capacity_is_refused(
-    tiny_run: RunConfig, tiny_batch: dict[str, jax.Array]
+    slots: int, tiny_run: RunConfig, tiny_batch: dict[str, jax.Array]
 ) -> None:
-    parts = replace(DEFAULT_PARTS, selection=lambda scores, valid, routing, noise: select_first(valid, 1))
-    capacity = capacity_of(tiny_run.routing, tiny_batch["tokens"].shape[1])
-    with pytest.raises(
-        InputError, match=rf"parts.selection = '1 slots': must have as many as the capacity, {capacity}"
-    ):
+    parts = replace(DEFAULT_PARTS, selection=lambda scores, valid, routing, noise: select_first(valid, slots))
+    assert capacity_of(tiny_run.routing, tiny_batch["tokens"].shape[1]) == 6
+    message = f"parts.selection = '{slots} slots': must have as many as the capacity, 6"
+    with pytest.raises(InputError, match=message):
         outputs_with(parts, tiny_run, tiny_batch, "top_k")
 
 

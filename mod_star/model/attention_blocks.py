@@ -58,7 +58,7 @@ def is_large(queries: Queries, memory: Memory) -> bool:
 
 
 def forward(queries: Queries, memory: Memory, precision: Any) -> tuple[jax.Array, jax.Array]:
-    """As `attention_whole.forward`, of one memory; a query that sees nothing gets 0 and a log-sum-exp near `HIDDEN`."""
+    """As `attention_whole.forward`, of one memory; a query that sees nothing has a log-sum-exp near `HIDDEN`."""
     cut = _cut(queries, memory)
     product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 

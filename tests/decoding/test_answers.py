@@ -173,6 +173,9 @@ def test_an_answer_is_aligned_to_its_last_place() -> None:
     text = "1,000 and 5: 1000.0 or 10001"
     assert NUMBER.align(text, "1000") == (13, 19), "by its value, not as part of another"
     assert NUMBER.align(text, "7") is None
+    text = "The answer is 10. I have counted 10 twice, and 9 once."
+    assert NUMBER.align(text, "10") == (14, 16), "where the text gives it, whatever follows"
+    assert NUMBER.align(text, "9") == (47, 48)
     assert YES_NO.align("Yes, no, yes? no", "yes") == (9, 12)
     text = "New\nYork, new york, new yorkers"
     assert Phrase().align(text, "new york") == (10, 18)

@@ -249,7 +249,7 @@ def test_bad_requests_are_refused_before_anything_is_compiled(
         ({"branches": VOCAB + 1}, f"branches = {VOCAB + 1}: must be at most the vocabulary, {VOCAB}"),
         ({"branches": 0}, "branches = 0: must be at least 1"),
         ({"new_tokens": 40}, r"prompt 2 = 9 tokens: must have 1 to 8"),
-        ({"finder": Phrase()}, "continuation = None: is needed"),
+        ({"finder": Phrase()}, "continuation = None: must be given"),
         ({"continuation": " "}, "continuation = ' ': must not be empty"),
         ({"continuation": "=>", "new_tokens": 30}, rf"prompt 1 = 3 tokens: must have at most {max(0, room)} "),
         ({"stop": ("",)}, "stop = "),
@@ -272,7 +272,7 @@ def test_a_continuation_ends_at_stop_strings_too(monkeypatch: pytest.MonkeyPatch
     completions = [completion_of(TOKENIZER, "?", made, NEW)] * 2
     generator: Any = Listener(TOKENIZER)  # what it would be asked for is given here
     for stop, answers in ((("\nQ:", "never"), ["8", None]), ((), ["8", "9"])):
-        monkeypatch.setattr("mod_star.decoding.cot.continue_texts", lambda *_: [" 8\nQ: 9", " \nQ: 9"])
+        monkeypatch.setattr("mod_star.decoding.cot.continue_texts", lambda *_: [" 8\nQ: 9", " \nQ: 9, never"])
         config = GenerationConfig(NEW, branches=2, stop=stop)
         (found,) = read_branches(generator, completions, config, NUMBER, [[0]], Reading("So"))
         assert [branch.answer for branch in found.branches] == answers

@@ -68,7 +68,7 @@ def test_decoding_is_teacher_forced_causal_routing(
 
 VARIANTS = {
     "router decides": Model({"causal_rule": "router", "headroom": 1.0}),
-    "stochastic": Model({"selection": "stochastic", "headroom": 1.0}),
+    "stochastic": Model({"selection": "stochastic", "headroom": 1.0}, layers=4),
     "every block": Model({"every": 1, "gate": "tanh", "causal_rule": "router"}),
     "one in three": Model({"every": 3, "gate": "identity", "headroom": 4.0}, layers=3),
     "dense, untied head": Model({"every": 0}, tie_embeddings=False, kv_heads=4),
@@ -152,6 +152,12 @@ def test_an_end_token_ends_its_row_alone(mod: Model, greedy: list[Generated]) ->
         count = whole.tokens.index(end) if result.finished else NEW
         assert result.tokens == whole.tokens[:count]
         np.testing.assert_allclose(result.log_probs, whole.log_probs[:count], atol=1e-5)
+        np.testing.assert_allclose(result.gaps, whole.gaps[:count], atol=1e-5)
+        if result.finished:
+            assert result.end_log_prob == pytest.approx(whole.log_probs[count], abs=1e-5)
+            assert result.end_gap == pytest.approx(whole.gaps[count], abs=1e-5)
+        else:
+            assert result.end_log_prob is result.end_gap is None
         # What is routed after the end would be counted here.
         teacher = mod.teach(prompt + result.tokens)
         np.testing.assert_allclose(result.routed_fraction, teacher.selected_LxS.mean(1))

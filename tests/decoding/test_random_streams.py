@@ -13,9 +13,11 @@ from decoding_models import Model, make_generator, make_prompts
 from mod_star import random_streams
 from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.decoding import GenerationConfig
-from mod_star.model.parts import DEFAULT_PARTS, Part, Parts
+from mod_star.model.parts import DEFAULT_PARTS, Part, Parts, ThoughtInput
 from mod_star.model.routing import stochastic_noise
 from mod_star.model.transformer import group_init
+from mod_star.thinking.mixing import MIXING
+from mod_star.thinking.parameters import thinking_init
 
 POSITIONS = 400
 
@@ -57,7 +59,7 @@ def test_stochastic_routing_and_draws_of_tokens_are_independent(given: int | Non
 
 
 def test_words_of_streams_differ_and_are_above_any_index() -> None:
-    names = ("THOUGHTS", "ROUTING_NOISE", "PLACES", "EXAMPLES", "ROUTING_PARAMETERS")
+    names = ("THOUGHTS", "ROUTING_NOISE", "PLACES", "EXAMPLES", "ROUTING_PARAMETERS", "THOUGHT_PARAMETERS")
     of_keys = [getattr(random_streams, name) for name in names]
     of_runs = [
         random_streams.TRAINING,
@@ -65,10 +67,10 @@ def test_words_of_streams_differ_and_are_above_any_index() -> None:
         random_streams.THINKING_PARAMETERS,
         random_streams.UPCYCLING,
     ]
-    assert len({int(word) for word in of_keys}) == 5 and min(of_keys) > 2**32 - 16
+    assert len({int(word) for word in of_keys}) == 6 and min(of_keys) > 2**32 - 16
     assert len(set(of_runs)) == 4
     keys = {jax.random.key_data(jax.random.fold_in(jax.random.key(0), word)).tobytes() for word in of_keys}
-    assert len(keys) == 5
+    assert len(keys) == 6
 
 
 def test_no_two_initialisers_of_a_block_draw_from_one_key() -> None:
@@ -89,3 +91,16 @@ def test_no_two_initialisers_of_a_block_draw_from_one_key() -> None:
     parents = [jax.random.fold_in(block_key, random_streams.ROUTING_PARAMETERS)]
     drawn += [tuple(np.asarray(jax.random.key_data(each)).tolist()) for each in parents]
     assert len(drawn) == len(set(drawn)) == 7
+
+
+def test_mixing_and_thought_of_ones_own_draw_from_different_keys() -> None:
+    drawn: list[tuple[int, ...]] = []
+
+    def init(key: jax.Array, config: ModelConfig) -> dict[str, jax.Array]:
+        drawn.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
+        return {"weight": jnp.zeros(1, jnp.float32)}
+
+    parts = Parts(mixing=Part(init, MIXING.apply), thought=ThoughtInput(lambda *_: None, lambda *_: None, init))
+    params = thinking_init(jax.random.key(3), ModelConfig(vocab_size=8), jnp.ones((8, 4)), [1], [2], parts)
+    assert set(params) == {"start", "end", "mixing", "thought"}
+    assert len(drawn) == len(set(drawn)) == 2

@@ -47,6 +47,12 @@ def test_tokens_that_tie_for_the_last_place_stay(sampling: Sampling, kept: set[i
     assert set(np.flatnonzero(np.isfinite(restrict(jnp.asarray(TIED), sampling)))) == kept
 
 
+def test_a_sum_that_is_reached_exactly_is_enough() -> None:
+    """Two tokens of probability 1/2 each, whose logits differ by less than float32 has digits after the exponential."""
+    restricted = restrict(jnp.asarray([-1e-9, 0.0], jnp.float32), Sampling(top_p=0.5))
+    assert np.isfinite(restricted).tolist() == [False, True]
+
+
 def test_greedy_is_the_most_probable_token_and_the_lowest_id_of_several() -> None:
     assert int(draw(jax.random.key(0), jnp.asarray(TIED), Sampling(0))) == 1
     assert int(draw(jax.random.key(1), jnp.asarray(-TIED), Sampling(0, top_k=2, top_p=0.1))) == 6

@@ -16,9 +16,10 @@ from thinking_models import thinking_params
 
 from mod_star.config import RunConfig, ThinkingConfig
 from mod_star.decoding import Generated, GenerationConfig, Generator, Sampling, Think
-from mod_star.decoding.caches import FullCache
+from mod_star.decoding.caches import FullCache, routed_cache
 from mod_star.decoding.state import reorder
 from mod_star.errors import InputError
+from mod_star.model.attention import KeyValues
 
 NEW, BRANCHES, SEED = 9, 3, 5
 PROMPTS = make_prompts((4, 17, 9))
@@ -192,3 +193,22 @@ def test_many_prompts_are_what_each_is_alone() -> None:
 def test_branches_that_cannot_be_are_refused(generator: Generator, call: Any, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         call(generator)
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_a_full_routed_cache_keeps_all_that_it_has_computed(branches: int) -> None:
+    """Rows that compute nothing write to a slot that is never read."""
+    none = jnp.zeros((1, 2), jnp.int32)
+    prompt = KeyValues(jnp.zeros((1, 1, 2, 4)), jnp.zeros((1, 1, 2, 4)), none, none, none > 0)
+    cache = routed_cache(prompt, jnp.zeros(1, jnp.int32), slots=2, new_tokens=5, branches=branches)
+    for number, computes in enumerate((True, True, False), start=1):
+        new = jnp.full((branches, 1, 1, 4), float(number))
+        own = KeyValues(
+            new, new, jnp.full((branches, 1), number), jnp.ones((branches, 1), jnp.int32), new[:, 0, :, 0] > 0
+        )
+        computed = jnp.full(branches, computes)
+        cache = cache.append(own, computed, ~computed)
+    (held,) = cache.own_key_values(jnp.ones(branches, jnp.int32), jnp.int32(3))
+    for row in range(branches):
+        assert held.positions_M[row][held.valid_M[row]].tolist() == [1, 2]
+        assert held.keys_KxMxE[row, 0][held.valid_M[row]][:, 0].tolist() == [1, 2]

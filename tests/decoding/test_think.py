@@ -161,6 +161,17 @@ def test_an_infinite_threshold_is_never_or_always(thinker: Thinker, auto: Think,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("threshold", "thinks"), [(0.0, False), (-1e-6, True)])
+def test_a_row_whose_entropy_is_the_threshold_does_not_think(threshold: float, thinks: bool) -> None:
+    thinker = Thinker(0, layers=1)
+    params = {**thinker.params, "final_norm": thinker.params["final_norm"] * 1e6}  # sure of every token
+    generator = make_generator(thinker.model.decoder, params, thinking=THINKING)
+    for result in generator.generate(PROMPTS, GenerationConfig(2, Sampling(0), think=Think("auto", threshold))):
+        assert result.entropies == [0, 0]
+        assert [thought is not None for thought in result.thoughts] == [thinks] * 2
+
+
+@pytest.mark.slow
 def test_never_is_what_a_model_without_thinking_generates(thinker: Thinker) -> None:
     found = thinker.generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED))
     assert found == thinker.model.generator().generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED))
@@ -220,6 +231,8 @@ def test_a_stream_with_an_end(thinker: Thinker, always: list[Generated]) -> None
     assert np.asarray(state.record.thinks_BxT[0, :NEW]).tolist() == [step <= first for step in range(NEW)]
     assert np.asarray(state.record.may_think_BxT[0, :NEW]).tolist() == [step <= first for step in range(NEW)]
     assert not np.any(state.record.entropies_BxT[0, first + 1 :])
+    assert not np.any(state.record.weights_BxT[0, first + 1 :])
+    assert np.all(state.record.thoughts_BxTxN[0, first + 1 :] == -1)
 
 
 @pytest.mark.parametrize(

@@ -86,14 +86,20 @@ def test_bfloat16_softmax_is_float32() -> None:
 
 
 @pytest.mark.slow
-def test_the_fused_call_means_the_same_as_the_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("window", "until"), [(None, None), (2, None), (None, 3)])
+def test_the_fused_call_means_the_same_as_the_segments(
+    window: int | None, until: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """cuDNN needs a GPU; the same call with the library's own XLA implementation shows that its arguments are right."""
     original = jax.nn.dot_product_attention
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda *a, **kw: original(*a, **{**kw, "implementation": "xla"})
     )
-    fused = attend(QUERY, POSITIONS, DOCUMENTS, (KEYS,), fused=True)
-    np.testing.assert_allclose(fused[:-1], attend(QUERY, POSITIONS, DOCUMENTS, (KEYS,))[:-1], rtol=1e-5, atol=1e-5)
+    keys = replace(KEYS, until=None if until is None else jnp.int32(until))
+    fused, expected = (
+        attend(QUERY, POSITIONS, DOCUMENTS, (keys,), window=window, fused=fused)[:-1] for fused in (True, False)
+    )
+    np.testing.assert_allclose(fused, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_fused_attention_lowers_for_cuda_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +128,8 @@ def test_auto_is_the_fused_kernel_only_where_cudnn_can(monkeypatch: pytest.Monke
     assert use_fused(config, 32)
     assert not use_fused(config, 25), "cuDNN has no backward pass for odd lengths with a mask"
     assert not use_fused(replace(config, head_dim=36), 32)
+    assert use_fused(replace(config, head_dim=128), 32)
+    assert not use_fused(replace(config, head_dim=136), 32)
     assert not use_fused(replace(config, head_dim=512), 32)
     assert not use_fused(replace(config, dtype="float32"), 32)
     assert not use_fused(replace(config, attention="segments"), 32)

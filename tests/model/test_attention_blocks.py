@@ -1,5 +1,6 @@
 """Attention in blocks, without its scores: against the plain formula, in values, gradients and memory."""
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from plain_attention import plain_attention
 
 from mod_star.model import attention_blocks, attention_whole
 from mod_star.model.attention import KeyValues, attend
+from mod_star.model.attention_primitive import attention, attention_flops, attention_p, gradient_p
 
 E = 8
 CASES = {
@@ -72,6 +74,57 @@ def test_values_and_gradients_are_those_of_the_plain_formula(case: str) -> None:
     np.testing.assert_allclose(result, expected, atol=1e-5)
     for gradient, its in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(gradient, its, atol=1e-5 * float(jnp.abs(its).max()))
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_the_last_position_that_is_seen_may_be_the_first_of_a_block(beyond: int) -> None:
+    query, positions, ids, own = jax.tree.map(lambda leaf: leaf[0], problem(200, 1, 1, 1))
+    until = jnp.int32(attention_blocks._even(200, attention_blocks.BLOCK) + beyond)
+    text = replace(own, valid_M=own.valid_M.at[until].set(True), until=until)
+    result, expected = (way(query, positions, ids, (text,)) for way in (jax.jit(attend), plain_attention))
+    np.testing.assert_allclose(result[until:], expected[until:], atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [200, 40], ids=["in blocks", "whole"])
+def test_the_log_sum_exp_has_the_gradient_of_the_plain_formula(tokens: int) -> None:
+    query, positions, ids, own = jax.tree.map(lambda leaf: leaf[:1], problem(tokens, 1, 1, 1))
+    after = jnp.full((1, tokens), -1, jnp.int32)
+
+    def loss(way: Callable[..., Any], *arrays: jax.Array) -> jax.Array:
+        result, log_sum = way(*arrays)
+        return jnp.sum(jnp.cos(result)) + jnp.sum(jnp.sin(log_sum))
+
+    def ours(query: jax.Array, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        queries = attention_whole.Queries(query[:, None, None], ids, after)
+        memory = attention_whole.Memory(keys[:, None], values[:, None], ids, positions, positions)
+        return attention(queries, [memory], None, False)
+
+    def plain(query: jax.Array, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scores = jnp.where(jnp.tri(tokens, dtype=bool), query @ jnp.swapaxes(keys, 1, 2), -jnp.inf)
+        return jax.nn.softmax(scores) @ values, jax.nn.logsumexp(scores, -1)
+
+    arrays = (query[:, :, 0], own.keys_KxMxE[:, 0], own.values_KxMxE[:, 0])
+    gradients, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, way), (0, 1, 2)))(*arrays) for way in (ours, plain)
+    )
+    for gradient, its in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(gradient, its, rtol=1e-5, atol=1e-5 * float(jnp.abs(its).max()))
+
+
+def test_queries_that_see_no_block_stay_finite_and_have_no_gradient() -> None:
+    query, positions, ids, own = jax.tree.map(lambda leaf: leaf[0], problem(300, 1, 1, 1))
+    ids = jnp.where(jnp.arange(300) >= 150, 5, ids)  # a document without keys; it fills the last block
+
+    def loss(query: jax.Array, own: KeyValues) -> tuple[jax.Array, jax.Array]:
+        result = attend(query, positions, ids, (own,))
+        return jnp.sum(result), result
+
+    (_, result), (gradient, of_own) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True, allow_int=True))(
+        query, own
+    )
+    assert np.all(np.isfinite(result)) and not np.any(result[-40:])
+    assert np.any(gradient[:150]) and not np.any(gradient[150:])
+    assert np.all(np.isfinite(of_own.keys_KxMxE)) and np.all(np.isfinite(of_own.values_KxMxE))
 
 
 @pytest.mark.slow
@@ -206,6 +259,21 @@ def test_memory_grows_with_the_tokens_and_not_with_their_square() -> None:
     assert temporary[1] <= 16.5 * temporary[0]
     sizes = [np.prod([int(n) for n in s.split(",")]) for s in re.findall(r"\[([\d,]+)\]", many.as_text())]
     assert max(sizes) < 16_384**2 / 50
+
+
+def test_operations_are_those_that_xla_counts_in_the_plain_products() -> None:
+    float_, int_ = (
+        functools.partial(lambda dtype, *shape: jnp.ones(shape, dtype), t) for t in (jnp.float32, jnp.int32)
+    )
+    queries = attention_whole.Queries(float_(2, 1, 3, 16, 256), int_(2, 16), int_(2, 16))
+    memory = attention_whole.Memory(float_(2, 1, 24, 256), float_(2, 1, 24, 256), int_(2, 24), int_(2, 24), int_(2, 16))
+    operands = jax.tree.leaves((queries, [memory]))
+    forward: Any = jax.jit(lambda: attention_whole.forward(queries, [memory], None)).lower().cost_analysis()
+    assert attention_flops(attention_p, operands, 1) == pytest.approx(forward["flops"], rel=0.05)
+    rest = (float_(2, 1, 3, 16), float_(2, 1, 3, 16), float_(2, 1, 3, 16, 256))
+    lowered = jax.jit(lambda *rest: attention_whole.gradient(queries, memory, None, *rest)).lower(*rest)
+    gradient: Any = lowered.cost_analysis()
+    assert attention_flops(gradient_p, operands, 1) == pytest.approx(gradient["flops"], rel=0.05)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])

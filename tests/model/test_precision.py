@@ -26,9 +26,10 @@ from mod_star.inspection.thoughts import _think_everywhere
 from mod_star.model import Decoder
 from mod_star.model.cross_entropy import token_entropy
 from mod_star.model.linear import linear
-from mod_star.model.parts import DEFAULT_PARTS, Parts
+from mod_star.model.parts import DEFAULT_PARTS, Part, Parts
 from mod_star.model.transformer import head_matrix
 from mod_star.parts import load_parts
+from mod_star.thinking.mixing import thought_weight
 from mod_star.training.lowering import lower_eval_step, lower_train_step
 from mod_star.training.objectives.next_token import forward
 from mod_star.training.state import init_state
@@ -188,6 +189,17 @@ def test_a_lower_precision_is_that_of_linear_layers_and_attention_alone() -> Non
     batch, high = make_batch([[24]], 24, VOCAB), Decoder(replace(MODEL, precision="high"), RUN.routing)
     found = of(jax.grad(lambda p: jnp.sum(forward(high, p, batch, None).hidden)), model.plain)
     assert {each.precision for each in found} == {"HIGHEST", "HIGH"}
+
+
+def test_a_mixing_and_a_causal_rule_of_ones_own_ask_for_the_highest_precision() -> None:
+    def rule(params: Any, x_SxD: jax.Array, *rest: Any) -> jax.Array:
+        return jnp.sum(x_SxD @ params["matrix"], -1)
+
+    parts = Parts(mixing=Part(jnp.ones, rule), causal_rule=Part(jnp.ones, rule))
+    own, x = {"matrix": jnp.ones((WIDTH, WIDTH))}, jnp.ones((3, WIDTH))
+    mixing = of(lambda own, x: thought_weight(parts, {"thinking": {"mixing": own}}, x, x), own, x)
+    deciding = of(lambda own, x: parts.decide(own, x, x[:, 0], lambda: x[:, 0], RUN.routing, MODEL), own, x)
+    assert [product.precision for product in (*mixing, *deciding)] == ["HIGHEST"] * 2
 
 
 MY_PARTS = """

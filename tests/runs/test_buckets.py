@@ -270,6 +270,7 @@ def test_folders_of_a_console_are_no_files(here: Bucket) -> None:
     assert (working_copy("gs://bucket/runs/full") / "config.json").read_text() == "{}"
     assert storage.find_files("gs://bucket/texts/*") == ["gs://bucket/texts/a.txt"]
     assert storage.find_files("gs://bucket/texts/sub/b.txt") == ["gs://bucket/texts/sub/b.txt"]
+    assert storage.find_files("gs://bucket/texts/**") == ["gs://bucket/texts/a.txt", "gs://bucket/texts/sub/b.txt"]
 
 
 @pytest.mark.slow
@@ -330,6 +331,7 @@ def test_what_cannot_be_is_said_in_one_line(
 
 def test_addresses() -> None:
     assert is_address("gs://b/x") and is_address(Path("gs://b/x")) and not is_address("runs/x") and not is_address("C:")
+    assert not any(map(is_address, ("c:/runs/x", "C:/runs/x", "./gs://b/x"))), "a drive letter is no scheme"
     assert address_of(Path("gs://b/x//y/")) == "gs://b/x/y"
 
 

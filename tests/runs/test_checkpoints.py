@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -80,6 +81,19 @@ def test_restores_everything_bit_for_bit(saved: tuple[Path, TrainState, list[int
     assert equal(checkpoints.restore_state(directory, 2, like, batches)[0], expected)
 
 
+def test_batches_go_on_in_the_same_data_and_begin_at_the_beginning_of_other_data(tmp_path: Path) -> None:
+    batches = make_batches()
+    first = next(batches).tolist()
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(make_state(1), batches, {"data": "these"})
+    writer.close()
+    second = next(batches).tolist()
+    for data, expected in ((None, second), ("these", second), ("others", first)):
+        restored = make_batches()
+        checkpoints.restore_state(tmp_path, 1, jax.eval_shape(make_state), restored, data=data)
+        assert next(restored).tolist() == expected
+
+
 def test_checksums_are_sha256sum_s(saved: tuple[Path, TrainState, list[int]]) -> None:
     subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=saved[0] / "4", check=True)
 
@@ -115,6 +129,37 @@ def test_every_damaged_file_is_noticed(
     assert checkpoints.choose_checkpoint(directory, None, "--resume-from") == 4
 
 
+def test_checksums_that_were_cut_off_are_told(tmp_path: Path) -> None:
+    checkpoints.save_params(tmp_path, {"w": np.ones(3, np.float32)})
+    (tmp_path / "0" / "training").write_text("")
+    integrity.write_sums(tmp_path / "0")
+    sums = tmp_path / "0" / integrity.SUMS_FILE
+    whole = sums.read_bytes()
+    for length in (0, len(whole) // 2, len(whole) - 1):
+        sums.write_bytes(whole[:length])
+        assert list(integrity.damages(tmp_path / "0")) == ["SHA256SUMS is cut off"]
+    sums.write_bytes(whole)
+    assert integrity.find_damage(tmp_path / "0") is None
+
+
+def test_a_file_that_was_added_is_told(tmp_path: Path) -> None:
+    checkpoints.save_params(tmp_path, {"w": np.ones(3, np.float32)})
+    (tmp_path / "0" / "params" / "more").write_text("")
+    assert list(integrity.damages(tmp_path / "0")) == ["params/more is not in SHA256SUMS"]
+
+
+def test_a_checkpoint_of_another_step_is_not_what_was_saved(
+    saved: tuple[Path, TrainState, list[int]], tmp_path: Path
+) -> None:
+    directory, state, _ = saved
+    parts = checkpoints._to_saved(state)
+    small = {"params": checkpoints._smallest(parts["params"]), "training": {"step": parts["training"]["step"]}}
+    checkpoints._require_opened(directory, 4, small)
+    shutil.copytree(directory / "4", tmp_path / "5")
+    with pytest.raises(InputError, match=r"/5 is that of step 4$"):
+        checkpoints._require_opened(tmp_path, 5, small)
+
+
 def test_older_one_only_when_asked_for(saved: tuple[Path, TrainState, list[int]]) -> None:
     directory = saved[0]
     assert checkpoints.choose_checkpoint(directory, 3, "--step") == 3
@@ -145,6 +190,43 @@ def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.saved_steps(tmp_path) == [7]
     checkpoints.delete_after(tmp_path, 6)
     assert checkpoints.saved_steps(tmp_path) == []
+
+
+def test_a_made_checkpoint_is_there_with_its_checksums_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = {"w": np.ones(3, np.float32)}
+
+    def full_disk(checkpoint: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "write_sums", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save_params(tmp_path, params)
+    assert checkpoints.saved_steps(tmp_path) == []
+    checkpoints.save_params(tmp_path, params)
+    assert checkpoints.saved_steps(tmp_path) == [0] and integrity.find_damage(tmp_path / "0") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+
+
+def test_logs_stay_filtered_after_a_save_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads may log until the process ends."""
+    logger = logging.getLogger("absl")
+    monkeypatch.setattr(logger, "filters", list(logger.filters))
+    monkeypatch.setattr(logging.getLogger("asyncio"), "filters", [])
+
+    def full_disk() -> None:
+        raise OSError(28, "full")
+
+    writer = CheckpointWriter(tmp_path, keep=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(writer._manager, "wait_until_finished", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            writer.wait()
+    writer.close()
+    error = OSError(28, "full")
+    assert not logger.filter(logging.LogRecord("x", logging.ERROR, "", 0, "", (), (OSError, error, None)))
 
 
 def test_logs_are_filtered_only_while_a_writer_is_open(tmp_path: Path) -> None:

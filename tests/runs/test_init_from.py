@@ -225,8 +225,17 @@ def test_what_is_not_a_run_to_start_from(base: Path, tmp_path: Path) -> None:
         ("model", {"head_dim": 4}, "model.head_dim = 4: must be 8"),
         ("model", {"mlp_width": None}, "model.mlp_width = 64: must be 24"),
         ("model", {"rope_theta": 5e5}, "model.rope_theta = 500000.0: must be 10000.0"),
+        (
+            "model",
+            {"rope_scaling": "llama3", "rope_factor": 2.0, "rope_low_freq_factor": 2.0, "rope_high_freq_factor": 8.0},
+            "model.rope_scaling = 'llama3': must be 'none'; model.rope_factor = 2.0: must be 1.0; "
+            "model.rope_low_freq_factor = 2.0: must be 1.0; model.rope_high_freq_factor = 8.0: must be 4.0",
+        ),
+        ("model", {"rope_original_context": 64}, "model.rope_original_context = 64: must be 8192"),
         ("model", {"sliding_window": 5}, "model.sliding_window = 5: must be None"),
         ("model", {"norm_eps": 1e-5}, "model.norm_eps = 1e-05: must be 1e-06"),
+        ("model", {"qkv_bias": True}, "model.qkv_bias = True: must be False"),
+        ("model", {"qk_norm": True}, "model.qk_norm = True: must be False"),
         ("model", {"tie_embeddings": False}, "model.tie_embeddings = False: must be True"),
         ("routing", {"every": 1}, "routing.every = 1: must be 2"),
         ("routing", {"every": 0}, "routing.every = 0: must be 2"),

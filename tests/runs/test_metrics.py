@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import os
 import struct
 from pathlib import Path
 
@@ -93,6 +94,20 @@ def test_an_interrupted_and_resumed_run_leaves_the_file_of_an_uninterrupted_one(
             writer.write(step, {"loss": 1 / step, "gate_mean": [step, math.nan]})
     assert (resumed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert [path.name for path in sorted(resumed.iterdir())] == ["metrics.jsonl", "tensorboard"]
+
+
+def test_no_record_is_lost_when_dropping_the_later_ones_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": 1 / step})
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        MetricsWriter(tmp_path, resume_step=1)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
 
 
 def test_a_run_that_starts_over_keeps_nothing(tmp_path: Path) -> None:

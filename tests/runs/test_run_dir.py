@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +78,8 @@ def test_a_run_has_its_own_copy_of_the_users_parts(tmp_path: Path) -> None:
     stored = run_dir.resumed_config(path, run)
     assert stored.parts == f"{path}/parts.py:mine"
     assert (path / "parts.py").read_text() == PARTS
+    with pytest.raises(InputError, match=r"parts: .*parts.py:mine → .*my.py:other"):
+        run_dir.resumed_config(path, replace(run, parts=f"{mine}:other"))
     mine.write_text(PARTS + "# changed\n")
     with pytest.raises(InputError, match=r"parts: .*parts.py:mine → .*my.py:mine"):
         run_dir.resumed_config(path, run)
@@ -124,6 +128,25 @@ def test_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(InputError, match="No space left"):
         create(tmp_path / "run", make_run())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_starts_at_once_the_slower_one_leaves_the_run_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run, locked = tmp_path / "run", make_run(), run_dir.locked
+    faster = replace(run, train=replace(run.train, seed=7))
+
+    @contextmanager
+    def after_another(path: Path) -> Iterator[None]:
+        monkeypatch.setattr(run_dir, "locked", locked)
+        create(path, faster)
+        with locked(path):
+            yield
+
+    monkeypatch.setattr(run_dir, "locked", after_another)
+    with pytest.raises(InputError, match="choose another directory"):
+        create(path, run)
+    assert run_dir.read_config(path) == faster
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

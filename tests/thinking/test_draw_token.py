@@ -56,6 +56,16 @@ def test_a_logit_of_minus_infinity_is_never_drawn() -> None:
     assert np.all(np.abs(counts - DRAWS / 4) < 5 * np.sqrt(DRAWS / 4))
 
 
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-24])
+def test_at_both_ends_of_the_interval_a_possible_token_is_drawn(number: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape, dtype: jnp.full(shape, number, dtype))
+    for allowed in ([3], [200, 201], [130, 290], [0, 299]):
+        logits = np.full(300, -np.inf, np.float32)
+        logits[allowed] = np.arange(len(allowed))
+        token = draw_token(jax.random.key(0), jnp.asarray(logits), 1.0)
+        assert int(token) == allowed[0 if number == 0 else -1]
+
+
 def test_temperature_zero_is_the_most_probable_token_and_needs_no_key() -> None:
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(50, 300)), jnp.float32)
     for seed in (0, 1):
