@@ -88,10 +88,12 @@ RIDDLES = re.compile(
 
 def test_words_that_readers_stumble_over_stay_away() -> None:
     """See docs/glossary.md and CONTRIBUTING.md: one meaning per word, plain English."""
+    generated = {ROOT / "docs/reference" / name for name in ("command_line.md", "configuration.md")}  # of what is read
     pages = [*ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/*/README.md"), *ROOT.glob("*.md")]
     riddles = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in [*ROOT.glob("mod_star/**/*.py"), *pages]
+        if path not in generated
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if RIDDLES.search(line)
     ]
