@@ -15,7 +15,7 @@ from flax import struct
 
 from mod_star.config import ModelConfig
 from mod_star.model.attention_primitive import attention
-from mod_star.model.attention_whole import Memory, Queries
+from mod_star.model.attention_whole import Memory, Queries, seen
 from mod_star.model.precision import precision_of
 
 
@@ -37,17 +37,6 @@ class KeyValues:
     """bool; False for slots that hold no token."""
     until: jax.Array | None = None
     """int32 scalar; the last position that may be seen of these tokens, if that is not each query's own."""
-
-
-def visible(
-    key_values: KeyValues, positions_N: jax.Array, segment_ids_N: jax.Array, window: int | None = None
-) -> jax.Array:
-    """Bool NxM: which of the keys each query sees. `window` counts positions, the query's own included."""
-    same = segment_ids_N[:, None] == key_values.segment_ids_M
-    seen = same & (key_values.positions_M <= positions_N[:, None]) & key_values.valid_M
-    if key_values.until is not None:
-        seen &= key_values.positions_M <= key_values.until
-    return seen if window is None else seen & (key_values.positions_M > positions_N[:, None] - window)
 
 
 def attend(
@@ -74,20 +63,18 @@ def attend(
     Returns:
       NxHxE in the type of the query.
     """
-    if fused and len(key_values) == 1:
-        (only,) = key_values
-        keys, values = (jnp.swapaxes(a, 0, 1) for a in (only.keys_KxMxE, only.values_KxMxE))
-        mask = visible(only, positions_N, segment_ids_N, window)
-        # One mask per head, though they are the same: JAX's rule for this call under vmap reshapes it to that.
-        mask = jnp.broadcast_to(mask, (query_NxHxE.shape[1], *mask.shape))
-        return jax.nn.dot_product_attention(query_NxHxE, keys, values, mask=mask, implementation="cudnn")
-
     N, H, E = query_NxHxE.shape
     K = key_values[0].keys_KxMxE.shape[0]
     query_KxGxNxE = (query_NxHxE * E**-0.5).reshape(N, K, H // K, E).transpose(1, 2, 0, 3)
     after_N = jnp.full(N, jnp.iinfo(jnp.int32).min) if window is None else positions_N - window
     queries = Queries(query_KxGxNxE[None], segment_ids_N[None], after_N[None])
     memories = [_memory(each, positions_N) for each in key_values]
+    if fused and len(key_values) == 1:
+        (only,) = key_values
+        keys, values = (jnp.swapaxes(a, 0, 1) for a in (only.keys_KxMxE, only.values_KxMxE))
+        # One mask per head, though they are the same: JAX's rule for this call under vmap reshapes it to that.
+        mask = jnp.broadcast_to(seen(queries, memories[0]), (H, N, keys.shape[0]))
+        return jax.nn.dot_product_attention(query_NxHxE, keys, values, mask=mask, implementation="cudnn")
     partitioned = not jax.sharding.get_abstract_mesh().empty
     mixed, _ = attention(queries, memories, precision_of(query_NxHxE.dtype, precision), partitioned)
     return mixed[0].transpose(2, 0, 1, 3).reshape(N, H, E)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mod_star.model.attention_whole import HIDDEN, TINY, Memory, Queries
+from mod_star.model.attention_whole import HIDDEN, TINY, Memory, Queries, sees
 
 BLOCK = 128
 """Queries (all of a key head's) and keys of a block."""
@@ -132,11 +132,9 @@ def gradient(
 
 
 def _seen(queries: tuple[jax.Array, ...], keys: tuple[jax.Array, ...], rows: int) -> jax.Array:
-    """Bool P x rows x m: `attention_whole.seen` of one block, the same for all queries of a key head."""
-    (ids, after, until), (key_ids, positions) = queries, keys
-    same = (ids[..., None] == key_ids[:, None]) & (positions[:, None] <= until[..., None])
-    seen = same & (positions[:, None] > after[..., None])
-    return jnp.tile(seen, (1, rows // ids.shape[1], 1))
+    """Bool P x rows x m: `sees` of one block, the same for all queries of a key head."""
+    seen = sees(queries, keys)
+    return jnp.tile(seen, (1, rows // seen.shape[1], 1))
 
 
 def _span(visible: jax.Array) -> tuple[jax.Array, jax.Array]:

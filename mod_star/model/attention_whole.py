@@ -54,11 +54,15 @@ class Memory:
 def seen(queries: Queries, memory: Memory) -> jax.Array:
     """Bool BxNxM."""
     share = queries.ids_BxN.shape[0] // memory.ids_CxM.shape[0]
-    ids, positions = (
-        jnp.repeat(a, share, 0)[:, None] if share > 1 else a[:, None] for a in (memory.ids_CxM, memory.positions_CxM)
-    )
-    same = (queries.ids_BxN[..., None] == ids) & (memory.until_BxN[..., None] >= positions)
-    return same & (positions > queries.after_BxN[..., None])
+    ids, positions = (jnp.repeat(a, share, 0) if share > 1 else a for a in (memory.ids_CxM, memory.positions_CxM))
+    return sees((queries.ids_BxN, queries.after_BxN, memory.until_BxN), (ids, positions))
+
+
+def sees(queries: tuple[jax.Array, ...], keys: tuple[jax.Array, ...]) -> jax.Array:
+    """Bool [..., N, M], the rule by which queries (ids, after, until) [..., N] see keys (ids, positions) [..., M]."""
+    ids, after, until = (leaf[..., None] for leaf in queries)
+    key_ids, positions = (leaf[..., None, :] for leaf in keys)
+    return (ids == key_ids) & (positions <= until) & (positions > after)
 
 
 class Products:
