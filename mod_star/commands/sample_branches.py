@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 
@@ -25,6 +25,8 @@ from mod_star.views.sample import write
 
 if TYPE_CHECKING:
     from mod_star.commands.sample import SampleOptions
+
+Generated = TypeVar("Generated")
 
 
 def ways_to_answer(options: SampleOptions, decoding: Decoding) -> Answering | BeamTexts | None:
@@ -70,10 +72,7 @@ class Answering:
         notes: Console,
     ) -> None:
         """Generates and writes what the options ask for."""
-        began = time.perf_counter()
-        with notes.status(_generating(prompts)):
-            results = self._answers(generator, prompts, encoded, config)
-        seconds = time.perf_counter() - began
+        results, seconds = _timed(lambda: self._answers(generator, prompts, encoded, config), len(prompts), notes)
         self._write(results, notes)
         _summarise([branch.completion for result in results for branch in result.branches], seconds, notes)
 
@@ -134,12 +133,12 @@ class BeamTexts:
         notes: Console,
     ) -> None:
         """Generates and writes what the options ask for."""
-        began = time.perf_counter()
-        with notes.status(_generating(prompts)):
-            beams = beam_search(
-                generator, prompts, config, length_penalty=self.decoding.length_penalty, encoded=encoded
-            )
-        seconds = time.perf_counter() - began
+        penalty = self.decoding.length_penalty
+        beams, seconds = _timed(
+            lambda: beam_search(generator, prompts, config, length_penalty=penalty, encoded=encoded),
+            len(prompts),
+            notes,
+        )
         self._write(beams)
         _summarise([beam for of_prompt in beams for beam in of_prompt], seconds, notes)
 
@@ -164,8 +163,12 @@ class BeamTexts:
                 write(f"{of_prompt[0].text}\n")
 
 
-def _generating(prompts: Sequence[str]) -> str:
-    return f"generating from {len(prompts)} prompt{'s' * (len(prompts) > 1)}"
+def _timed(generate: Callable[[], Generated], prompts: int, notes: Console) -> tuple[Generated, float]:
+    """What is generated from so many prompts, and its seconds; meanwhile the notes say so."""
+    began = time.perf_counter()
+    with notes.status(f"generating from {prompts} prompt{'s' * (prompts > 1)}"):
+        generated = generate()
+    return generated, time.perf_counter() - began
 
 
 def _summarise(completions: Sequence[Completion], seconds: float, notes: Console) -> None:
