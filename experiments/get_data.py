@@ -11,7 +11,6 @@ file whose SHA-256 differs is refused and not kept.
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import Progress
 
+from mod_star.atomic_files import write_atomically
 from mod_star.commands import parse_options
 from mod_star.errors import InputError
 
@@ -129,8 +129,8 @@ def fetch(name: str, directory: Path, source: Path | None = None, bar: Any = Non
     if path.is_file() and sha256_of(path) == published.sha256:
         return path
     directory.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(name + ".new")
-    try:
+
+    def download(beside: Path) -> None:
         with _opened(name, published, source) as (file, size), beside.open("wb") as out:
             task = None if bar is None else bar.add_task(name, total=size)
             while block := file.read(BLOCK):
@@ -141,9 +141,8 @@ def fetch(name: str, directory: Path, source: Path | None = None, bar: Any = Non
         if digest != published.sha256:
             where = published.url if source is None else source / name
             raise InputError(f"{where}: sha256 = {digest}: must be {published.sha256}, that of the published file")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+
+    write_atomically(path, download)
     return path
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from pathlib import Path
+
+from mod_star.atomic_files import write_atomically
 
 
 def spread(values: list[float], form: str) -> str:
@@ -22,8 +23,6 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def write_aside(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all, in a directory that need not be there yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+    write_atomically(path, content)
