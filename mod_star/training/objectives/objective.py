@@ -30,11 +30,12 @@ class Objective:
     summarise: Callable[[dict[str, Any]], dict[str, Any]]
     """Added-up sums -> held-out metrics, plain floats and lists; `eval_loss` must be one."""
     examples: Callable[..., Any] | None = None
-    """(params, batch, key) -> `quiet_star.Examples`, for RUN/thoughts.jsonl. None: there are no thoughts."""
+    """(params, batch, key) and each of `frozen` -> `quiet_star.Examples`, for RUN/thoughts.jsonl. None: there are no
+    thoughts."""
     frozen: tuple[Any, ...] = ()
-    """Pytrees of arrays that loss and evaluation read besides and that nothing changes, such as a teacher's parameters.
-    Training hands them to its compiled programs as arguments; an array that a function closes over instead would be
-    written out in the program. Neither checkpoints nor the optimizer's state hold them."""
+    """Pytrees of arrays that loss, evaluation and examples read besides and that nothing changes, such as a teacher's
+    parameters. Training hands them to its compiled programs as arguments; an array that a function closes over instead
+    would be written out in the program. Neither checkpoints nor the optimizer's state hold them."""
 
 
 def checked(objective: Objective) -> Objective:
