@@ -29,8 +29,7 @@ from mod_star.model import Output
 from mod_star.model.cross_entropy import chunked, cross_entropy_by_token, unchunked
 from mod_star.model.routing import select_top
 from mod_star.model.transformer import head_matrix
-from mod_star.thinking.mixed_cross_entropy import mixed_cross_entropy_by_token
-from mod_star.thinking.mixing import thought_weight
+from mod_star.thinking.mixing import mixed_cross_entropy_by_token, thought_weight
 from mod_star.thinking.rewards import advantages_of
 from mod_star.thinking.sample import Place, ThinkingDecoder, sample_thought
 from mod_star.thinking.scan_sum import scan_sum

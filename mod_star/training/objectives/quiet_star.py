@@ -35,9 +35,8 @@ from mod_star.thinking.objective import (
 from mod_star.thinking.sample import ThinkingDecoder, thought_slots
 from mod_star.thinking.thought import Thought
 from mod_star.thinking.where import position_scores
-from mod_star.training.agreement import require_thinker
 from mod_star.training.objectives.next_token import forward, next_token_metrics, routing_sums
-from mod_star.training.objectives.objective import Batch, Metrics, Objective
+from mod_star.training.objectives.objective import Batch, Metrics, Objective, require_thinker
 
 if TYPE_CHECKING:
     from mod_star.tokenization import Tokenizer
