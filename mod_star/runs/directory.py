@@ -37,6 +37,7 @@ from mod_star.errors import InputError, require
 from mod_star.initial_params import initial_params
 from mod_star.loaded_model import Model
 from mod_star.model import Decoder
+from mod_star.model.transformer import StackedParams
 from mod_star.parts import load_parts
 from mod_star.runs.buckets import (
     CHECKPOINTS_DIRECTORY,
@@ -102,7 +103,7 @@ class LoadedRun:
     """As stored; with `routing.stages`, the capacity is that of the checkpoint's stage, and there are no stages."""
     tokenizer: Tokenizer
     decoder: Decoder
-    params: dict[str, Any]
+    params: StackedParams
     """float32 parameters, a plain nested dict."""
     step: int
     """Step of the checkpoint that the parameters are from."""
