@@ -120,7 +120,7 @@ def scoring_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> 
     forward += _groups_flops(model, routing, parts, tokens, tokens, text_slots, text_slots)
     forward += Flops(head=2.0 * tokens * D * V)
     step = _forward_and_backward(forward, parts)
-    if model.dtype != "float32":  # two products' logits are mixed, see `mod_star.thinking.mixed_cross_entropy`
+    if model.dtype != "float32":  # two products' logits are mixed, see `mod_star.thinking.mixing`
         step += Flops(head=2.0 * thoughts * n_true * D * V)
     return step + _recomputed(model, routing, parts, forward)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from mod_star.config import ThinkingConfig
 from mod_star.model import Decoder
+from mod_star.model.transformer import StackedParams
 from mod_star.tokenization.tokenizers import Tokenizer
 
 
@@ -21,7 +21,7 @@ class Model:
 
     decoder: Decoder
     """The network."""
-    params: dict[str, Any]
+    params: StackedParams
     """Its parameters as trained: groups stacked."""
     tokenizer: Tokenizer
     """The one that it was trained with. Its `end_ids` end what the model generates."""

@@ -82,7 +82,8 @@ def each_step_compiled_once() -> Iterator[None]:
 
     def once(lower: Callable[..., Any]) -> Callable[..., Any]:
         def lowered(*args: Any, **options: Any) -> Any:
-            key = repr((lower.__name__, args, options))
+            # The objective follows from the decoder and the run.
+            key = repr((lower.__name__, args, {name: options[name] for name in options if name != "objective"}))
             if key not in known:  # with its arguments: as long as they live, nothing else has the ids in the key
                 known[key] = args, SimpleNamespace(compile=functools.cache(lower(*args, **options).compile))
             return known[key][1]

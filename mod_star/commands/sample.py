@@ -201,23 +201,12 @@ class ThinkOptions(Protocol):
 
 def chosen_think(loaded: LoadedRun, options: ThinkOptions) -> Think:
     """When to think. Raises InputError if the model hasn't learned to, or isn't calibrated."""
-    from mod_star.decoding import Think
-    from mod_star.inspection.calibration import read_calibration
+    from mod_star.inspection import calibration
 
-    if options.think == "never":
-        return Think()
-    objective = loaded.config.train.objective
-    can_think = "thinking" in loaded.params
-    require(can_think, "--think", options.think, f"must be never: {options.run} has train.objective = {objective!r}")
-    if options.think == "always":
-        return Think("always", temperature=options.think_temperature)
-    calibration = read_calibration(options.run)
-    if calibration is None:
-        raise InputError(f"--think = 'auto': needs a threshold; run mod-star calibrate {options.run} first")
-    if calibration.step != loaded.step:
-        note = f"the threshold was calibrated at step {calibration.step}, this is step {loaded.step}"
-        print(f"note: {note}: mod-star calibrate {options.run} renews it", file=sys.stderr)
-    return Think("auto", calibration.threshold, calibration.share, options.think_temperature)
+    def tell(note: str) -> None:
+        print(f"note: {note}", file=sys.stderr)
+
+    return calibration.chosen_think(loaded, options.run, options.think, options.think_temperature, "--think", tell)
 
 
 def _sample(

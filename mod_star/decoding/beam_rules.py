@@ -10,7 +10,6 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from mod_star.decoding.state import DecodeState, reorder
 from mod_star.decoding.step import NewTokens, decode_step
 from mod_star.decoding.think import Think
 from mod_star.model import Decoder
-from mod_star.model.transformer import logits_of
+from mod_star.model.transformer import UnstackedParams, logits_of
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class Rules:
         return (search.state.step < limit) & jnp.any(search.scores_QxW[:, -1] < reachable_Q)
 
     def propose(
-        self, params: dict[str, Any], search: Search, count: int, threshold: jax.Array
+        self, params: UnstackedParams, search: Search, count: int, threshold: jax.Array
     ) -> tuple[Search, Candidates]:
         """Thinks if it is to, ends every beam where it is, and finds the `count` best ways to go on."""
         state = search.state
@@ -152,7 +151,7 @@ class Rules:
         return search, Candidates(totals_QxK, beams_QxK, tokens_QxK, log_probs_QxK, gaps_B.reshape(Q, W))
 
     def go_on(
-        self, params: dict[str, Any], search: Search, candidates: Candidates, picks_QxW: jax.Array | None,
+        self, params: UnstackedParams, search: Search, candidates: Candidates, picks_QxW: jax.Array | None,
         routing_key: jax.Array | None,
     ) -> Search:  # fmt: skip
         """The candidates picked become the beams; -1: none, None: they are the W candidates."""
@@ -268,7 +267,7 @@ def _with_ended(search: Search, ended: Sequence[tuple[jax.Array, ...]]) -> Searc
 
 @functools.partial(jax.jit, static_argnames=("rules", "width"), donate_argnames="state")
 def run_search(
-    rules: Rules, width: int, params: dict[str, Any], state: DecodeState, threshold: jax.Array,
+    rules: Rules, width: int, params: UnstackedParams, state: DecodeState, threshold: jax.Array,
     routing_key: jax.Array | None,
 ) -> Search:  # fmt: skip
     """The whole search, where there are no stop strings."""
@@ -294,7 +293,7 @@ def is_unfinished(rules: Rules, search: Search) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("rules", "count"), donate_argnames="search")
 def propose(
-    rules: Rules, count: int, params: dict[str, Any], search: Search, threshold: jax.Array
+    rules: Rules, count: int, params: UnstackedParams, search: Search, threshold: jax.Array
 ) -> tuple[Search, Candidates]:  # fmt: skip
     """`Rules.propose` as a program."""
     return rules.propose(params, search, count, threshold)
@@ -302,7 +301,7 @@ def propose(
 
 @functools.partial(jax.jit, static_argnames="rules", donate_argnames="search")
 def go_on(
-    rules: Rules, params: dict[str, Any], search: Search, candidates: Candidates, picks_QxW: jax.Array,
+    rules: Rules, params: UnstackedParams, search: Search, candidates: Candidates, picks_QxW: jax.Array,
     routing_key: jax.Array | None,
 ) -> Search:  # fmt: skip
     """`Rules.go_on` as a program."""

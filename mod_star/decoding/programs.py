@@ -24,7 +24,7 @@ from mod_star.decoding.think import LastTokens, Think, ThoughtRecord, empty_reco
 from mod_star.model import Decoder
 from mod_star.model.layers import lookup
 from mod_star.model.routing import RoutingCall, Tokens, causal_slots
-from mod_star.model.transformer import apply_blocks, block_names, logits_of
+from mod_star.model.transformer import UnstackedParams, apply_blocks, block_names, logits_of
 
 Data = Any
 """An array, of NumPy outside of programs and of JAX inside."""
@@ -68,7 +68,7 @@ class Bounds:
 def prefill(
     decoder: Decoder,
     thinking: ThinkingConfig | None,
-    params: dict[str, Any],
+    params: UnstackedParams,
     prompts: Prompts,
     routing_key: jax.Array | None,
     *,
@@ -129,7 +129,7 @@ def prefill(
 def _advance(
     decoder: Decoder,
     thinking: ThinkingConfig | None,
-    params: dict[str, Any],
+    params: UnstackedParams,
     state: DecodeState,
     bounds: Bounds,
     routing_key: jax.Array | None,
@@ -205,7 +205,7 @@ def advance_program() -> Any:
 def think_in(
     decoder: Decoder,
     thinking: ThinkingConfig,
-    params: dict[str, Any],
+    params: UnstackedParams,
     state: DecodeState,
     think: Think,
     threshold: jax.Array | float,

@@ -20,25 +20,25 @@ from mod_star.model.layers import lookup, rms_norm
 from mod_star.model.parts import DEFAULT_PARTS
 from mod_star.model.routing import Tokens, causal_logit, routed_rows, routed_share, stochastic_noise
 from mod_star.model.rows import compute_if
-from mod_star.model.transformer import block_names, group_count
+from mod_star.model.transformer import StackedParams, UnstackedParams, block_names, group_count
 
 
-def unstack(decoder: Decoder, params: dict[str, Any]) -> dict[str, Any]:
-    """Params with the groups as a tuple of dicts instead of stacked arrays: what `decode_step` takes.
+def unstack(decoder: Decoder, params: StackedParams) -> UnstackedParams:
+    """Params in the form that `decode_step` takes.
 
     Do it once per model, outside of `jit`; it copies the blocks' weights.
     """
     count = group_count(decoder.config, decoder.routing)
     groups = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params["groups"]) for i in range(count))
-    return {**params, "groups": groups}
+    return UnstackedParams({**params, "groups": groups})
 
 
-def own_params(decoder: Decoder, params: dict[str, Any], donate: bool = False) -> dict[str, Any]:
+def own_params(decoder: Decoder, params: StackedParams, donate: bool = False) -> UnstackedParams:
     """Params as decoding takes them, in memory that nobody else holds: unstacked, and narrow where `narrowed` says so.
 
     Args:
       decoder: the model.
-      params: as trained (stacked).
+      params: as trained.
       donate: delete the arrays of `params` one by one as they have been taken over, so that the weights never exist
         twice. Nobody can use those arrays afterwards.
     """
@@ -56,7 +56,8 @@ def own_params(decoder: Decoder, params: dict[str, Any], donate: bool = False) -
     whole = jax.tree.unflatten(tree, own)
     blocks: Any = jax.tree.structure(params["groups"])
     by_leaf = blocks.flatten_up_to(whole["groups"])
-    return {**whole, "groups": tuple(blocks.unflatten([leaf[i] for leaf in by_leaf]) for i in range(count))}
+    groups = tuple(blocks.unflatten([leaf[i] for leaf in by_leaf]) for i in range(count))
+    return UnstackedParams({**whole, "groups": groups})
 
 
 def _taken_over(leaf: Any, dtype: Any, slices: int | None, donate: bool) -> Any:
@@ -75,7 +76,7 @@ def _taken_over(leaf: Any, dtype: Any, slices: int | None, donate: bool) -> Any:
     return own
 
 
-def narrowed(decoder: Decoder, params: dict[str, Any]) -> dict[str, Any]:
+def narrowed(decoder: Decoder, params: StackedParams) -> dict[str, Any]:
     """The type that each of the params is kept in for decoding: weights of matrix products in the compute type, which
     they are rounded to at every use anyway.
 
@@ -115,7 +116,7 @@ class NewTokens:
 
 def decode_step(
     decoder: Decoder,
-    params: dict[str, Any],
+    params: UnstackedParams,
     caches: tuple[Cache, ...],
     new: NewTokens,
     branches: int = 1,
@@ -125,7 +126,7 @@ def decode_step(
 
     Args:
       decoder: the model.
-      params: from `own_params` (or `unstack`).
+      params: from `own_params`, or `unstack`.
       caches: one per block, in order.
       new: the tokens.
       branches: rows per prompt, see `caches.over_rows`.

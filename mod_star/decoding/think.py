@@ -19,7 +19,7 @@ from mod_star.decoding.caches import join_memory, over_rows
 from mod_star.errors import require
 from mod_star.model import Decoder
 from mod_star.model.rows import compute_if
-from mod_star.model.transformer import logits_of
+from mod_star.model.transformer import UnstackedParams, logits_of
 from mod_star.thinking.mixing import mixed_logits, thought_weight
 from mod_star.thinking.sample import Place, ThinkingDecoder, sample_thought
 
@@ -93,7 +93,7 @@ class LastTokens:
 
 def think_step(
     decoder: Decoder,
-    params: dict[str, Any],
+    params: UnstackedParams,
     thinking: ThinkingConfig,
     think: Think,
     threshold: jax.Array | float,
@@ -149,7 +149,7 @@ def _after_thought(
     decoder: Decoder,
     thinking: ThinkingConfig,
     temperature: float,
-    params: dict[str, Any],
+    params: UnstackedParams,
     hidden_D: jax.Array,
     memory: Any,
     position: jax.Array,

@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mod_star.config import MeshConfig
-from mod_star.decoding import GenerationConfig, Generator, Sampling, Think
+from mod_star.decoding import GenerationConfig, Generator, Sampling
 from mod_star.decoding.text import complete_many
 from mod_star.distributed.sharding import make_small_mesh
 from mod_star.errors import InputError, require
 from mod_star.evaluation.scoring import ScoringConfig, require_shareable, score_rolling, score_stream, shares_of
-from mod_star.inspection.calibration import read_calibration
-from mod_star.loaded_model import Model
+from mod_star.inspection.calibration import chosen_think
+from mod_star.runs.directory import load_run
 from mod_star.tokenization.tokenizers import begin
 
 Request = tuple[tuple[str, str], list[int], list[int]]
@@ -121,27 +121,15 @@ class HarnessModel:
         require_shareable("batch_size", int(size), mesh)
         require(isinstance(seed, int) and 0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
         self._batch_size, self._seed, self._overlap, self._max_gen_toks = int(size), seed, overlap, max_gen_toks
-        self._model = Model.load(run, step, mesh)
+        loaded = load_run(run, step, "step", mesh)
+        self._model = loaded.model
         self.tokenizer = self._model.tokenizer
-        self._think = self._when_to_think(run, think, think_temperature)
+        self._think = chosen_think(loaded, Path(run), think, think_temperature, "think", _log.warning)
         context = self._model.decoder.config.context
         self._max_length = context if max_length is None else max_length
         require(2 <= self._max_length <= context, "max_length", max_length, f"must lie in [2, {context}], the context")
         require(1 <= overlap <= self._max_length, "overlap", overlap, f"must lie in [1, {self._max_length}]")
         self._generator: Generator | None = None
-
-    def _when_to_think(self, directory: str, when: str, temperature: float) -> Think:
-        allowed = "must be never, always or auto"
-        require(when in ("never", "always", "auto"), "think", when, allowed)
-        if when == "never":
-            return Think()
-        require(self._model.can_think, "think", when, f"must be never: {directory} has not learned to think")
-        if when == "always":
-            return Think("always", temperature=temperature)
-        calibration = read_calibration(Path(directory))
-        if calibration is None:
-            raise InputError(f"think = 'auto': needs a threshold; run mod-star calibrate {directory} first")
-        return Think("auto", calibration.threshold, calibration.share, temperature)
 
     @property
     def eot_token_id(self) -> int:

@@ -20,7 +20,7 @@ from mod_star.decoding.think import LastTokens, Think, think_step
 from mod_star.distributed.sharding import BATCH_AXES, axis_size, batch_vmap, constrain
 from mod_star.model import Decoder
 from mod_star.model.routing import causal_slots
-from mod_star.model.transformer import block_names, group_count, head_matrix, logits_of
+from mod_star.model.transformer import UnstackedParams, block_names, group_count, head_matrix, logits_of
 
 HEAD_ROWS = 64
 """Positions whose logits exist at one time, for each share of a batch."""
@@ -120,8 +120,8 @@ def score_batch(
             memory = _memory_of_rows(decoder, output.keys_values, row_R)
             keys_R = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(numbers.seed)))(cut(draws_N))
             last = LastTokens(hidden_RxD, memory, position_R, keys_R, active_R)
-            unrolled = {**params, **head, "groups": groups}
-            logits_RxV, record = think_step(decoder, unrolled, thinking, think, numbers.threshold, last)
+            unstacked = UnstackedParams({**params, **head, "groups": groups})
+            logits_RxV, record = think_step(decoder, unstacked, thinking, think, numbers.threshold, last)
             thinks_R = record.thinks_BxT
         log_p_RxV = jax.nn.log_softmax(logits_RxV)
         log_probs_RxT = jnp.take_along_axis(log_p_RxV, targets_RxT, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from mod_star.atomic_files import write_atomically
 from mod_star.data import Batch, held_out_batches
+from mod_star.decoding.think import WHEN, Think
 from mod_star.errors import InputError, require
 from mod_star.model.cross_entropy import token_entropy
 from mod_star.model.transformer import head_matrix
@@ -122,3 +123,35 @@ def read_calibration(directory: Path) -> Calibration | None:
     except (OSError, ValueError, TypeError, KeyError):
         raise InputError(f"{path}: cannot be read; mod-star calibrate {directory} writes it anew") from None
     return calibration
+
+
+def chosen_think(
+    run: LoadedRun, directory: Path, when: str, temperature: float, option: str, tell: Callable[[str], None]
+) -> Think:
+    """How a model thinks that is to think never, always, or where its calibration says.
+
+    Args:
+      run: the model.
+      directory: of the run, where its calibration is.
+      when: never, always or auto.
+      temperature: of the draws of thought tokens; 0: greedy.
+      option: what the user calls `when`, for the error message.
+      tell: is given a line if the calibration is of another step.
+
+    Raises:
+      InputError: `when` is something else; the model has not learned to think, or is not calibrated.
+    """
+    require(when in WHEN, option, when, f"must be one of {', '.join(WHEN)}")
+    if when == "never":
+        return Think()
+    objective = f"has train.objective = {run.config.train.objective!r} and has not learned to think"
+    require("thinking" in run.params, option, when, f"must be never: {directory} {objective}")
+    if when == "always":
+        return Think("always", temperature=temperature)
+    calibration = read_calibration(directory)
+    if calibration is None:
+        raise InputError(f"{option} = 'auto': needs a threshold; run mod-star calibrate {directory} first")
+    if calibration.step != run.step:
+        of_steps = f"the threshold was calibrated at step {calibration.step}, this is step {run.step}"
+        tell(f"{of_steps}: mod-star calibrate {directory} renews it")
+    return Think("auto", calibration.threshold, calibration.share, temperature)

@@ -1,12 +1,13 @@
 """The replaceable parts of the network and of its training: pure functions with their initialisers.
 
 Make a `Parts` with your own functions in a file of your own and name it on the command line
-(`mod-star train RUN --parts my_parts.py:parts`) or pass it to `Decoder`. Nothing has to be registered.
+(`mod-star train RUN --parts my_parts.py:parts`) or pass it to `Decoder`. Nothing has to be registered. What your
+functions return is checked where it is traced, before anything is compiled (`require_array`, `require_same_structure`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mod_star.config import ModelConfig, RoutingConfig
-from mod_star.errors import require
+from mod_star.errors import InputError, require
 from mod_star.model.attention import KeyValues
 from mod_star.model.blocks import block, block_init
 from mod_star.model.layers import swiglu, swiglu_init
@@ -198,3 +199,37 @@ class Parts:
 
 
 DEFAULT_PARTS = Parts()
+
+
+def require_array(door: str, value: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+    """The array that a user's function has returned.
+
+    Args:
+      door: field of `mod_star.Parts`, and what of it, for the error.
+      value: what was returned.
+      shape: that it must have.
+      dtype: that it must have.
+
+    Raises:
+      InputError: it is no array, or of another shape or type; names the door.
+    """
+    expected = f"{jnp.dtype(dtype).name}{list(shape)}"
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise InputError(f"parts.{door} = {type(value).__name__}: must be an array {expected}")
+    if tuple(value.shape) != tuple(shape) or value.dtype != dtype:
+        raise InputError(f"parts.{door} = {value.dtype}{list(value.shape)}: must be {expected}")
+    return jnp.asarray(value)
+
+
+def require_same_structure(door: str, value: Any, like: Any) -> Any:
+    """The pytree that a user's function has returned; its leaves must be as those of `like`.
+
+    Raises:
+      InputError: the structure, or a leaf's shape or type, is another; names the door and the leaf.
+    """
+    structure, expected = str(jax.tree.structure(value)), str(jax.tree.structure(like))
+    if structure != expected:
+        raise InputError(f"parts.{door} = {structure}: must have the structure {expected}")
+    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(value), jax.tree.leaves(like), strict=True):
+        require_array(f"{door}{jax.tree_util.keystr(path)}", leaf, other.shape, other.dtype)
+    return value

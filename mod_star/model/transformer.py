@@ -7,7 +7,7 @@ and applied by `lax.scan`, so that compile time does not grow with depth.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NewType, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,13 @@ from mod_star.model.layers import fan_in_normal, lookup, rms_norm
 from mod_star.model.linear import linear, linear_saveable
 from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.model.routing import RoutingCall, RoutingMode, Tokens, Trace, routed_block
+
+StackedParams: TypeAlias = dict[str, Any]
+"""A model's parameters as they are trained, saved and loaded: those of the blocks stacked over groups,
+{"groups": {"full_0": ..., "routed": ...}, "embedding": ..., ...}."""
+UnstackedParams = NewType("UnstackedParams", dict[str, Any])
+"""The same with a tuple of one dict per group in "groups", each in memory of its own: what decoding takes, see
+`mod_star.decoding.step.own_params`."""
 
 
 @struct.dataclass
@@ -141,7 +148,7 @@ class Decoder(nn.Module):
 
 def apply_blocks(
     decoder: Decoder,
-    params: dict[str, Any],
+    params: StackedParams | UnstackedParams,
     tokens: Tokens,
     call: RoutingCall | None = None,
     *,
@@ -152,7 +159,7 @@ def apply_blocks(
 
     Args:
       decoder: sizes and parts.
-      params: its parameters; the groups stacked, or a tuple with one dict per group (then everything is unrolled).
+      params: its parameters, in either form; of unstacked ones everything is unrolled.
       tokens: embeddings, positions and documents.
       call: how the routed blocks decide; None: by the causal rule, with the slots of the model's context.
       memory: what the tokens attend to besides themselves: {block name: tuple of KeyValues}, the leaves stacked over

@@ -37,6 +37,7 @@ from mod_star.errors import InputError, require
 from mod_star.initial_params import initial_params
 from mod_star.loaded_model import Model
 from mod_star.model import Decoder
+from mod_star.model.transformer import StackedParams
 from mod_star.parts import load_parts
 from mod_star.runs.buckets import (
     CHECKPOINTS_DIRECTORY,
@@ -102,7 +103,7 @@ class LoadedRun:
     """As stored; with `routing.stages`, the capacity is that of the checkpoint's stage, and there are no stages."""
     tokenizer: Tokenizer
     decoder: Decoder
-    params: dict[str, Any]
+    params: StackedParams
     """float32 parameters, a plain nested dict."""
     step: int
     """Step of the checkpoint that the parameters are from."""
@@ -257,7 +258,10 @@ def require_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 def require_creatable(path: Path) -> None:
-    """Raises InputError unless a new run can be made at `path`: absent or empty, and writable."""
+    """Raises InputError unless a new run can be made at `path`: absent or empty, and writable.
+
+    Where another process has made a run since the caller looked, that is what the error says.
+    """
     if is_address(path):
         raise InputError(f"{path}: must be a directory; only mod-star train makes runs in buckets")
     require_showable(path)
@@ -270,6 +274,9 @@ def require_creatable(path: Path) -> None:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         left_by_a_killed_start = names <= BEFORE_CONFIG and not names.isdisjoint((LOCK_FILE, COPY_FILE))
         if names and not left_by_a_killed_start:
+            if is_run(path):
+                with locked(path):  # which raises the error of a run that is being trained
+                    raise _made_meanwhile(path)
             raise InputError(f"{path}: is neither empty nor a run (it has no {CONFIG_FILE}); choose another directory")
     existing = path.absolute()
     while not existing.exists():
@@ -278,6 +285,10 @@ def require_creatable(path: Path) -> None:
         raise InputError(f"{path}: cannot be made: {existing} is not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{path}: {'is' if existing == path.absolute() else f'{existing} is'} not writable")
+
+
+def _made_meanwhile(path: Path) -> InputError:
+    return InputError(f"{path}: another process has made a run here in the meantime; the same command goes on with it")
 
 
 def place_beside(path: Path) -> Path:
@@ -320,6 +331,8 @@ def created(
     except OSError as error:
         raise InputError(f"{path}: cannot be made: {error.strerror}") from error
     with locked(path):
+        if is_run(path):
+            raise _made_meanwhile(path)
         require_creatable(path)
         try:
             (path / DATA_FILE).unlink(missing_ok=True)  # a killed start may have left another

@@ -29,8 +29,7 @@ from mod_star.model import Output
 from mod_star.model.cross_entropy import chunked, cross_entropy_by_token, unchunked
 from mod_star.model.routing import select_top
 from mod_star.model.transformer import head_matrix
-from mod_star.thinking.mixed_cross_entropy import mixed_cross_entropy_by_token
-from mod_star.thinking.mixing import thought_weight
+from mod_star.thinking.mixing import mixed_cross_entropy_by_token, thought_weight
 from mod_star.thinking.rewards import advantages_of
 from mod_star.thinking.sample import Place, ThinkingDecoder, sample_thought
 from mod_star.thinking.scan_sum import scan_sum
@@ -89,7 +88,7 @@ def most_places(batch: Batch, thinking: ThinkingConfig) -> jax.Array:
 
 
 def choose_places(
-    thinker: ThinkingDecoder, batch: Batch, text: Output, head_VxD: jax.Array, key: jax.Array, chunk: int
+    thinker: ThinkingDecoder, batch: Batch, text_output: Output, head_VxD: jax.Array, key: jax.Array, chunk: int
 ) -> Places:
     """Chooses the thinking positions: those with the highest scores (`mod_star.thinking.where`), as many as are to be.
 
@@ -100,7 +99,7 @@ def choose_places(
     J, count = place_count(thinking, S), S - thinking.n_true + 1
     eligible = batch["weights"][:, :count] > 0
     if thinking.think_fraction < 1:
-        hidden = text.hidden[:, :count]
+        hidden = text_output.hidden[:, :count]
         scores = position_scores(thinker.decoder.parts, thinking, batch, hidden, head_VxD, key, chunk)
     else:  # all of them
         scores = jax.random.uniform(key, (B, count), jnp.float32)
@@ -108,15 +107,15 @@ def choose_places(
     return Places(selection.indices_C, selection.filled_C)
 
 
-def memory_of(text: Output) -> dict[str, Any]:
+def memory_of(text_output: Output) -> dict[str, Any]:
     """Keys/values of texts as the memory of thoughts: {block name: (KeyValues,)}."""
-    return {name: (key_values,) for name, key_values in text.keys_values.items()}
+    return {name: (key_values,) for name, key_values in text_output.keys_values.items()}
 
 
 def sample_thoughts(
     thinker: ThinkingDecoder,
     params: dict[str, Any],
-    text: Output,
+    text_output: Output,
     batch: Batch,
     places: Places,
     key: jax.Array,
@@ -126,7 +125,7 @@ def sample_thoughts(
 
     What is drawn at a position depends on the key, the sequence's row, the position and the thought's number alone.
     """
-    params, text = jax.lax.stop_gradient((params, text))
+    params, text_output = jax.lax.stop_gradient((params, text_output))
 
     def sequence(
         memory: Any, positions_S: jax.Array, ids_S: jax.Array, indices_J: jax.Array, key: jax.Array
@@ -145,26 +144,28 @@ def sample_thoughts(
     keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(
         jnp.arange(places.indices_BxJ.shape[0], dtype=jnp.int32)
     )
-    return batch_vmap(sequence)(memory_of(text), batch["positions"], batch["segment_ids"], places.indices_BxJ, keys_B)
+    return batch_vmap(sequence)(
+        memory_of(text_output), batch["positions"], batch["segment_ids"], places.indices_BxJ, keys_B
+    )
 
 
 def talk_loss(
     thinker: ThinkingDecoder,
     params: dict[str, Any],
-    text: Output,
+    text_output: Output,
     batch: Batch,
     places: Places,
     thoughts: Thought,
     loss_chunk: int,
 ) -> tuple[jax.Array, Talk]:
-    """talk_weight · NLL after thoughts + policy_weight · REINFORCE; differentiable in params and text.
+    """talk_weight · NLL after thoughts + policy_weight · REINFORCE; differentiable in params and the text's output.
 
     Computed in chunks of `thinking.chunk` positions per sequence, one after the other.
     """
     thinking = thinker.thinking
     J = places.indices_BxJ.shape[1]
     chunk = min(thinking.chunk, J)
-    shared = (params, text.hidden, memory_of(text), batch, talk_total(batch, places, thinking))
+    shared = (params, text_output.hidden, memory_of(text_output), batch, talk_total(batch, places, thinking))
 
     def function(shared: Any, part: Any) -> tuple[jax.Array, Talk]:
         return _talk_loss_of_chunk(thinker, loss_chunk, shared, *part)

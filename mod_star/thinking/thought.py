@@ -10,9 +10,8 @@ from flax import struct
 
 from mod_star.config import ThinkingConfig
 from mod_star.errors import InputError
-from mod_star.model.doors import require_array
 from mod_star.model.layers import lookup
-from mod_star.model.parts import Parts, ThoughtInput
+from mod_star.model.parts import Parts, ThoughtInput, require_array
 
 DRAW_BLOCK = 128
 

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from mod_star.config import ThinkingConfig
 from mod_star.model.cross_entropy import token_entropy
-from mod_star.model.doors import require_array
-from mod_star.model.parts import Parts
+from mod_star.model.parts import Parts, require_array
 
 Batch = dict[str, jax.Array]
 

@@ -31,12 +31,11 @@ from mod_star.runs.buckets import bring_back, checkpoints_of
 from mod_star.stages import Stage
 from mod_star.training.inputs import Inputs
 from mod_star.training.interrupt import Interrupted
-from mod_star.training.lowering import lower_eval_step, lower_train_step
+from mod_star.training.lowering import StageObjective, lower_eval_step, lower_train_step
 from mod_star.training.objectives import Metrics
 from mod_star.training.recorder import Recorder
 from mod_star.training.saver import Saver, last_good
 from mod_star.training.state import TrainState
-from mod_star.training.step import objective_of
 
 PROFILE_DIRECTORY = "profile"
 
@@ -146,11 +145,15 @@ class TrainingLoop:
             decoder, mesh = Decoder(stage.run.model, stage.run.routing, self.inputs.decoder.parts), self.inputs.mesh
             # From shapes alone: with arrays, a restored state would make another program of it than a new one.
             steps = self.inputs.plan.steps
-            lowered = lower_train_step(decoder, stage.run, steps, self.shapes, mesh, stop_shapes=self.stop.shapes)
+            objective = StageObjective.of(decoder, stage.run, mesh)
+            lowered = lower_train_step(
+                decoder, stage.run, steps, self.shapes, mesh, stop_shapes=self.stop.shapes, objective=objective
+            )
             self.step_fn = lowered.compile()
-            self.eval_fn = lower_eval_step(decoder, stage.run, self.shapes.params, mesh).compile()
-            self.summarise = objective_of(decoder, stage.run).summarise
-            self.recorder.begin_stage(stage, decoder)
+            lowered = lower_eval_step(decoder, stage.run, self.shapes.params, mesh, objective=objective)
+            self.eval_fn = lowered.compile()
+            self.summarise = objective.objective.summarise
+            self.recorder.begin_stage(stage, objective.examples())
             self.stage = stage
             seconds = time.perf_counter() - began
         self.compile_seconds += seconds

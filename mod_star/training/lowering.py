@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,39 +21,61 @@ from mod_star.training.state import TrainState, init_state
 from mod_star.training.step import make_train_step
 
 
-class WithFrozen:
-    """A program, lowered or compiled, whose last arguments are an objective's frozen arrays.
+@dataclass(frozen=True, eq=False)
+class StageObjective:
+    """An objective, made once for all programs of a stage, and its frozen arrays, which lie on the devices once."""
 
-    It is called without them. They are put in their places at the first call, for a plan has no devices to put them on.
-    """
+    objective: Objective
+    mesh: Mesh | None
+    """None: one device."""
 
-    def __init__(self, program: Any, frozen: tuple[Any, ...], mesh: Mesh | None) -> None:
-        self._program, self._frozen, self._mesh = program, frozen, mesh
+    @classmethod
+    def of(cls, decoder: Decoder, run: RunConfig, mesh: Mesh | None = None) -> Self:
+        """That of `objective_of(decoder, run)`, which calls a user's function and may load a teacher."""
+        return cls(objective_of(decoder, run), mesh)
 
-    def compile(self, *args: Any, **options: Any) -> WithFrozen:
-        """The compiled program; arguments as for `jax.stages.Lowered.compile`."""
-        return WithFrozen(self._program.compile(*args, **options), self._frozen, self._mesh)
+    @property
+    def frozen_shapes(self) -> tuple[Any, ...]:
+        """Shapes, types and, on a mesh, places of the frozen arrays: as of parameters with the same paths."""
+        frozen, mesh = self.objective.frozen, self.mesh
+        shapes: tuple[Any, ...] = jax.eval_shape(lambda: frozen) if mesh is None else placed_shapes(mesh, frozen)
+        return shapes
 
     @functools.cached_property
-    def _placed(self) -> tuple[Any, ...]:
-        if self._mesh is None:
-            return jax.device_put(self._frozen)
+    def frozen(self) -> tuple[Any, ...]:
+        """The frozen arrays in their places, put there at the first use: a plan has no devices to put them on."""
+        if self.mesh is None:
+            return jax.device_put(self.objective.frozen)
         with jax.transfer_guard("allow"):  # once, and in the training loop, which guards against transfers by mistake
-            placed: tuple[Any, ...] = place(self._frozen, shardings(self._mesh, self._frozen))
+            placed: tuple[Any, ...] = place(self.objective.frozen, shardings(self.mesh, self.objective.frozen))
         return placed
+
+    def bind(self, program: Any) -> Any:
+        """A program, lowered or compiled, that is called without its last arguments, the frozen arrays."""
+        return _WithFrozen(program, self) if self.objective.frozen else program
+
+    def examples(self) -> Callable[..., Any] | None:
+        """`Objective.examples` compiled, as a function of (params, batch, key); None: there are no thoughts."""
+        return None if self.objective.examples is None else self.bind(jax.jit(self.objective.examples))
+
+
+@dataclass(frozen=True)
+class _WithFrozen:
+    """See `StageObjective.bind`."""
+
+    program: Any
+    stage: StageObjective
+
+    def compile(self, *args: Any, **options: Any) -> _WithFrozen:
+        """The compiled program; arguments as for `jax.stages.Lowered.compile`."""
+        return _WithFrozen(self.program.compile(*args, **options), self.stage)
 
     def __call__(self, *args: Any) -> Any:
         """What the program computes of these arguments and the frozen arrays."""
-        return self._program(*args, *self._placed)
+        return self.program(*args, *self.stage.frozen)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._program, name)
-
-
-def frozen_shapes(frozen: tuple[Any, ...], mesh: Mesh | None = None) -> tuple[Any, ...]:
-    """Shapes, types and, on a mesh, places of an objective's frozen arrays: as of parameters with the same paths."""
-    shapes: tuple[Any, ...] = jax.eval_shape(lambda: frozen) if mesh is None else placed_shapes(mesh, frozen)
-    return shapes
+        return getattr(self.program, name)
 
 
 def state_shapes(
@@ -78,6 +102,7 @@ def lower_train_step(
     mesh: Mesh | None = None,
     platforms: tuple[str, ...] | None = None,
     stop_shapes: tuple[jax.ShapeDtypeStruct, ...] = (),
+    objective: StageObjective | None = None,
 ) -> jax.stages.Lowered:
     """The training step `(state, batch, *stop) -> (state, metrics)`, which consumes its state.
 
@@ -89,13 +114,14 @@ def lower_train_step(
       mesh: None: one device.
       platforms: what to lower for, such as ("cuda",); None: the platform of the devices.
       stop_shapes: `shapes` of `mod_star.distributed.processes.SharedStop`.
+      objective: that of this decoder, run and mesh; None: it is made here.
     """
     places = None if mesh is None else (shardings(mesh, state), replicated(mesh))
-    objective = objective_of(decoder, run)
-    compute, frozen = make_train_step(decoder, run, total_steps, objective), frozen_shapes(objective.frozen, mesh)
+    objective = StageObjective.of(decoder, run, mesh) if objective is None else objective
+    compute, stops = make_train_step(decoder, run, total_steps, objective.objective), len(stop_shapes)
 
     def step(state: TrainState, batch: Any, *others: Any) -> Any:
-        stop, frozen = others[: len(others) - len(objective.frozen)], others[len(others) - len(objective.frozen) :]
+        stop, frozen = others[:stops], others[stops:]
         state, metrics = compute(state, batch, *frozen)
         if stop:
             metrics = metrics | {"stop": stop[0].max()}
@@ -103,8 +129,9 @@ def lower_train_step(
 
     jitted = jax.jit(step, donate_argnums=0, out_shardings=places)
     with use_mesh(mesh):
-        traced = jitted.trace(state, batch_shapes(run, mesh), *stop_shapes, *frozen)
-        return _bound(traced.lower(lowering_platforms=platforms), objective, mesh)
+        traced = jitted.trace(state, batch_shapes(run, mesh), *stop_shapes, *objective.frozen_shapes)
+        lowered: jax.stages.Lowered = objective.bind(traced.lower(lowering_platforms=platforms))
+    return lowered
 
 
 def lower_eval_step(
@@ -113,19 +140,15 @@ def lower_eval_step(
     params: Any,
     mesh: Mesh | None = None,
     platforms: tuple[str, ...] | None = None,
+    objective: StageObjective | None = None,
 ) -> jax.stages.Lowered:
     """The evaluation step `(params, batch, key) -> sums`. Args as for `lower_train_step`; `params` are shapes."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     if mesh is not None:
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
-    objective = objective_of(decoder, run)
-    step = jax.jit(objective.eval_step, out_shardings=None if mesh is None else replicated(mesh))
+    objective = StageObjective.of(decoder, run, mesh) if objective is None else objective
+    step = jax.jit(objective.objective.eval_step, out_shardings=None if mesh is None else replicated(mesh))
     with use_mesh(mesh):
-        traced = step.trace(params, batch_shapes(run, mesh), key, *frozen_shapes(objective.frozen, mesh))
-        return _bound(traced.lower(lowering_platforms=platforms), objective, mesh)
-
-
-def _bound(lowered: jax.stages.Lowered, objective: Objective, mesh: Mesh | None) -> jax.stages.Lowered:
-    """The program as it is called with state and batch alone."""
-    bound: Any = WithFrozen(lowered, objective.frozen, mesh) if objective.frozen else lowered
-    return bound
+        traced = step.trace(params, batch_shapes(run, mesh), key, *objective.frozen_shapes)
+        lowered: jax.stages.Lowered = objective.bind(traced.lower(lowering_platforms=platforms))
+    return lowered

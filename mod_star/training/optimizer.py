@@ -14,8 +14,7 @@ import optax
 
 from mod_star.config import OptimizerConfig, RunConfig
 from mod_star.errors import InputError
-from mod_star.model.doors import require_same_structure
-from mod_star.model.parts import Parts
+from mod_star.model.parts import Parts, require_same_structure
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,6 @@ import jax
 from rich.console import Console
 
 from mod_star.distributed.processes import decide_first, is_first
-from mod_star.model import Decoder
 from mod_star.runs.buckets import bring_back
 from mod_star.runs.metrics import MetricsWriter, read_metrics
 from mod_star.stages import Stage
@@ -87,11 +86,16 @@ class Recorder:
         """Prints a line of its own."""
         self._progress.say(message)
 
-    def begin_stage(self, stage: Stage, decoder: Decoder) -> None:
-        """Takes note of what computes the steps from here on."""
+    def begin_stage(self, stage: Stage, examples: Callable[..., Any] | None) -> None:
+        """Takes note of what computes the steps from here on.
+
+        Args:
+          stage: they are of.
+          examples: (params, batch, key) -> `quiet_star.Examples`; None: its objective has none.
+        """
         self._stage = stage
         if self._thoughts is not None:
-            self._thoughts.compute_with(decoder, stage.run)
+            self._thoughts.compute_with(examples, stage.run.thinking.n_true)
 
     def read(self, step: int, metrics: Metrics) -> tuple[Any, int]:
         """Reads a step's numbers (waiting for it, if need be), shows them, and writes them where they are due.

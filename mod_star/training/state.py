@@ -13,6 +13,7 @@ from mod_star import random_streams
 from mod_star.config import RunConfig
 from mod_star.initial_params import init_params
 from mod_star.model import Decoder
+from mod_star.model.transformer import StackedParams
 from mod_star.training.optimizer import optimizer_of
 
 
@@ -22,7 +23,7 @@ class TrainState:
 
     step: jax.Array
     """int32 number of batches consumed."""
-    params: dict[str, Any]
+    params: StackedParams
     """float32 parameters."""
     opt_state: optax.OptState
     key: jax.Array

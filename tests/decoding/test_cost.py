@@ -26,6 +26,7 @@ from mod_star.model.layers import swiglu, swiglu_init
 from mod_star.model.parts import Part, Parts
 from mod_star.model.routing import routed_share
 from mod_star.model.rows import rows_at_once
+from mod_star.model.transformer import UnstackedParams
 
 NEW, GREEDY = 12, Sampling(0)
 calls: Counter[str] = Counter()
@@ -66,7 +67,7 @@ class Counting:
             {"routed": {**group["routed"], "predictor": {**group["routed"]["predictor"], "shift": jnp.float32(shift)}}}
             for group in self.params["groups"]
         )
-        self.generator.params = {**self.params, "groups": groups}
+        self.generator.params = UnstackedParams({**self.params, "groups": groups})
         for step in range(NEW):
             before = counts(state)
             jax.effects_barrier()

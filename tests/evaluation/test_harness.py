@@ -267,7 +267,7 @@ def test_options_that_ask_for_what_we_do_are_taken() -> None:
     [
         ({"batch_size": "many"}, "batch_size = 'many': must be a positive integer or auto"),
         ({"batch_size": 0}, "batch_size = 0"),
-        ({"think": "often"}, "think = 'often': must be never, always or auto"),
+        ({"think": "often"}, "think = 'often': must be one of never, always, auto"),
         ({"think": "always"}, "think = 'always': must be never: .* has not learned to think"),
         ({"max_length": 10_000}, r"max_length = 10000: must lie in \[2, "),
         ({"overlap": 0}, "overlap = 0"),

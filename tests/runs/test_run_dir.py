@@ -144,7 +144,13 @@ def test_of_two_starts_at_once_the_slower_one_leaves_the_run_as_it_is(
             yield
 
     monkeypatch.setattr(run_dir, "locked", after_another)
-    with pytest.raises(InputError, match="choose another directory"):
+    made = r"run: another process has made a run here in the meantime; the same command goes on with it$"
+    with pytest.raises(InputError, match=made):
+        create(path, run)
+    assert run_dir.read_config(path) == faster
+    with pytest.raises(InputError, match=made):  # it is there, and nobody trains it any more
+        create(path, run)
+    with locked(path), pytest.raises(InputError, match=r"run: another process is training here$"):
         create(path, run)
     assert run_dir.read_config(path) == faster
 

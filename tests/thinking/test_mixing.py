@@ -19,8 +19,7 @@ from mod_star.inspection.thoughts import _think_everywhere
 from mod_star.model import Decoder
 from mod_star.model.cross_entropy import cross_entropy_by_token
 from mod_star.model.transformer import head_matrix
-from mod_star.thinking.mixed_cross_entropy import mixed_cross_entropy_by_token
-from mod_star.thinking.mixing import mix, mixed_logits
+from mod_star.thinking.mixing import mix, mixed_cross_entropy_by_token, mixed_logits
 from mod_star.thinking.objective import Places, memory_of, predicted
 from mod_star.thinking.sample import Place
 from mod_star.thinking.score import score_thought

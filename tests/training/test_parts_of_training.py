@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,18 +17,20 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from mod_star.config import RoutingConfig, RunConfig
-from mod_star.distributed.sharding import spec_of
+from mod_star.config import MeshConfig, RoutingConfig, RunConfig, ThinkingConfig
+from mod_star.distributed.sharding import make_mesh, spec_of
 from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.model.parts import Parts
 from mod_star.parts import load_parts
+from mod_star.presets import tiny
 from mod_star.training.extension import require_extendable
-from mod_star.training.lowering import lower_eval_step, lower_train_step
+from mod_star.training.lowering import StageObjective, lower_eval_step, lower_train_step
 from mod_star.training.objectives import Objective, next_token
 from mod_star.training.optimizer import clip_apart, make_schedule, optimizer_of
 from mod_star.training.state import TrainState
 from mod_star.training.step import make_train_step
+from mod_star.training.train import train
 
 Batch = dict[str, jax.Array]
 
@@ -83,6 +86,71 @@ def example(name: str) -> str:
     page = (Path(__file__).parents[2] / "docs/how-to/extend.md").read_text(encoding="utf-8")
     (source,) = re.findall(rf"^```python\n(# {name}\.py.*?)^```", page, re.DOTALL | re.MULTILINE)
     return str(source)
+
+
+OWN_OBJECTIVE = """
+from dataclasses import replace
+from pathlib import Path
+import jax.numpy as jnp
+from mod_star import Parts
+from mod_star.training.objectives import next_token
+from mod_star.training.objectives.quiet_star import Examples
+
+def own(decoder, run):
+    with Path(__file__).with_name("calls").open("a") as file:
+        file.write("called, ")
+    plain = next_token(decoder, run)
+    return replace(
+        plain,
+        loss=lambda *arguments: plain.loss(*arguments[:-1]),
+        eval_step=lambda *arguments: plain.eval_step(*arguments[:-1]),
+        examples=lambda params, batch, key, frozen: Examples(
+            jnp.zeros(1, jnp.int32), jnp.ones((1, 1, 2), jnp.int32), jnp.zeros((1, 1)), frozen["gains"]
+        ),
+        frozen=({"gains": jnp.full((1, 1), 7.0)},),
+    )
+
+parts = Parts(objective=own)
+"""
+
+
+@pytest.mark.slow
+def test_a_session_makes_its_objective_once(tmp_path: Path) -> None:
+    """For step, evaluation, its summary and the thoughts to read, which get the frozen arrays as well."""
+    (tmp_path / "own.py").write_text(OWN_OBJECTIVE)
+    run = tiny()
+    run = replace(
+        run,
+        model=replace(run.model, width=8, layers=1, heads=1, mlp_width=8, context=32),
+        routing=RoutingConfig(every=0),
+        train=replace(run.train, objective="quiet_star", steps=2, batch_size=2, eval_every=1, eval_batches=1),
+        thinking=ThinkingConfig(thought_length=2, n_true=2, n_thoughts=2, chunk=40),
+        parts=f"{tmp_path / 'own.py'}:parts",
+    )
+    train(run, tmp_path / "run", quiet=True)
+    assert (tmp_path / "calls").read_text() == "called, "
+    thoughts = [json.loads(line) for line in (tmp_path / "run" / "thoughts.jsonl").read_text().splitlines()]
+    assert [thought["step"] for thought in thoughts] == [1, 2]
+    assert [thought["gains"] for thought in thoughts] == [[7.0], [7.0]]
+
+
+def test_programs_of_a_stage_share_the_frozen_arrays(dense: RunConfig) -> None:
+    """On a mesh, where they lie as parameters do, and elsewhere."""
+    arrays = {"groups": {"full_0": {"block": {"query": np.ones((1, 16, 2, 8), np.float32)}}}}
+    parts = Parts(objective=objective(frozen=(arrays,)))
+    decoder, calls = Decoder(dense.model, dense.routing, parts), []
+    for mesh in (None, make_mesh(MeshConfig(), jax.devices()[:1])):
+        stage = StageObjective.of(decoder, dense, mesh)
+        first, second = (stage.bind(lambda *given: calls.append(given)) for _ in range(2))
+        first("state")
+        second("params", "batch")
+        (_, frozen), (_, _, again) = calls[-2:]
+        assert jax.tree.leaves(frozen)[0] is jax.tree.leaves(again)[0]
+        jax.tree.map(np.testing.assert_array_equal, frozen, arrays)
+        (shape,), (leaf,) = jax.tree.leaves(stage.frozen_shapes), jax.tree.leaves(frozen)
+        assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
+        if mesh is not None:
+            assert leaf.sharding == shape.sharding and leaf.sharding.spec[1:] == ("fsdp", "tensor", None)
 
 
 def sgd(run: RunConfig, steps: int) -> optax.GradientTransformation:

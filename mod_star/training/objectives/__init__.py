@@ -9,9 +9,8 @@ from collections.abc import Callable
 
 from mod_star.config import RunConfig
 from mod_star.model import Decoder
-from mod_star.training.agreement import require_agreement
 from mod_star.training.objectives.next_token import forward, next_token
-from mod_star.training.objectives.objective import Batch, Metrics, Objective, checked
+from mod_star.training.objectives.objective import Batch, Metrics, Objective, checked, require_agreement
 from mod_star.training.objectives.quiet_star import quiet_star
 
 __all__ = ["OBJECTIVES", "Batch", "Metrics", "Objective", "forward", "next_token", "objective_of", "quiet_star"]

@@ -15,8 +15,7 @@ from mod_star.model import Decoder, Output, Trace
 from mod_star.model.cross_entropy import cross_entropy
 from mod_star.model.routing import RoutingMode
 from mod_star.model.transformer import head_matrix
-from mod_star.training.agreement import require_agreement
-from mod_star.training.objectives.objective import Batch, Metrics, Objective
+from mod_star.training.objectives.objective import Batch, Metrics, Objective, require_agreement
 
 
 def forward(

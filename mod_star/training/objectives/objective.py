@@ -1,15 +1,22 @@
-"""What an objective is: what a run learns and how that is measured, as pure functions."""
+"""What an objective is: what a run learns and how that is measured, as pure functions; and whom it may be made for.
+
+The loop makes decoder and objective from one configuration. A library call gets decoder and configuration apart, and
+would pass over what differs in silence: `require_agreement` does not.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
-from mod_star.errors import InputError
-from mod_star.model.doors import require_array
+from mod_star.config import RunConfig, require_thinkable
+from mod_star.errors import InputError, require
+from mod_star.model import Decoder
+from mod_star.model.parts import DEFAULT_PARTS, require_array
 
 Batch = dict[str, jax.Array]
 """tokens, targets, positions, segment_ids int32 and weights float32, all [B, S]; segment id 0 is padding."""
@@ -30,11 +37,12 @@ class Objective:
     summarise: Callable[[dict[str, Any]], dict[str, Any]]
     """Added-up sums -> held-out metrics, plain floats and lists; `eval_loss` must be one."""
     examples: Callable[..., Any] | None = None
-    """(params, batch, key) -> `quiet_star.Examples`, for RUN/thoughts.jsonl. None: there are no thoughts."""
+    """(params, batch, key) and each of `frozen` -> `quiet_star.Examples`, for RUN/thoughts.jsonl. None: there are no
+    thoughts."""
     frozen: tuple[Any, ...] = ()
-    """Pytrees of arrays that loss and evaluation read besides and that nothing changes, such as a teacher's parameters.
-    Training hands them to its compiled programs as arguments; an array that a function closes over instead would be
-    written out in the program. Neither checkpoints nor the optimizer's state hold them."""
+    """Pytrees of arrays that loss, evaluation and examples read besides and that nothing changes, such as a teacher's
+    parameters. Training hands them to its compiled programs as arguments; an array that a function closes over instead
+    would be written out in the program. Neither checkpoints nor the optimizer's state hold them."""
 
 
 def checked(objective: Objective) -> Objective:
@@ -67,3 +75,38 @@ def _arrays(name: str, values: Any) -> Metrics:
     if not isinstance(values, dict) or not all(isinstance(value, jax.Array) for value in values.values()):
         raise InputError(f"parts.objective.{name} = {type(values).__name__}: must be a dict of arrays")
     return values
+
+
+def require_agreement(decoder: Decoder, run: RunConfig) -> None:
+    """Raises InputError unless the decoder is the one that `run` describes, at a single capacity.
+
+    `model.vocab_size` may be 0 in the run, which means that of the tokenizer.
+    """
+    if run.routing.every and run.routing.stages:
+        raise InputError(
+            f"routing.stages = {run.routing.stages}: a step or a loss is of one capacity; make one for each of "
+            "mod_star.stages.plan_stages(run).stages, with Decoder(stage.run.model, stage.run.routing) and "
+            "stage.run"
+        )
+    model = run.model
+    if model.vocab_size == 0:
+        model = replace(model, vocab_size=decoder.config.vocab_size)
+    _require_same("model", decoder.config, model)
+    _require_same("routing", decoder.routing, run.routing)
+    own = run.parts is None or decoder.parts is not DEFAULT_PARTS  # a file's may equal the built-in ones
+    require(own, "parts", run.parts, "must be None, or the decoder's: Decoder(model, routing, load_parts(run.parts))")
+
+
+def require_thinker(decoder: Decoder, run: RunConfig) -> None:
+    """`require_agreement`, and that the model can learn to think, whatever `train.objective` is."""
+    require_agreement(decoder, run)
+    require_thinkable(run.routing)
+    n_true, context = run.thinking.n_true, run.model.context
+    require(n_true < context, "thinking.n_true", n_true, f"must be below model.context = {context}")
+
+
+def _require_same(group: str, decoders: Any, runs: Any) -> None:
+    for field in dataclasses.fields(runs):
+        of_decoder, of_run = getattr(decoders, field.name), getattr(runs, field.name)
+        name = f"{group}.{field.name}"
+        require(of_decoder == of_run, f"decoder's {name}", of_decoder, f"must be the run's, {of_run!r}")

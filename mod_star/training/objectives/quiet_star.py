@@ -35,9 +35,8 @@ from mod_star.thinking.objective import (
 from mod_star.thinking.sample import ThinkingDecoder, thought_slots
 from mod_star.thinking.thought import Thought
 from mod_star.thinking.where import position_scores
-from mod_star.training.agreement import require_thinker
 from mod_star.training.objectives.next_token import forward, next_token_metrics, routing_sums
-from mod_star.training.objectives.objective import Batch, Metrics, Objective
+from mod_star.training.objectives.objective import Batch, Metrics, Objective, require_thinker
 
 if TYPE_CHECKING:
     from mod_star.tokenization import Tokenizer
@@ -78,19 +77,19 @@ def make_quiet_star_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tupl
         params: dict[str, Any], batch: Batch, key: jax.Array, targets: jax.Array, valid: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         places_key, draws_key = jax.random.split(key)
-        text = forward(decoder, params, batch, None, "causal", keep_keys_values=True)
+        text_output = forward(decoder, params, batch, None, "causal", keep_keys_values=True)
         head = head_matrix(params)
-        nll, base_nll_BxS = cross_entropy_by_token(text.hidden, head, batch["targets"], batch["weights"], chunk)
-        places = choose_places(thinker, batch, text, jax.lax.stop_gradient(head), places_key, chunk)
-        thoughts = sample_thoughts(thinker, params, text, batch, places, draws_key, thinking.temperature)
-        talk_total, talk = talk_loss(thinker, params, text, batch, places, thoughts, chunk)
+        nll, base_nll_BxS = cross_entropy_by_token(text_output.hidden, head, batch["targets"], batch["weights"], chunk)
+        places = choose_places(thinker, batch, text_output, jax.lax.stop_gradient(head), places_key, chunk)
+        thoughts = sample_thoughts(thinker, params, text_output, batch, places, draws_key, thinking.temperature)
+        talk_total, talk = talk_loss(thinker, params, text_output, batch, places, thoughts, chunk)
         share = jnp.sum(batch["weights"]) / targets
         total = thinking.base_weight * nll / targets + share * talk_total
         sums = {"nll": nll}
-        if text.trace is not None:
-            target = top_k_selection(decoder, text.trace, batch)
+        if text_output.trace is not None:
+            target = top_k_selection(decoder, text_output.trace, batch)
             auxiliary_loss = decoder.parts.auxiliary_loss_of(run.routing)
-            sums |= routing_sums(text.trace, batch["segment_ids"] > 0, auxiliary_loss, target)
+            sums |= routing_sums(text_output.trace, batch["segment_ids"] > 0, auxiliary_loss, target)
             layers = target.shape[1]
             total += run.routing.auxiliary_weight * sums["trains_rule"] / (valid * layers)
         sums |= thinking_sums(batch, places, thoughts, talk, base_nll_BxS, thinking)
@@ -208,27 +207,26 @@ def make_quiet_star_eval(decoder: Decoder, run: RunConfig) -> Callable[..., Metr
     thinker = ThinkingDecoder(decoder, thinking, slots)
 
     def eval_step(params: dict[str, Any], batch: Batch, key: jax.Array) -> Metrics:
-        text = forward(decoder, params, batch, None, "causal", keep_keys_values=True)
+        text_output = forward(decoder, params, batch, None, "causal", keep_keys_values=True)
         head = head_matrix(params)
-        nll, base_BxS = cross_entropy_by_token(text.hidden, head, batch["targets"], batch["weights"], chunk)
+        nll, base_BxS = cross_entropy_by_token(text_output.hidden, head, batch["targets"], batch["weights"], chunk)
         # All positions think, and greedily: what is drawn here decides nothing but their order of choice.
-        places = choose_places(thinker, batch, text, head, jax.random.fold_in(key, random_streams.PLACES), chunk)
+        places = choose_places(thinker, batch, text_output, head, jax.random.fold_in(key, random_streams.PLACES), chunk)
         draws_key = jax.random.fold_in(key, random_streams.THOUGHTS)
-        thoughts = sample_thoughts(thinker, params, text, batch, places, draws_key, temperature=0.0)
-        _, talk = talk_loss(thinker, params, text, batch, places, thoughts, chunk)
+        thoughts = sample_thoughts(thinker, params, text_output, batch, places, draws_key, temperature=0.0)
+        _, talk = talk_loss(thinker, params, text_output, batch, places, thoughts, chunk)
         sums = {"nll": nll, "targets": jnp.sum(batch["weights"])}
         sums |= thinking_sums(batch, places, thoughts, talk, base_BxS, thinking)
         talk_BxS = jnp.where(places.filled_BxJ, talk.nll_BxJxMxN[:, :, 0, 0], base_BxS)
         # What the model predicts when only as many positions think as in training, and those that would there.
         J, most_B = place_count(run.thinking, batch["tokens"].shape[1]), most_places(batch, run.thinking)
-        rank_by = position_scores(decoder.parts, run.thinking, batch, text.hidden, head, key, chunk)
+        rank_by = position_scores(decoder.parts, run.thinking, batch, text_output.hidden, head, key, chunk)
         chosen = jax.vmap(lambda s, e, m: select_top(s, e, J, m).mask_S)(rank_by, batch["weights"] > 0, most_B)
         sums["budgeted_nll"] = jnp.sum(jnp.where(chosen, talk_BxS, base_BxS) * batch["weights"])
-        if text.trace is not None:
+        if text_output.trace is not None:
             auxiliary_loss = decoder.parts.auxiliary_loss_of(run.routing)
-            sums |= routing_sums(
-                text.trace, batch["segment_ids"] > 0, auxiliary_loss, top_k_selection(decoder, text.trace, batch)
-            )  # fmt: skip
+            selected = top_k_selection(decoder, text_output.trace, batch)
+            sums |= routing_sums(text_output.trace, batch["segment_ids"] > 0, auxiliary_loss, selected)
             sums["valid"] = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
         return sums
 
@@ -270,15 +268,15 @@ def make_examples(decoder: Decoder, run: RunConfig) -> Callable[..., Examples]:
 
     def examples(params: dict[str, Any], batch: Batch, key: jax.Array) -> Examples:
         batch = jax.tree.map(lambda leaf: leaf[:1], batch)
-        text = forward(decoder, params, batch, None, "causal", keep_keys_values=True)
+        text_output = forward(decoder, params, batch, None, "causal", keep_keys_values=True)
         head, chunk = head_matrix(params), run.train.loss_chunk
-        _, base_1xS = cross_entropy_by_token(text.hidden, head, batch["targets"], batch["weights"], chunk)
+        _, base_1xS = cross_entropy_by_token(text_output.hidden, head, batch["targets"], batch["weights"], chunk)
         count = batch["tokens"].shape[1] - thinking.n_true + 1
         select = jax.vmap(lambda score, valid: select_top(score, valid, min(EXAMPLES, count)))
-        selection = select(token_entropy(text.hidden, head, chunk)[:, :count], batch["weights"][:, :count] > 0)
+        selection = select(token_entropy(text_output.hidden, head, chunk)[:, :count], batch["weights"][:, :count] > 0)
         places = Places(selection.indices_C, selection.filled_C)
-        thoughts = sample_thoughts(thinker, params, text, batch, places, key, thinking.temperature)
-        _, talk = talk_loss(thinker, params, text, batch, places, thoughts, chunk)
+        thoughts = sample_thoughts(thinker, params, text_output, batch, places, key, thinking.temperature)
+        _, talk = talk_loss(thinker, params, text_output, batch, places, thoughts, chunk)
         base_E = base_1xS[0, places.indices_BxJ[0]]
         return Examples(
             jnp.where(places.filled_BxJ[0], places.indices_BxJ[0], -1),

@@ -7,6 +7,7 @@ the mean), gains (nats by which each improved the prediction of the next token).
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,12 +15,9 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from mod_star.config import RunConfig
 from mod_star.data import Batch
-from mod_star.model import Decoder
 from mod_star.runs.metrics import open_records
 from mod_star.tokenization import Tokenizer
-from mod_star.training.objectives import objective_of
 from mod_star.training.objectives.quiet_star import describe_examples
 
 THOUGHTS_FILE = "thoughts.jsonl"
@@ -39,11 +37,14 @@ class ThoughtsLog:
         self._file = open_records(run_dir / THOUGHTS_FILE, resume_step) if writes else None
         self._tokenizer = tokenizer
 
-    def compute_with(self, decoder: Decoder, run: RunConfig) -> None:
-        """Sets the model that samples the thoughts from here on, and its configuration; call it before `write`."""
-        examples = objective_of(decoder, run).examples
-        self._examples = None if examples is None else jax.jit(examples)
-        self._n_true = run.thinking.n_true
+    def compute_with(self, examples: Callable[..., Any] | None, n_true: int) -> None:
+        """Sets what samples the thoughts from here on; call it before `write`.
+
+        Args:
+          examples: (params, batch, key) -> `quiet_star.Examples`, compiled; None: there are none.
+          n_true: tokens of the text after a thought to show.
+        """
+        self._examples, self._n_true = examples, n_true
 
     def write(self, step: int, params: dict[str, Any], batch: Batch, key: jax.Array) -> None:
         """Samples thoughts in the first sequence of a batch and writes them down, if the objective has any."""
