@@ -29,6 +29,8 @@ class Temperature:
     """Draw among the k most probable tokens only; 0: all."""
     top_p: float = 1.0
     """Draw among the most probable tokens that together have this probability; 1: all."""
+    min_p: float = 0.0
+    """Draw among the tokens that are at least this many times as probable as the most probable one; 0: all."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class SelfConsistency:
     top_k: int = 0
     """As for `Temperature`."""
     top_p: float = 1.0
+    """As for `Temperature`."""
+    min_p: float = 0.0
     """As for `Temperature`."""
     branches: int = 10
     """Samples of each prompt."""

@@ -94,6 +94,9 @@ class EvaluateOptions:
     """Draw among the k most probable tokens only; 0: all."""
     top_p: float | None = None
     """Draw among the most probable tokens that together have this probability; 1: all."""
+    min_p: float | None = None
+    """Draw among the tokens that are at least this many times as probable as the most probable one; 0: all. Restricts
+    last, after --temperature, --top-k and --top-p."""
     stop: Annotated[tuple[str, ...], Append, tyro.conf.arg(metavar="TEXT")] = ()
     """A string that ends an answer; several times for several. If not given what the next question would begin with:
     the text before it in --prompt-template ("\\nQ:"), or else, after examples, a blank line; with --chat nothing."""
@@ -136,8 +139,8 @@ class EvaluateOptions:
 
 OF_CUSTOM = ("question", "answer", "kind")
 OF_GENERATE = (
-    "decoding", "branches", "new_tokens", "temperature", "top_k", "top_p", "stop", "continuation", "skip_first",
-    "length_penalty", "answer_rule",
+    "decoding", "branches", "new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "continuation",
+    "skip_first", "length_penalty", "answer_rule",
 )  # fmt: skip
 OF_DECODINGS = tuple(name for name in FIELDS if name not in ("answer", "continuation", "ranking", "aggregate"))
 """What a decoding takes from the options: --answer is the gold one here, --continuation goes with every decoding, and

@@ -46,11 +46,11 @@ class SampleOptions:
       mod-star sample runs/thinking --prompt 'Q: 2 + 3 = ?' --think always
       mod-star sample runs/smollm2 --chat --prompt 'What is 17 + 25?' --decoding cot --branches 10 --show-branches
 
-    Decodings: greedy takes the most probable token each time, temperature draws (with --top-k, --top-p), beam searches
-    for the most probable text. self-consistency draws several texts and answers with the majority. cot branches on
-    the most probable first tokens, goes on greedily, and answers with the branch whose answer has the largest margin
-    over what else the model could have said (Δ). The last two write the text that won, or with --show-branches a table
-    of all.
+    Decodings: greedy takes the most probable token each time, temperature draws (with --top-k, --top-p,
+    --min-p, in this order), beam searches for the most probable text. self-consistency draws several texts and answers
+    with the majority. cot branches on the most probable first tokens, goes on greedily, and answers with the branch
+    whose answer has the largest margin over what else the model could have said (Δ). The last two write the text that
+    won, or with --show-branches a table of all.
 
     The text goes to stdout, a line about it to stderr. Thoughts are shown dimmed and as ⟨thought⟩ before the token they
     led to, but only in a terminal.
@@ -76,6 +76,8 @@ class SampleOptions:
     """Draw among the k most probable tokens only; 0: all."""
     top_p: float = 1.0
     """Draw among the most probable tokens that together have this probability; 1: all."""
+    min_p: float = 0.0
+    """Draw among the tokens that are at least this many times as probable as the most probable one; 0: all."""
     branches: int | None = None
     """Branches of cot, samples of self-consistency, beams of beam, for each prompt. 10 if not given, for beam 4."""
     show_branches: bool = False

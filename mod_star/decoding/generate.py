@@ -133,7 +133,7 @@ class Generator:
         fixed = NEVER if think.when == "never" else replace(think, threshold=0.0)
         bounds = programs.Bounds(
             np.int32(until), np.float32(think.threshold or 0.0), np.float32(sampling.temperature),
-            np.float32(sampling.top_p), self._ends_E,
+            np.float32(sampling.top_p), np.float32(sampling.min_p), self._ends_E,
         )  # fmt: skip
         with use_mesh(self.mesh):
             advanced: DecodeState = programs.advance_program()(

@@ -79,6 +79,6 @@ def config_of(decoding: Decoding, new_tokens: int, **rest: Any) -> GenerationCon
         case Cot():
             sampling, branches = BRANCHING, decoding.branches
         case _:
-            sampling = Sampling(decoding.temperature, decoding.top_k, decoding.top_p)
+            sampling = Sampling(decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p)
             branches = decoding.branches if isinstance(decoding, SelfConsistency) else 1
     return GenerationConfig(new_tokens, sampling, branches=branches, **rest)

@@ -60,6 +60,8 @@ class Bounds:
     """float32, in place of `Sampling.temperature` where that is not 0."""
     top_p: Data
     """float32, in place of `Sampling.top_p` where that is not 1."""
+    min_p: Data
+    """float32, in place of `Sampling.min_p` where that is not 0."""
     ends_E: Data
     """int32 tokens that end a row; -1, which no token is, fills it up."""
 
@@ -160,7 +162,7 @@ def _advance(
         else:
             assert thinking is not None
             logits_BxV, thoughts = think_in(decoder, thinking, params, state, think, bounds.threshold)
-        numbers = (bounds.temperature, bounds.top_p)
+        numbers = (bounds.temperature, bounds.top_p, bounds.min_p)
         tokens_B = jax.vmap(functools.partial(draw, sampling=sampling, numbers=numbers))(keys_B, logits_BxV)
         if sampling.branch:
             ranked = functools.partial(ranked_tokens, logits_BxV, state.branches)
