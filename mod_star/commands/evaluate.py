@@ -148,7 +148,7 @@ all rankings are counted."""
 DEFAULT_NEW_TOKENS = 256
 WITHOUT_INFLUENCE = ("out", "batch_size", "mesh")
 """Options that records don't depend on."""
-ANSWER_RULES = 2
+ANSWER_RULES = 3
 """Raised when our own rules change what is found in a text: records of two of them are not mixed."""
 SECONDS_BETWEEN_COPIES = 60.0
 """Of the records of a run in a bucket, from its working copy to there."""
