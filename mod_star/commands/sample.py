@@ -18,6 +18,7 @@ from mod_star.config import MeshConfig
 from mod_star.decodings import (
     DECODINGS,
     FIELDS,
+    WINDOW,
     Decoding,
     DecodingName,
     chosen_decoding,
@@ -92,8 +93,21 @@ class SampleOptions:
     """Continue every branch with this, such as 'So the answer is', and take the answer that the model gives then, at
     the last place in the branch where it stands. 'So the answer is' if not given with --answer text, else none."""
     ranking: str | None = None
-    """What cot ranks branches by: delta, log-prob, normalised-log-prob, or FILE.py:NAME, a function of your own from a
-    branch to a number. delta if not given: how sure the model is of the answer."""
+    """What cot ranks branches by: delta, log-prob, normalised-log-prob, mean-confidence, lowest-group, bottom-groups,
+    tail-confidence, self-certainty (how sure the model is along the whole branch), p-true (what it says when asked), or
+    FILE.py:NAME, a function of your own from a branch to a number. delta if not given: how sure it is of the answer.
+    With self-consistency, what votes are weighed by; if not given all are equal."""
+    vote_temperature: float | None = None
+    """Weigh a branch by exp(score / temperature), where answers are added up. If not given by what belongs to the
+    ranking: the score itself, or the probability."""
+    keep: float = 1.0
+    """Share of the branches with an answer, the highest ranked ones, that count at all."""
+    early_stop: int | None = None
+    """self-consistency: after this many samples the others stop where their confidence in a group of tokens falls below
+    the threshold that the first ones set: --keep is the share of those that reach it. Where votes are equal, all
+    samples also stop when the majority is decided; 0: only then."""
+    window: int = WINDOW
+    """Tokens of a group of lowest-group, bottom-groups, tail-confidence and --early-stop."""
     aggregate: bool = False
     """Write the text of cot's aggregated answer, that with the largest sum over branches; else of the best branch."""
     skip_first: bool = False

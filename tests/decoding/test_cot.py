@@ -17,13 +17,14 @@ from symbols import END_IDS, SYMBOLS, Subject, SymbolTokenizer
 from mod_star.decoding import Generated, GenerationConfig, Sampling, Think
 from mod_star.decoding.answers import LastNumber, Phrase
 from mod_star.decoding.branches import Branches
+from mod_star.decoding.confidence import ConfidenceConfig, TrueQuestion
 from mod_star.decoding.cot import ANSWER_TOKENS, Reading, continue_texts, cot_decode, read_branches, self_consistency
-from mod_star.decoding.rankings import RANKINGS
+from mod_star.decoding.rankings import MEASURED, RANKINGS
 from mod_star.decoding.text import completion_of
 from mod_star.errors import InputError
 from mod_star.tokenization import begin
 
-NEW, K = 7, 6
+NEW, K, GROUP = 7, 6, 2
 TOKENIZER, NUMBER = SymbolTokenizer(), LastNumber()
 ENCODED = [[token % len(SYMBOLS) for token in prompt] for prompt in make_prompts((3, 9, 1, 5, 2))]
 PROMPTS = [TOKENIZER.decode(prompt) for prompt in ENCODED]
@@ -37,6 +38,9 @@ class Naive:
     log_probs: list[float]
     gaps: list[float]
     ended: bool
+    rows: list[np.ndarray]
+    """The distribution before each token, as log-probabilities."""
+    p_true: float | None = None
 
     @property
     def text(self) -> str:
@@ -53,7 +57,17 @@ class Naive:
         return not text or not self.ended or text[-1] == "?" or self.digits is None
 
     def score(self, ranking: str) -> float:
-        """Log-probabilities hold the end's, gaps don't."""
+        """Log-probabilities hold the end's, gaps and confidences don't."""
+        if ranking == "p_true":
+            assert self.p_true is not None
+            return self.p_true
+        if ranking == "self_certainty":
+            return float(np.mean([-np.mean(row + math.log(VOCAB)) for row in self.rows]))
+        if ranking in MEASURED:
+            tokens = [-float(np.mean(sorted(row)[-20:])) for row in self.rows]
+            groups = [np.mean(tokens[i : i + GROUP]) for i in range(max(1, len(tokens) - GROUP + 1))]
+            value = {"mean_confidence": np.mean(tokens), "tail_confidence": np.mean(tokens[-GROUP:])}
+            return float(value.get(ranking, min(groups)))  # of so few groups the lowest tenth is one
         if ranking == "delta":
             return float(np.mean(self.gaps[self.digits.start() : self.digits.end()]))
         return sum(self.log_probs) / (1 if ranking == "log_prob" else len(self.log_probs))
@@ -63,7 +77,7 @@ def naive_branches(subject: Subject, prompt: list[int], branches: int, new_token
     ranked = np.argsort(-subject.log_p(prompt), kind="stable")[:branches]
     made = []
     for first in ranked.tolist():
-        branch = Naive([], [], [], False)
+        branch = Naive([], [], [], False, [])
         while len(branch.log_probs) < new_tokens and not branch.ended:
             log_p = subject.log_p(prompt + branch.tokens)
             token = first if not branch.tokens else int(np.argmax(log_p))
@@ -73,6 +87,11 @@ def naive_branches(subject: Subject, prompt: list[int], branches: int, new_token
                 second, best = np.sort(np.exp(log_p))[-2:]
                 branch.gaps.append(best - second)
                 branch.tokens.append(token)
+                branch.rows.append(log_p)
+        if subject.thinker is None and not branch.dropped:
+            asked = prompt + branch.tokens + TOKENIZER.encode(" ?" if branch.text[-1] != " " else "?")
+            yes, no = (np.exp(subject.log_p([*asked, *TOKENIZER.encode(" ")]))[int(digit)] for digit in "12")
+            branch.p_true = float(yes / (yes + no))
         made.append(branch)
     return made
 
@@ -92,6 +111,7 @@ def results(subject: Subject) -> list[Branches]:
         GenerationConfig(NEW, branches=K, think=think),
         NUMBER,
         encoded=ENCODED[:count],
+        confidence=ConfidenceConfig(GROUP, None if subject.thinker else TrueQuestion("?", " 1", " 2")),
     )
 
 
@@ -115,12 +135,16 @@ def test_it_is_the_naive_loop(subject: Subject, results: list[Branches]) -> None
                 assert branch.span == expected.digits.span()
                 assert branch.delta == pytest.approx(expected.score("delta"), abs=2e-4)
         counting = [branch for branch in naive if not branch.dropped]
-        for name, ranking in RANKINGS.items():
+        for name, ranking in (RANKINGS | MEASURED).items():
+            if name == "p_true" and subject.thinker:
+                continue  # it is not asked with a thought
+            for index, expected in zip(result.counting, counting, strict=True):
+                assert ranking.score(result.branches[index]) == pytest.approx(expected.score(name), rel=1e-4, abs=1e-4)
             scores = [(branch.score(name), str(int(branch.digits[0]))) for branch in counting]
             assert result.answer(ranking) == (max(scores)[1] if scores else None)
             totals: dict[str, float] = {}
             for score, answer in scores:
-                totals[answer] = totals.get(answer, 0.0) + (score if name == "delta" else math.exp(score))
+                totals[answer] = totals.get(answer, 0.0) + (math.exp(score) if name.endswith("log_prob") else score)
             expected_answer = max(totals, key=lambda answer: totals[answer]) if totals else None
             assert result.answer(ranking, aggregate=True) == expected_answer
     assert whys[None] >= 2 and len(whys) >= 3, f"the test shows less than it should: {whys}"

@@ -89,8 +89,8 @@ def test_numbers_of_sampling_are_data(params: dict[str, Any]) -> None:
     one.generate(PROMPTS[:1], GenerationConfig(5, Sampling(0.7, top_p=0.9, min_p=0.1)))
     before = program_counts()
     drawn = {
-        tuple(one.generate(PROMPTS[:1], GenerationConfig(5, Sampling(*numbers), seed=seed))[0].tokens)
-        for *numbers, seed in ((0.2, 0, 0.9, 0.1, 0), (3.0, 0, 0.9, 0.01, 0), (3.0, 0, 0.5, 0.02, 1))
+        tuple(one.generate(PROMPTS[:1], GenerationConfig(5, Sampling(heat, 0, top_p, min_p), seed=seed))[0].tokens)
+        for heat, top_p, min_p, seed in ((0.2, 0.9, 0.1, 0), (3.0, 0.9, 0.01, 0), (3.0, 0.5, 0.02, 1))
     }
     assert compiled_since(before) == (0, 0)
     assert len(drawn) == 3
