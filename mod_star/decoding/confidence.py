@@ -20,7 +20,7 @@ from mod_star.decodings import WINDOW
 from mod_star.errors import require
 
 CANDIDATES = 20
-"""k of DeepConf's token confidence: the most probable tokens that it is a mean over."""
+"""How many of the most probable tokens DeepConf's token confidence is a mean over, the paper's k."""
 BOTTOM = 0.1
 """Share of a path's groups that `PathConfidence.bottom_groups` is a mean over."""
 

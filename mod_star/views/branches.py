@@ -187,7 +187,7 @@ def _saving(result: Branches, stopped: Sequence[Branch]) -> str:
     spent = sum(len(branch.completion.tokens) for branch in stopped)
     whole = [len(each.completion.tokens) for each in result.branches if each.completion.finished is not None]
     line = f"stopped    {len(stopped)} of {len(result.branches)} samples, after {spent} tokens together"
-    if not whole:
+    if not sum(whole):
         return line
     usual = sum(whole) / len(whole)
     saved = max(0.0, 1 - (sum(whole) + spent) / (usual * len(result.branches)))

@@ -18,13 +18,16 @@ from mod_star.decoding import Generated, GenerationConfig, Sampling, Think
 from mod_star.decoding.answers import LastNumber, Phrase
 from mod_star.decoding.branches import Branches
 from mod_star.decoding.confidence import ConfidenceConfig, TrueQuestion
+from mod_star.decoding.continuation import ids_continued
 from mod_star.decoding.cot import ANSWER_TOKENS, Reading, continue_texts, cot_decode, read_branches, self_consistency
+from mod_star.decoding.p_true import p_true
 from mod_star.decoding.rankings import MEASURED, RANKINGS
 from mod_star.decoding.text import completion_of
 from mod_star.errors import InputError
 from mod_star.tokenization import begin
 
 NEW, K, GROUP = 7, 6, 2
+QUESTION = TrueQuestion("?", " 1", " 2")
 TOKENIZER, NUMBER = SymbolTokenizer(), LastNumber()
 ENCODED = [[token % len(SYMBOLS) for token in prompt] for prompt in make_prompts((3, 9, 1, 5, 2))]
 PROMPTS = [TOKENIZER.decode(prompt) for prompt in ENCODED]
@@ -111,7 +114,7 @@ def results(subject: Subject) -> list[Branches]:
         GenerationConfig(NEW, branches=K, think=think),
         NUMBER,
         encoded=ENCODED[:count],
-        confidence=ConfidenceConfig(GROUP, None if subject.thinker else TrueQuestion("?", " 1", " 2")),
+        confidence=ConfidenceConfig(GROUP, None if subject.thinker else QUESTION),
     )
 
 
@@ -153,12 +156,14 @@ def test_it_is_the_naive_loop(subject: Subject, results: list[Branches]) -> None
 @pytest.mark.parametrize("subject", ["routed"], indirect=True)
 @pytest.mark.slow
 def test_small_batches_give_the_same(subject: Subject, results: list[Branches]) -> None:
-    rows = cot_decode(subject.generator, PROMPTS, GenerationConfig(NEW, branches=K, rows=K), NUMBER, encoded=ENCODED)
+    config, asked = GenerationConfig(NEW, branches=K, rows=K), ConfidenceConfig(GROUP, QUESTION)
+    rows = cot_decode(subject.generator, PROMPTS, config, NUMBER, encoded=ENCODED, confidence=asked)
     for found, expected in zip(rows, results, strict=True):
         for ours, theirs in zip(found.branches, expected.branches, strict=True):
             assert (ours.completion.text, ours.dropped) == (theirs.completion.text, theirs.dropped)
             assert ours.delta == (None if theirs.delta is None else pytest.approx(theirs.delta, abs=1e-5))
             assert ours.log_prob == pytest.approx(theirs.log_prob, abs=1e-5)
+            assert ours.p_true == (None if theirs.p_true is None else pytest.approx(theirs.p_true, abs=1e-5))
 
 
 @pytest.mark.parametrize("subject", ["dense"], indirect=True)
@@ -232,6 +237,9 @@ def test_what_a_stop_string_leaves_is_continued_as_it_stands(cut: str, stop: str
     # Where there is no text, the tokenizer itself puts a blank before the continuation.
     blank = "" if cut and cut[-1].isspace() else " "
     assert tokenizer.decode(asked) == f"{prompt}{cut}{blank}So"
+    own_blank = ids_continued(tokenizer, before, completion, "\nTrue?", blank=False)
+    if cut:  # of an empty branch nothing is asked
+        assert tokenizer.decode(own_blank) == f"{prompt}{cut}\nTrue?", "the question of P(True) begins its own line"
     if cut.startswith(" the"):
         assert asked[: len(before) + 1] == [*before, tokens[0]], "tokens before the cut stay as they are"
 
@@ -255,6 +263,15 @@ def test_self_consistency_votes_over_independent_samples(subject: Subject) -> No
             self_consistency(subject.generator, PROMPTS, GenerationConfig(NEW, sampling), NUMBER, encoded=ENCODED)
 
 
+def test_answers_to_p_true_must_differ() -> None:
+    listener: Any = Listener(TOKENIZER)
+    made = completion_of(TOKENIZER, "?", Generated(TOKENIZER.encode("8"), [], True, [], 0, []), NEW)
+    for true, false in ((" 1", " 1"), (" 1", " 12")):
+        with pytest.raises(InputError, match=r"^p_true = TrueQuestion\(.*must differ in a token"):
+            p_true(listener, [[0]], [made], TrueQuestion("?", true, false))
+    assert p_true(listener, [], [], QUESTION) == []
+
+
 @pytest.mark.parametrize("subject", ["dense"], indirect=True)
 def test_bad_requests_are_refused_before_anything_is_compiled(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
@@ -269,6 +286,7 @@ def test_bad_requests_are_refused_before_anything_is_compiled(
         cot_decode(subject.generator, PROMPTS, config, finder, encoded=ENCODED, **own)
 
     room = CONTEXT - 30 - 3 - ANSWER_TOKENS
+    question = ConfidenceConfig(p_true=QUESTION)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"branches": VOCAB + 1}, f"branches = {VOCAB + 1}: must be at most the vocabulary, {VOCAB}"),
         ({"branches": 0}, "branches = 0: must be at least 1"),
@@ -276,6 +294,7 @@ def test_bad_requests_are_refused_before_anything_is_compiled(
         ({"finder": Phrase()}, "continuation = None: must be given"),
         ({"continuation": " "}, "continuation = ' ': must not be empty"),
         ({"continuation": "=>", "new_tokens": 30}, rf"prompt 1 = 3 tokens: must have at most {max(0, room)} "),
+        ({"confidence": question, "new_tokens": 38}, r"prompt 2 = 9 tokens: must have at most 5 .*of the question of"),
         ({"stop": ("",)}, "stop = "),
         ({"stop": "."}, "stop = '.': must be a tuple of texts"),
         ({"sampling": Sampling(0.7)}, r"sampling = Sampling\(.*must be left out"),
@@ -283,9 +302,9 @@ def test_bad_requests_are_refused_before_anything_is_compiled(
         ({"think": Think("always")}, "think.when = 'always': must be never"),
     ]
     for change, message in cases:
-        own = {name: change[name] for name in ("continuation",) if name in change}
+        own = {name: change[name] for name in ("continuation", "confidence") if name in change}
         finder = change.get("finder", NUMBER)
-        how = {name: value for name, value in change.items() if name not in ("continuation", "finder")}
+        how = {name: value for name, value in change.items() if name not in ("continuation", "confidence", "finder")}
         with pytest.raises(InputError, match=f"^{message}"):
             ask(subject, how, finder, own)
 
