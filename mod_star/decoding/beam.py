@@ -149,9 +149,7 @@ def beam_search(
     require(config.sampling is None, "sampling", config.sampling, "must be left out: beam search draws nothing")
     require(config.rows is None, "rows", config.rows, "must be left out: beam search runs all prompts in one batch")
     require(not config.confidence, "confidence", True, "must be False: beam search measures none")
-    require(
-        config.branch_range is None, "branch_range", config.branch_range, "must be None: beams are searched together"
-    )
+    require(config.branch_range is None, "branch_range", config.branch_range, "must be None for beam search")
     tokenizer, beams = generator.tokenizer, Beam.branches if config.branches is None else config.branches
     ids = encode_prompts(tokenizer, prompts) if encoded is None else encoded
     watches = [StopWatch(tokenizer, prompt, config.stop) for prompt in prompts] if config.stop else []

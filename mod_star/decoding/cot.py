@@ -124,12 +124,7 @@ def self_consistency(
         return _answers(generator, prompts, config, as_finder(finder), encoded, reading)
     fine = continuation is None or not early_stop.decided
     require(fine, "early_stop.decided", True, "must be False with a continuation, which is asked afterwards")
-    require(
-        config.branch_range is None,
-        "branch_range",
-        config.branch_range,
-        "must be None: an early stop is of all samples",
-    )
+    require(config.branch_range is None, "branch_range", config.branch_range, "must be None with an early stop")
     allowed = f"must be less than the number of samples, {branches}"
     require(early_stop.warm_up < branches, "early_stop.warm_up", early_stop.warm_up, allowed)
     if confidence is None and early_stop.warm_up > 0:

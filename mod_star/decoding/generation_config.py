@@ -58,9 +58,7 @@ class GenerationConfig:
             fine = 0 <= self.branch_range[0] < self.branch_range[1] <= (self.branches or 1)
             require(fine, "branch_range", self.branch_range, f"must be a part of the {self.branches or 1} branches")
             fine = self.sampling is None or not self.sampling.branch
-            require(
-                fine, "branch_range", self.branch_range, "must be None where branches start with tokens of their own"
-            )
+            require(fine, "branch_range", self.branch_range, "must be None for CoT-decoding")
 
     @property
     def numbers_of_branches(self) -> range:

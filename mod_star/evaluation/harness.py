@@ -315,11 +315,8 @@ def generation_options(options: Mapping[str, Any], max_gen_toks: int) -> tuple[l
         return stop, length, Sampling(temperature=0)
     top_k = int(options.get("top_k", 0))
     top_k = 0 if top_k == -1 else top_k  # as vLLM calls all tokens
-    return (
-        stop,
-        length,
-        Sampling(temperature, top_k, float(options.get("top_p", 1.0)), float(options.get("min_p", 0.0))),
-    )
+    top_p, min_p = float(options.get("top_p", 1.0)), float(options.get("min_p", 0.0))
+    return stop, length, Sampling(temperature, top_k, top_p, min_p)
 
 
 def _require_number(name: str, value: Any) -> None:

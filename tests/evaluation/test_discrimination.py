@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mod_star.evaluation.discrimination import any_right, discrimination
+from mod_star.evaluation.discrimination import any_right, discrimination, early_stop_gain
 
 
 def branch(answer: str | None, delta: float, log_prob: float, **more: Any) -> dict[str, Any]:
@@ -53,6 +53,27 @@ def test_only_what_every_branch_has_is_compared() -> None:
     assert found.pop("tail") == 1 and found.pop("P(True)") == 0
     assert set(found.values()) == {0.5} and len(found) == 7, "ties are halves"
     assert len(discrimination([*both, RECORDS[1]])) == 3
+
+
+def test_what_stopping_early_saves_and_costs() -> None:
+    whole, early = "self-consistency", "self-consistency, stopped early"
+    made = [
+        {"id": str(n), "tokens": tokens, "tokens_early": less, "scores": {whole: right, early: still}}
+        for n, (tokens, less, right, still) in enumerate(
+            [
+                (100, 40, True, True),
+                (10, 10, True, False),
+                (50, 30, False, True),
+                (40, 20, True, False),
+                (0, 0, False, False),
+            ]
+        )
+    ]
+    found = early_stop_gain(made)
+    assert found["tokens saved"].value == pytest.approx((60 + 0 + 20 + 20) / 200)
+    assert found["accuracy gained"].value == pytest.approx((0 - 1 + 1 - 1) / 4)
+    assert 0 <= found["tokens saved"].low < 0.5 < found["tokens saved"].high <= 0.6
+    assert early_stop_gain(made[4:]) == {} == early_stop_gain(RECORDS)
 
 
 def test_any_branch_right_is_what_no_choice_exceeds() -> None:
