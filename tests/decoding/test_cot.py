@@ -302,7 +302,7 @@ def test_bad_requests_are_refused_before_anything_is_compiled(
         ({"think": Think("always")}, "think.when = 'always': must be never"),
     ]
     for change, message in cases:
-        own = {name: change[name] for name in ("continuation", "confidence") if name in change}
+        own: dict[str, Any] = {name: change[name] for name in ("continuation", "confidence") if name in change}
         finder = change.get("finder", NUMBER)
         how = {name: value for name, value in change.items() if name not in ("continuation", "confidence", "finder")}
         with pytest.raises(InputError, match=f"^{message}"):
