@@ -11,6 +11,10 @@ from typing import Any, Literal
 
 from mod_star.errors import InputError, require
 
+WINDOW = 32
+"""Tokens over which the confidence in a path is a moving average, see `mod_star.decoding.confidence`."""
+STOPPED = "stopped"
+"""What the reason begins with why a sample that stopped early does not count."""
 DecodingName = Literal["greedy", "temperature", "self-consistency", "beam", "cot"]
 
 
@@ -29,6 +33,8 @@ class Temperature:
     """Draw among the k most probable tokens only; 0: all."""
     top_p: float = 1.0
     """Draw among the most probable tokens that together have this probability; 1: all."""
+    min_p: float = 0.0
+    """Draw among the tokens that are at least this many times as probable as the most probable one; 0: all."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +47,33 @@ class SelfConsistency:
     """As for `Temperature`."""
     top_p: float = 1.0
     """As for `Temperature`."""
+    min_p: float = 0.0
+    """As for `Temperature`."""
     branches: int = 10
     """Samples of each prompt."""
     answer: str = "number"
     """What is looked for, see `mod_star.decoding.answers.make_finder`."""
     continuation: str | None = None
     """Ask for the answer with these words; None: it is in the text."""
+    ranking: str | None = None
+    """As for `Cot`, what votes are weighed by; None: all votes are equal."""
+    vote_temperature: float | None = None
+    """As for `Cot`."""
+    keep: float = 1.0
+    """As for `Cot`."""
+    window: int = WINDOW
+    """As for `Cot`."""
+    early_stop: int | None = None
+    """Samples that are generated to their end, see `mod_star.decoding.early_stop`: the others stop early. None: none
+    does."""
 
     def __post_init__(self) -> None:
+        if self.early_stop is not None:
+            fine = 0 <= self.early_stop < self.branches
+            require(fine, "--early-stop", self.early_stop, f"must lie in [0, {self.branches - 1}] (--branches minus 1)")
         require(self.temperature > 0, "--temperature", self.temperature, "must be above 0: samples must differ")
         _require_branches(self.branches)
+        _require_vote(self.vote_temperature, self.keep, self.window)
 
 
 @dataclass(frozen=True)
@@ -84,9 +107,17 @@ class Cot:
     """Whether the answer with the largest sum over branches counts, instead of that of the best branch."""
     skip_first: bool = False
     """Leave the branched token out of Δ where it is part of the answer."""
+    vote_temperature: float | None = None
+    """Weigh a branch by exp(score / temperature), as CISC does (Taubenfeld et al., arXiv 2502.06233); None: by what
+    belongs to the ranking, mostly the score itself."""
+    keep: float = 1.0
+    """Share of the branches with an answer, the highest ranked ones, that count at all."""
+    window: int = WINDOW
+    """Tokens of a group of DeepConf's rankings."""
 
     def __post_init__(self) -> None:
         _require_branches(self.branches)
+        _require_vote(self.vote_temperature, self.keep, self.window)
 
 
 Decoding = Greedy | Temperature | SelfConsistency | Beam | Cot
@@ -135,6 +166,13 @@ def require_decoding(name: DecodingName, field: str, allowed: list[DecodingName]
     if name not in allowed:
         option = "--" + field.replace("_", "-")
         raise InputError(f"{option}: cannot be combined with --decoding {name}, only with {', '.join(allowed)}")
+
+
+def _require_vote(temperature: float | None, keep: float, window: int) -> None:
+    fine = temperature is None or 1e-6 <= temperature < float("inf")
+    require(fine, "--vote-temperature", temperature, "must be at least 1e-6 and finite")
+    require(0 < keep <= 1, "--keep", keep, "must lie in (0, 1]")
+    require(window >= 1, "--window", window, "must be at least 1")
 
 
 def _require_branches(branches: int) -> None:

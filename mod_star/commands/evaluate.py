@@ -15,20 +15,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mod_star.commands import keep_compiled_programs, on_working_copy, parse_options, require_writable
+from mod_star.commands.evaluate_report import report
 from mod_star.config import MeshConfig
-from mod_star.decodings import FIELDS, Decoding, DecodingName, chosen_decoding
+from mod_star.decodings import (
+    FIELDS,
+    WINDOW,
+    Decoding,
+    DecodingName,
+    chosen_decoding,
+    decodings_with,
+    require_decoding,
+)
 from mod_star.errors import InputError, require
 from mod_star.runs.buckets import bring_back, checkpoints_of, copied_from
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from mod_star.evaluation.generation import GeneratedAnswer
-    from mod_star.evaluation.intervals import Estimate
     from mod_star.evaluation.prompts import Prompts
     from mod_star.evaluation.protocols import Numbered, ProtocolOf, Subject
     from mod_star.evaluation.records import Records
-    from mod_star.evaluation.tasks import CustomTask, Item, Task
+    from mod_star.evaluation.tasks import CustomTask, Item
 
 Append = tyro.conf.UseAppendAction
 
@@ -51,7 +57,9 @@ class EvaluateOptions:
     answer among digits or choices, and whether it is the argmax.
 
     cot counts, from one generation, aggregated answer and best path by Δ and by both log-probability rankings, and
-    greedy decoding, its first branch; self-consistency counts its first sample, too.
+    greedy decoding, its first branch; self-consistency counts its first sample, too. --confidence adds the rankings by
+    DeepConf's confidences and self-certainty, and self-consistency with votes that each ranking weighs. A second table
+    says of each ranking how often the right one of two branches has the larger score.
 
     OUT gets records.jsonl, a line per question as they are done, and results.json. Interrupted, the same command goes
     on.
@@ -94,6 +102,9 @@ class EvaluateOptions:
     """Draw among the k most probable tokens only; 0: all."""
     top_p: float | None = None
     """Draw among the most probable tokens that together have this probability; 1: all."""
+    min_p: float | None = None
+    """Draw among the tokens that are at least this many times as probable as the most probable one; 0: all. Restricts
+    last, after --temperature, --top-k and --top-p."""
     stop: Annotated[tuple[str, ...], Append, tyro.conf.arg(metavar="TEXT")] = ()
     """A string that ends an answer; several times for several. If not given what the next question would begin with:
     the text before it in --prompt-template ("\\nQ:"), or else, after examples, a blank line; with --chat nothing."""
@@ -107,6 +118,21 @@ class EvaluateOptions:
     """Ask for the answer by continuing each text with this, such as 'So the answer is'."""
     skip_first: bool = False
     """cot: leave the branched token out of Δ where it is part of the answer."""
+    confidence: bool = False
+    """cot and self-consistency: measure how sure the model is along every branch, and count those rankings too."""
+    p_true: bool = False
+    """--confidence: also ask the model in a second question whether each branch is right."""
+    vote_temperature: float | None = None
+    """Weigh a branch by exp(score / temperature) where answers are added up. If not given by the score, or by the
+    probability."""
+    keep: float | None = None
+    """Share of the branches with an answer, the highest ranked ones, that count where answers are added up. If not
+    given 1."""
+    early_stop: int | None = None
+    """self-consistency: count what stopping samples early would have saved and cost, after this many whole ones; see
+    mod-star sample. All samples are generated to their end for it. Above 0 with --confidence."""
+    window: int | None = None
+    """Tokens over which the confidence in a group is a mean. If not given 32."""
     choice_texts: bool = False
     """--protocol choice: score what choices stand for ("bank"), not their labels ("A")."""
     prompt_template: str | None = None
@@ -136,8 +162,9 @@ class EvaluateOptions:
 
 OF_CUSTOM = ("question", "answer", "kind")
 OF_GENERATE = (
-    "decoding", "branches", "new_tokens", "temperature", "top_k", "top_p", "stop", "continuation", "skip_first",
-    "length_penalty", "answer_rule",
+    "decoding", "branches", "new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "continuation",
+    "skip_first", "length_penalty", "answer_rule", "confidence", "p_true", "vote_temperature", "keep", "early_stop",
+    "window",
 )  # fmt: skip
 OF_DECODINGS = tuple(name for name in FIELDS if name not in ("answer", "continuation", "ranking", "aggregate"))
 """What a decoding takes from the options: --answer is the gold one here, --continuation goes with every decoding, and
@@ -145,7 +172,7 @@ all rankings are counted."""
 DEFAULT_NEW_TOKENS = 256
 WITHOUT_INFLUENCE = ("out", "batch_size", "mesh")
 """Options that records don't depend on."""
-ANSWER_RULES = 2
+ANSWER_RULES = 3
 """Raised when our own rules change what is found in a text: records of two of them are not mixed."""
 SECONDS_BETWEEN_COPIES = 60.0
 """Of the records of a run in a bucket, from its working copy to there."""
@@ -215,7 +242,7 @@ def _run(options: EvaluateOptions) -> None:
         if len(todo) < len(items):
             console.print(f"{len(items) - len(todo)} of {len(items)} questions are done already", markup=False)
         _ask(subject, protocol, todo, len(items), records, options.run)
-        _report(task, protocol, config, records, out, console)
+        report(task, protocol, config, records, out, console)
 
 
 def _checked(options: EvaluateOptions) -> Decoding:
@@ -239,6 +266,13 @@ def _checked(options: EvaluateOptions) -> Decoding:
                     f"{_flag(name)}: cannot be combined with --protocol {options.protocol}, which generates nothing"
                 )
     require(not options.choice_texts or options.protocol == "choice", "--choice-texts", True, "needs --protocol choice")
+    if options.confidence:
+        require_decoding(options.decoding or "greedy", "confidence", decodings_with("window"))
+    require(not options.p_true or options.confidence, "--p-true", True, "needs --confidence")
+    require(not options.early_stop or options.confidence, "--early-stop", options.early_stop, "needs --confidence")
+    stops = options.early_stop != 0 or options.continuation is None
+    require(stops, "--early-stop", 0, "must be positive with --continuation: no vote is decided before")
+    require(options.window is None or options.confidence, "--window", options.window, "needs --confidence")
     return chosen_decoding(options.decoding or "greedy", {name: getattr(options, name) for name in OF_DECODINGS})
 
 
@@ -255,8 +289,10 @@ def _protocol(
     options: EvaluateOptions, decoding: Decoding, prompts: Prompts, items: Sequence[Item], context: int
 ) -> ProtocolOf:
     from mod_star.decoding.answers import KINDS
+    from mod_star.decoding.confidence import ConfidenceConfig, TrueQuestion
     from mod_star.decoding.cot import tokens_after
     from mod_star.decoding.generation_config import config_of
+    from mod_star.decoding.p_true import tokens_of_question
     from mod_star.evaluation.generation import GeneratedAnswer
     from mod_star.evaluation.likelihood import ChoiceLikelihood, ExpectedProbability
 
@@ -268,12 +304,16 @@ def _protocol(
     new_tokens = options.new_tokens
     if new_tokens is None:
         room = context - max(len(prompts.encode(item)) for item in items)
-        room -= 0 if options.continuation is None else tokens_after(prompts.tokenizer, options.continuation)
+        asking = 0 if options.continuation is None else tokens_after(prompts.tokenizer, options.continuation)
+        room -= max(asking, tokens_of_question(prompts.tokenizer, TrueQuestion()) if options.p_true else 0)
         new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
-    rule = None if options.answer_rule is None else KINDS[options.answer_rule]
+    confidence = None
+    if options.confidence:
+        confidence = ConfidenceConfig(options.window or WINDOW, TrueQuestion() if options.p_true else None)
     return GeneratedAnswer(
-        decoding, new_tokens, options.stop or prompts.stop, options.continuation, options.batch_size, options.seed, rule
-    )
+        decoding, new_tokens, options.stop or prompts.stop, options.continuation, options.batch_size, options.seed,
+        None if options.answer_rule is None else KINDS[options.answer_rule], confidence,
+    )  # fmt: skip
 
 
 def _notes(options: EvaluateOptions, protocol: GeneratedAnswer, examples: Sequence[Item]) -> list[str]:
@@ -329,33 +369,6 @@ def _ask(
             bar.update(line, advance=1, description=so_far)
             if bar.disable and (len(scores) % 50 == 0 or len(scores) == total):
                 print(f"{len(scores)} of {total}  {so_far}", file=sys.stderr, flush=True)
-
-
-def _report(
-    task: Task, protocol: ProtocolOf, config: dict[str, Any], records: Records, out: Path, console: Console
-) -> None:
-    """Writes results.json and prints the table."""
-    from mod_star.evaluation.protocols import measures
-    from mod_star.evaluation.records import RESULTS_FILE, write_json
-    from mod_star.views.terminal import result_table
-
-    estimates = measures(list(records.by_id.values()))
-    results = {
-        "task": task.name,
-        "items": len(records.by_id),
-        "headline": protocol.headline,
-        "measures": {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()},
-        "seconds": round(sum(record["seconds"] for record in records.by_id.values()), 3),
-        "config": config,
-    }
-    write_json(out / RESULTS_FILE, results)
-    title = f"{task.name}, {len(records.by_id)} questions"
-    console.print(result_table(title, ("", "right", "95 % interval"), [_row(*entry) for entry in estimates.items()]))
-    console.print(f"records and results: {out}", markup=False, soft_wrap=True)
-
-
-def _row(name: str, estimate: Estimate) -> tuple[str, str, str]:
-    return name, f"{100 * estimate.value:.1f} %", f"{100 * estimate.low:.1f} – {100 * estimate.high:.1f}"
 
 
 def _flag(name: str) -> str:

@@ -18,6 +18,7 @@ from mod_star.config import MeshConfig
 from mod_star.decodings import (
     DECODINGS,
     FIELDS,
+    WINDOW,
     Decoding,
     DecodingName,
     chosen_decoding,
@@ -46,11 +47,11 @@ class SampleOptions:
       mod-star sample runs/thinking --prompt 'Q: 2 + 3 = ?' --think always
       mod-star sample runs/smollm2 --chat --prompt 'What is 17 + 25?' --decoding cot --branches 10 --show-branches
 
-    Decodings: greedy takes the most probable token each time, temperature draws (with --top-k, --top-p), beam searches
-    for the most probable text. self-consistency draws several texts and answers with the majority. cot branches on
-    the most probable first tokens, goes on greedily, and answers with the branch whose answer has the largest margin
-    over what else the model could have said (Δ). The last two write the text that won, or with --show-branches a table
-    of all.
+    Decodings: greedy takes the most probable token each time, temperature draws (with --top-k, --top-p,
+    --min-p, in this order), beam searches for the most probable text. self-consistency draws several texts and answers
+    with the majority. cot branches on the most probable first tokens, goes on greedily, and answers with the branch
+    whose answer has the largest margin over what else the model could have said (Δ). The last two write the text that
+    won, or with --show-branches a table of all.
 
     The text goes to stdout, a line about it to stderr. Thoughts are shown dimmed and as ⟨thought⟩ before the token they
     led to, but only in a terminal.
@@ -76,6 +77,8 @@ class SampleOptions:
     """Draw among the k most probable tokens only; 0: all."""
     top_p: float = 1.0
     """Draw among the most probable tokens that together have this probability; 1: all."""
+    min_p: float = 0.0
+    """Draw among the tokens that are at least this many times as probable as the most probable one; 0: all."""
     branches: int | None = None
     """Branches of cot, samples of self-consistency, beams of beam, for each prompt. 10 if not given, for beam 4."""
     show_branches: bool = False
@@ -90,8 +93,21 @@ class SampleOptions:
     """Continue every branch with this, such as 'So the answer is', and take the answer that the model gives then, at
     the last place in the branch where it stands. 'So the answer is' if not given with --answer text, else none."""
     ranking: str | None = None
-    """What cot ranks branches by: delta, log-prob, normalised-log-prob, or FILE.py:NAME, a function of your own from a
-    branch to a number. delta if not given: how sure the model is of the answer."""
+    """What cot ranks branches by: delta, log-prob, normalised-log-prob, mean-confidence, lowest-group, bottom-groups,
+    tail-confidence, self-certainty (how sure the model is along the whole branch), p-true (what it says when asked), or
+    FILE.py:NAME, a function of your own from a branch to a number. delta if not given: how sure it is of the answer.
+    With self-consistency, what votes are weighed by; if not given all are equal."""
+    vote_temperature: float | None = None
+    """Weigh a branch by exp(score / temperature), where answers are added up. If not given by what belongs to the
+    ranking: the score itself, or the probability."""
+    keep: float = 1.0
+    """Share of the branches with an answer, the highest ranked ones, that count at all."""
+    early_stop: int | None = None
+    """self-consistency: after this many samples the others stop where their confidence in a group of tokens falls below
+    the threshold that the first ones set: --keep is the share of those that reach it. Where votes are equal, all
+    samples also stop when the majority is decided; 0: only then."""
+    window: int = WINDOW
+    """Tokens of a group of lowest-group, bottom-groups, tail-confidence and --early-stop."""
     aggregate: bool = False
     """Write the text of cot's aggregated answer, that with the largest sum over branches; else of the best branch."""
     skip_first: bool = False

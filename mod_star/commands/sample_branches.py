@@ -15,8 +15,11 @@ from mod_star.decoding import Completion, GenerationConfig, Generator
 from mod_star.decoding.answers import Finder, make_finder
 from mod_star.decoding.beam import beam_search, check_beams
 from mod_star.decoding.branches import Branches
+from mod_star.decoding.confidence import ConfidenceConfig, TrueQuestion
 from mod_star.decoding.cot import SO_THE_ANSWER_IS, cot_decode, self_consistency, tokens_after
-from mod_star.decoding.rankings import DELTA, Ranking, make_ranking
+from mod_star.decoding.early_stop import EarlyStop
+from mod_star.decoding.p_true import tokens_of_question
+from mod_star.decoding.rankings import DELTA, Ranking, make_ranking, softmax_weighted
 from mod_star.decodings import Beam, Cot, Decoding, SelfConsistency
 from mod_star.errors import require
 from mod_star.tokenization.tokenizers import Tokenizer
@@ -42,10 +45,26 @@ def ways_to_answer(options: SampleOptions, decoding: Decoding) -> Answering | Be
                 continuation = SO_THE_ANSWER_IS
             fine = continuation is None or bool(continuation.strip())
             require(fine, "--continuation", continuation, "must not be empty")
-            ranking = make_ranking(decoding.ranking, "--ranking") if isinstance(decoding, Cot) else DELTA
-            return Answering(options, decoding, finder, continuation, ranking)
+            ranking = None if decoding.ranking is None else make_ranking(decoding.ranking, "--ranking")
+            if ranking is None:
+                temperature, why = decoding.vote_temperature, "needs --ranking: it says which votes weigh more"
+                require(temperature is None, "--vote-temperature", temperature, why)
+                stops = isinstance(decoding, SelfConsistency) and (decoding.early_stop or 0) > 0
+                require(decoding.keep == 1 or stops, "--keep", decoding.keep, why)
+            rule = None if isinstance(decoding, Cot) else early_stop_of(decoding, ranking is None, continuation)
+            return Answering(options, decoding, finder, continuation, ranking, rule)
         case _:
             return None
+
+
+def early_stop_of(decoding: SelfConsistency, equal_votes: bool, continuation: str | None) -> EarlyStop | None:
+    """When samples stop; None: never. Raises InputError if --early-stop would stop nothing."""
+    if decoding.early_stop is None:
+        return None
+    decided = equal_votes and continuation is None
+    fine = decoding.early_stop > 0 or decided
+    require(fine, "--early-stop", 0, "must be positive with --ranking or a continuation: no vote is decided before")
+    return EarlyStop(decoding.early_stop, decoding.keep, decided)
 
 
 @dataclass(frozen=True)
@@ -56,12 +75,18 @@ class Answering:
     decoding: Cot | SelfConsistency
     finder: Finder
     continuation: str | None
-    ranking: Ranking
-    """What branches are ranked by; for samples, which vote, what a table shows of them."""
+    ranking: Ranking | None
+    """What branches are ranked and weighed by; None: samples, whose votes are equal."""
+    early_stop: EarlyStop | None = None
+    """When samples stop before their end; None: never."""
 
     def tokens_after(self, tokenizer: Tokenizer) -> int:
         """Room that the context must have beyond the new tokens."""
-        return 0 if self.continuation is None else tokens_after(tokenizer, self.continuation)
+        asking = 0 if self.continuation is None else tokens_after(tokenizer, self.continuation)
+        confidence = self._confidence()
+        if confidence is None or confidence.p_true is None:
+            return asking
+        return max(asking, tokens_of_question(tokenizer, confidence.p_true))
 
     def run(
         self,
@@ -80,18 +105,32 @@ class Answering:
         self, generator: Generator, prompts: Sequence[str], encoded: Sequence[Sequence[int]], config: GenerationConfig
     ) -> list[Branches]:
         decoding, continuation = self.decoding, self.continuation
+        confidence = self._confidence()
         if isinstance(decoding, Cot):
             return cot_decode(
                 generator, prompts, config, self.finder, skip_first=decoding.skip_first, continuation=continuation,
-                encoded=encoded,
+                confidence=confidence, encoded=encoded,
             )  # fmt: skip
-        return self_consistency(generator, prompts, config, self.finder, continuation=continuation, encoded=encoded)
+        return self_consistency(
+            generator, prompts, config, self.finder, continuation=continuation, confidence=confidence,
+            early_stop=self.early_stop, encoded=encoded,
+        )  # fmt: skip
+
+    def _confidence(self) -> ConfidenceConfig | None:
+        """What the ranking needs beyond Δ and log-probabilities; None: nothing."""
+        needs = None if self.ranking is None else self.ranking.needs
+        if needs is None and (self.early_stop is None or self.early_stop.warm_up == 0):
+            return None
+        return ConfidenceConfig(self.decoding.window, TrueQuestion() if needs == "p_true" else None)
 
     def _write(self, results: list[Branches], notes: Console) -> None:
-        samples, ranking = isinstance(self.decoding, SelfConsistency), self.ranking
-        aggregate = isinstance(self.decoding, Cot) and self.decoding.aggregate
+        samples, ranking = self.ranking is None, self.ranking or DELTA
+        aggregate = isinstance(self.decoding, SelfConsistency) or self.decoding.aggregate
+        if self.decoding.vote_temperature is not None:
+            ranking = softmax_weighted(ranking, self.decoding.vote_temperature)
         out = Console(highlight=False)
-        for number, result in enumerate(results):
+        for number, every in enumerate(results):
+            result = every if samples else every.keep(self.decoding.keep, ranking)
             answer = result.majority_answer() if samples else result.answer(ranking, aggregate)
             if self.options.json:
                 print(json.dumps({"answer": answer, **branches_record(result, ranking, samples)}))
@@ -104,7 +143,7 @@ class Answering:
                 continue
             if answer is not None:
                 best = result.max_path(ranking)
-                if samples or aggregate or best is None:
+                if aggregate or best is None:
                     best = result.representative(answer, ranking)
                 write(result.branches[best].completion.text)
             write("\n")

@@ -143,10 +143,13 @@ def beam_search(
       For each prompt the best texts, best first, without what routed blocks and thoughts were.
 
     Raises:
-      InputError: a way of sampling or a batch size is given, or as for `BeamSearch` and `Generator.start`.
+      InputError: a way of sampling, a batch size, a range of branches or confidence is asked for, or as for
+        `BeamSearch` and `Generator.start`.
     """
     require(config.sampling is None, "sampling", config.sampling, "must be left out: beam search draws nothing")
     require(config.rows is None, "rows", config.rows, "must be left out: beam search runs all prompts in one batch")
+    require(not config.confidence, "confidence", True, "must be False: beam search measures none")
+    require(config.branch_range is None, "branch_range", config.branch_range, "must be None for beam search")
     tokenizer, beams = generator.tokenizer, Beam.branches if config.branches is None else config.branches
     ids = encode_prompts(tokenizer, prompts) if encoded is None else encoded
     watches = [StopWatch(tokenizer, prompt, config.stop) for prompt in prompts] if config.stop else []

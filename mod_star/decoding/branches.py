@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mod_star.decoding.answers import Finder, Span, tokens_of_span
+from mod_star.decoding.confidence import PathConfidence, path_confidence
 from mod_star.decoding.rankings import DELTA, Ranking, Score, as_ranking
 from mod_star.decoding.text import Completion
+from mod_star.decodings import WINDOW
 from mod_star.errors import require
 
 
@@ -39,6 +41,10 @@ class Branch:
     """Why it doesn't count; None: it does."""
     continuation: str | None = None
     """What the model answered when the branch was continued with "So the answer is"."""
+    confidence: PathConfidence | None = None
+    """How sure the model was along the branch; None: not asked for, or there is no token."""
+    p_true: float | None = None
+    """P(True): how probable the model says it is that the branch is right; None: not asked for, or it was dropped."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,29 @@ class Branches:
         """What branching on fewer tokens would have given: the first `count` branches."""
         require(1 <= count <= len(self.branches), "branches", count, f"must lie in [1, {len(self.branches)}]")
         return replace(self, branches=self.branches[:count])
+
+    def keep(self, share: float, ranking: Ranking | Score = DELTA) -> Branches:
+        """The same, of which only the highest ranked branches count, as DeepConf filters (arXiv 2508.15260).
+
+        Args:
+          share: of the branches that count now, in (0, 1], rounded up; of equals the first are kept.
+          ranking: what they are ranked by.
+
+        Returns:
+          All branches; the others are dropped.
+        """
+        require(0 < share <= 1, "keep", share, "must lie in (0, 1]")
+        score, counting = as_ranking(ranking).of, self.counting
+        ranked = sorted(counting, key=lambda index: -score(self.branches[index])) if share < 1 else counting
+        kept = {*ranked[: math.ceil(share * len(ranked) - 1e-9)]}  # 0.07 x 100 is more than 7 in floats
+        why = f"not among the {100 * share:g} % ranked highest"
+        return replace(
+            self,
+            branches=[
+                replace(branch, dropped=why) if index in counting and index not in kept else branch
+                for index, branch in enumerate(self.branches)
+            ],
+        )
 
     @property
     def counting(self) -> list[int]:
@@ -146,6 +175,7 @@ def read_branch(
     finder: Finder,
     skip_first: bool = False,
     continuation: str | None = None,
+    window: int = WINDOW,
 ) -> Branch:
     """Finds the answer of a branch and scores it.
 
@@ -156,6 +186,7 @@ def read_branch(
       skip_first: see `answer_delta`.
       continuation: what followed "So the answer is"; its first answer is the branch's, aligned to the last place in
         the branch where it stands. None: the last answer in the branch itself.
+      window: tokens of a group, see `mod_star.decoding.confidence`.
     """
     dropped = ill_formed(completion)
     text = completion.text
@@ -174,4 +205,7 @@ def read_branch(
     elif dropped is None:
         dropped = missing
     log_prob, normalised = completion.path_log_prob()
-    return Branch(completion, first_token, span, answer, delta, log_prob, normalised, dropped, continuation)
+    confidence = path_confidence(completion.confidences, completion.certainties, window)
+    return Branch(
+        completion, first_token, span, answer, delta, log_prob, normalised, dropped, continuation, confidence
+    )  # fmt: skip

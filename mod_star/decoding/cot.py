@@ -11,11 +11,16 @@ from dataclasses import dataclass, replace
 
 from mod_star.decoding.answers import Finder, as_finder
 from mod_star.decoding.branches import Branches, read_branch
+from mod_star.decoding.confidence import ConfidenceConfig
+from mod_star.decoding.continuation import ids_continued
+from mod_star.decoding.early_stop import BURST as EARLY_BURST
+from mod_star.decoding.early_stop import EarlyStop, Watch
 from mod_star.decoding.finder import FindAnswer
 from mod_star.decoding.generate import Generator
 from mod_star.decoding.generation_config import GenerationConfig
+from mod_star.decoding.p_true import p_true, tokens_of_question
 from mod_star.decoding.sampling import BRANCHING, GREEDY, Sampling
-from mod_star.decoding.text import Completion, complete, complete_many, encode_prompts
+from mod_star.decoding.text import Completion, StopBranches, complete, complete_many, encode_prompts
 from mod_star.decodings import Cot, SelfConsistency
 from mod_star.errors import InputError, require
 from mod_star.tokenization.tokenizers import Tokenizer
@@ -35,6 +40,8 @@ class Reading:
     """Ask for the answer with these words; None: it is in the branch."""
     skip_first: bool = False
     """Leave the branched token out of Δ where it is part of the answer."""
+    confidence: ConfidenceConfig | None = None
+    """What to measure along the branch; None: Δ and log-probabilities only."""
 
 
 def cot_decode(
@@ -45,6 +52,7 @@ def cot_decode(
     *,
     skip_first: bool = False,
     continuation: str | None = None,
+    confidence: ConfidenceConfig | None = None,
     encoded: Sequence[Sequence[int]] | None = None,
 ) -> list[Branches]:
     """Answers questions by CoT-decoding.
@@ -63,6 +71,7 @@ def cot_decode(
       skip_first: leave the branched token out of Δ where it is part of the answer.
       continuation: None: the answer is the last one in a branch. Otherwise every branch is continued with this, such as
         `SO_THE_ANSWER_IS`, and what the model answers is aligned back to its last place in the branch.
+      confidence: what else to measure of every branch, for the rankings that need it; None: nothing.
       encoded: the prompts' token ids, if they are not what `encode_prompts` makes of them.
 
     Returns:
@@ -76,7 +85,9 @@ def cot_decode(
     require(left_out, "sampling", config.sampling, "must be left out: CoT-decoding has a rule of its own")
     branches = Cot.branches if config.branches is None else config.branches
     config = replace(config, sampling=BRANCHING, branches=branches)
-    return _answers(generator, prompts, config, as_finder(finder), encoded, Reading(continuation, skip_first))
+    return _answers(
+        generator, prompts, config, as_finder(finder), encoded, Reading(continuation, skip_first, confidence)
+    )
 
 
 def self_consistency(
@@ -86,34 +97,75 @@ def self_consistency(
     finder: Finder | FindAnswer,
     *,
     continuation: str | None = None,
+    confidence: ConfidenceConfig | None = None,
+    early_stop: EarlyStop | None = None,
     encoded: Sequence[Sequence[int]] | None = None,
 ) -> list[Branches]:
     """Answers questions by the majority of samples: `result.majority_answer()`.
 
+    Votes weighed by confidence: `result.answer(ranking, aggregate=True)` by the ranking itself, as DeepConf does, or by
+    `softmax_weighted(ranking, temperature)`, as CISC does; of the surest half alone with `result.keep(0.5, ranking)`.
+
     Args as for `cot_decode`, but for `config`: its `branches` are the samples of each prompt (10 if not given; those
     that would be dropped as branches don't vote), and its `sampling` is how they are drawn (temperature 0.7 if not
-    given).
+    given). `early_stop` says when samples stop before their end; they are dropped. None: never.
+
+    Raises:
+      InputError: as for `cot_decode`; or all samples warm up, or the vote is to be decided by answers that are only
+        asked for afterwards.
     """
     sampling = Sampling(SelfConsistency.temperature) if config.sampling is None else config.sampling
     drawn = not sampling.branch and sampling.temperature > 0
     require(drawn, "sampling", sampling, "must draw every token: temperature above 0, branch False")
     branches = SelfConsistency.branches if config.branches is None else config.branches
     config = replace(config, sampling=sampling, branches=branches)
-    return _answers(generator, prompts, config, as_finder(finder), encoded, Reading(continuation))
+    if early_stop is None:
+        reading = Reading(continuation, confidence=confidence)
+        return _answers(generator, prompts, config, as_finder(finder), encoded, reading)
+    fine = continuation is None or not early_stop.decided
+    require(fine, "early_stop.decided", True, "must be False with a continuation, which is asked afterwards")
+    require(config.branch_range is None, "branch_range", config.branch_range, "must be None with an early stop")
+    allowed = f"must be less than the number of samples, {branches}"
+    require(early_stop.warm_up < branches, "early_stop.warm_up", early_stop.warm_up, allowed)
+    if confidence is None and early_stop.warm_up > 0:
+        confidence = ConfidenceConfig()
+    reading = Reading(continuation, confidence=confidence)
+    return _stopping_early(generator, prompts, config, as_finder(finder), encoded, reading, early_stop)
+
+
+def _stopping_early(
+    generator: Generator, prompts: Sequence[str], config: GenerationConfig, finder: Finder,
+    encoded: Sequence[Sequence[int]] | None, reading: Reading, rule: EarlyStop,
+) -> list[Branches]:  # fmt: skip
+    """The samples of each prompt: those that warm up, then the others until they are stopped."""
+    warmed: list[Branches] = [Branches(prompt, []) for prompt in prompts]
+    if rule.warm_up > 0:
+        first = replace(config, branch_range=(0, rule.warm_up))
+        warmed = _answers(generator, prompts, first, finder, encoded, reading)
+    size = ConfidenceConfig().window if reading.confidence is None else reading.confidence.window
+    watches = [Watch(rule, finder, each.branches, size) for each in warmed]
+    burst = EARLY_BURST if config.burst is None else config.burst
+    rest = replace(config, branch_range=(rule.warm_up, config.branches or 1), burst=burst)
+    results = _answers(generator, prompts, rest, finder, encoded, reading, lambda q, texts: watches[q].stops(texts))
+    return [
+        replace(first, branches=[*first.branches, *map(watch.branch, range(len(each.branches)), each.branches)])
+        for first, each, watch in zip(warmed, results, watches, strict=True)
+    ]
 
 
 def _answers(
     generator: Generator, prompts: Sequence[str], config: GenerationConfig, finder: Finder,
-    encoded: Sequence[Sequence[int]] | None, reading: Reading,
+    encoded: Sequence[Sequence[int]] | None, reading: Reading, stop: StopBranches | None = None,
 ) -> list[Branches]:  # fmt: skip
     """Generates the branches of each prompt and reads their answers."""
     encoded = encode_prompts(generator.tokenizer, prompts) if encoded is None else encoded
-    check_finder(generator, encoded, config.new_tokens, finder, reading.continuation)
+    check_finder(generator, encoded, config.new_tokens, finder, reading)
+    config = replace(config, confidence=config.confidence or reading.confidence is not None)
     if config.rows is None:
         burst = config.burst or (BURST if config.stop else config.new_tokens)
-        *_, completions = complete(generator, prompts, replace(config, burst=burst), encoded)
+        *_, completions = complete(generator, prompts, replace(config, burst=burst), encoded, stop)
     else:
-        by_prompt = dict(complete_many(generator, prompts, config, encoded))
+        by_prompt = dict(complete_many(generator, prompts, config, encoded, stop=stop))
         completions = [completion for number in range(len(prompts)) for completion in by_prompt[number]]
     return read_branches(generator, completions, config, finder, encoded, reading)
 
@@ -144,10 +196,20 @@ def read_branches(
         said = continue_texts(generator, ids, completions, reading.continuation, config)
         ends = [min((at for stop in config.stop if (at := text.find(stop)) >= 0), default=None) for text in said]
         continued = [text[:end] for text, end in zip(said, ends, strict=True)]
+    asked = ConfidenceConfig() if reading.confidence is None else reading.confidence
     read = [
-        read_branch(each, tokenizer.token_text(each.tokens[0]) if each.tokens else "", finder, reading.skip_first, rest)
+        read_branch(
+            each, tokenizer.token_text(each.tokens[0]) if each.tokens else "", finder, reading.skip_first, rest,
+            asked.window,
+        )
         for each, rest in zip(completions, continued, strict=True)
-    ]
+    ]  # fmt: skip
+    if asked.p_true is not None:
+        places = [place for place, branch in enumerate(read) if branch.dropped is None]
+        prompts = [encoded[place // branches] for place in places]
+        texts = [completions[place] for place in places]
+        for place, share in zip(places, p_true(generator, prompts, texts, asked.p_true, config.rows), strict=True):
+            read[place] = replace(read[place], p_true=share)
     firsts = range(0, len(read), branches)
     return [Branches(completions[first].prompt, read[first : first + branches]) for first in firsts]
 
@@ -162,21 +224,25 @@ def check_finder(
     encoded: Sequence[Sequence[int]],
     new_tokens: int,
     finder: Finder,
-    continuation: str | None,
+    reading: Reading,
 ) -> None:
     """Raises InputError if answers can't be found so: before anything is compiled."""
+    more, what, continuation = 0, "the continuation and its answer", reading.continuation
     if continuation is None:
         needed = finder.needs_continuation
         require(not needed, "continuation", None, "must be given: an answer of any words is read from the continuation")
-        return
-    require(bool(continuation.strip()), "continuation", continuation, "must not be empty")
+    else:
+        require(bool(continuation.strip()), "continuation", continuation, "must not be empty")
+        more = tokens_after(generator.tokenizer, continuation)
+    if reading.confidence is not None and reading.confidence.p_true is not None:
+        asking = tokens_of_question(generator.tokenizer, reading.confidence.p_true)
+        more, what = max((more, what), (asking, "the question of P(True)"))
     context = generator.decoder.config.context
-    more = tokens_after(generator.tokenizer, continuation)
     for number, prompt in enumerate(encoded, 1):
-        if len(prompt) + new_tokens + more > context:
+        if more and len(prompt) + new_tokens + more > context:
             raise InputError(
                 f"prompt {number} = {len(prompt)} tokens: must have at most {max(0, context - new_tokens - more)} "
-                f"(context {context} minus {new_tokens} new tokens and {more} of the continuation and its answer)"
+                f"(context {context} minus {new_tokens} new tokens and {more} of {what})"
             )
 
 
@@ -199,10 +265,7 @@ def continue_texts(
     tokenizer = generator.tokenizer
     texts = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        tokens = completion.tokens
-        if completion.finished == "stop":
-            tokens = _without_stop(tokenizer, prompt, completion)
-        texts.append([*prompt, *tokens, *_joined(tokenizer, tokens, continuation)])
+        texts.append(ids_continued(tokenizer, prompt, completion, continuation))
     greedy = GenerationConfig(ANSWER_TOKENS, GREEDY, think=config.think, rows=config.rows)
     if config.rows is None:
         results = generator.generate(texts, greedy)
@@ -213,26 +276,3 @@ def continue_texts(
         tokenizer.decode([*text, *result.tokens])[len(tokenizer.decode(text)) :]
         for text, result in zip(texts, results, strict=True)
     ]
-
-
-def _without_stop(tokenizer: Tokenizer, prompt: Sequence[int], completion: Completion) -> list[int]:
-    """Ids of a text that a stop string has cut: its tokens up to the one that is cut, and the rest of that one anew."""
-    start = max(start for start in completion.starts if start <= len(completion.text))
-    whole = completion.tokens[: completion.starts.index(start)]
-    return [*whole, *_following(tokenizer, [*prompt, *whole], completion.text[start:])]
-
-
-def _joined(tokenizer: Tokenizer, tokens: Sequence[int], continuation: str) -> list[int]:
-    """Ids that go on from `tokens` with the continuation, one blank before it unless white space is there."""
-    text = tokenizer.decode(tokens)
-    blank = "" if not text or text[-1].isspace() else " "
-    return _following(tokenizer, tokens, blank + continuation)
-
-
-def _following(tokenizer: Tokenizer, before: Sequence[int], text: str) -> list[int]:
-    """Ids that add nothing but `text` to the text of `before`."""
-    ids = tokenizer.encode(text)
-    if tokenizer.decode([*before, *ids]) != tokenizer.decode(before) + text:
-        # A tokenizer that puts a blank before every text by itself: it then stands before the line's end.
-        return tokenizer.encode("\n" + text)[len(tokenizer.encode("\n")) :]
-    return ids

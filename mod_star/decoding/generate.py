@@ -91,14 +91,15 @@ class Generator:
         for row, prompt in zip(tokens, filled, strict=True):
             row[: len(prompt)] = prompt
         lengths = np.array([len(prompt) for prompt in filled], np.int32)
-        rows = (first[:, None] * branches + np.arange(branches)).reshape(-1).astype(np.uint32)
-        tokens_QxP, lengths_Q, rows_B = self._shared_out((tokens, lengths, rows))
+        rows = (first[:, None] * (config.branches or 1) + np.array(config.numbers_of_branches)).reshape(-1)
+        tokens_QxP, lengths_Q, rows_B = self._shared_out((tokens, lengths, rows.astype(np.uint32)))
         count, limit = np.int32(len(prompts)), np.int32(config.new_tokens)
         padded = programs.Prompts(tokens_QxP, lengths_Q, rows_B, count, limit, jax.random.key(config.seed))
         with use_mesh(self.mesh):
             return programs.prefill(
-                self.decoder, self._recorded, self.params, padded, self.routing_key, room=room, branches=branches
-            )
+                self.decoder, self._recorded, self.params, padded, self.routing_key, room=room, branches=branches,
+                confidence=config.confidence,
+            )  # fmt: skip
 
     def _shared_out(self, arrays: Any) -> Any:
         """Arrays with a leading axis of prompts or rows, on the mesh."""
@@ -133,7 +134,7 @@ class Generator:
         fixed = NEVER if think.when == "never" else replace(think, threshold=0.0)
         bounds = programs.Bounds(
             np.int32(until), np.float32(think.threshold or 0.0), np.float32(sampling.temperature),
-            np.float32(sampling.top_p), self._ends_E,
+            np.float32(sampling.top_p), np.float32(sampling.min_p), self._ends_E,
         )  # fmt: skip
         with use_mesh(self.mesh):
             advanced: DecodeState = programs.advance_program()(

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from mod_star.decoding.caches import RoutedCache
+from mod_star.decoding.confidence import TokenConfidence
 from mod_star.decoding.state import DecodeState
 from mod_star.decoding.think import ThoughtRecord
 
@@ -35,6 +36,11 @@ class Generated:
     """The log-probability of the end token; None if the row did not end by itself."""
     end_gap: float | None = None
     """The gap at the end token."""
+    confidences: list[float] = field(default_factory=list)
+    """Token confidence of each token in nats, see `mod_star.decoding.confidence`. Empty if not asked for, as the
+    next."""
+    certainties: list[float] = field(default_factory=list)
+    """Self-certainty of each token in nats."""
     entropies: list[float] = field(default_factory=list)
     """Entropy in nats of the prediction of each token without a thought. Empty if it never thinks, as the next two."""
     thoughts: list[list[int] | None] = field(default_factory=list)
@@ -48,7 +54,7 @@ def results_of(state: DecodeState, end_ids: Sequence[int]) -> list[Generated]:
     tokens, log_probs, gaps, lengths, count = jax.device_get(
         (state.tokens_BxT, state.log_probs_BxT, state.gaps_BxT, state.lengths_B, state.count)
     )
-    record = jax.device_get(state.record)
+    record, confidence = jax.device_get((state.record, state.confidence))
     routed = [c for c in state.caches if isinstance(c, RoutedCache)]
     counts = np.array(jax.device_get([cache.count_B for cache in routed])).reshape(len(routed), len(tokens))
     overflow = np.array(jax.device_get([cache.overflow_B for cache in routed])).reshape(len(routed), len(tokens))
@@ -67,10 +73,21 @@ def results_of(state: DecodeState, end_ids: Sequence[int]) -> list[Generated]:
                 finished=ended,
                 routed_fraction=(counts[:, row] / seen).tolist() if routed else [],
                 overflow=int(overflow[:, row].sum()) if routed else 0,
+                **confidence_of_row(confidence, row, len(new) - ended),
                 **thought_of_row(record, row, len(new) - ended),
             )
         )
     return results
+
+
+def confidence_of_row(confidence: TokenConfidence | None, row: int, count: int) -> dict[str, Any]:
+    """The fields of `Generated` about how sure the model was of a row's tokens; `confidence` is of NumPy arrays."""
+    if confidence is None:
+        return {}
+    return {
+        "confidences": confidence.confidences_BxT[row, :count].tolist(),
+        "certainties": confidence.certainties_BxT[row, :count].tolist(),
+    }
 
 
 def thought_of_row(record: ThoughtRecord | None, row: int, count: int) -> dict[str, Any]:

@@ -41,6 +41,12 @@ class GenerationConfig:
     """Tokens per row between two looks at what is finished. None: 8 for `complete`, 16 in batches of `rows`, and for
     CoT-decoding and self-consistency 32 if there are stop strings."""
 
+    branch_range: tuple[int, int] | None = None
+    """Generate only branches [first, end) of the `branches` per prompt. They draw what they draw among all; with
+    branches that start with tokens of their own it cannot be. None: all."""
+    confidence: bool = False
+    """Measure the confidence in each token, see `mod_star.decoding.confidence`; else `Generated` has none."""
+
     def __post_init__(self) -> None:
         require(not isinstance(self.stop, str), "stop", self.stop, "must be a tuple of texts")
         require(all(self.stop), "stop", tuple(self.stop), "must not be an empty string")
@@ -48,10 +54,21 @@ class GenerationConfig:
         require(self.burst is None or self.burst >= 1, "burst", self.burst, "must be at least 1")
         require(self.rows is None or self.rows >= 1, "rows", self.rows, "must be at least 1")
 
+        if self.branch_range is not None:
+            fine = 0 <= self.branch_range[0] < self.branch_range[1] <= (self.branches or 1)
+            require(fine, "branch_range", self.branch_range, f"must be a part of the {self.branches or 1} branches")
+            fine = self.sampling is None or not self.sampling.branch
+            require(fine, "branch_range", self.branch_range, "must be None for CoT-decoding")
+
+    @property
+    def numbers_of_branches(self) -> range:
+        """The branches of a prompt that are generated; one if their number is left to the decoding."""
+        return range(self.branches or 1) if self.branch_range is None else range(*self.branch_range)
+
     @property
     def rows_per_prompt(self) -> int:
-        """`branches`, 1 if that is left to the decoding."""
-        return 1 if self.branches is None else self.branches
+        """How many these are."""
+        return len(self.numbers_of_branches)
 
     @property
     def drawn(self) -> Sampling:
@@ -79,6 +96,6 @@ def config_of(decoding: Decoding, new_tokens: int, **rest: Any) -> GenerationCon
         case Cot():
             sampling, branches = BRANCHING, decoding.branches
         case _:
-            sampling = Sampling(decoding.temperature, decoding.top_k, decoding.top_p)
+            sampling = Sampling(decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p)
             branches = decoding.branches if isinstance(decoding, SelfConsistency) else 1
     return GenerationConfig(new_tokens, sampling, branches=branches, **rest)

@@ -17,6 +17,7 @@ from flax import struct
 from mod_star import random_streams
 from mod_star.config import ThinkingConfig
 from mod_star.decoding.caches import Cache, cached_memory, full_cache, in_place_options, routed_cache
+from mod_star.decoding.confidence import no_confidence, token_confidence
 from mod_star.decoding.sampling import Sampling, draw, log_prob_and_gap, ranked_tokens
 from mod_star.decoding.state import DecodeState
 from mod_star.decoding.step import NewTokens, decode_step
@@ -60,11 +61,13 @@ class Bounds:
     """float32, in place of `Sampling.temperature` where that is not 0."""
     top_p: Data
     """float32, in place of `Sampling.top_p` where that is not 1."""
+    min_p: Data
+    """float32, in place of `Sampling.min_p` where that is not 0."""
     ends_E: Data
     """int32 tokens that end a row; -1, which no token is, fills it up."""
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "thinking", "room", "branches"))
+@functools.partial(jax.jit, static_argnames=("decoder", "thinking", "room", "branches", "confidence"))
 def prefill(
     decoder: Decoder,
     thinking: ThinkingConfig | None,
@@ -74,6 +77,7 @@ def prefill(
     *,
     room: int,
     branches: int = 1,
+    confidence: bool = False,
 ) -> DecodeState:
     """Runs prompts and returns the state before the first new token.
 
@@ -85,6 +89,7 @@ def prefill(
       routing_key: of stochastic routing, or None.
       room: slots for new tokens (T), at least as many as `prompts.limit`.
       branches: rows per prompt.
+      confidence: have the steps measure the confidence in each token.
     """
     Q, P = prompts.tokens_QxP.shape
     B = Q * branches
@@ -121,6 +126,7 @@ def prefill(
         done_B=jnp.arange(B, dtype=jnp.int32) >= prompts.count * branches,
         lengths_B=jnp.repeat(lengths_Q, branches),
         keys_B=jax.vmap(functools.partial(jax.random.fold_in, prompts.seed))(prompts.rows_B),
+        confidence=no_confidence(B, room) if confidence else None,
         record=None if thinking is None else empty_record(B, room, thinking),
         branches=branches,
     )
@@ -160,7 +166,7 @@ def _advance(
         else:
             assert thinking is not None
             logits_BxV, thoughts = think_in(decoder, thinking, params, state, think, bounds.threshold)
-        numbers = (bounds.temperature, bounds.top_p)
+        numbers = (bounds.temperature, bounds.top_p, bounds.min_p)
         tokens_B = jax.vmap(functools.partial(draw, sampling=sampling, numbers=numbers))(keys_B, logits_BxV)
         if sampling.branch:
             ranked = functools.partial(ranked_tokens, logits_BxV, state.branches)
@@ -176,6 +182,9 @@ def _advance(
         def column(buffer: jax.Array, values_B: jax.Array, none: float) -> jax.Array:
             return write(buffer, jnp.where(state.done_B, none, values_B).astype(buffer.dtype))
 
+        confidence = state.confidence
+        if confidence is not None:
+            confidence = jax.tree.map(lambda a, b: column(a, b, 0.0), confidence, token_confidence(logits_BxV))
         return replace(
             state,
             caches=caches,
@@ -185,6 +194,7 @@ def _advance(
             gaps_BxT=column(state.gaps_BxT, gaps_B, 0.0),
             step=state.step + 1,
             done_B=ends_B,
+            confidence=confidence,
             record=state.record if thoughts is None else jax.tree.map(write, state.record, thoughts),
         )
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -38,6 +38,8 @@ class Ranking:
     """What the branches of one answer have together."""
     total_symbol: str = "Σ"
     """What tables call that."""
+    needs: Literal["confidence", "p_true"] | None = None
+    """What it reads of a branch and is only there if asked for: see `mod_star.decoding.confidence.ConfidenceConfig`."""
 
     def of(self, branch: Branch) -> float:
         """The score of a branch that counts.
@@ -47,7 +49,9 @@ class Ranking:
         """
         score = self.score(branch)
         if score is None or math.isnan(score):
-            raise InputError(f"ranking {self.name} = {score!r}: must be a number for every branch with an answer")
+            unmeasured = score is None and self.needs is not None
+            why = ", and is measured only if ConfidenceConfig asks for it" if unmeasured else ""
+            raise InputError(f"ranking {self.name} = {score!r}: must be a number for every branch with an answer{why}")
         return score
 
 
@@ -66,6 +70,36 @@ def normalised_log_prob(branch: Branch) -> float:
     return branch.normalised_log_prob
 
 
+def mean_confidence(branch: Branch) -> float | None:
+    """DeepConf's average trace confidence: mean of the token confidences of the whole branch."""
+    return None if branch.confidence is None else branch.confidence.mean
+
+
+def lowest_group(branch: Branch) -> float | None:
+    """DeepConf's lowest group confidence: the least mean over `window` tokens in a row."""
+    return None if branch.confidence is None else branch.confidence.lowest_group
+
+
+def bottom_groups(branch: Branch) -> float | None:
+    """DeepConf's bottom 10 % group confidence: mean over the lowest tenth of the groups."""
+    return None if branch.confidence is None else branch.confidence.bottom_groups
+
+
+def tail_confidence(branch: Branch) -> float | None:
+    """DeepConf's tail confidence: mean over the last `window` tokens."""
+    return None if branch.confidence is None else branch.confidence.tail
+
+
+def self_certainty(branch: Branch) -> float | None:
+    """Self-certainty (Kang et al., arXiv 2502.18581): the predictions' distance from uniform ones."""
+    return None if branch.confidence is None else branch.confidence.self_certainty
+
+
+def p_true(branch: Branch) -> float | None:
+    """P(True) (Kadavath et al., arXiv 2207.05221): what the model says when asked whether the branch is right."""
+    return branch.p_true
+
+
 def log_sum_exp(scores: Sequence[float]) -> float:
     """The log of the summed probabilities: a sum of log-probabilities would punish an answer for every branch."""
     return float(np.logaddexp.reduce(scores))
@@ -76,8 +110,42 @@ LOG_PROB = Ranking(log_prob, "log_prob", "log p", log_sum_exp, "log Σ exp(log p
 NORMALISED_LOG_PROB = Ranking(
     normalised_log_prob, "normalised_log_prob", "log p/tok", log_sum_exp, "log Σ exp(log p/tok)"
 )
+OF_CONFIDENCE = (
+    Ranking(mean_confidence, "mean_confidence", "C", total_symbol="ΣC", needs="confidence"),
+    Ranking(lowest_group, "lowest_group", "C low", total_symbol="ΣC low", needs="confidence"),
+    Ranking(bottom_groups, "bottom_groups", "C 10 %", total_symbol="ΣC 10 %", needs="confidence"),
+    Ranking(tail_confidence, "tail_confidence", "C tail", total_symbol="ΣC tail", needs="confidence"),
+    Ranking(self_certainty, "self_certainty", "certainty", total_symbol="Σ certainty", needs="confidence"),
+)
+"""Those that one pass measures together, if it is asked to."""
+P_TRUE = Ranking(p_true, "p_true", "P(True)", total_symbol="ΣP(True)", needs="p_true")
 RANKINGS: dict[str, Ranking] = {ranking.name: ranking for ranking in (DELTA, LOG_PROB, NORMALISED_LOG_PROB)}
-"""The built-in ones, by name."""
+"""The built-in ones that every branch has, by name."""
+MEASURED: dict[str, Ranking] = {ranking.name: ranking for ranking in (*OF_CONFIDENCE, P_TRUE)}
+"""The built-in ones that must be asked for, by name."""
+
+
+def softmax_weighted(ranking: Ranking | Score, temperature: float) -> Ranking:
+    """The same scores, by whose softmax branches are weighed (CISC: Taubenfeld et al., arXiv 2502.06233).
+
+    An answer's total is log Σ exp(c / T) over its branches. The softmax over all branches that count differs from
+    exp(c / T) by one factor for all, so the answer with the largest total is that with the largest sum of softmaxes.
+
+    Args:
+      ranking: gives c.
+      temperature: T. Small: the most confident branch decides. Large: every branch has the same weight.
+
+    Raises:
+      InputError: the temperature is below 1e-6 or not finite.
+    """
+    fine = 1e-6 <= temperature < math.inf
+    require(fine, "vote_temperature", temperature, "must be at least 1e-6 and finite")
+    ranking = as_ranking(ranking)
+
+    def total(scores: Sequence[float]) -> float:
+        return log_sum_exp([score / temperature for score in scores])
+
+    return replace(ranking, total=total, total_symbol=f"log Σ exp({ranking.symbol}/{temperature:g})")
 
 
 def as_ranking(ranking: Ranking | Score) -> Ranking:
@@ -97,19 +165,21 @@ def make_ranking(name: str, option: str = "ranking") -> Ranking:
     """The ranking that a command line names.
 
     Args:
-      name: one of `RANKINGS`, with - for _, or FILE.py:NAME of a function from a branch to a number or of a `Ranking`.
+      name: one of `RANKINGS` and `MEASURED`, with - for _, or FILE.py:NAME of a function from a branch to
+        a number or of a `Ranking`.
       option: what the user calls it, for error messages.
 
     Raises:
       InputError: it is neither, or the file fails.
     """
-    known = RANKINGS.get(name.replace("-", "_"))
+    known = (RANKINGS | MEASURED).get(name.replace("-", "_"))
     if known is not None:
         return known
     if ".py:" not in name:
-        names = ", ".join(each.replace("_", "-") for each in RANKINGS)
+        names = ", ".join(each.replace("_", "-") for each in RANKINGS | MEASURED)
         raise InputError(f"{option} = {name!r}: must be {names}, or FILE.py:NAME")
     ranking = load_from_file(name, option, "a function from a branch to a number")
     if not isinstance(ranking, Ranking) and not callable(ranking):
         raise InputError(f"{option} = {name!r}: must be a function from a branch to a number")
-    return as_ranking(ranking)
+    # A function does not say what it reads: what one pass gives is there for it.
+    return ranking if isinstance(ranking, Ranking) else replace(as_ranking(ranking), needs="confidence")

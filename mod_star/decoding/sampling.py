@@ -14,7 +14,8 @@ from mod_star.thinking.thought import draw_token
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature, then top-k, then top-p (nucleus, Holtzman et al. 2020, arXiv 1904.09751)."""
+    """Temperature, then top-k, then top-p (nucleus, Holtzman et al. 2020, arXiv 1904.09751), then min-p (Nguyen et al.
+    2024, arXiv 2407.01082): the order of transformers."""
 
     temperature: float = 1.0
     """Divides the logits; 0: greedy. At least 1e-6 otherwise, so that no logit overflows."""
@@ -22,6 +23,8 @@ class Sampling:
     """Keep the k most probable tokens (more if several tie for the last place); 0: all."""
     top_p: float = 1.0
     """Keep the most probable tokens until their probabilities reach this sum (and those that tie with the last)."""
+    min_p: float = 0.0
+    """Keep the tokens that are at least this many times as probable as the most probable one; 0: all."""
     branch: bool = False
     """At the first new token branch i of a prompt takes the i-th most probable token, counted from 0, whatever the
     fields above say. With temperature 0 this is CoT-decoding (Wang and Zhou 2024, arXiv 2402.10200, section 2)."""
@@ -31,21 +34,23 @@ class Sampling:
         require(allowed, "temperature", self.temperature, "must be 0 (greedy) or at least 1e-6")
         require(self.top_k >= 0, "top_k", self.top_k, "must be 0 (off) or positive")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
+        require(0 <= self.min_p <= 1, "min_p", self.min_p, "must lie in [0, 1]")
 
 
 GREEDY = Sampling(0.0)
 BRANCHING = Sampling(0.0, branch=True)
 """CoT-decoding's."""
 
-Numbers = tuple[jax.Array | float, jax.Array | float]
-"""Temperature and top_p, where a program takes them as data."""
+Numbers = tuple[jax.Array | float, jax.Array | float, jax.Array | float]
+"""Temperature, top_p and min_p, where a program takes them as data."""
 
 
 def compiled_for(sampling: Sampling) -> Sampling:
     """What of `sampling` a program depends on: equal for all that differ in numbers which can be data."""
     if sampling.temperature == 0:
         return Sampling(0.0, branch=sampling.branch)
-    return replace(sampling, temperature=1.0, top_p=0.5 if sampling.top_p < 1 else 1.0)
+    top_p, min_p = 0.5 if sampling.top_p < 1 else 1.0, 0.5 if sampling.min_p > 0 else 0.0
+    return replace(sampling, temperature=1.0, top_p=top_p, min_p=min_p)
 
 
 def restrict(logits_V: jax.Array, sampling: Sampling, numbers: Numbers | None = None) -> jax.Array:
@@ -53,7 +58,9 @@ def restrict(logits_V: jax.Array, sampling: Sampling, numbers: Numbers | None = 
 
     `numbers` take the place of those in `sampling`, which then only says whether they are in force.
     """
-    temperature, top_p = (sampling.temperature, sampling.top_p) if numbers is None else numbers
+    if numbers is None:
+        numbers = (sampling.temperature, sampling.top_p, sampling.min_p)
+    temperature, top_p, min_p = numbers
     logits_V = logits_V.astype(jnp.float32) / temperature
     if sampling.top_k and sampling.top_k < logits_V.shape[0]:
         smallest = jax.lax.top_k(logits_V, sampling.top_k)[0][-1]
@@ -62,6 +69,9 @@ def restrict(logits_V: jax.Array, sampling: Sampling, numbers: Numbers | None = 
         falling = jnp.sort(logits_V, descending=True)
         before = jnp.cumsum(jax.nn.softmax(falling)) - jax.nn.softmax(falling)
         smallest = jnp.min(jnp.where(before < top_p, falling, jnp.inf))
+        logits_V = jnp.where(logits_V < smallest, -jnp.inf, logits_V)
+    if sampling.min_p > 0:  # the ratio of two probabilities is the same whatever was kept before
+        smallest = jnp.max(logits_V) + jnp.log(jnp.asarray(min_p, jnp.float32))
         logits_V = jnp.where(logits_V < smallest, -jnp.inf, logits_V)
     return logits_V
 

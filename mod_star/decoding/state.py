@@ -11,6 +11,7 @@ import numpy.typing as npt
 from flax import struct
 
 from mod_star.decoding.caches import Cache, reorder_cache, take_prompts_of_cache
+from mod_star.decoding.confidence import TokenConfidence
 from mod_star.decoding.think import ThoughtRecord
 
 
@@ -44,6 +45,8 @@ class DecodeState:
     """int32 prompt lengths."""
     keys_B: jax.Array
     """A random key per row: what a row draws does not depend on the rows beside it."""
+    confidence: TokenConfidence | None = None
+    """How sure the model was of each token; None: not asked for, and not computed."""
     record: ThoughtRecord | None = None
     """What was thought before each token; None for a model that can't think."""
     branches: int = struct.field(pytree_node=False, default=1)

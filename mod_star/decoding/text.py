@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,6 +37,10 @@ class Completion:
     """Log-probability of the model's own end token; None if `finished` is anything else than "end"."""
     end_gap: float | None = None
     """The gap at that token."""
+    confidences: list[float] = field(default_factory=list)
+    """Token confidence of each token, see `Generated`. Empty if not asked for, as the next."""
+    certainties: list[float] = field(default_factory=list)
+    """Self-certainty of each token."""
     entropies: list[float] = field(default_factory=list)
     """Entropy in nats of the prediction of each token without a thought. Empty if it never thinks, as the next."""
     thoughts: list[list[int] | None] = field(default_factory=list)
@@ -57,6 +61,10 @@ class Completion:
         return total, total / max(1, len(log_probs))
 
 
+StopBranches = Callable[[int, list[Completion]], Sequence[bool]]
+"""Sees a prompt's index and the completions of its branches so far, and says which of them to end."""
+
+
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of each prompt, as the model saw texts begin: see `mod_star.tokenization.tokenizers.begin`."""
     return [begin(tokenizer, prompt) for prompt in prompts]
@@ -67,6 +75,7 @@ def complete(
     prompts: Sequence[str],
     config: GenerationConfig,
     encoded: Sequence[Sequence[int]] | None = None,
+    stop: StopBranches | None = None,
 ) -> Iterator[list[Completion]]:
     """Completes texts, all in one batch.
 
@@ -75,6 +84,7 @@ def complete(
       prompts: the texts to go on from.
       config: how. A row generates up to `config.burst` tokens beyond its stop string.
       encoded: the prompts' token ids, if they are not what `encode_prompts` makes of them (a chat's).
+      stop: ends rows besides, after a burst; `finished` of their completions stays None. None: no others.
 
     Yields:
       The completions so far, those of one prompt after those of another, after every burst; the last ones are finished.
@@ -91,7 +101,12 @@ def complete(
     ]
 
     def stopped(results: list[Generated]) -> list[bool]:
-        return _take(rows, results)
+        ended, k = _take(rows, results), config.rows_per_prompt
+        if stop is None:
+            return ended
+        completions = [row.completion(result) for row, result in zip(rows, results, strict=True)]
+        more = [each for q in range(len(prompts)) for each in stop(q, completions[q * k : (q + 1) * k])]
+        return [one or other for one, other in zip(ended, more, strict=True)]
 
     for results in generator.stream(encoded, config, stopped):
         yield [row.completion(result) for row, result in zip(rows, results, strict=True)]
@@ -103,6 +118,7 @@ def complete_many(
     config: GenerationConfig,
     encoded: Sequence[Sequence[int]] | None = None,
     numbers: Sequence[int] | None = None,
+    stop: StopBranches | None = None,
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Completes any number of texts, `config.rows` rows at a time, see `Generator.generate_many`; else as `complete`.
 
@@ -117,7 +133,11 @@ def complete_many(
     ]
 
     def stopped(number: int, results: list[Generated]) -> list[bool]:
-        return _take(texts[number], results)
+        ended = _take(texts[number], results)
+        if stop is None:
+            return ended
+        completions = [row.completion(result) for row, result in zip(texts[number], results, strict=True)]
+        return [one or other for one, other in zip(ended, stop(number, completions), strict=True)]
 
     for number, results in generator.generate_many(encoded, config, stopped, numbers):
         yield number, [row.completion(result) for row, result in zip(texts[number], results, strict=True)]
@@ -220,6 +240,8 @@ class _Row:
             gaps=result.gaps[:taken],
             end_log_prob=result.end_log_prob if self.finished == "end" else None,
             end_gap=result.end_gap if self.finished == "end" else None,
+            confidences=result.confidences[:taken],
+            certainties=result.certainties[:taken],
             entropies=result.entropies[:taken],
             thoughts=result.thoughts[:taken],
             thought_texts=self._thought_texts[:taken],

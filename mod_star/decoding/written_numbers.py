@@ -52,21 +52,23 @@ _NUMBER = re.compile(
     rf"(?:(?P<letters>(?<![^\W\d_])(?<!\\)(?!(?:{_CODES})\d)[A-Za-z][A-Za-z_]*)(?=\d)"
     rf"|(?<![A-Za-z\d])(?<![^\W_]_){_CURRENCY_CODES})"
     r"(?:"
-    r"(?P<whole>\d{1,99}[ ]?)?\\[dt]?frac\s?\{\s*(?P<top>\d{1,99})\s*\}\s?\{\s*(?P<bottom>\d{1,99})\s*\}"
+    r"(?P<whole>\d{1,99}[ ]?)?\\[cdt]?frac\s?(?:\{\s*(?P<top>[-−]?\d{1,99})\s*\}|(?P<top_digit>\d))"
+    r"\s?(?:\{\s*(?P<bottom>\d{1,99})\s*\}|(?P<bottom_digit>\d)(?!\d|[.,]\d))"  # \frac12 is \frac{1}{2}
     rf"|(?P<mixed>\d{{1,99}})[ ]?(?P<part>{_VULGAR})|(?P<vulgar>{_VULGAR})"
     rf"|(?P<digits>(?:\d+|(?<![\w.])\.\d+)(?:{_BOUND}\d+)*)"
     r"(?:(?P<exponent>[eE][-+−]?\d+(?!\w))"
     rf"|[ ]?(?:×|[xX]|\*|·|⋅|\\times|\\cdot)[ ]?10(?P<ten>{_POWER})|(?P<power>{_POWER}))?"
     rf"(?P<attached>[A-Za-z]+\d\w*)?(?:[ ](?P<scale>{'|'.join(_SCALES)})\b)?"
     r")"
-    r"|(?P<odd>\\[dt]?frac(?:\s?\{[^{}]*\}\s?\{[^{}]*\}|\d+))"
+    r"|(?P<odd>\\[cdt]?frac\s?(?:\d(?:[.,]?\d){2,}|(?:\{[^{}]*\}|\d)\s?(?:\{[^{}]*\}|\d+)))"
 )
 _MIXED = re.compile(r"(\d{1,99})[ ](\d{1,99})[/⁄](\d{1,99})(?![\d/]|\.\d)")
 _ROOT_BEFORE = re.compile(r"(?:√|\\sqrt(?:\[[^\]]*\])?\s?\{?)\s*$")
 _UNKNOWN_AFTER = re.compile(
-    r"\s?(?:π|\\pi|√|\\sqrt|\\[dt]?frac|[万萬億亿千百十])|\^(?!\{?\\circ)|\*\*[a-z]\b|[xyzn](?:\^|[²³])"
+    r"\s?(?:π|\\pi|√|\\sqrt|\\[cdt]?frac|[万萬億亿千百十])|\^(?!\{?\\circ)|\*\*[a-z]\b|[xyzn](?:\^|[²³])"
 )
 _EXPONENT_BEFORE = re.compile(r"([\w)\]}])(?:\^|\*\*|_)\{?[-−+]?$")
+_UNIT_BEFORE = re.compile(r"\\(?:text|textrm|mathrm|mbox)\s?\{[^{}\d]*\}\^\{?$")  # "\text{ cm}^2"
 _LABEL_BEFORE = re.compile(r"\b(?:step|question|problem|example|equation|figure|table)s?\s+#?$", re.IGNORECASE)
 _MARKER = re.compile(r"^[ \t>*_#-]*(\d{1,3})[.)](?=[*_]*[ \t]+\S)", re.MULTILINE)
 _LARGEST_EXPONENT = 40  # beyond it a number stays in powers of ten, which keeps "1e999999999" short
@@ -110,6 +112,8 @@ def _read_match(text: str, match: re.Match[str]) -> Written | None:
         joined = re.fullmatch(r"\d+", match["digits"] or "") is None
         return Written(start, end, None) if joined else None
     body = start + len(match["sign"] or "")
+    if _UNIT_BEFORE.search(text[max(0, body - 60) : body]):
+        return None
     if exponent := _EXPONENT_BEFORE.search(text[max(0, body - 6) : body]):
         return None if exponent[1].isalnum() else Written(start, end, None)
     mixed = _MIXED.match(text, body)
@@ -124,16 +128,19 @@ def _read_match(text: str, match: re.Match[str]) -> Written | None:
         value = _value(match)
     if _ROOT_BEFORE.search(text[max(0, start - 40) : body]) or _UNKNOWN_AFTER.match(text, end):
         value = None
-    if value is not None and (match["sign"] or "+")[0] in "-−–‑nNmM" and value != "0":
+    negative = ((match["sign"] or "+")[0] in "-−–‑nNmM") != ((match["top"] or "+")[0] in "-−")
+    if value is not None and negative and value != "0":
         value = f"-{value}"
     return Written(start, end, value)
 
 
 def _value(match: re.Match[str]) -> str | None:
     """The value without sign."""
-    if match["top"] is not None:
-        top, bottom, whole = int(match["top"]), int(match["bottom"]), int(match["whole"] or 0)
-        return _spell_fraction(top + whole * bottom, bottom) if bottom else None
+    if top_digits := match["top"] or match["top_digit"]:
+        top, whole = int(top_digits.lstrip("-−")), int(match["whole"] or 0)
+        bottom = int(match["bottom"] or match["bottom_digit"])
+        certain = bottom > 0 and (not whole or top_digits.isdecimal())
+        return _spell_fraction(top + whole * bottom, bottom) if certain else None
     if vulgar := match["part"] or match["vulgar"]:
         over, _, under = unicodedata.normalize("NFKC", vulgar).partition("⁄")
         return _spell_fraction(int(over) + int(match["mixed"] or 0) * int(under), int(under))

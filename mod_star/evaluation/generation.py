@@ -8,19 +8,24 @@ from dataclasses import dataclass, replace
 from mod_star.decoding.answers import Finder
 from mod_star.decoding.beam import BeamSearch, check_beams
 from mod_star.decoding.branches import Branches
+from mod_star.decoding.confidence import ConfidenceConfig
 from mod_star.decoding.cot import Reading, read_branches, tokens_after
+from mod_star.decoding.early_stop import EarlyStop, Replay, replay
 from mod_star.decoding.generate import Generator
 from mod_star.decoding.generation_config import GenerationConfig, config_of
+from mod_star.decoding.p_true import tokens_of_question
 from mod_star.decoding.rankings import NORMALISED_LOG_PROB
 from mod_star.decoding.text import Completion, StopWatch, complete_many, completion_of
 from mod_star.decodings import Beam, Cot, Decoding, Greedy, SelfConsistency, name_of
 from mod_star.errors import InputError, require
-from mod_star.evaluation.branch_records import branch_record, cot_answers, sample_answers
+from mod_star.evaluation.branch_records import branch_record, cot_answers, rankings_of, sample_answers
 from mod_star.evaluation.protocols import Numbered, Subject, stopwatch
 from mod_star.evaluation.records import Record
 from mod_star.evaluation.tasks import Item
 
 GREEDY = Greedy()
+STOPPED_EARLY = "self-consistency, stopped early"
+"""The measure of samples as they would have been with an early stop, by equal votes."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class GeneratedAnswer:
     seed: int = 0
     rule: Finder | None = None
     """How numbers are found and compared; None: by our own rules."""
+    confidence: ConfidenceConfig | None = None
+    """What to measure along branches and samples, whose rankings are then counted too; None: nothing."""
 
     @property
     def headline(self) -> str:
@@ -58,6 +65,10 @@ class GeneratedAnswer:
         more = 0
         if self.continuation is not None:
             more = tokens_after(subject.model.tokenizer, self.continuation)
+        what = "the continuation and its answer"
+        if self.confidence is not None and self.confidence.p_true is not None:
+            asking = tokens_of_question(subject.model.tokenizer, self.confidence.p_true)
+            more, what = max((more, what), (asking, "the question of P(True)"))
         room = context - self.new_tokens - more
         for item in items:
             length = len(subject.prompts.encode(item))
@@ -65,13 +76,14 @@ class GeneratedAnswer:
                 raise InputError(
                     f"item {item.id!r} = {length} tokens with its prompt: must be at most {room} "
                     f"(context {context} minus {self.new_tokens} new tokens"
-                    f"{f' and {more} of the continuation and its answer' if more else ''})"
+                    f"{f' and {more} of {what}' if more else ''})"
                 )
 
     def records(self, subject: Subject, items: Sequence[Numbered]) -> Iterator[Record]:
         """A record per item, with its branches, samples or beams."""
         generator, config = subject.generator(), self._config(subject)
-        reading = Reading(self.continuation, isinstance(self.decoding, Cot) and self.decoding.skip_first)
+        skip_first = isinstance(self.decoding, Cot) and self.decoding.skip_first
+        reading = Reading(self.continuation, skip_first, self.confidence)
         lap = stopwatch()
         for place, completions in self._completions(generator, subject, items):
             _, item = items[place]
@@ -83,7 +95,10 @@ class GeneratedAnswer:
 
     def _config(self, subject: Subject) -> GenerationConfig:
         """How one item's texts are generated."""
-        return config_of(self.decoding, self.new_tokens, stop=self.stop, think=subject.think, seed=self.seed)
+        return config_of(
+            self.decoding, self.new_tokens, stop=self.stop, think=subject.think, seed=self.seed,
+            confidence=self.confidence is not None,
+        )  # fmt: skip
 
     def _completions(
         self, generator: Generator, subject: Subject, items: Sequence[Numbered]
@@ -122,13 +137,20 @@ class GeneratedAnswer:
     def _record(self, item: Item, branches: Branches) -> Record:
         answers: dict[str, str | None]
         best: int | None
+        more: dict[str, int] = {}
         match self.decoding:
             case Cot():
-                answers = cot_answers(branches)
+                answers = cot_answers(branches, rankings_of(self.confidence), self.decoding)
                 answer = answers[self.headline]
                 best = branches.max_path() if answer is None else branches.representative(answer)
             case SelfConsistency():
-                answers = sample_answers(branches)
+                vote = self.decoding
+                weighed = self.confidence is not None or vote.keep < 1 or vote.vote_temperature is not None
+                answers = sample_answers(branches, rankings_of(self.confidence) if weighed else {}, vote)
+                if vote.early_stop is not None:
+                    replayed = self._replay(item, branches, vote.early_stop, vote)
+                    answers[STOPPED_EARLY] = replayed.branches.majority_answer()
+                    more = {"tokens": replayed.all_tokens, "tokens_early": replayed.tokens}
                 majority = branches.majority_answer()
                 best = None if majority is None else branches.representative(majority, NORMALISED_LOG_PROB)
             case _:
@@ -145,4 +167,11 @@ class GeneratedAnswer:
             "answers": answers,
             "text": None if best is None else branches.branches[best].completion.text,
             "branches": [branch_record(branch) for branch in branches.branches],
+            **more,
         }
+
+    def _replay(self, item: Item, samples: Branches, warm_up: int, vote: SelfConsistency) -> Replay:
+        """What stopping early would have come to, of samples that were generated to their end."""
+        rule = EarlyStop(warm_up, vote.keep, decided=self.continuation is None)
+        size = vote.window if self.confidence is None else self.confidence.window
+        return replay(samples, rule, self.rule or item.finder, size)

@@ -36,7 +36,7 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names of the most new tokens in generation_kwargs; the first that is there counts."""
-DRAWS = ("do_sample", "temperature", "top_k", "top_p")
+DRAWS = ("do_sample", "temperature", "top_k", "top_p", "min_p")
 ONE_VALUE: dict[str, float] = {
     "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "n": 1, "best_of": 1, "diversity_penalty": 0,
     "repetition_penalty": 1, "encoder_repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0,
@@ -44,7 +44,7 @@ ONE_VALUE: dict[str, float] = {
     "min_new_tokens": 0, "min_tokens": 0,
 }  # fmt: skip
 """Options of transformers and vLLM whose value that changes nothing is taken; we have nothing for the others."""
-OF_DRAWS: dict[str, float] = {"min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
+OF_DRAWS: dict[str, float] = {"typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
 """The same of options that only draws ask for: where nothing is drawn any value changes nothing."""
 WITHOUT_EFFECT = ("use_cache", "pad_token_id", "length_penalty", "early_stopping")
 """Options that change no text of a single beam."""
@@ -291,7 +291,7 @@ def generation_options(options: Mapping[str, Any], max_gen_toks: int) -> tuple[l
     require(fine, f"generation_kwargs.{named}", length, "must be a positive integer")
     do_sample = options.get("do_sample")
     require(do_sample in (None, True, False), "generation_kwargs.do_sample", do_sample, "must be true or false")
-    for name in ("temperature", "top_k", "top_p"):
+    for name in DRAWS[1:]:
         _require_number(name, options.get(name, 0))
     temperature = float(options.get("temperature", 1.0 if do_sample else 0.0))
     greedy = (do_sample is not None and not do_sample) or temperature == 0
@@ -302,8 +302,9 @@ def generation_options(options: Mapping[str, Any], max_gen_toks: int) -> tuple[l
     if greedy:
         return stop, length, Sampling(temperature=0)
     top_k = int(options.get("top_k", 0))
-    # vLLM calls all tokens -1.
-    return stop, length, Sampling(temperature, 0 if top_k == -1 else top_k, float(options.get("top_p", 1.0)))
+    top_k = 0 if top_k == -1 else top_k  # as vLLM calls all tokens
+    top_p, min_p = float(options.get("top_p", 1.0)), float(options.get("min_p", 0.0))
+    return stop, length, Sampling(temperature, top_k, top_p, min_p)
 
 
 def _require_number(name: str, value: Any) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from mod_star.errors import require
 
@@ -55,17 +56,35 @@ def mean(values: Sequence[float]) -> Estimate:
     Raises:
       InputError: there are no values.
     """
-    n = len(values)
-    require(n > 0, "items", n, "must be at least one")
     array = np.asarray(values, np.float64)
+    return _bootstrapped(len(values), lambda chosen: array[chosen].mean(axis=-1))
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
+    """The ratio of two sums over items, with the bootstrap's percentile interval over items.
+
+    Args:
+      numerators: one number for each item.
+      denominators: the same, above 0.
+
+    Raises:
+      InputError: there are no items.
+    """
+    top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    return _bootstrapped(len(top), lambda chosen: top[chosen].sum(axis=-1) / bottom[chosen].sum(axis=-1))
+
+
+def _bootstrapped(n: int, statistic: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]) -> Estimate:
+    """A statistic of n items, and its quantiles over resamples; it is given indices RxN and returns R values."""
+    require(n > 0, "items", n, "must be at least one")
     rng = np.random.default_rng(0)
     # In parts: 10,000 resamples of 10,000 values at once would take 800 MB.
     part = max(1, min(RESAMPLES, 2_000_000 // n))
-    means = np.concatenate(
-        [array[rng.integers(0, n, (min(part, RESAMPLES - done), n))].mean(axis=1) for done in range(0, RESAMPLES, part)]
+    values = np.concatenate(
+        [statistic(rng.integers(0, n, (min(part, RESAMPLES - done), n))) for done in range(0, RESAMPLES, part)]
     )
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Estimate(float(array.mean()), float(low), float(high), n)
+    low, high = np.quantile(values, (0.025, 0.975))
+    return Estimate(float(statistic(np.arange(n)[None])[0]), float(low), float(high), n)
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:

@@ -122,7 +122,9 @@ def require_evaluation(directory: Path, config: Mapping[str, Any]) -> None:
         f"{name}: {_value(stored, name)} → {_value(current, name)}"
         for name in dict.fromkeys([*stored, *current])
         # An option that isn't stored was not there yet, so it was not given.
-        if stored.get(name) != current.get(name) and not _is_moved(directory, stored, current, name)
+        if stored.get(name) != current.get(name)
+        and not (name not in stored and current[name] is False)
+        and not _is_moved(directory, stored, current, name)
     ]:
         raise InputError(
             f"--out = {str(directory)!r}: holds an evaluation of another configuration: {'; '.join(changes)}"

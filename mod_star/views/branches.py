@@ -12,6 +12,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from mod_star.decodings import STOPPED
 from mod_star.views.terminal import visible
 
 if TYPE_CHECKING:
@@ -106,8 +107,10 @@ def outcome(result: Branches, ranking: Ranking, samples: bool = False) -> list[T
     """Lines that say which answers won, and what each answer has."""
     total, dropped = len(result.branches), len(result.branches) - len(result.counting)
     what = "samples" if samples else "branches"
+    stopped = [branch for branch in result.branches if (branch.dropped or "").startswith(STOPPED)]
+    saving = [Text(_saving(result, stopped), DIM)] if stopped else []
     if not result.counting:
-        return [Text.assemble("no answer: ", (f"all {total} {what} were dropped", WON))]
+        return [Text.assemble("no answer: ", (f"all {total} {what} were dropped", WON)), *saving]
     votes = result.votes()
     lines = []
     if samples:
@@ -127,6 +130,7 @@ def outcome(result: Branches, ranking: Ranking, samples: bool = False) -> list[T
         rest = [f"{visible(other)} {value:.3f}" for value, other in others]
     if rest:
         lines.append(Text(f"others     {'; '.join(rest)}", DIM))
+    lines += saving
     if dropped:
         lines.append(Text(f"dropped    {dropped} of {total} {what}", DIM))
     return lines
@@ -161,6 +165,8 @@ def _branch_record(branch: Branch, ranking: Ranking) -> dict[str, Any]:
         "normalised_log_prob": branch.normalised_log_prob,
         "dropped": branch.dropped,
         "continuation": branch.continuation,
+        "confidence": None if branch.confidence is None else asdict(branch.confidence),
+        "p_true": branch.p_true,
         **_completion_record(branch.completion),
     }
 
@@ -174,6 +180,18 @@ def beam_record(beam: Completion) -> dict[str, Any]:
 def _completion_record(completion: Completion) -> dict[str, Any]:
     """Without the prompt, which all branches share, and what it doesn't have."""
     return {name: value for name, value in asdict(completion).items() if value != [] and name != "prompt"}
+
+
+def _saving(result: Branches, stopped: Sequence[Branch]) -> str:
+    """How much was generated of the samples that stopped early, and what that may have saved."""
+    spent = sum(len(branch.completion.tokens) for branch in stopped)
+    whole = [len(each.completion.tokens) for each in result.branches if each.completion.finished is not None]
+    line = f"stopped    {len(stopped)} of {len(result.branches)} samples, after {spent} tokens together"
+    if not sum(whole):
+        return line
+    usual = sum(whole) / len(whole)
+    saved = max(0.0, 1 - (sum(whole) + spent) / (usual * len(result.branches)))
+    return f"{line}: {saved:.0%} saved if they were as long as the others"
 
 
 def _line(name: str, answer: str, why: str) -> Text:

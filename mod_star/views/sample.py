@@ -12,7 +12,7 @@ from mod_star.views.terminal import visible
 if TYPE_CHECKING:
     from mod_star.decoding import Completion, Think
 
-OF_ANSWERS = ("gaps", "end_gap", "end_log_prob")
+OF_ANSWERS = ("gaps", "end_gap", "end_log_prob", "confidences", "certainties")
 OF_THINKING = ("entropies", "thoughts", "thought_texts", "mixing_weights")
 
 

@@ -203,9 +203,39 @@ def test_defaults_that_belong_to_the_template_and_the_context_are_told(
     assert re.fullmatch(r"<<\d>>\n#### \d", subject.prompts.examples[0].solution), "as published"
 
 
+@pytest.mark.slow
+def test_confidences_are_counted_and_early_stops_replayed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained_run: Path, data: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("mod_star.commands.evaluate.keep_compiled_programs", lambda: None)  # it would stay set
+    few = ("--limit", "8", "--branches", "3", "--batch-size", "8", "--new-tokens", "30", "--stop", " ")
+    asked = ("--confidence", "--early-stop", "1", "--window", "2", "--vote-temperature", "0.5", "--keep", "0.7")
+    argv = [trained_run, "--data", data, *OPTIONS, *few, *asked, "--out", tmp_path]
+    with pytest.raises(SystemExit) as left:
+        main(["evaluate", *map(str, argv)])
+    shown = capsys.readouterr()
+    assert left.value.code == 0, shown.err
+    results = json.loads((tmp_path / "results.json").read_text())
+    weighed = [f"self-consistency, {name}" for name in ("Δ", "mean confidence", "bottom 10 % of groups", "tail")]
+    assert {"self-consistency", "self-consistency, stopped early", "any branch right", *weighed} < set(
+        results["measures"]
+    )
+    assert results["measures"]["any branch right"]["n"] == 8
+    records = list(records_of(tmp_path).values())
+    saved = sum(record["tokens"] - record["tokens_early"] for record in records)
+    assert results["early_stop"]["tokens saved"]["value"] == pytest.approx(
+        saved / sum(record["tokens"] for record in records)
+    )
+    assert saved > 0 and "tokens saved" in shown.out and "accuracy gained" in shown.out
+    for record in records:
+        assert record["tokens"] == sum(each["tokens"] for each in record["branches"])
+        assert all(each["confidence"]["lowest_group"] > 0 for each in record["branches"] if each["tokens"])
+
+
 def test_an_option_that_an_old_evaluation_did_not_have_was_not_given(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"--limit": 5}')
-    require_evaluation(tmp_path, {"--limit": 5, "--new": None})
+    for not_given in (None, False):
+        require_evaluation(tmp_path, {"--limit": 5, "--new": not_given})
     with pytest.raises(InputError, match=r"another configuration: --new: none → 1$"):
         require_evaluation(tmp_path, {"--limit": 5, "--new": 1})
 
@@ -252,6 +282,15 @@ def test_bad_input(
             "--new-tokens: cannot be combined with --pro",
         ),
         ((*good, "--decoding", "cot", "--continuation", " "), "--continuation = ' ': must not be empty"),
+        ((*good, "--confidence"), "--confidence: cannot be combined with --decoding greedy, only with self-consis"),
+        ((*good, "--decoding", "cot", "--p-true"), "--p-true = True: needs --confidence"),
+        ((*good, "--decoding", "cot", "--window", "9"), "--window = 9: needs --confidence"),
+        ((*good, "--decoding", "cot", "--keep", "2"), "--keep = 2.0: must lie in (0, 1]"),
+        ((*good, "--decoding", "self-consistency", "--early-stop", "4"), "--early-stop = 4: needs --confidence"),
+        (
+            (*good, "--decoding", "self-consistency", "--early-stop", "0", "--continuation", "So"),
+            "--early-stop = 0: must be positive with --continuation",
+        ),
         ((*good, "--decoding", "cot", "--branches", "5000"), "--branches = 5000: must be at most the vocabulary"),
         ((*good, "--protocol", "choice"), "--new-tokens: cannot be combined with --protocol choice"),
         ((*good, "--limit", "0"), "--limit = 0: must be positive"),

@@ -115,6 +115,7 @@ def test_bad_options_and_prompts(capsys: pytest.CaptureFixture[str], trained_run
         (("--new-tokens", "0"), "new_tokens = 0: must lie in [1, 63]"),
         (("--temperature", "-1"), "temperature = -1.0: must be 0 (greedy) or at least 1e-6"),
         (("--top-p", "1.5"), "top_p = 1.5: must lie in (0, 1]"),
+        (("--min-p", "-1"), "min_p = -1.0: must lie in [0, 1]"),
         (("--top-k", "-1"), "top_k = -1: must be 0 (off) or positive"),
         (("--top-k", "many"), "--top-k: invalid literal for int"),
         (("--seed", "-1"), "--seed = -1: must lie in [0, 2^32)"),

@@ -161,6 +161,12 @@ def test_samples_and_beams(capsys: pytest.CaptureFixture[str], trained_run: Path
     record = json.loads(sample(capsys, trained_run, *prompt, "--decoding", "self-consistency", "--branches", "3")[0])
     assert len(record["branches"]) == 3 and record["answer"] == record["majority"]
     assert len({each["text"] for each in record["branches"]}) == 3
+    weighed = ("--decoding", "self-consistency", "--branches", "3", "--ranking", "lowest-group", "--keep", "0.7")
+    record = json.loads(sample(capsys, trained_run, *prompt, *weighed, "--early-stop", "1", "--window", "2")[0])
+    assert record["ranking"] == "lowest_group" and record["answer"] == record["aggregated_answer"]
+    for each in record["branches"]:
+        assert len(each["confidences"]) == len(each["certainties"]) == len(each["tokens"])
+        assert each["lowest_group"] == (each["confidence"] and each["confidence"]["lowest_group"])
     beams = json.loads(sample(capsys, trained_run, *prompt, "--decoding", "beam", "--branches", "3")[0])
     assert len(beams["beams"]) == 3 and beams["text"] == beams["beams"][0]["text"]
     scores = [each["log_prob"] for each in beams["beams"]]
@@ -193,7 +199,15 @@ def test_what_cannot_be(capsys: pytest.CaptureFixture[str], trained_run: Path, m
         ((*cot, "--top-k", "5"), "--top-k: cannot be combined with --decoding cot, only with temperature, self-"),
         (("--decoding", "greedy", "--answer", "number"), "--answer: cannot be combined with --decoding greedy, only"),
         ((*votes, "--aggregate"), "--aggregate: cannot be combined with --decoding self-consistency, only with cot"),
-        ((*votes, "--ranking", "delta"), "--ranking: cannot be combined with --decoding self-consistency"),
+        ((*votes, "--keep", "0.5"), "--keep = 0.5: needs --ranking: it says which votes weigh more"),
+        ((*votes, "--vote-temperature", "1"), "--vote-temperature = 1.0: needs --ranking"),
+        ((*votes, "--early-stop", "10"), "--early-stop = 10: must lie in [0, 9] (--branches minus 1)"),
+        ((*votes, "--early-stop", "0", "--ranking", "delta"), "--early-stop = 0: must be positive with --ranking"),
+        ((*cot, "--early-stop", "2"), "--early-stop: cannot be combined with --decoding cot, only with self-cons"),
+        ((*cot, "--vote-temperature", "0"), "--vote-temperature = 0.0: must be at least 1e-6 and finite"),
+        ((*cot, "--keep", "0"), "--keep = 0.0: must lie in (0, 1]"),
+        ((*cot, "--window", "0"), "--window = 0: must be at least 1"),
+        (("--keep", "0.5"), "--keep: cannot be combined with --decoding temperature, only with self-cons"),
         ((*cot, "--length-penalty", "1"), "--length-penalty: cannot be combined with --decoding cot, only with beam"),
         ((*cot, "--aggregate", "--show-branches"), "--aggregate: cannot be combined with --show-branches"),
         ((*cot, "--show-thoughts"), "--show-thoughts: cannot be combined with --decoding cot, only with greedy"),
@@ -207,6 +221,7 @@ def test_what_cannot_be(capsys: pytest.CaptureFixture[str], trained_run: Path, m
         ((*cot, "--continuation", " "), "--continuation = ' ': must not be empty"),
         ((*cot, "--prompt", "x" * 70), "prompt 1 = 71 tokens: must have 1 to 63"),
         ((*cot, "--prompt", "x" * 70, "--answer", "text"), "prompt 1 = 71 tokens: must have at most 14"),
+        ((*cot, "--prompt", "x", "--ranking", "p-true"), "of the question of P(True))"),
         ((*cot, "--new-tokens", "64"), "new_tokens = 64: must lie in [1, 63]"),
         (("--chat", "--prompt", "x"), "has no chat template"),
         (("--decoding", "cots"), "--decoding"),

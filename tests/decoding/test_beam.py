@@ -187,3 +187,9 @@ def test_bad_searches_are_refused(subjects: dict[str, Subject]) -> None:
             BeamSearch(generator, beams, penalty)
     with pytest.raises(InputError, match=r"^think\.when = 'always': must be never"):
         BeamSearch(generator, 2, think=Think("always"))
+    for config, message in (
+        (GenerationConfig(3, branches=2, confidence=True), "confidence = True: must be False"),
+        (GenerationConfig(3, branches=2, branch_range=(0, 1)), r"branch_range = \(0, 1\): must be None"),
+    ):
+        with pytest.raises(InputError, match=f"^{message}"):
+            beam_search(generator, ["1"], config)

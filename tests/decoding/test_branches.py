@@ -14,7 +14,7 @@ from decoding_models import log_softmax
 from mod_star.decoding import Completion
 from mod_star.decoding.answers import LastNumber, Phrase
 from mod_star.decoding.branches import Branch, Branches, answer_delta, read_branch
-from mod_star.decoding.rankings import LOG_PROB, RANKINGS, Ranking, make_ranking
+from mod_star.decoding.rankings import LOG_PROB, MEASURED, RANKINGS, Ranking, make_ranking
 from mod_star.errors import InputError
 
 NUMBER = LastNumber()
@@ -148,9 +148,11 @@ def test_a_function_of_the_users_ranks_branches(tmp_path: Path) -> None:
     file.write_text("def unsure(branch):\n    return 1 - branch.delta\n\n\nword = 'x'\n")
     mine = make_ranking(f"{file}:unsure", "--ranking")
     assert (mine.name, result.answer(mine)) == ("unsure", "5")
-    assert [make_ranking(name.replace("_", "-")) for name in RANKINGS] == list(RANKINGS.values())
+    assert mine.needs == "confidence", "a function may read all that one pass gives"
+    built_in = RANKINGS | MEASURED
+    assert [make_ranking(name.replace("_", "-")) for name in built_in] == list(built_in.values())
     for name, message in (
-        ("length", "--ranking = 'length': must be delta, log-prob, normalised-log-prob, or FILE.py:NAME"),
+        ("length", "--ranking = 'length': must be delta, log-prob, normalised-log-prob, mean-confidence, "),
         (f"{file}:word", "must be a function from a branch to a number"),
         (f"{file}:missing", "must be a function from a branch to a number"),
         (f"{file}x.py:unsure", "there is no file"),

@@ -17,13 +17,17 @@ from symbols import END_IDS, SYMBOLS, Subject, SymbolTokenizer
 from mod_star.decoding import Generated, GenerationConfig, Sampling, Think
 from mod_star.decoding.answers import LastNumber, Phrase
 from mod_star.decoding.branches import Branches
+from mod_star.decoding.confidence import ConfidenceConfig, TrueQuestion
+from mod_star.decoding.continuation import ids_continued
 from mod_star.decoding.cot import ANSWER_TOKENS, Reading, continue_texts, cot_decode, read_branches, self_consistency
-from mod_star.decoding.rankings import RANKINGS
+from mod_star.decoding.p_true import p_true
+from mod_star.decoding.rankings import MEASURED, RANKINGS
 from mod_star.decoding.text import completion_of
 from mod_star.errors import InputError
 from mod_star.tokenization import begin
 
-NEW, K = 7, 6
+NEW, K, GROUP = 7, 6, 2
+QUESTION = TrueQuestion("?", " 1", " 2")
 TOKENIZER, NUMBER = SymbolTokenizer(), LastNumber()
 ENCODED = [[token % len(SYMBOLS) for token in prompt] for prompt in make_prompts((3, 9, 1, 5, 2))]
 PROMPTS = [TOKENIZER.decode(prompt) for prompt in ENCODED]
@@ -37,6 +41,9 @@ class Naive:
     log_probs: list[float]
     gaps: list[float]
     ended: bool
+    rows: list[np.ndarray]
+    """The distribution before each token, as log-probabilities."""
+    p_true: float | None = None
 
     @property
     def text(self) -> str:
@@ -53,7 +60,17 @@ class Naive:
         return not text or not self.ended or text[-1] == "?" or self.digits is None
 
     def score(self, ranking: str) -> float:
-        """Log-probabilities hold the end's, gaps don't."""
+        """Log-probabilities hold the end's, gaps and confidences don't."""
+        if ranking == "p_true":
+            assert self.p_true is not None
+            return self.p_true
+        if ranking == "self_certainty":
+            return float(np.mean([-np.mean(row + math.log(VOCAB)) for row in self.rows]))
+        if ranking in MEASURED:
+            tokens = [-float(np.mean(sorted(row)[-20:])) for row in self.rows]
+            groups = [np.mean(tokens[i : i + GROUP]) for i in range(max(1, len(tokens) - GROUP + 1))]
+            value = {"mean_confidence": np.mean(tokens), "tail_confidence": np.mean(tokens[-GROUP:])}
+            return float(value.get(ranking, min(groups)))  # of so few groups the lowest tenth is one
         if ranking == "delta":
             return float(np.mean(self.gaps[self.digits.start() : self.digits.end()]))
         return sum(self.log_probs) / (1 if ranking == "log_prob" else len(self.log_probs))
@@ -63,7 +80,7 @@ def naive_branches(subject: Subject, prompt: list[int], branches: int, new_token
     ranked = np.argsort(-subject.log_p(prompt), kind="stable")[:branches]
     made = []
     for first in ranked.tolist():
-        branch = Naive([], [], [], False)
+        branch = Naive([], [], [], False, [])
         while len(branch.log_probs) < new_tokens and not branch.ended:
             log_p = subject.log_p(prompt + branch.tokens)
             token = first if not branch.tokens else int(np.argmax(log_p))
@@ -73,6 +90,11 @@ def naive_branches(subject: Subject, prompt: list[int], branches: int, new_token
                 second, best = np.sort(np.exp(log_p))[-2:]
                 branch.gaps.append(best - second)
                 branch.tokens.append(token)
+                branch.rows.append(log_p)
+        if subject.thinker is None and not branch.dropped:
+            asked = prompt + branch.tokens + TOKENIZER.encode(" ?" if branch.text[-1] != " " else "?")
+            yes, no = (np.exp(subject.log_p([*asked, *TOKENIZER.encode(" ")]))[int(digit)] for digit in "12")
+            branch.p_true = float(yes / (yes + no))
         made.append(branch)
     return made
 
@@ -92,6 +114,7 @@ def results(subject: Subject) -> list[Branches]:
         GenerationConfig(NEW, branches=K, think=think),
         NUMBER,
         encoded=ENCODED[:count],
+        confidence=ConfidenceConfig(GROUP, None if subject.thinker else QUESTION),
     )
 
 
@@ -115,12 +138,16 @@ def test_it_is_the_naive_loop(subject: Subject, results: list[Branches]) -> None
                 assert branch.span == expected.digits.span()
                 assert branch.delta == pytest.approx(expected.score("delta"), abs=2e-4)
         counting = [branch for branch in naive if not branch.dropped]
-        for name, ranking in RANKINGS.items():
+        for name, ranking in (RANKINGS | MEASURED).items():
+            if name == "p_true" and subject.thinker:
+                continue  # it is not asked with a thought
+            for index, expected in zip(result.counting, counting, strict=True):
+                assert ranking.score(result.branches[index]) == pytest.approx(expected.score(name), rel=1e-4, abs=1e-4)
             scores = [(branch.score(name), str(int(branch.digits[0]))) for branch in counting]
             assert result.answer(ranking) == (max(scores)[1] if scores else None)
             totals: dict[str, float] = {}
             for score, answer in scores:
-                totals[answer] = totals.get(answer, 0.0) + (score if name == "delta" else math.exp(score))
+                totals[answer] = totals.get(answer, 0.0) + (math.exp(score) if name.endswith("log_prob") else score)
             expected_answer = max(totals, key=lambda answer: totals[answer]) if totals else None
             assert result.answer(ranking, aggregate=True) == expected_answer
     assert whys[None] >= 2 and len(whys) >= 3, f"the test shows less than it should: {whys}"
@@ -129,12 +156,14 @@ def test_it_is_the_naive_loop(subject: Subject, results: list[Branches]) -> None
 @pytest.mark.parametrize("subject", ["routed"], indirect=True)
 @pytest.mark.slow
 def test_small_batches_give_the_same(subject: Subject, results: list[Branches]) -> None:
-    rows = cot_decode(subject.generator, PROMPTS, GenerationConfig(NEW, branches=K, rows=K), NUMBER, encoded=ENCODED)
+    config, asked = GenerationConfig(NEW, branches=K, rows=K), ConfidenceConfig(GROUP, QUESTION)
+    rows = cot_decode(subject.generator, PROMPTS, config, NUMBER, encoded=ENCODED, confidence=asked)
     for found, expected in zip(rows, results, strict=True):
         for ours, theirs in zip(found.branches, expected.branches, strict=True):
             assert (ours.completion.text, ours.dropped) == (theirs.completion.text, theirs.dropped)
             assert ours.delta == (None if theirs.delta is None else pytest.approx(theirs.delta, abs=1e-5))
             assert ours.log_prob == pytest.approx(theirs.log_prob, abs=1e-5)
+            assert ours.p_true == (None if theirs.p_true is None else pytest.approx(theirs.p_true, abs=1e-5))
 
 
 @pytest.mark.parametrize("subject", ["dense"], indirect=True)
@@ -208,6 +237,9 @@ def test_what_a_stop_string_leaves_is_continued_as_it_stands(cut: str, stop: str
     # Where there is no text, the tokenizer itself puts a blank before the continuation.
     blank = "" if cut and cut[-1].isspace() else " "
     assert tokenizer.decode(asked) == f"{prompt}{cut}{blank}So"
+    own_blank = ids_continued(tokenizer, before, completion, "\nTrue?", blank=False)
+    if cut:  # of an empty branch nothing is asked
+        assert tokenizer.decode(own_blank) == f"{prompt}{cut}\nTrue?", "the question of P(True) begins its own line"
     if cut.startswith(" the"):
         assert asked[: len(before) + 1] == [*before, tokens[0]], "tokens before the cut stay as they are"
 
@@ -231,6 +263,15 @@ def test_self_consistency_votes_over_independent_samples(subject: Subject) -> No
             self_consistency(subject.generator, PROMPTS, GenerationConfig(NEW, sampling), NUMBER, encoded=ENCODED)
 
 
+def test_answers_to_p_true_must_differ() -> None:
+    listener: Any = Listener(TOKENIZER)
+    made = completion_of(TOKENIZER, "?", Generated(TOKENIZER.encode("8"), [], True, [], 0, []), NEW)
+    for true, false in ((" 1", " 1"), (" 1", " 12")):
+        with pytest.raises(InputError, match=r"^p_true = TrueQuestion\(.*must differ in a token"):
+            p_true(listener, [[0]], [made], TrueQuestion("?", true, false))
+    assert p_true(listener, [], [], QUESTION) == []
+
+
 @pytest.mark.parametrize("subject", ["dense"], indirect=True)
 def test_bad_requests_are_refused_before_anything_is_compiled(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
@@ -245,6 +286,7 @@ def test_bad_requests_are_refused_before_anything_is_compiled(
         cot_decode(subject.generator, PROMPTS, config, finder, encoded=ENCODED, **own)
 
     room = CONTEXT - 30 - 3 - ANSWER_TOKENS
+    question = ConfidenceConfig(p_true=QUESTION)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"branches": VOCAB + 1}, f"branches = {VOCAB + 1}: must be at most the vocabulary, {VOCAB}"),
         ({"branches": 0}, "branches = 0: must be at least 1"),
@@ -252,6 +294,7 @@ def test_bad_requests_are_refused_before_anything_is_compiled(
         ({"finder": Phrase()}, "continuation = None: must be given"),
         ({"continuation": " "}, "continuation = ' ': must not be empty"),
         ({"continuation": "=>", "new_tokens": 30}, rf"prompt 1 = 3 tokens: must have at most {max(0, room)} "),
+        ({"confidence": question, "new_tokens": 38}, r"prompt 2 = 9 tokens: must have at most 5 .*of the question of"),
         ({"stop": ("",)}, "stop = "),
         ({"stop": "."}, "stop = '.': must be a tuple of texts"),
         ({"sampling": Sampling(0.7)}, r"sampling = Sampling\(.*must be left out"),
@@ -259,9 +302,9 @@ def test_bad_requests_are_refused_before_anything_is_compiled(
         ({"think": Think("always")}, "think.when = 'always': must be never"),
     ]
     for change, message in cases:
-        own = {name: change[name] for name in ("continuation",) if name in change}
+        own: dict[str, Any] = {name: change[name] for name in ("continuation", "confidence") if name in change}
         finder = change.get("finder", NUMBER)
-        how = {name: value for name, value in change.items() if name not in ("continuation", "finder")}
+        how = {name: value for name, value in change.items() if name not in ("continuation", "confidence", "finder")}
         with pytest.raises(InputError, match=f"^{message}"):
             ask(subject, how, finder, own)
 

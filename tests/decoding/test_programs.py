@@ -86,17 +86,19 @@ def test_prompts_and_outputs_of_many_lengths_share_programs(params: dict[str, An
 
 def test_numbers_of_sampling_are_data(params: dict[str, Any]) -> None:
     one = generator(params)
-    one.generate(PROMPTS[:1], GenerationConfig(5, Sampling(0.7, top_p=0.9)))
+    one.generate(PROMPTS[:1], GenerationConfig(5, Sampling(0.7, top_p=0.9, min_p=0.1)))
     before = program_counts()
     drawn = {
-        tuple(one.generate(PROMPTS[:1], GenerationConfig(5, Sampling(temperature, top_p=top_p), seed=seed))[0].tokens)
-        for temperature, top_p, seed in ((0.2, 0.9, 0), (3.0, 0.9, 0), (3.0, 0.5, 1))
+        tuple(one.generate(PROMPTS[:1], GenerationConfig(5, Sampling(heat, 0, top_p, min_p), seed=seed))[0].tokens)
+        for heat, top_p, min_p, seed in ((0.2, 0.9, 0.1, 0), (3.0, 0.9, 0.01, 0), (3.0, 0.5, 0.02, 1))
     }
     assert compiled_since(before) == (0, 0)
     assert len(drawn) == 3
     # What is drawn is what a program of these very numbers would draw.
-    cold = one.generate(PROMPTS[:1], GenerationConfig(5, Sampling(1e-6, top_p=0.9)))
+    cold = one.generate(PROMPTS[:1], GenerationConfig(5, Sampling(1e-6, top_p=0.9, min_p=0.5)))
     same(cold[0], one.generate(PROMPTS[:1], GenerationConfig(5, GREEDY))[0])
+    alone = one.generate(PROMPTS[:1], GenerationConfig(5, Sampling(3.0, top_p=0.9, min_p=1.0)))
+    same(alone[0], one.generate(PROMPTS[:1], GenerationConfig(5, GREEDY))[0])
 
 
 @pytest.mark.slow

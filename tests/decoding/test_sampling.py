@@ -33,6 +33,20 @@ def test_restrict_is_top_k_then_top_p(temperature: float, top_k: int, top_p: flo
         np.testing.assert_allclose(found[kept], expected[kept], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(0, 1.0, 0.1), (0, 1.0, 1.0), (6, 0.8, 0.3), (3, 0.99, 1e-6)])
+@pytest.mark.parametrize("temperature", [0.25, 3.0])
+def test_min_p_comes_last(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    logits = np.random.default_rng(8).standard_normal((4, 40)).astype(np.float32)
+    for row in (*logits, TIED):
+        restricted = np.asarray(restrict(jnp.asarray(row), Sampling(temperature, top_k, top_p, min_p)))
+        expected = restrict_naively(row, temperature, top_k, top_p, min_p)
+        np.testing.assert_array_equal(np.isfinite(restricted), np.isfinite(expected))
+    # With probabilities 0.5, 0.3, 0.2 nothing is renormalised before the ratio to 0.5 is taken.
+    row = jnp.log(jnp.asarray([0.3, 0.5, 0.2]))
+    for least, kept in ((0.39, [0, 1, 2]), (0.41, [0, 1]), (0.61, [1])):
+        assert np.flatnonzero(np.isfinite(restrict(row, Sampling(min_p=least)))).tolist() == kept
+
+
 @pytest.mark.parametrize(
     ("sampling", "kept"),
     [
@@ -58,13 +72,16 @@ def test_greedy_is_the_most_probable_token_and_the_lowest_id_of_several() -> Non
     assert int(draw(jax.random.key(1), jnp.asarray(-TIED), Sampling(0, top_k=2, top_p=0.1))) == 6
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.5), Sampling(2.0, top_k=4), Sampling(1.0, 6, 0.8)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0.5), Sampling(2.0, top_k=4), Sampling(1.0, 6, 0.8), Sampling(2.0, min_p=0.4)]
+)
 def test_draws_come_as_often_as_they_are_probable(sampling: Sampling) -> None:
     logits = np.random.default_rng(3).standard_normal(8).astype(np.float32)
     count = 20_000
     keys = jax.random.split(jax.random.key(5), count)
     tokens = jax.jit(jax.vmap(functools.partial(draw, sampling=sampling), (0, None)))(keys, logits)
-    probable = np.exp(log_softmax(restrict_naively(logits, sampling.temperature, sampling.top_k, sampling.top_p)))
+    numbers = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    probable = np.exp(log_softmax(restrict_naively(logits, *numbers)))
     observed = np.bincount(np.asarray(tokens), minlength=8)
     assert observed[probable == 0].sum() == 0
     expected = count * probable[probable > 0]
@@ -90,6 +107,9 @@ def test_a_cold_temperature_is_greedy_and_never_nan() -> None:
         ({"top_p": 0.0}, "top_p = 0.0"),
         ({"top_p": 1.1}, "top_p = 1.1"),
         ({"top_p": math.nan}, "top_p = nan"),
+        ({"min_p": -0.1}, "min_p = -0.1"),
+        ({"min_p": 1.5}, "min_p = 1.5"),
+        ({"min_p": math.nan}, "min_p = nan"),
     ],
 )
 def test_bad_values_are_refused(fields: dict[str, Any], named: str) -> None:

@@ -233,7 +233,8 @@ def test_generation_options() -> None:
     for given, message in (
         ({"num_beams": 4}, "generation_kwargs.num_beams = 4: must be 1"),
         ({"repetition_penalty": 1.1}, r"generation_kwargs.repetition_penalty = 1.1: must be 1"),
-        ({"do_sample": True, "min_p": 0.05}, r"generation_kwargs.min_p = 0.05: must be 0"),
+        ({"do_sample": True, "typical_p": 0.9}, r"generation_kwargs.typical_p = 0.9: must be 1"),
+        ({"do_sample": True, "min_p": 2}, r"min_p = 2.0: must lie in \[0, 1\]"),
         ({"mirostat": 2}, "generation_kwargs.mirostat = 2: unknown; there are until, "),
         ({"num_beams": "1"}, "generation_kwargs.num_beams = '1': must be a number"),
         ({"temperature": "hot"}, "generation_kwargs.temperature = 'hot': must be a number"),
@@ -259,6 +260,7 @@ def test_options_that_ask_for_what_we_do_are_taken() -> None:
     assert generation_options(as_transformers_has_it, 9) == ([], 9, Sampling(temperature=0))
     as_vllm_has_it = {"temperature": 0.6, "top_k": -1, "top_p": 0.95, "presence_penalty": 0.0, "n": 1, "min_p": 0}
     assert generation_options(as_vllm_has_it, 9)[2] == Sampling(0.6, 0, 0.95)
+    assert generation_options(as_vllm_has_it | {"min_p": 0.05}, 9)[2] == Sampling(0.6, 0, 0.95, 0.05)
     assert generation_options({"temperature": None, "do_sample": True, "top_p": None}, 9)[2] == Sampling(1.0)
 
 

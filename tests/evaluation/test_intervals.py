@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mod_star.errors import InputError
-from mod_star.evaluation.intervals import accuracy, mean, paired_difference
+from mod_star.evaluation.intervals import accuracy, mean, paired_difference, ratio
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 5), (1, 7), (30, 200), (100, 200), (199, 200), (50, 50)])
@@ -48,6 +48,22 @@ def test_the_bootstrap_agrees_with_the_normal_interval_where_that_holds() -> Non
     assert found.low == pytest.approx(values.mean() - half, abs=0.06 * half)
     assert found.high == pytest.approx(values.mean() + half, abs=0.06 * half)
     assert mean(values.tolist()) == found, "the same values, the same interval"
+
+
+def test_a_ratio_of_sums_is_resampled_by_items() -> None:
+    rng = np.random.default_rng(4)
+    bottom = rng.integers(1, 30, 300).astype(float)
+    top = bottom * rng.beta(6, 2, 300)
+    found = ratio(top.tolist(), bottom.tolist())
+    share = top.sum() / bottom.sum()
+    # The delta method's standard error of a ratio of two means.
+    half = NormalDist().inv_cdf(0.975) * np.std(top - share * bottom) / (math.sqrt(300) * bottom.mean())
+    assert found.value == pytest.approx(share) and found.n == 300
+    assert found.low == pytest.approx(share - half, abs=0.08 * half)
+    assert found.high == pytest.approx(share + half, abs=0.08 * half)
+    assert ratio(top.tolist(), [1.0] * 300) == mean(top.tolist())
+    with pytest.raises(InputError, match=r"^items = 0"):
+        ratio([], [])
 
 
 def test_of_skewed_values_the_interval_stays_where_values_are() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.decoding import GenerationConfig, Sampling, complete
 from mod_star.decoding.answers import LastNumber
 from mod_star.decoding.beam import BeamSearch
+from mod_star.decoding.confidence import ConfidenceConfig
 from mod_star.decoding.cot import cot_decode, self_consistency
 from mod_star.decoding.rankings import RANKINGS
 from mod_star.decodings import Beam, Cot, Greedy, SelfConsistency
 from mod_star.errors import InputError
-from mod_star.evaluation.branch_records import branch_record, branches_of, cot_answers
+from mod_star.evaluation.branch_records import branch_record, branches_of, cot_answers, rankings_of
 from mod_star.evaluation.generation import GeneratedAnswer
 from mod_star.evaluation.likelihood import ChoiceLikelihood, ExpectedProbability, continuations
 from mod_star.evaluation.prompts import Prompts
@@ -232,10 +234,14 @@ def test_every_decoding_answers_as_it_does_alone(naive: Naive, monkeypatch: pyte
 
 
 def test_branches_come_back_from_their_records(naive: Naive) -> None:
-    prompts = [naive.subject.prompts.text(item) for item in NUMBERS]
-    for found in cot_decode(naive.generator, prompts, GenerationConfig(16, branches=3), LastNumber()):
+    prompts, asked = [naive.subject.prompts.text(item) for item in NUMBERS], ConfidenceConfig(4)
+    for found in cot_decode(naive.generator, prompts, GenerationConfig(16, branches=3), LastNumber(), confidence=asked):
         kept = branches_of([branch_record(branch) for branch in found.branches])
         assert cot_answers(kept) == cot_answers(found)
+        assert cot_answers(kept, rankings_of(asked)) == cot_answers(found, rankings_of(asked))
+        for one, other in zip(kept.branches, found.branches, strict=True):
+            assert one.confidence is not None and other.confidence is not None
+            assert astuple(one.confidence) == pytest.approx(astuple(other.confidence), abs=1e-5)
         assert kept.totals() == pytest.approx(found.totals(), abs=1e-5)
         assert [branch.dropped for branch in kept.branches] == [branch.dropped for branch in found.branches]
 

@@ -132,7 +132,7 @@ class Programs:
         static = ("decoder", "thinking", "sampling", "think")
         advance = jax.jit(programs._advance, static_argnames=static)
         number = np.float32(1)
-        bounds = programs.Bounds(np.int32(4), np.float32(0), number, number, np.full(8, -1, np.int32))
+        bounds = programs.Bounds(np.int32(4), np.float32(0), number, number, number, np.full(8, -1, np.int32))
         model = (self.decoder, self.run.thinking, self.generator.params)
         arrays = (*model, self._prefilled.out_info, bounds, None)
         traced = advance.trace(*arrays, sampling=Sampling(top_k=3), think=think)

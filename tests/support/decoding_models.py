@@ -119,7 +119,7 @@ def program_counts() -> tuple[int, int]:
 def lowered_advance(generator: Generator, state: Any, sampling: Sampling) -> Any:
     """The program that generates, of a model without thoughts, for a state's shapes."""
     one = np.float32(1)
-    bounds = programs.Bounds(np.int32(1), one, one, one, np.full(8, -1, np.int32))
+    bounds = programs.Bounds(np.int32(1), one, one, one, one, np.full(8, -1, np.int32))
     return programs.advance_program().lower(
         generator.decoder, None, generator.params, state, bounds, generator.routing_key,
         sampling=compiled_for(sampling), think=Think(),
@@ -136,8 +136,10 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.sum(np.exp(logits), -1, keepdims=True))
 
 
-def restrict_naively(logits_V: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """Top-k and top-p one token after the other, in float64; -inf for tokens that are out."""
+def restrict_naively(
+    logits_V: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float = 0
+) -> np.ndarray:
+    """Top-k, top-p and min-p one token after the other, in float64; -inf for tokens that are out."""
     logits = logits_V.astype(np.float64) / temperature
     ranked = sorted(range(len(logits)), key=lambda i: -logits[i])
     allowed = set(ranked)
@@ -149,7 +151,8 @@ def restrict_naively(logits_V: np.ndarray, temperature: float, top_k: int, top_p
         if i in allowed and before < top_p * total:
             before += probabilities[i]
             last = logits[i]
-    return np.array([logit if i in allowed and logit >= last else -np.inf for i, logit in enumerate(logits)])
+    kept = {i for i in allowed if logits[i] >= last and np.exp(logits[i] - logits[ranked[0]]) >= min_p}
+    return np.array([logit if i in kept else -np.inf for i, logit in enumerate(logits)])
 
 
 def draw_naively(key: jax.Array, logits_V: np.ndarray) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from rich.console import Console
 from mod_star.decoding import Completion
 from mod_star.decoding.answers import LastNumber
 from mod_star.decoding.branches import Branches, read_branch
+from mod_star.decoding.early_stop import DECIDED, UNSURE
 from mod_star.decoding.rankings import DELTA, LOG_PROB
 from mod_star.views.branches import SPAN, beam_record, beams_table, branches_record, branches_table, excerpt, outcome
 
@@ -91,6 +93,24 @@ def test_other_rankings_and_samples() -> None:
     none = Branches("Q", branches().branches[4:])
     assert "no answer: all 1 branches were dropped" in printed(branches_table(none, DELTA))
     assert [line.plain for line in outcome(none, DELTA, samples=True)] == ["no answer: all 1 samples were dropped"]
+
+
+def test_samples_that_stopped_early_are_counted() -> None:
+    whole = [read_branch(completion(text), "", LastNumber()) for text in ("It is 5.", "It's 5..", "5.......")]
+    early = [
+        replace(read_branch(completion(text, None), "", LastNumber()), dropped=why)
+        for text, why in (("It is", UNSURE), ("I", DECIDED))
+    ]
+    lines = [line.plain for line in outcome(Branches("Q", [*whole, *early]), DELTA, samples=True)]
+    # Of 5 samples of 8 tokens 40 would have been generated; it were 24 + 6.
+    assert (
+        lines[-2] == "stopped    2 of 5 samples, after 6 tokens together: 25% saved if they were as long as the others"
+    )
+    assert lines[-1] == "dropped    2 of 5 samples"
+    (none, saving) = [line.plain for line in outcome(Branches("Q", early), DELTA, samples=True)]
+    assert none.startswith("no answer") and saving == "stopped    2 of 2 samples, after 6 tokens together"
+    table = printed(branches_table(Branches("Q", [*whole, *early]), DELTA, samples=True, width=120), width=120)
+    assert "stopped: the vote was decided: I" in table
 
 
 def test_excerpts() -> None:
