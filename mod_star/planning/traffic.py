@@ -49,7 +49,7 @@ def started_traffic(program: Program, computation: Computation, instruction: Ins
 
 
 def _results(instruction: Instruction) -> list[Array]:
-    """What an instruction writes. The type of one that starts something holds its operands, too: a copy's come second."""
+    """What an instruction writes; the type of one that starts something holds its operands as well."""
     kind, opcode = instruction.kind, instruction.opcode
     if not opcode.endswith("-start") or opcode == "all-reduce-start" or not isinstance(kind, tuple) or len(kind) < 2:
         return instruction.arrays
