@@ -15,7 +15,7 @@ measurement. It serves to compare two programs that were compiled for the same c
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from mod_star.planning.chips import Chip
@@ -108,8 +108,8 @@ class _Run:
     """When the last copy that was started ends."""
     ends: dict[str, float] = field(default_factory=dict)
     """When each copy ends, by the instruction that started it."""
-    parts: Counter[str] = field(default_factory=Counter)
-    by_opcode: Counter[str] = field(default_factory=Counter)
+    parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    by_opcode: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def spend(self, part: str, opcode: str, cycles: float) -> None:
         self.now += cycles
@@ -119,14 +119,17 @@ class _Run:
     def add(self, other: Cycles, times: float = 1.0) -> None:
         """Runs something else in between."""
         self.now += other.total * times
-        self.parts += Counter({part: getattr(other, part) * times for part in ("estimated", "waited", "assumed")})
-        self.by_opcode += Counter({opcode: cycles * times for opcode, cycles in other.by_opcode})
+        for part in ("estimated", "waited", "assumed"):
+            self.parts[part] += getattr(other, part) * times
+        for opcode, cycles in other.by_opcode:
+            self.by_opcode[opcode] += cycles * times
         self.parts["unknown_loops"] += other.unknown_loops
         self.parts["unknown_kernels"] += other.unknown_kernels
 
     def cycles(self) -> Cycles:
         """What it took."""
-        parts, most_first = self.parts, tuple(self.by_opcode.most_common())
+        spent = [(opcode, cycles) for opcode, cycles in self.by_opcode.items() if cycles]
+        parts, most_first = self.parts, tuple(sorted(spent, key=lambda each: -each[1]))
         loops, kernels = int(parts["unknown_loops"]), int(parts["unknown_kernels"])
         return Cycles(parts["estimated"], parts["waited"], parts["assumed"], most_first, loops, kernels)
 
