@@ -25,7 +25,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from experiments.benchmarks import tpu_programs
 from mod_star.atomic_files import write_atomically
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.decoding.think import Think
+from mod_star.errors import require
 from mod_star.flops import forward_flops, sampling_flops, scoring_flops, training_step_flops
 from mod_star.model.routing import causal_slots
 from mod_star.model.rows import rows_at_once
@@ -120,10 +121,10 @@ def entries(quick: bool) -> dict[str, Entry]:
     """All programs by name, dense ones before those that are divided by them."""
     found: dict[str, Entry] = {}
     for shape in ("w768",) if quick else MODELS:
-        found |= dict(_training(shape, quick))
         for batch in (16,) if quick else BATCHES:
             for context in CONTEXTS:
                 found |= dict(_decoding(shape, batch, context))
+        found |= dict(_training(shape, quick))
     return found if quick else found | dict(_thinking())
 
 
@@ -234,26 +235,28 @@ def figures_of(entry: Entry, device: jax.Device, known: dict[str, Any]) -> dict[
     return {"source": source, "compile_seconds": time.perf_counter() - began, **figures}
 
 
-def measure(quick: bool, out: Path) -> dict[str, dict[str, Any]]:
-    """Figures of all programs by name, two compiled at a time; each is written as soon as it is there."""
-    wanted, device = entries(quick), devices_of(TOPOLOGY)[0]
+def measure(wanted: dict[str, Entry], out: Path) -> dict[str, dict[str, Any]]:
+    """Figures of programs by name, two compiled at a time; each is written as soon as it is there."""
+    device = devices_of(TOPOLOGY)[0]
     done: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     began = time.perf_counter()
 
-    def one(name: str) -> tuple[str, dict[str, Any]]:
-        return name, figures_of(wanted[name], device, done.get(name, {}))
-
     with ThreadPoolExecutor(2) as pool:
-        for number, (name, figures) in enumerate(pool.map(one, wanted), start=1):
-            done[name] = figures
+        running = {
+            pool.submit(figures_of, entry, device, done.get(name, {})): name for name, entry in wanted.items()
+        }  # fmt: skip
+        for number, future in enumerate(as_completed(running), start=1):
+            name = running[future]
+            done[name] = future.result()
             out.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(out, json.dumps(done, indent=1) + "\n")
             passed = time.perf_counter() - began
             print(f"{number}/{len(wanted)} {name}: {passed:.0f} s", file=sys.stderr, flush=True)
     results = {name: dict(done[name]) for name in wanted}
     for name, entry in wanted.items():
-        if entry.base is not None and "cycles" in results[name] and "cycles" in results[entry.base]:
-            ratio = results[name]["cycles"] / results[entry.base]["cycles"]
+        base = results.get(entry.base or "", {})
+        if "cycles" in results[name] and "cycles" in base:
+            ratio = results[name]["cycles"] / base["cycles"]
             results[name] |= {"ratio": ratio, "limit": entry.limit, "over_limit": ratio / (entry.limit or math.nan)}
     return results
 
@@ -281,6 +284,8 @@ class Options:
     """Print one flat JSON object instead of a table."""
     quick: bool = False
     """Width 768 alone: a training step, and decoding at batch 16."""
+    only: str = ""
+    """Programs alone whose names contain this, such as decode or w768_train."""
     out: Path = Path("runs/benchmark_tpu.json")
     """File that holds what has been compiled; a later call takes from it what has not changed."""
 
@@ -290,7 +295,9 @@ def main() -> None:
     options = tyro.cli(Options)
     prepare_environment()
     jax.config.update("jax_platforms", "cpu")  # where JAX had read its environment before
-    results = measure(options.quick, options.out)
+    wanted = {name: entry for name, entry in entries(options.quick).items() if options.only in name}
+    require(bool(wanted), "--only", options.only, "must be part of a program's name, such as decode or w768_train")
+    results = measure(wanted, options.out)
     if options.json:
         hidden = ("source", "compile_seconds")
         flat = {
