@@ -14,8 +14,10 @@ changed.
 Shapes: width 768 (12 heads; 12 layers in training, 2 elsewhere) and that of Mistral 7B (width 4,096, 32 heads, 8 of
 keys, feed-forward 14,336; 2 layers). Two layers are one group, of a full and a routed block: enough for ratios, and all
 that fits on one chip beside an optimizer. Vocabularies of 4,096 and 8,192 keep the share of the LM head small, as in
-whole models. MoD routes 12.5 % in every second block. On two idle cores a decoding program of width 768 takes 8 to 20 s,
-one of width 4,096 up to a minute, a training step half a minute or more: some 20 minutes in all, `--quick` two or three.
+whole models. MoD routes 12.5 % in every second block.
+
+On two idle cores a decoding program of width 768 takes 8 to 20 s, one of width 4,096 up to a minute, a training step
+half a minute or more: some 20 minutes in all, `--quick` two or three.
 """
 
 from __future__ import annotations
