@@ -7,7 +7,7 @@ SCRIPTS := tpu_setup.sh .ci/run
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup .venv demo check test lint types format docs lock clean
+.PHONY: help setup .venv demo check test tpu .tpu lint types format docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,10 @@ check: lint types ## what is quick: lint, and the tests that are not marked slow
 
 test: .venv ## all tests
 	$(PYTEST)
+
+tpu: .tpu ## compile programs for a TPU that is not there, and look at them (the compiler goes into .tpu, 700 MB)
+	JAX_PLATFORMS=cpu PYTHONPATH=.tpu $(BIN)/python -m pytest -q -n 0 tests/experiments/test_tpu.py \
+	  tests/planning/test_cycles.py tests/planning/test_plan.py::test_a_step_is_compiled_for_a_slice
 
 lint: .venv ## ruff, the format, shellcheck, and which package may import which
 	$(BIN)/ruff check
@@ -56,11 +60,20 @@ docs: .venv ## the documentation, into docs/_build/html, without the network
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r requirements.lock -e .
 	@touch $@
 
+.tpu: .tpu/.installed
+
+# In a directory of its own: where libtpu is installed, JAX looks for TPUs. The version is the one that JAX asks for.
+.tpu/.installed: .venv/.installed
+	@wanted=$$($(BIN)/python -c 'import importlib.metadata as m; \
+	  print(next(r.split(";")[0].strip() for r in m.requires("jax") if r.startswith("libtpu")))') && \
+	  rm -rf .tpu && $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target .tpu "$$wanted"
+	@touch $@
+
 lock: .venv ## renew requirements.lock from pyproject.toml
 # One file for every Python: markers choose JAX 0.10 on 3.11 and the newest elsewhere. No registry's address is in it.
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade \
 	  --no-emit-index-url pyproject.toml --extra dev --extra docs -o requirements.lock
 
 clean: ## remove environment and caches; runs/ stays
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info
+	rm -rf .venv .tpu .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info
 	find mod_star experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,6 +9,7 @@ from mod_star.config import RunConfig
 
 if TYPE_CHECKING:
     from mod_star.planning.collectives import Collective
+    from mod_star.planning.cycles import Cycles
     from mod_star.planning.memory import Memory
     from mod_star.planning.topologies import Topology
 
@@ -53,6 +54,8 @@ class Plan:
     """Communication, what sends most first."""
     unknown_loops: int
     """Loops whose number of iterations depends on data: counted once."""
+    cycles: Cycles | None
+    """XLA's own estimate of a step's cycles, `mod_star.planning.cycles`; None for all but TPUs."""
     memory: Memory
     """Bytes of main memory by kind."""
     fits: bool | None
@@ -77,6 +80,20 @@ class Plan:
     def sent(self) -> float | None:
         """Bytes that a chip sends in a step."""
         return None if self.collectives is None else sum(each.total for each in self.collectives)
+
+    @property
+    def estimated_seconds(self) -> float | None:
+        """Seconds of a step by XLA's estimate of its cycles, collectives left out."""
+        chip = self.topology.chip
+        if self.cycles is None or chip is None or chip.clock is None:
+            return None
+        return self.cycles.total / chip.clock
+
+    @property
+    def flop_share(self) -> float | None:
+        """Share of the estimated time that the compiled program's operations take at the chip's peak."""
+        seconds = self.estimated_seconds
+        return self.floors.flops / seconds if seconds and self.floors is not None else None
 
     @property
     def useful(self) -> float | None:

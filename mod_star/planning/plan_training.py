@@ -20,6 +20,7 @@ from mod_star.flops import parameter_count, training_step_flops
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.planning.advice import advice
+from mod_star.planning.cycles import program_cycles
 from mod_star.planning.hlo import parse
 from mod_star.planning.memory import Memory, arguments, memory_of
 from mod_star.planning.plan import Floors, Plan
@@ -111,11 +112,13 @@ class _Unfinished:
 
     def compiled(self, compiled: jax.stages.Compiled, seconds: float) -> Plan:
         """The plan of a program that was compiled."""
-        cost = program_cost(parse(compiled.as_text() or ""))
+        program, chip = parse(compiled.as_text() or ""), self.topology.chip
+        cost, cycles = program_cost(program), None if chip is None else program_cycles(program, chip)
         memory = memory_of(compiled.memory_analysis(), self._arguments(), cost.activations)
         analysis: Any = compiled.cost_analysis()
-        fits = None if self.topology.chip is None else True  # else the compiler would have stopped
-        return self._plan(memory, fits, cost, seconds, float(analysis["flops"]) if analysis else None)
+        fits = None if chip is None else True  # else the compiler would have stopped
+        plan = self._plan(memory, fits, cost, seconds, float(analysis["flops"]) if analysis else None)
+        return replace(plan, cycles=cycles)
 
     def too_large(self, message: str) -> Plan:
         """The plan of a program that the compiler found no room for; the message says how much it needed."""
@@ -163,6 +166,7 @@ class _Unfinished:
             traffic=None if cost is None else cost.traffic,
             collectives=None if cost is None else cost.collectives,
             unknown_loops=0 if cost is None else cost.unknown_loops,
+            cycles=None,
             memory=memory,
             fits=fits,
             lower_seconds=self.lower_seconds,
@@ -191,6 +195,8 @@ def _notes(topology: Topology, run: RunConfig, cost: Cost | None) -> Iterator[st
             "compiled for CPUs: memory and collectives show how the work is shared out. A TPU or a GPU "
             "takes other temporaries, so that bytes are approximate"
         )
+    if topology.kind != "tpu":
+        yield "there is no estimate of a step's cycles: XLA makes one for TPUs alone"
     if topology.chip is not None and run.model.dtype == "float32":
         yield "the time floor by FLOPs is for bfloat16 products; those of model.dtype = 'float32' take longer"
     if cost is not None and cost.unknown_loops:

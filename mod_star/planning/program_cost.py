@@ -79,7 +79,7 @@ class _Counter:
         if instruction.opcode == "while":
             return self._loop(computation, instruction)
         if instruction.opcode == "conditional":
-            return max((self.computation(branch) for branch in _branches(instruction)), key=lambda cost: cost.flops)
+            return max((self.computation(branch) for branch in branches_of(instruction)), key=lambda cost: cost.flops)
         if instruction.opcode == "call" or (instruction.opcode == "async-start" and instruction.attribute("calls")):
             return self.computation(instruction.attribute("to_apply") or instruction.attribute("calls") or "")
         if instruction.opcode == "fusion":
@@ -126,7 +126,8 @@ def _scattered(collective: Collective, inner: Computation) -> Collective:
     return Collective("reduce-scatter", collective.group, size, describe(arrays), collective.source)
 
 
-def _branches(instruction: Instruction) -> list[str]:
+def branches_of(instruction: Instruction) -> list[str]:
+    """Names of the computations that a conditional chooses from."""
     listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
     names = (
         listed[1].split(",") if listed else re.findall(r"(?:true|false)_computation=([^, ]+)", instruction.attributes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from mod_star.planning.collectives import operand_arrays
-from mod_star.planning.hlo import Array, Computation, Instruction
+from mod_star.planning.hlo import Array, Computation, Instruction, Program, leaves
 
 NO_TRAFFIC = 0.0
 
@@ -31,13 +31,34 @@ def plain_traffic(computation: Computation, instruction: Instruction) -> float:
     if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
         return NO_TRAFFIC
     read = [a for name in instruction.operands for a in operand_arrays(computation, name)]
-    if instruction.opcode in SLICING:
-        return 2 * bytes_of(instruction.arrays)
-    if instruction.opcode == "dynamic-update-slice":
-        return 2 * bytes_of(operand_arrays(computation, instruction.operands[1]))
-    if instruction.opcode.endswith("-start"):  # (result, operand, ...), or (operand, result, ...)
-        return 2 * bytes_of(read)
-    return bytes_of(read) + bytes_of(instruction.arrays)
+    written = _results(instruction)
+    kind = instruction.opcode.removesuffix("-start")
+    if kind in SLICING:
+        whole = operand_arrays(computation, instruction.operands[0])
+        return _moved(written, whole) + bytes_of(written)
+    if kind == "dynamic-update-slice":
+        whole, update = (operand_arrays(computation, name) for name in instruction.operands[:2])
+        return bytes_of(update) + _moved(update, whole)
+    return bytes_of(read) + bytes_of(written)
+
+
+def started_traffic(program: Program, computation: Computation, instruction: Instruction) -> float:
+    """Traffic of a copy or a slice that an instruction starts, of which another one awaits the end."""
+    called = program.computations.get(instruction.attribute("calls") or "")
+    return plain_traffic(computation, instruction) if called is None else plain_traffic(called, called.root)
+
+
+def _results(instruction: Instruction) -> list[Array]:
+    """What an instruction writes; the type of one that starts something holds its operands as well."""
+    kind, opcode = instruction.kind, instruction.opcode
+    if not opcode.endswith("-start") or opcode == "all-reduce-start" or not isinstance(kind, tuple) or len(kind) < 2:
+        return instruction.arrays
+    return list(leaves(kind[0 if opcode == "copy-start" else 1]))
+
+
+def _moved(part: list[Array], whole: list[Array]) -> float:
+    """Bytes of a part of an array that lies in main memory."""
+    return float(sum(a.bytes for a in part)) if any(a.in_hbm for a in whole) else 0.0
 
 
 def fusion_traffic(computation: Computation, instruction: Instruction, inner: Computation) -> float:

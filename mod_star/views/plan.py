@@ -111,6 +111,9 @@ def _floors_table(plan: Plan) -> RenderableType:
         ("a step, at least", None, seconds(floors.seconds)),
         ("tokens of text per second, at most", None, short_number(plan.tokens / floors.seconds)),
     ]
+    if plan.flop_share is not None and chip.clock is not None:
+        rows.append(("by XLA's estimate of cycles", f"{chip.clock / 1e9:.2f} GHz", seconds(plan.estimated_seconds)))
+        rows.append(("of which FLOPs, at the peak", None, f"{plan.flop_share:.0%}"))
     return result_table("time at the chip's published peaks", ("", "peak", "floor"), rows)
 
 
@@ -138,6 +141,9 @@ def plan_record(plan: Plan, name: str) -> dict[str, Any]:
         **{field: getattr(plan, field) for field in shown},
         "flops_per_token": plan.step_flops / plan.tokens,
         "unknown_loops": plan.unknown_loops,
+        "cycles": None if plan.cycles is None else asdict(plan.cycles) | {"total": plan.cycles.total},
+        "estimated_seconds": plan.estimated_seconds,
+        "flop_share": plan.flop_share,
         "memory": asdict(plan.memory) | {"total": plan.memory.total},
         "fits": plan.fits,
         "collectives": collectives,

@@ -106,6 +106,7 @@ def test_flops_of_the_compiled_program_are_those_counted(plans: dict[str, Any]) 
         assert plan["useful"] == pytest.approx(1, abs=0.05)
         assert plan["flops_per_token"] == plan["step_flops"] / (4 * 64)
         assert plan["fits"] is None and plan["floors"] is None  # CPUs have no figures
+        assert plan["cycles"] is plan["flop_share"] is None and "no estimate of a step's cycles" in plan["notes"][1]
 
 
 @pytest.mark.slow
@@ -131,6 +132,7 @@ def test_gpus_are_lowered_for_and_what_is_unknown_is_said(plans: dict[str, Any])
     assert plan["memory"]["temporaries"] == plan["memory"]["parameters"]  # gradients, at least
     assert plan["floors"]["flops"] == plan["step_flops"] / 4 / 989e12
     assert "not compiled" in plan["notes"][0] and "cpu:4" in plan["notes"][1]
+    assert plan["cycles"] is None and "no estimate of a step's cycles" in plan["notes"][2]
 
 
 def run_of(plan: dict[str, Any]) -> RunConfig:
@@ -157,6 +159,9 @@ def test_a_step_is_compiled_for_a_slice() -> None:
     assert plan["chip"]["hbm"] == 16 * 2**30
     assert 0 < plan["floors"]["interconnect"] < plan["floors"]["seconds"] < 1
     assert {c["group"] for c in plan["collectives"]} <= {2, 4}
+    assert plan["cycles"]["estimated"] > 0.5 * plan["cycles"]["total"]
+    assert plan["estimated_seconds"] > plan["floors"]["flops"]
+    assert plan["flop_share"] == plan["floors"]["flops"] / plan["estimated_seconds"]
 
 
 @pytest.mark.parametrize(
@@ -225,7 +230,7 @@ def test_advice_names_options_that_exist_and_would_help() -> None:
     run = replace(run, model=replace(run.model, remat="none"))
     plan = Plan(
         parse_topology("v5e:16x16"), {"data": 4, "fsdp": 64, "tensor": 1}, run, 7 * 10**9, 1e18, None, None, None, None,
-        0, Memory(1e9, 2e9, 1e6, None, 3e10), False, 1.0, None, None, (), (),
+        0, None, Memory(1e9, 2e9, 1e6, None, 3e10), False, 1.0, None, None, (), (),
     )  # fmt: skip
     said = advice(plan)
     options = [each.partition(":")[0].split(" ")[0] for each in said]

@@ -321,6 +321,28 @@ ENTRY %main (x: f32[100,8], i: s32[], y: f32[8]) -> f32[100,8] {
     assert cost.traffic == (row + index + row + row) + row + (index + row)
 
 
+def test_traffic_of_what_is_started_is_what_it_reads_and_writes_of_main_memory() -> None:
+    """A copy into VMEM reads, one out of it writes; a slice into VMEM reads the slice, not the whole array."""
+    cost = cost_of(
+        """
+ENTRY %main (x: f32[100,8]) -> f32[100,8] {
+  %x = f32[100,8]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %in = (f32[100,8]{1,0:S(1)}, f32[100,8]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %near = f32[100,8]{1,0:S(1)} copy-done(%in)
+  %slice = ((f32[100,8]{1,0}), f32[25,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:25], [0:8]}
+  %part = f32[25,8]{1,0:S(1)} slice-done(%slice)
+  %row = f32[1,8]{1,0:S(1)} dynamic-slice(%x, %zero, %zero), dynamic_slice_sizes={1,8}
+  %within = f32[1,8]{1,0:S(1)} dynamic-slice(%near, %zero, %zero), dynamic_slice_sizes={1,8}
+  %put = f32[100,8]{1,0} dynamic-update-slice(%x, %row, %zero, %zero)
+  %out = (f32[100,8]{1,0}, f32[100,8]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%near)
+  ROOT %far = f32[100,8]{1,0} copy-done(%out)
+}"""
+    )
+    whole, row = 100 * 8 * 4, 8 * 4
+    assert cost.traffic == whole + whole / 4 + row + row + whole
+
+
 def test_traffic_without_loops_is_what_xla_counts() -> None:
     """XLA's own analysis of bytes, which counts loops once and slices as here."""
 
