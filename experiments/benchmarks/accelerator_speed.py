@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -64,7 +64,7 @@ class StepCase:
     def run(self) -> RunConfig:
         """The step's run: an eighth of the positions think, in Quiet-STaR."""
         routing = ROUTINGS["mod" if self.arm == "mod" else "dense"]
-        objective = "quiet_star" if self.arm == "quiet" else "next_token"
+        objective: Literal["quiet_star", "next_token"] = "quiet_star" if self.arm == "quiet" else "next_token"
         batch_size = max(1, self.tokens // self.model.context)
         # Chunks of the loss are parts of sequences: 2,048 positions of logits at a time, at most.
         train = TrainConfig(objective=objective, batch_size=batch_size, loss_chunk=min(self.model.context, 2048))

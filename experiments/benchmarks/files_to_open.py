@@ -72,7 +72,7 @@ def decode_step() -> list[str]:
     prompts = programs.Prompts(shape(B, 8), shape(B), shape(B, dtype=jnp.uint32), shape(), shape(), key)
     state = jax.eval_shape(lambda *data: programs.prefill(decoder, None, *data, None, room=4), params, prompts)
     number = shape(dtype=jnp.float32)
-    bounds = programs.Bounds(shape(), number, number, number, shape(2))
+    bounds = programs.Bounds(shape(), number, number, number, number, shape(2))
 
     def advance(*data: Any) -> Any:
         return programs.advance_program().__wrapped__(

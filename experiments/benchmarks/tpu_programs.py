@@ -97,7 +97,7 @@ def decode(run: RunConfig, batch: int, device: jax.Device, think: Think = NEVER)
     decoder, state = Decoder(run.model, run.routing), placed(traced.out_info, device)
     number = jax.ShapeDtypeStruct((), jnp.float32)
     bounds = programs.Bounds(
-        jax.ShapeDtypeStruct((), jnp.int32), number, number, number, jax.ShapeDtypeStruct((8,), jnp.int32)
+        jax.ShapeDtypeStruct((), jnp.int32), number, number, number, number, jax.ShapeDtypeStruct((8,), jnp.int32)
     )  # fmt: skip
     # No compiler options of this machine's CPU, which `programs.advance_program` would ask for.
     advance = jax.jit(
