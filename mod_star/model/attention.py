@@ -75,8 +75,9 @@ def attend(
         # One mask per head, though they are the same: JAX's rule for this call under vmap reshapes it to that.
         mask = jnp.broadcast_to(seen(queries, memories[0]), (H, N, keys.shape[0]))
         return jax.nn.dot_product_attention(query_NxHxE, keys, values, mask=mask, implementation="cudnn")
-    partitioned = not jax.sharding.get_abstract_mesh().empty
-    mixed, _ = attention(queries, memories, precision_of(query_NxHxE.dtype, precision), partitioned)
+    mesh = jax.sharding.get_abstract_mesh()
+    asked = precision_of(query_NxHxE.dtype, precision)
+    mixed, _ = attention(queries, memories, asked, None if mesh.empty else mesh)
     return mixed[0].transpose(2, 0, 1, 3).reshape(N, H, E)
 
 

@@ -159,6 +159,7 @@ class _Unfinished:
             parameters=parameter_count(self.state.params),
             step_flops=flops,
             compiled_flops=None if cost is None else cost.flops,
+            kernel_flops=None if cost is None else cost.kernel_flops,
             xla_flops=xla_flops,
             traffic=None if cost is None else cost.traffic,
             collectives=None if cost is None else cost.collectives,
