@@ -117,7 +117,9 @@ class _Counter:
         costs = []
         for instruction in inner.instructions.values():
             if instruction.opcode == "fusion":
-                costs.append(self._fusion(inner, instruction, seen))
+                nested = self._fusion(inner, instruction, seen)
+                # What it reads and gives lies in no memory: what it reads of this fusion's operands is counted below.
+                costs.append(nested if nested.collectives else replace(nested, traffic=NO_TRAFFIC))
             elif (kind := kind_of(instruction)) is None:
                 costs.append(Cost(matrix_flops(inner, instruction)))
             elif (key := (kind, instruction.attribute("channel_id") or instruction.name)) not in seen:
@@ -127,7 +129,9 @@ class _Counter:
                     exchanged = tuple(_scattered(each, inner) for each in exchanged)
                 costs.append(Cost(0.0, plain_traffic(inner, instruction), exchanged))
         cost = total(costs)
-        traffic = NO_TRAFFIC if name.startswith(SCATTERED) else fusion_traffic(computation, fusion, inner)
+        traffic = NO_TRAFFIC
+        if not name.startswith(SCATTERED):
+            traffic = fusion_traffic(computation, fusion, inner, self.program.computations)
         return Cost(cost.flops, cost.traffic + traffic, cost.collectives)
 
 
