@@ -82,7 +82,8 @@ class ModelConfig:
     """Precision of float32 products in linear layers and attention on TPUs and GPUs. highest: float32; high: three
     bfloat16 passes or TF32; default: bfloat16 or TF32. CPUs compute in float32 always, and all other products do."""
     attention: Literal["auto", "fused", "segments"] = "auto"
-    """fused: jax.nn.dot_product_attention; segments: our own softmax; auto: fused on a GPU, segments elsewhere."""
+    """fused: cuDNN, with a mask of all pairs of tokens; segments: our own, whose memory grows with the tokens alone.
+    auto: fused on a GPU in bfloat16 up to 1,024 tokens, segments elsewhere."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing; all but matrix products; everything but each group's input."""
     scan: bool = True

@@ -75,8 +75,9 @@ def attend(
         # One mask per head, though they are the same: JAX's rule for this call under vmap reshapes it to that.
         mask = jnp.broadcast_to(seen(queries, memories[0]), (H, N, keys.shape[0]))
         return jax.nn.dot_product_attention(query_NxHxE, keys, values, mask=mask, implementation="cudnn")
-    partitioned = not jax.sharding.get_abstract_mesh().empty
-    mixed, _ = attention(queries, memories, precision_of(query_NxHxE.dtype, precision), partitioned)
+    mesh = jax.sharding.get_abstract_mesh()
+    asked = precision_of(query_NxHxE.dtype, precision)
+    mixed, _ = attention(queries, memories, asked, None if mesh.empty else mesh)
     return mixed[0].transpose(2, 0, 1, 3).reshape(N, H, E)
 
 
@@ -87,12 +88,18 @@ def _memory(key_values: KeyValues, positions_N: jax.Array) -> Memory:
     return Memory(*(leaf[None] for leaf in leaves))
 
 
+MASKED_AT_MOST = 1024
+"""Tokens up to which auto takes cuDNN, whose kernel reads a mask of all pairs of tokens for each head."""
+
+
 def use_fused(config: ModelConfig, tokens: int) -> bool:
     """Whether `config.attention` means the fused kernel for a block of `tokens`, on the platform that JAX uses now.
 
     auto takes it only where cuDNN can: its backward pass with a mask wants even lengths, and odd capacities are common.
+    Beyond `MASKED_AT_MOST` the mask would take more memory than it is worth: it grows with the square of the tokens.
     """
     if config.attention == "auto":
         possible = config.dtype == "bfloat16" and tokens % 2 == 0 and config.head_size % 8 == 0
-        return possible and config.head_size <= 128 and jax.default_backend() == "gpu"
+        possible &= tokens <= MASKED_AT_MOST and config.head_size <= 128
+        return possible and jax.default_backend() == "gpu"
     return config.attention == "fused"

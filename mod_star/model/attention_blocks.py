@@ -57,8 +57,8 @@ def is_large(queries: Queries, memory: Memory) -> bool:
     return N * (B // C) * G > BLOCK and M > BLOCK
 
 
-def forward(queries: Queries, memory: Memory, precision: Any) -> tuple[jax.Array, jax.Array]:
-    """As `attention_whole.forward`, of one memory; a query that sees nothing has a log-sum-exp near `HIDDEN`."""
+def forward(queries: Queries, memory: Memory, precision: Any, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
+    """As `attention_whole.forward`, of one memory, in `dtype`; one that sees nothing has a log-sum near `HIDDEN`."""
     cut = _cut(queries, memory)
     product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 
@@ -85,13 +85,19 @@ def forward(queries: Queries, memory: Memory, precision: Any) -> tuple[jax.Array
         return jax.lax.map(queries_block, (part.query, (part.query_ids, part.after, part.until), part.visible))
 
     mixed, log_sum = jax.lax.map(heads, cut)
-    return _joined(mixed, queries, memory), _joined(log_sum[..., None], queries, memory)[..., 0]
+    return _joined(mixed, queries, memory).astype(dtype), _joined(log_sum[..., None], queries, memory)[..., 0]
 
 
 def gradient(
-    queries: Queries, memory: Memory, precision: Any, log_sum: jax.Array, delta: jax.Array, grad: jax.Array
+    queries: Queries,
+    memory: Memory,
+    precision: Any,
+    log_sum: jax.Array,
+    delta: jax.Array,
+    grad: jax.Array,
+    dtype: Any = jnp.float32,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `attention_whole.gradient`."""
+    """As `attention_whole.gradient`; of the queries in `dtype`."""
     cut = _cut(queries, memory)
     rows = functools.partial(_rows, queries=queries, memory=memory)
     product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
@@ -128,7 +134,7 @@ def gradient(
     of_queries, *of_memory = jax.lax.map(heads, (cut, *arrays))
     C, K, M, _ = memory.keys_CxKxMxE.shape
     of_keys, of_values = (jnp.swapaxes(leaf, 1, 2).reshape(C, K, -1, leaf.shape[-1])[:, :, :M] for leaf in of_memory)
-    return _joined(of_queries, queries, memory), of_keys, of_values
+    return _joined(of_queries, queries, memory).astype(dtype), of_keys, of_values
 
 
 def _seen(queries: tuple[jax.Array, ...], keys: tuple[jax.Array, ...], rows: int) -> jax.Array:
@@ -206,15 +212,15 @@ def _cut(queries: Queries, memory: Memory) -> _Blocks:
         of_queries(memory.until_BxN, 0),
     )
     key_ids, positions = of_keys(memory.ids_CxM, -1), of_keys(memory.positions_CxM, 0)
-    visible_CxIxJ = _visible(ids, after, until, key_ids, positions)
-    visible = jnp.any(jnp.repeat(visible_CxIxJ, K, 0).reshape(-1, P, *visible_CxIxJ.shape[1:]), 1)
+    visible_CxIxJ = visible(ids, after, until, key_ids, positions)
+    any_head = jnp.any(jnp.repeat(visible_CxIxJ, K, 0).reshape(-1, P, *visible_CxIxJ.shape[1:]), 1)
     return _Blocks(
         _rows(queries.query_BxKxGxNxE, queries, memory), content(memory.keys_CxKxMxE), content(memory.values_CxKxMxE),
-        heads(ids), heads(after), heads(until), heads(key_ids), heads(positions), visible,
+        heads(ids), heads(after), heads(until), heads(key_ids), heads(positions), any_head,
     )  # fmt: skip
 
 
-def _visible(ids: jax.Array, after: jax.Array, until: jax.Array, key_ids: jax.Array, positions: jax.Array) -> jax.Array:
+def visible(ids: jax.Array, after: jax.Array, until: jax.Array, key_ids: jax.Array, positions: jax.Array) -> jax.Array:
     """Bool CxIxJ: whether a query of block i may see a key of block j, judged by the ends of both.
 
     Pairs (document, position) are compared by document first. A key that is seen stands in the query's document, not

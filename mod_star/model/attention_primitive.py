@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AbstractMesh
 
-from mod_star.model import attention_blocks, attention_whole
+from mod_star.model import attention_blocks, attention_shards, attention_whole
 from mod_star.model.attention_whole import Memory, Queries
 
 attention_p = Primitive("attention")
@@ -40,7 +42,7 @@ Arrays = Sequence[Any]
 
 
 def attention(
-    queries: Queries, memories: Sequence[Memory], precision: Any, partitioned: bool
+    queries: Queries, memories: Sequence[Memory], precision: Any, mesh: AbstractMesh | None
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention over the union of the memories.
 
@@ -48,13 +50,13 @@ def attention(
       queries: at least one row.
       memories: at least one.
       precision: of products of float32 operands.
-      partitioned: whether the program is for a mesh, where the compiler cuts up products along their rows and heads.
+      mesh: that the program is for; None: one device.
 
     Returns:
       BxKxGxNxE in the queries' type, and the float32 log-sum-exp of their scores BxKxGxN.
     """
     operands = jax.tree.leaves((queries, list(memories)))
-    result, log_sum = attention_p.bind(*operands, count=len(memories), precision=precision, partitioned=partitioned)
+    result, log_sum = attention_p.bind(*operands, count=len(memories), precision=precision, mesh=mesh)
     return result, log_sum
 
 
@@ -68,14 +70,14 @@ def _unpacked(operands: Arrays, count: int) -> tuple[Queries, list[Memory], list
 # Shapes.
 
 
-def _shape(*operands: ShapedArray, count: int, precision: Any, partitioned: bool) -> list[ShapedArray]:
-    del count, precision, partitioned
+def _shape(*operands: ShapedArray, count: int, precision: Any, mesh: Any) -> list[ShapedArray]:
+    del count, precision, mesh
     query = operands[0]
     return [ShapedArray(query.shape, query.dtype), ShapedArray(query.shape[:-1], jnp.float32)]
 
 
-def _gradient_shape(*operands: ShapedArray, count: int, precision: Any, partitioned: bool) -> list[ShapedArray]:
-    del precision, partitioned
+def _gradient_shape(*operands: ShapedArray, count: int, precision: Any, mesh: Any) -> list[ShapedArray]:
+    del precision, mesh
     queries, memories, _ = _unpacked(operands, count)
     leaves: list[Any] = [queries.query_BxKxGxNxE]
     for memory in memories:
@@ -101,9 +103,9 @@ def _jvp(primals: Arrays, tangents: Arrays, **params: Any) -> tuple[Any, Any]:
     return outputs, tangent_p.bind(*primals, *outputs, *map(ad.instantiate_zeros, moved), **params)
 
 
-def _tangent(*operands: jax.Array, count: int, precision: Any, partitioned: bool) -> list[jax.Array]:
+def _tangent(*operands: jax.Array, count: int, precision: Any, mesh: Any, way: Any) -> list[jax.Array]:
     """By JAX's own rules. No program of training or decoding contains it: there it is transposed."""
-    del partitioned
+    del mesh, way
     queries, memories, rest = _unpacked(operands, count)
     places = _differentiable(count)
 
@@ -189,17 +191,73 @@ def attention_flops(primitive: Primitive, operands: Arrays, count: int) -> float
     return 2.0 * pairs * {attention_p: 2, gradient_p: 5, tangent_p: 6}[primitive]
 
 
-def _forward(*operands: jax.Array, count: int, precision: Any, partitioned: bool, blocks: bool) -> list[jax.Array]:
+class Place(NamedTuple):
+    """What a way is told besides arrays."""
+
+    mesh: AbstractMesh | None
+    precision: Any
+    dtype: Any
+    """Of the result, and of the gradient of queries."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to compute attention over one memory where it is large."""
+
+    is_large: Callable[[Queries, Memory], bool]
+    forward: Callable[..., Any]
+    """(queries, memory, precision, type of the result) -> result, log-sum-exp."""
+    gradient: Callable[..., Any]
+    """(queries, memory, precision, log-sum-exp, delta, gradient, type of the queries' gradient) -> gradients."""
+    on_meshes: bool
+    """Whether it is used on a mesh too, by each device for its own rows and heads."""
+
+    def takes(self, queries: Queries, memory: Memory, mesh: AbstractMesh | None) -> bool:
+        """Whether attention over this memory is computed so."""
+        if not self.is_large(queries, memory):
+            return False
+        return mesh is None or (self.on_meshes and attention_shards.divides(mesh, memory))
+
+    def run(self, name: str, place: Place, queries: Queries, memory: Memory, *arrays: Any) -> Any:
+        """`forward` or `gradient` with these arrays, on a mesh or without."""
+
+        def call(queries: Queries, memory: Memory, *arrays: Any) -> Any:
+            return getattr(self, name)(queries, memory, place.precision, *arrays, place.dtype)
+
+        mesh = place.mesh
+        return (call if mesh is None else attention_shards.sharded(mesh, call))(queries, memory, *arrays)
+
+
+def _from_kernel(name: str) -> Callable[..., Any]:
+    """A function of `attention_kernel`, imported when a program for TPUs is lowered: importing Pallas takes a while."""
+
+    def call(*args: Any) -> Any:
+        from mod_star.model import attention_kernel
+
+        return getattr(attention_kernel, name)(*args)
+
+    return call
+
+
+BLOCKS = Way(attention_blocks.is_large, attention_blocks.forward, attention_blocks.gradient, on_meshes=False)
+KERNEL = Way(_from_kernel("is_large"), _from_kernel("forward"), _from_kernel("gradient"), on_meshes=True)
+
+
+def _forward(
+    *operands: jax.Array, count: int, precision: Any, mesh: AbstractMesh | None, way: Way | None
+) -> list[jax.Array]:
     queries, memories, _ = _unpacked(operands, count)
-    large = [memory for memory in memories if blocks and not partitioned and attention_blocks.is_large(queries, memory)]
-    if not large:
+    dtype = operands[0].dtype
+    large = [memory for memory in memories if way and way.takes(queries, memory, mesh)]
+    if not way or not large:
         result, log_sum = attention_whole.forward_in_turn(queries, memories, precision)
-        return [result.astype(operands[0].dtype), log_sum]
-    pieces = [attention_blocks.forward(queries, memory, precision) for memory in large]
+        return [result.astype(dtype), log_sum]
+    place = Place(mesh, precision, dtype if count == 1 else jnp.float32)
+    pieces = [way.run("forward", place, queries, memory) for memory in large]
     if small := [memory for memory in memories if not any(memory is other for other in large)]:
         pieces.append(attention_whole.forward_in_turn(queries, small, precision))
     result, log_sum = pieces[0] if len(pieces) == 1 else _union(pieces)
-    return [result.astype(operands[0].dtype), log_sum]
+    return [result.astype(dtype), log_sum]
 
 
 def _union(pieces: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
@@ -212,39 +270,54 @@ def _union(pieces: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, ja
     ), log_sum
 
 
-def _gradient(*operands: jax.Array, count: int, precision: Any, partitioned: bool, blocks: bool) -> list[jax.Array]:
+def _gradient(
+    *operands: jax.Array, count: int, precision: Any, mesh: AbstractMesh | None, way: Way | None
+) -> list[jax.Array]:
     queries, memories, (result, log_sum, grad, log_sum_grad) = _unpacked(operands, count)
     delta = jnp.sum(result.astype(jnp.float32) * grad.astype(jnp.float32), -1) - log_sum_grad
-    of_query, of_memories = jnp.float32(0), []
+    place = Place(mesh, precision, operands[0].dtype if count == 1 else jnp.float32)
+    of_query, of_memories = jnp.zeros((), place.dtype), []
     for memory in memories:
-        in_blocks = blocks and not partitioned and attention_blocks.is_large(queries, memory)
-        way: Callable[..., Any] = attention_blocks.gradient if in_blocks else attention_whole.gradient_in_turn
-        own, of_keys, of_values = way(queries, memory, precision, log_sum, delta, grad)
-        of_query += own
-        of_memories += [of_keys.astype(memory.keys_CxKxMxE.dtype), of_values.astype(memory.values_CxKxMxE.dtype)]
+        if way and way.takes(queries, memory, mesh):
+            gradients = way.run("gradient", place, queries, memory, log_sum, delta, grad)
+        else:
+            gradients = attention_whole.gradient_in_turn(queries, memory, precision, log_sum, delta, grad)
+        of_query = of_query + gradients[0]
+        of_memories += [each.astype(memory.keys_CxKxMxE.dtype) for each in gradients[1:]]
     return [of_query.astype(operands[0].dtype), *of_memories]
 
 
-def _register(primitive: Primitive, shape: Any, batch: Any, elsewhere: Any, on_cpu: Any) -> None:
+def _register(primitive: Primitive, shape: Any, batch: Any, compute: Any, ways: dict[str, Way | None]) -> None:
+    """Gives a primitive its rules.
+
+    Args:
+      primitive: gets them.
+      shape: of its results.
+      batch: of `vmap`.
+      compute: what it computes, given a way.
+      ways: by platform; "" for all others.
+    """
+
+    def on(platform: str) -> Any:
+        return functools.partial(compute, way=ways.get(platform, ways[""]))
+
     def execute(*operands: jax.Array, **params: Any) -> Any:
-        compute = on_cpu if jax.default_backend() == "cpu" else elsewhere
-        return jax.jit(functools.partial(compute, **params))(*operands)
+        return jax.jit(functools.partial(on(jax.default_backend()), **params))(*operands)
 
     primitive.multiple_results = True
     primitive.def_abstract_eval(shape)
     primitive.def_impl(execute)
-    mlir.register_lowering(primitive, mlir.lower_fun(elsewhere, multiple_results=True))
-    mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=True), platform="cpu")
+    for platform in ways:
+        lowering = mlir.lower_fun(on(platform), multiple_results=True)
+        mlir.register_lowering(primitive, lowering, platform=platform or None)
     batching.primitive_batchers[primitive] = batch
 
 
-def _both(compute: Any) -> tuple[Any, Any]:
-    """What other platforms and what a CPU computes."""
-    return functools.partial(compute, blocks=False), functools.partial(compute, blocks=True)
+WAYS: dict[str, Way | None] = {"cpu": BLOCKS, "tpu": KERNEL, "": None}
+"""By platform. None: plain products, some queries after the others."""
 
-
-_register(attention_p, _shape, _batch, *_both(_forward))
-_register(gradient_p, _gradient_shape, functools.partial(_batch_outermost, gradient_p), *_both(_gradient))
-_register(tangent_p, _shape, functools.partial(_batch_outermost, tangent_p), _tangent, _tangent)
+_register(attention_p, _shape, _batch, _forward, WAYS)
+_register(gradient_p, _gradient_shape, functools.partial(_batch_outermost, gradient_p), _gradient, WAYS)
+_register(tangent_p, _shape, functools.partial(_batch_outermost, tangent_p), _tangent, {"": None})
 ad.primitive_jvps[attention_p] = _jvp
 ad.primitive_transposes[tangent_p] = _transpose

@@ -59,9 +59,14 @@ def seen(queries: Queries, memory: Memory) -> jax.Array:
 
 
 def sees(queries: tuple[jax.Array, ...], keys: tuple[jax.Array, ...]) -> jax.Array:
-    """Bool [..., N, M], the rule by which queries (ids, after, until) [..., N] see keys (ids, positions) [..., M]."""
-    ids, after, until = (leaf[..., None] for leaf in queries)
-    key_ids, positions = (leaf[..., None, :] for leaf in keys)
+    """Bool [..., N, M], `rule` for each pair: queries (ids, after, until) [..., N], keys (ids, positions) [..., M]."""
+    return rule([leaf[..., None] for leaf in queries], [leaf[..., None, :] for leaf in keys])
+
+
+def rule(queries: Sequence[jax.Array], keys: Sequence[jax.Array]) -> jax.Array:
+    """Bool: whether queries (ids, after, until) see keys (ids, positions), whose shapes broadcast."""
+    ids, after, until = queries
+    key_ids, positions = keys
     return (ids == key_ids) & (positions <= until) & (positions > after)
 
 

@@ -46,6 +46,8 @@ class Plan:
     """Operations of a step on all chips together, by our own count from the configuration (`mod_star.flops`)."""
     compiled_flops: float | None
     """Operations of matrix products in the compiled program; more than a chip's share where work is done twice."""
+    kernel_flops: float | None
+    """Of these, what attention's kernels state, as if every query saw every key; 0: there are only plain products."""
     xla_flops: float | None
     """XLA's cost analysis of the same, elementwise work included, but with the body of each loop counted once."""
     traffic: float | None

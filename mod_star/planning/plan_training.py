@@ -18,6 +18,7 @@ from mod_star.distributed.sharding import make_mesh, require_fits
 from mod_star.errors import require
 from mod_star.flops import parameter_count, training_step_flops
 from mod_star.model import Decoder
+from mod_star.model.attention import MASKED_AT_MOST
 from mod_star.parts import load_parts
 from mod_star.planning.advice import advice
 from mod_star.planning.cycles import program_cycles
@@ -139,7 +140,10 @@ class _Unfinished:
             "puts in, which is the same for all platforms",
         ]
         if self.run.model.attention == "auto" and self.run.model.dtype == "bfloat16":
-            notes.append("attention was lowered without cuDNN's fused kernel, which a GPU would use (model.attention)")
+            notes.append(
+                "attention was lowered without cuDNN's fused kernel, which a GPU would use for up to "
+                f"{MASKED_AT_MOST:,} tokens (model.attention)"
+            )
         if self.topology.count > 8:
             notes.append("between nodes of 8 GPUs the network is slower than NVLink, and sets the time")
         memory = replace(memory, temporaries=memory.parameters)
@@ -162,6 +166,7 @@ class _Unfinished:
             parameters=parameter_count(self.state.params),
             step_flops=flops,
             compiled_flops=None if cost is None else cost.flops,
+            kernel_flops=None if cost is None else cost.kernel_flops,
             xla_flops=xla_flops,
             traffic=None if cost is None else cost.traffic,
             collectives=None if cost is None else cost.collectives,

@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from mod_star.planning.collectives import Collective, collective_of, describe, kind_of, merged, operand_arrays
 from mod_star.planning.hlo import Array, Computation, Instruction, Program
-from mod_star.planning.traffic import NO_TRAFFIC, fusion_traffic, plain_traffic
+from mod_star.planning.traffic import NO_TRAFFIC, bytes_of, fusion_traffic, plain_traffic
 from mod_star.planning.trips import trip_count
 
 SCATTERED = "all-reduce-scatter"
@@ -28,7 +28,7 @@ class Cost:
     """What one execution costs one device."""
 
     flops: float = 0.0
-    """Floating-point operations of matrix products, two per multiply-add."""
+    """Floating-point operations of matrix products, two per multiply-add; those that kernels state included."""
     traffic: float = 0.0
     """Bytes read from and written to its main memory, as far as the program's text shows."""
     collectives: tuple[Collective, ...] = ()
@@ -37,11 +37,19 @@ class Cost:
     """Bytes that the loops of the forward pass leave for the backward pass: the activations."""
     unknown_loops: int = 0
     """Loops whose number of iterations depends on data; they count as one iteration."""
+    kernel_flops: float = 0.0
+    """Operations that kernels written in Pallas state of themselves."""
 
     def times(self, count: float) -> Cost:
         """So many runs one after the other; memory is used again."""
         collectives = tuple(each.times(count) for each in self.collectives)
-        return Cost(self.flops * count, self.traffic * count, collectives, self.activations, self.unknown_loops)
+        return replace(
+            self,
+            flops=self.flops * count,
+            traffic=self.traffic * count,
+            collectives=collectives,
+            kernel_flops=self.kernel_flops * count,
+        )
 
 
 def total(costs: Iterable[Cost]) -> Cost:
@@ -53,6 +61,7 @@ def total(costs: Iterable[Cost]) -> Cost:
         merged(collective for each in costs for collective in each.collectives),
         sum(each.activations for each in costs),
         sum(each.unknown_loops for each in costs),
+        sum(each.kernel_flops for each in costs),
     )
 
 
@@ -84,6 +93,8 @@ class _Counter:
             return self.computation(instruction.attribute("to_apply") or instruction.attribute("calls") or "")
         if instruction.opcode == "fusion":
             return self._fusion(computation, instruction, seen)
+        if instruction.opcode == "custom-call" and (stated := stated_cost(computation, instruction)) is not None:
+            return stated
         traffic = plain_traffic(computation, instruction)
         if kind_of(instruction) is not None:
             return Cost(0.0, traffic, self._exchange(computation, instruction))
@@ -94,7 +105,7 @@ class _Counter:
         trips = trip_count(self.program, computation, instruction)
         cost = body.times(1 if trips is None else trips)
         activations = cost.activations + (0 if trips is None else activation_bytes(self.program, instruction, trips))
-        return Cost(cost.flops, cost.traffic, cost.collectives, activations, cost.unknown_loops + (trips is None))
+        return replace(cost, activations=activations, unknown_loops=cost.unknown_loops + (trips is None))
 
     def _exchange(self, computation: Computation, instruction: Instruction) -> tuple[Collective, ...]:
         collective = collective_of(instruction, computation, self.program.partitions)
@@ -106,7 +117,9 @@ class _Counter:
         costs = []
         for instruction in inner.instructions.values():
             if instruction.opcode == "fusion":
-                costs.append(self._fusion(inner, instruction, seen))
+                nested = self._fusion(inner, instruction, seen)
+                # What it reads and gives lies in no memory: what it reads of this fusion's operands is counted below.
+                costs.append(nested if nested.collectives else replace(nested, traffic=NO_TRAFFIC))
             elif (kind := kind_of(instruction)) is None:
                 costs.append(Cost(matrix_flops(inner, instruction)))
             elif (key := (kind, instruction.attribute("channel_id") or instruction.name)) not in seen:
@@ -116,7 +129,9 @@ class _Counter:
                     exchanged = tuple(_scattered(each, inner) for each in exchanged)
                 costs.append(Cost(0.0, plain_traffic(inner, instruction), exchanged))
         cost = total(costs)
-        traffic = NO_TRAFFIC if name.startswith(SCATTERED) else fusion_traffic(computation, fusion, inner)
+        traffic = NO_TRAFFIC
+        if not name.startswith(SCATTERED):
+            traffic = fusion_traffic(computation, fusion, inner, self.program.computations)
         return Cost(cost.flops, cost.traffic + traffic, cost.collectives)
 
 
@@ -133,6 +148,20 @@ def branches_of(instruction: Instruction) -> list[str]:
         listed[1].split(",") if listed else re.findall(r"(?:true|false)_computation=([^, ]+)", instruction.attributes)
     )
     return [name.strip().lstrip("%") for name in names]
+
+
+def stated_cost(computation: Computation, call: Instruction) -> Cost | None:
+    """What a kernel for TPUs says of itself (`pallas.CostEstimate`), of which XLA sees nothing; None: it says nothing.
+
+    Of its bytes those count that lie in main memory: as many of what it states as of its operands and results.
+    """
+    stated = dict(re.findall(r'"(flops|bytes_accessed)":"(\d+)"', call.attributes))
+    if len(stated) < 2:
+        return None
+    arrays = [a for name in call.operands for a in operand_arrays(computation, name)] + call.arrays
+    share = bytes_of(arrays) / max(1, sum(a.bytes for a in arrays))
+    flops = float(stated["flops"])
+    return Cost(flops, float(stated["bytes_accessed"]) * share, kernel_flops=flops)
 
 
 def activation_bytes(program: Program, loop: Instruction, trips: int) -> float:

@@ -7,6 +7,7 @@ only the slice counts.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from mod_star.planning.collectives import operand_arrays
 from mod_star.planning.hlo import Array, Computation, Instruction, Program, leaves
@@ -61,18 +62,23 @@ def _moved(part: list[Array], whole: list[Array]) -> float:
     return float(sum(a.bytes for a in part)) if any(a.in_hbm for a in whole) else 0.0
 
 
-def fusion_traffic(computation: Computation, instruction: Instruction, inner: Computation) -> float:
-    """Traffic of a fusion: its operands and results, but for what is only sliced, updated in place or handed on."""
-    users: dict[str, list[Instruction]] = {}
-    for each in inner.instructions.values():
-        for name in each.operands:
-            users.setdefault(name, []).append(each)
+def fusion_traffic(
+    computation: Computation, instruction: Instruction, inner: Computation, computations: Mapping[str, Computation]
+) -> float:
+    """Traffic of a fusion: its operands and results, but for what is only sliced, updated in place or handed on.
+
+    Args:
+      computation: that the fusion is in.
+      instruction: the fusion.
+      inner: what it computes.
+      computations: of the program, by name, for fusions inside fusions.
+    """
     handed_on, results_handed_on = _aliased(instruction)
     traffic = 0.0
     for number, parameter in inner.parameters.items():
         if number not in handed_on and number < len(instruction.operands):
             whole = operand_arrays(computation, instruction.operands[number])
-            traffic += min(bytes_of(whole), _read(parameter, users, bytes_of(whole)))
+            traffic += min(bytes_of(whole), _read(parameter, inner, bytes_of(whole), computations))
     roots = [inner.root]
     if inner.root.opcode == "tuple":
         roots = [inner.instructions[name] for name in inner.root.operands if name in inner.instructions]
@@ -90,16 +96,22 @@ def _aliased(instruction: Instruction) -> tuple[set[int], set[int]]:
     return {int(operand) for _, operand in pairs}, {int(result or 0) for result, _ in pairs}
 
 
-def _read(value: Instruction, users: dict[str, list[Instruction]], whole: float) -> float:
-    """Bytes that are read of a fusion's operand."""
+def _read(value: Instruction, inner: Computation, whole: float, computations: Mapping[str, Computation]) -> float:
+    """Bytes that are read of a fusion's operand, also by fusions inside it."""
     read = 0.0
-    for user in users.get(value.name, []):
-        if user.opcode in ("bitcast", "reshape", "copy") and user.name in users:
-            read += _read(user, users, whole)
+    for user in inner.instructions.values():
+        if value.name not in user.operands:
+            continue
+        if user.opcode in ("bitcast", "reshape", "copy") and not user.is_root:
+            read += _read(user, inner, whole, computations)
         elif user.opcode in SLICING and user.operands[0] == value.name:
             read += float(sum(a.bytes for a in user.arrays))
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
             read += 0.0
+        elif user.opcode == "fusion":
+            nested = computations[user.attribute("calls") or ""]
+            places = [number for number, name in enumerate(user.operands) if name == value.name]
+            read += sum(_read(nested.parameters[number], nested, whole, computations) for number in places)
         else:
             return whole
     return read

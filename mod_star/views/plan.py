@@ -53,6 +53,12 @@ def _work_rows(plan: Plan) -> list[tuple[Cell, ...]]:
     ]
     if compiled is not None:
         rows.append(("FLOP of the compiled products", number(compiled * chips), number(compiled)))
+        if plan.kernel_flops:
+            rows.append(
+                ("of these, in attention's kernels", number(plan.kernel_flops * chips), number(plan.kernel_flops))
+            )
+        else:
+            rows.append(("attention", "plain products", None))
         rows.append(("XLA's count, loops once", None, number(plan.xla_flops)))
         rows.append(("memory traffic, about", None, None if plan.traffic is None else size(plan.traffic)))
     rows.append(("time to trace it here", duration(plan.lower_seconds), None))
@@ -128,7 +134,8 @@ def _verdict(plan: Plan) -> Text:
 def plan_record(plan: Plan, name: str) -> dict[str, Any]:
     """A plan as JSON-able values. Bytes, FLOPs and seconds; null is not known."""
     chip, floors = plan.topology.chip, plan.floors
-    shown = ("parameters", "step_flops", "tokens", "compiled_flops", "xla_flops", "useful", "traffic", "sent")
+    flops = ("step_flops", "compiled_flops", "kernel_flops", "xla_flops")
+    shown = ("parameters", "tokens", *flops, "useful", "traffic", "sent")
     collectives = None
     if plan.collectives is not None:
         collectives = [asdict(each) | {"sent": each.sent, "total": each.total} for each in plan.collectives]

@@ -48,6 +48,15 @@ def load(eight: Path, kind: str, mesh: str) -> tuple[dict[str, np.ndarray], dict
         return dict(arrays), json.loads((eight / f"{kind}-{mesh}.json").read_text())
 
 
+@pytest.mark.slow
+def test_the_kernels_of_tpus_equal_one_device(eight: Path) -> None:
+    """On rows that lie on data and fsdp, and heads on tensor."""
+    with np.load(eight / "attention-one.npz") as one, np.load(eight / "attention-mixed.npz") as many:
+        assert len(one.files) == 5  # result, log-sum-exp, gradients of queries, keys and values
+        for name in one.files:
+            np.testing.assert_allclose(many[name], one[name], atol=1e-5 * max(1.0, np.abs(one[name]).max()))
+
+
 @pytest.mark.parametrize(("kind", "mesh"), [*CASES, ("accumulated", "mixed")])
 @pytest.mark.slow
 def test_losses_and_gradients_equal_one_device(eight: Path, kind: str, mesh: str) -> None:

@@ -133,4 +133,5 @@ def test_auto_is_the_fused_kernel_only_where_cudnn_can(monkeypatch: pytest.Monke
     assert not use_fused(replace(config, head_dim=512), 32)
     assert not use_fused(replace(config, dtype="float32"), 32)
     assert not use_fused(replace(config, attention="segments"), 32)
+    assert use_fused(config, 1024) and not use_fused(config, 1026), "its mask would have the square of the tokens"
     assert use_fused(replace(config, attention="fused"), 32)

@@ -156,12 +156,24 @@ def test_a_step_is_compiled_for_a_slice() -> None:
     plan = json.loads(call("plan", "tiny", *SMALL, *words))
     assert plan["fits"] is True
     assert plan["useful"] == pytest.approx(1, abs=0.1)
+    assert plan["kernel_flops"] == 0, "64 tokens are too few for a kernel"
     assert plan["chip"]["hbm"] == 16 * 2**30
     assert 0 < plan["floors"]["interconnect"] < plan["floors"]["seconds"] < 1
     assert {c["group"] for c in plan["collectives"]} <= {2, 4}
     assert plan["cycles"]["estimated"] > 0.5 * plan["cycles"]["total"]
     assert plan["estimated_seconds"] > plan["floors"]["flops"]
     assert plan["flop_share"] == plan["floors"]["flops"] / plan["estimated_seconds"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (jax[tpu])")
+def test_a_step_for_a_slice_computes_attention_in_kernels_and_says_so() -> None:
+    """On a mesh, of the 128 tokens that a routed block computes; nothing is as large as their scores."""
+    words = ("--mesh.fsdp", "2", "--mesh.tensor", "2", "--model.context", "256", "--routing.capacity", "0.5")
+    plan = json.loads(call("plan", "tiny", *SMALL, *words, "--topology", "v5e:2x2", "--json"))
+    rows, heads, tokens, head_size, chips = 4, 2, 128, 16, 4
+    product = 2 * rows * heads * tokens**2 * head_size / chips
+    assert plan["kernel_flops"] == 9 * product  # two for the result, three for the queries, four for keys and values
 
 
 @pytest.mark.parametrize(
@@ -230,7 +242,7 @@ def test_advice_names_options_that_exist_and_would_help() -> None:
     run = replace(run, model=replace(run.model, remat="none"))
     plan = Plan(
         parse_topology("v5e:16x16"), {"data": 4, "fsdp": 64, "tensor": 1}, run, 7 * 10**9, 1e18, None, None, None, None,
-        0, None, Memory(1e9, 2e9, 1e6, None, 3e10), False, 1.0, None, None, (), (),
+         None, 0, None, Memory(1e9, 2e9, 1e6, None, 3e10), False, 1.0, None, None, (), (),
     )  # fmt: skip
     said = advice(plan)
     options = [each.partition(":")[0].split(" ")[0] for each in said]

@@ -35,6 +35,47 @@ def sent(cost: Cost) -> dict[tuple[str, int], tuple[float, float]]:
     return found
 
 
+def test_a_kernel_costs_what_it_states() -> None:
+    """XLA's text says nothing else of it. What lies in vector memory costs no traffic."""
+    call = (
+        'custom-call(%p, %p), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"T(=",'
+        '"cost_estimate":{"flops":"1000","transcendentals":"7","bytes_accessed":"640"}}}'
+    )
+    body = "ENTRY %main (p: f32[4]) -> f32[8] {{\n  %p = f32[4] parameter(0)\n  ROOT %k = f32[8]{space} {call}\n}}"
+    cost = cost_of(body.format(space="{0}", call=call))
+    assert (cost.flops, cost.kernel_flops, cost.traffic) == (1000, 1000, 640)
+    assert cost_of(body.format(space="{0:S(1)}", call=call)).traffic == 320
+    silent = cost_of(body.format(space="{0}", call=call.replace("bytes_accessed", "bytes")))
+    assert (silent.flops, silent.traffic) == (0, 64)
+    assert cost.times(3).kernel_flops == 3000
+
+
+def test_what_a_fusion_inside_a_fusion_slices_is_not_read_whole() -> None:
+    """As XLA for TPUs reads one group's activations of all groups' in a product."""
+    cost = cost_of("""
+%inner (all: f32[32,16], at: s32[]) -> f32[1,16] {
+  %all = f32[32,16] parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %own = f32[1,16] dynamic-slice(%all, %at, %zero), dynamic_slice_sizes={1,16}
+}
+
+%outer (all.1: f32[32,16], at.1: s32[]) -> f32[1,16] {
+  %all.1 = f32[32,16] parameter(0)
+  %at.1 = s32[] parameter(1)
+  %own.1 = f32[1,16] fusion(%all.1, %at.1), kind=kLoop, calls=%inner
+  ROOT %twice = f32[1,16] add(%own.1, %own.1)
+}
+
+ENTRY %main (p: f32[32,16], i: s32[]) -> f32[1,16] {
+  %p = f32[32,16] parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %f = f32[1,16] fusion(%p, %i), kind=kOutput, calls=%outer
+}
+""")
+    assert cost.traffic == 64 + 4 + 64  # the slice, the index, the result
+
+
 def test_types() -> None:
     tiled = parse_type("bf16[3,100]{1,0:T(8,128)(2,1)S(1)}")
     assert tiled == Array("bf16", (3, 100), "1,0:T(8,128)(2,1)S(1)")

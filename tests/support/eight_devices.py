@@ -5,6 +5,7 @@ A process of its own, with JAX_NUM_CPU_DEVICES=8: the number of devices is fixed
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 import conftest
 import jax
 import numpy as np
+from interpreted_attention import INTERPRETED, problem, value_and_gradients
 from thinking_models import thinking_params
 
 from mod_star.config import (
@@ -115,6 +117,19 @@ def sample(name: str, out: Path) -> None:
     (out / f"sample-{name}.json").write_text(json.dumps(found))
 
 
+def attention(out: Path) -> None:
+    """The kernels for TPUs, interpreted, on each device's own rows and heads."""
+    arrays = jax.tree.leaves(problem((8, 8, 2, 1, 128, 130, 8), documents=2))
+    cotangents = jax.numpy.cos(arrays[0]), jax.numpy.sin(arrays[0][..., 0])
+    one = jax.jit(functools.partial(value_and_gradients, 1, None))(arrays, cotangents)
+    with use_mesh(make_mesh(MeshConfig(*MESHES["mixed"]))):
+        mesh = jax.sharding.get_abstract_mesh()
+        program = jax.jit(functools.partial(value_and_gradients, 1, INTERPRETED, mesh=mesh))
+        many = program(arrays, cotangents)
+    np.savez(out / "attention-one.npz", *one)
+    np.savez(out / "attention-mixed.npz", *many)
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for kind in ("dense", "routed", "accumulated", "quiet_star"):
@@ -123,3 +138,4 @@ if __name__ == "__main__":
         train(kind, "one", folder)
     for name in ("one", "mixed"):
         sample(name, folder)
+    attention(folder)
