@@ -196,7 +196,8 @@ class _Clock:
     def _traffic(self, computation: Computation, instruction: Instruction) -> float:
         if instruction.opcode != "fusion":
             return plain_traffic(computation, instruction)
-        return fusion_traffic(computation, instruction, self.program.computations[instruction.attribute("calls") or ""])
+        computations = self.program.computations
+        return fusion_traffic(computation, instruction, computations[instruction.attribute("calls") or ""], computations)
 
     def _moving(self, size: float) -> float:
         """Cycles to move so many bytes."""

@@ -98,7 +98,9 @@ def test_a_step_computes_what_is_counted_and_routing_saves_operations_bytes_and_
 ) -> None:
     costs = {name: program_cost(parse(compiled["texts"][name])) for name in ("train_dense", "train_mod")}
     for name, cost in costs.items():
-        assert cost.flops == pytest.approx(compiled["flops"][name], rel=0.06) and cost.unknown_loops == 0
+        # Kernels compute nine products where six are counted: their gradient computes the scores again, twice.
+        assert cost.kernel_flops > 0 and cost.unknown_loops == 0
+        assert cost.flops - cost.kernel_flops / 3 == pytest.approx(compiled["flops"][name], rel=0.06)
     assert costs["train_mod"].traffic < 0.85 * costs["train_dense"].traffic
     assert compiled["temporaries"]["train_mod"] < compiled["temporaries"]["train_dense"]
 
