@@ -197,7 +197,9 @@ class _Clock:
         if instruction.opcode != "fusion":
             return plain_traffic(computation, instruction)
         computations = self.program.computations
-        return fusion_traffic(computation, instruction, computations[instruction.attribute("calls") or ""], computations)
+        return fusion_traffic(
+            computation, instruction, computations[instruction.attribute("calls") or ""], computations
+        )
 
     def _moving(self, size: float) -> float:
         """Cycles to move so many bytes."""
