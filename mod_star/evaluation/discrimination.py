@@ -61,7 +61,10 @@ def any_right(records: Sequence[Record]) -> Estimate | None:
 def early_stop_gain(records: Sequence[Record]) -> dict[str, Estimate]:
     """What stopping samples early would have saved and cost: `tokens saved`, the share of all tokens, and
     `accuracy gained`, the paired difference to the same samples without it. Empty if no record says so."""
-    ordered = sorted((each for each in records if each.get("tokens", 0) > 0), key=lambda record: record["id"])
+    ordered = sorted(
+        (each for each in records if each.get("tokens_early") is not None and each["tokens"] > 0),
+        key=lambda record: record["id"],
+    )
     if not ordered:
         return {}
     saved = [record["tokens"] - record["tokens_early"] for record in ordered]

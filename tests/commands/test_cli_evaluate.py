@@ -114,7 +114,7 @@ def test_likelihood_protocols_and_thinking(
 def test_another_calibration_is_another_evaluation(
     thinking_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("keep_compiled_programs", "_ask", "_report"):  # what is asked doesn't matter here
+    for name in ("keep_compiled_programs", "_ask", "report"):  # what is asked doesn't matter here
         monkeypatch.setattr(f"mod_star.commands.evaluate.{name}", lambda *_: None)
     run, data = tmp_path / "run", tmp_path / "words.jsonl"
     shutil.copytree(thinking_run, run)
@@ -173,7 +173,7 @@ def test_defaults_that_belong_to_the_template_and_the_context_are_told(
 ) -> None:
     asked: list[Any] = []
     monkeypatch.setattr("mod_star.commands.evaluate._ask", lambda *given: asked.append(given))
-    for name in ("keep_compiled_programs", "_report"):
+    for name in ("keep_compiled_programs", "report"):
         monkeypatch.setattr(f"mod_star.commands.evaluate.{name}", lambda *_: None)
     run = (trained_run, "--data", data, *NUMBERS, "--limit", "3", "--new-tokens", "5")
     for number, (options, stop, note) in enumerate(
