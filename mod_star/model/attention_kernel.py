@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -239,6 +239,19 @@ class _At:
         pl.when(self.last)(end)
 
 
+class _Walk(NamedTuple):
+    """The order in which a kernel goes over entries, heads, blocks, and blocks that are summed up."""
+
+    grid: tuple[int, ...]
+    """Sizes."""
+    inner: int
+    """Blocks that are summed up; the last axis of the grid is a multiple."""
+    table: jax.Array
+    """From `_table`."""
+    place: Callable[..., tuple[Any, ...]]
+    """From indices of the grid, and the table: c, h, k, i, j."""
+
+
 def _over_keys(
     kernel: Callable[..., None], problem: _Problem, more: tuple[jax.Array, ...], outputs: dict[str, list[Any]],
     scratch: tuple[tuple[int, ...], ...], products: int,
@@ -252,7 +265,7 @@ def _over_keys(
 
     shapes = {"query": (C, H, R, E), "row": (C, H, 1, R)}
     results = [(kind, jax.ShapeDtypeStruct(shapes[kind], t)) for kind, types in outputs.items() for t in types]
-    return _call(kernel, problem, more, results, place, (C, H, I, J), J, table, scratch, products)
+    return _call(kernel, problem, more, results, _Walk((C, H, I, J), J, table, place), scratch, products)
 
 
 def _over_queries(
@@ -268,29 +281,26 @@ def _over_queries(
         return c, k * G + g, k, table[(c * J + j) * I + i] >> 2, j
 
     results = [("keys", jax.ShapeDtypeStruct(a.shape, a.dtype)) for a in (problem.keys, problem.values)]
-    return _call(kernel, problem, more, results, place, (C, K, J, G * I), I, table, scratch, products)
+    return _call(kernel, problem, more, results, _Walk((C, K, J, G * I), I, table, place), scratch, products)
 
 
 def _call(
     kernel: Callable[..., None], problem: _Problem, more: tuple[jax.Array, ...],
-    results: list[tuple[str, jax.ShapeDtypeStruct]], place: Callable[..., Any], grid: tuple[int, ...], inner: int,
-    table: jax.Array, scratch: tuple[tuple[int, ...], ...], products: int,
+    results: list[tuple[str, jax.ShapeDtypeStruct]], walk: _Walk, scratch: tuple[tuple[int, ...], ...], products: int,
 ) -> list[jax.Array]:  # fmt: skip
-    """Runs a kernel over a grid of entries, heads, blocks, and blocks that are summed up.
+    """Runs a kernel over a grid.
 
     Args:
       kernel: from `_At`, a precision, and references to operands, results and scratch.
       problem: its operands.
       more: log-sum-exp, delta and gradient, where the kernel is of the gradient.
       results: what it writes: "query", "row" or "keys", by what it has one of; and its shape and type.
-      place: from indices of the grid, and the table: c, h, k, i, j.
-      grid: sizes.
-      inner: blocks that are summed up; the last axis of the grid is a multiple.
-      table: from `_table`.
+      walk: where each step of the grid is.
       scratch: shapes of float32 sums.
       products: of all queries with all keys.
     """
     (n, m), E = (problem.n, problem.m), problem.query.shape[-1]
+    grid, inner, table, place = walk
     specs: dict[str, tuple[tuple[int | None, ...], Callable[..., tuple[Any, ...]]]] = {
         "of_queries": ((None, 3, n), lambda c, h, k, i, j: (c, 0, i)),
         "of_keys": ((None, 2, m), lambda c, h, k, i, j: (c, 0, j)),
