@@ -1,4 +1,4 @@
-"""Keeps the docstring of a field or a property: napoleon would take what stands before a colon in it for a type."""
+"""Keeps docstrings of fields, properties and types: napoleon would take what stands before a colon for a type."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def setup(app: Sphinx) -> dict[str, Any]:
 
     def keep(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
         del app, obj, options
-        if what in ("attribute", "property"):
+        if what in ("attribute", "property", "data"):
             _kept[name] = list(lines)
 
     def restore(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
         del app, obj, options
-        if what in ("attribute", "property"):
+        if what in ("attribute", "property", "data"):
             lines[:] = _kept.pop(name)
 
     app.connect("autodoc-process-docstring", keep, priority=400)  # napoleon's is 500
