@@ -6,11 +6,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
 
+from experiments.benchmarks.thoughts import make_batch, make_params
 from mod_star import presets
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.decoding import GenerationConfig, Generator, Sampling
@@ -19,7 +20,6 @@ from mod_star.initial_params import init_params
 from mod_star.loaded_model import Model
 from mod_star.model import Decoder
 from mod_star.planning.chips import GPUS, TPUS, Chip
-from mod_star.thinking.parameters import thinking_init
 from mod_star.tokenization.tokenizers import ByteTokenizer
 from mod_star.training.state import init_state
 from mod_star.training.step import make_train_step
@@ -44,7 +44,7 @@ def chip_of(device: jax.Device) -> Chip | None:
 def shapes(tiny: bool) -> dict[str, ModelConfig]:
     """The models that are measured, by name; contexts come with what is measured."""
     if tiny:
-        return {"tiny": presets.tiny().model}
+        return {"tiny": replace(presets.tiny().model, vocab_size=256)}
     base = replace(presets.base().model, vocab_size=32_000)
     billion = replace(base, width=2048, layers=20, heads=16, kv_heads=8, mlp_width=5632)
     return {"base": base, "1b": billion}
@@ -72,32 +72,12 @@ class StepCase:
         return RunConfig(self.model, routing, train=train, thinking=thinking)
 
 
-def batch_of(run: RunConfig) -> dict[str, Any]:
-    """Random tokens, one document per sequence."""
-    shape = run.train.batch_size, run.model.context
-    tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, (shape[0], shape[1] + 1)).astype(np.int32)
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-        "segment_ids": np.ones(shape, np.int32),
-        "weights": np.ones(shape, np.float32),
-    }
-
-
 def measure_step(case: StepCase) -> dict[str, float | None]:
     """Seconds of a step (median), what compiling took, share of the chip's peak, bytes of state and temporaries."""
     run = case.run()
     decoder = Decoder(run.model, run.routing)
-
-    def make_params() -> dict[str, Any]:
-        params = init_params(decoder, 0)
-        if not run.thinks:
-            return params
-        return {**params, "thinking": thinking_init(jax.random.key(1), run.model, params["embedding"], [1], [2])}
-
-    state = jax.jit(lambda: init_state(decoder, run, 100, make_params()))()
-    batch = jax.device_put(batch_of(run))
+    state = jax.jit(lambda: init_state(decoder, run, 100, make_params(run, decoder)))()
+    batch = make_batch(run)
     began = time.perf_counter()
     step = jax.jit(make_train_step(decoder, run, 100), donate_argnums=0).lower(state, batch).compile()
     compiling, times = time.perf_counter() - began, []

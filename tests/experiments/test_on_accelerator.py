@@ -11,6 +11,7 @@ import pytest
 from experiments.benchmarks import accelerator_checks as checks
 from experiments.benchmarks import accelerator_speed, on_accelerator
 from experiments.benchmarks.on_accelerator import Options, run
+from experiments.benchmarks.thoughts import make_batch
 from mod_star.config import ModelConfig
 from mod_star.errors import InputError
 from mod_star.model.attention import attend
@@ -82,5 +83,10 @@ def test_a_step_of_every_arm_has_as_many_tokens_as_it_says() -> None:
     model = ModelConfig(vocab_size=64, width=16, layers=2, heads=2, context=32)
     for arm in ("dense", "mod", "quiet"):
         run = accelerator_speed.StepCase("tiny", model, arm, 128).run()
-        assert np.prod(accelerator_speed.batch_of(run)["tokens"].shape) == 128
+        assert np.prod(make_batch(run)["tokens"].shape) == 128
         assert (run.routing.every > 0) == (arm == "mod") and run.thinks == (arm == "quiet")
+
+
+def test_models_that_are_measured_have_a_vocabulary_of_their_own() -> None:
+    for tiny in (False, True):
+        assert all(model.vocab_size > 0 for model in accelerator_speed.shapes(tiny).values())
