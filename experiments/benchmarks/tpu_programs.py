@@ -181,9 +181,5 @@ def _written_anew(inner: Computation) -> list[Instruction]:
     roots = [inner.root]
     if inner.root.opcode == "tuple":
         roots = [inner.instructions[name] for name in inner.root.operands]
-    below = []
-    for root in roots:
-        while root.opcode in ("bitcast", "reshape") and root.operands[0] in inner.instructions:
-            root = inner.instructions[root.operands[0]]
-        below.append(root)
-    return [root for root in below if root.opcode not in ("dynamic-update-slice", "scatter", "parameter", "fusion")]
+    roots = [inner.viewed(root) for root in roots]
+    return [root for root in roots if root.opcode not in ("dynamic-update-slice", "scatter", "parameter", "fusion")]

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from mod_star.planning.chips import Chip
 from mod_star.planning.collectives import kind_of
 from mod_star.planning.hlo import Computation, Instruction, Program
-from mod_star.planning.program_cost import branches_of
+from mod_star.planning.program_cost import branches_of, stated_cost
 from mod_star.planning.traffic import FREE, fusion_traffic, plain_traffic, started_traffic
 from mod_star.planning.trips import trip_count
 
@@ -186,11 +186,11 @@ class _Clock:
     def _kernel(self, run: _Run, computation: Computation, instruction: Instruction) -> None:
         if instruction.attribute("custom_call_target") != '"tpu_custom_call"':
             return  # a mark or a buffer, which computes nothing
-        stated = dict(re.findall(r'"(flops|bytes_accessed)":"?(\d+)', instruction.attributes))
-        if not stated:
+        stated = stated_cost(computation, instruction)
+        if stated is None:
             run.parts["unknown_kernels"] += 1
-        seconds = float(stated.get("flops", 0)) / self.chip.flops
-        cycles = max(seconds * self.hertz, self._moving(float(stated.get("bytes_accessed", 0))))
+            return
+        cycles = max(stated.flops / self.chip.flops * self.hertz, self._moving(stated.traffic))
         run.spend("assumed", instruction.opcode, cycles)
 
     def _traffic(self, computation: Computation, instruction: Instruction) -> float:

@@ -111,6 +111,12 @@ class Computation:
         """The instruction whose result is the computation's."""
         return next(i for i in self.instructions.values() if i.is_root)
 
+    def viewed(self, instruction: Instruction) -> Instruction:
+        """The instruction whose result this one is, seen through bitcasts and reshapes, which move nothing."""
+        while instruction.opcode in ("bitcast", "reshape") and instruction.operands[0] in self.instructions:
+            instruction = self.instructions[instruction.operands[0]]
+        return instruction
+
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
         """Its parameters by number."""

@@ -155,7 +155,7 @@ def stated_cost(computation: Computation, call: Instruction) -> Cost | None:
 
     Of its bytes those count that lie in main memory: as many of what it states as of its operands and results.
     """
-    stated = dict(re.findall(r'"(flops|bytes_accessed)":"(\d+)"', call.attributes))
+    stated = dict(re.findall(r'"(flops|bytes_accessed)":"?(\d+)', call.attributes))
     if len(stated) < 2:
         return None
     arrays = [a for name in call.operands for a in operand_arrays(computation, name)] + call.arrays

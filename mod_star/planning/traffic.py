@@ -119,8 +119,7 @@ def _read(value: Instruction, inner: Computation, whole: float, computations: Ma
 
 def _written(root: Instruction, inner: Computation, kind: Array) -> float:
     """Bytes that are written of a fusion's result."""
-    while root.opcode in ("bitcast", "reshape") and root.operands[0] in inner.instructions:
-        root = inner.instructions[root.operands[0]]
+    root = inner.viewed(root)
     if root.opcode == "dynamic-update-slice":
         return float(sum(a.bytes for a in operand_arrays(inner, root.operands[1])))
     return float(kind.bytes)
