@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from experiments.cot_decoding_smollm2.report import TASKS, cell, cot, read, report
-from experiments.cot_decoding_smollm2.run import PARTS, Options, chunks
+from experiments.cot_decoding_smollm2.run import STUDY, Options
+from experiments.support.paths import turns
 from experiments.support.tables import read_cell, read_tables
 from mod_star.evaluation.intervals import accuracy
 from mod_star.evaluation.records import RECORDS_FILE
@@ -70,23 +71,23 @@ def test_marks_and_report(tmp_path: Path) -> None:
 
 
 def test_tasks_and_prompts_take_turns(tmp_path: Path) -> None:
-    for part in PARTS:
+    for part in STUDY.parts:
         question, answer = ("sQuestion", "lSolutions") if part.task == "multiarith" else ("question", "answer")
         gold: Any = {"multiarith": [3.0], "gsm8k": "#### 3", "coin_flip": "yes"}[part.task]
         made = [{question: f"{n}?", answer: gold, "iIndex": n} for n in range(part.items + 20)]
         (tmp_path / part.file).write_text(
             "\n".join(map(json.dumps, made)) if part.file.endswith("l") else json.dumps(made)
         )
-    turns = list(chunks(Options(data=tmp_path)))
-    asked = [(part.task, prompt, item.id) for part, _, prompt, _, items in turns for item in items]
+    every = list(turns(STUDY, Options(data=tmp_path)))
+    asked = [(turn.part.task, turn.wording, item.id) for turn in every for item in turn.items]
     assert len(asked) == len(set(asked)) == 1000
     assert Counter(asked[i][:2] for i in range(1000)) == {
-        (part.task, prompt): part.items for part in PARTS for prompt in ("plain", "step by step")
+        (part.task, prompt): part.items for part in STUDY.parts for prompt in ("plain", "step by step")
     }
     early = Counter(task for task, _, _ in asked[:500])
-    for part in PARTS:
+    for part in STUDY.parts:
         assert abs(early[part.task] - part.items) <= 16, "half of the questions at half time"
-    assert [item.id for *_, items in chunks(Options(data=tmp_path, limit=8)) for item in items] == [
+    assert [item.id for turn in turns(STUDY, Options(data=tmp_path, limit=8)) for item in turn.items] == [
         name for *_, name in asked[:48]
     ]  # fmt: skip
 

@@ -1,0 +1,218 @@
+"""Asking a model many questions in several wordings, with branches and samples of each: what the experiments on
+CoT-decoding of pretrained models share. What was asked is kept; interrupted, it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mod_star.decoding.confidence import ConfidenceConfig
+from mod_star.evaluation.prompts import PLAIN, Prompts, subset
+from mod_star.evaluation.records import open_records
+from mod_star.evaluation.tasks import CustomTask, Item, Task, load_task
+
+ROWS = 10
+"""Branches of a question, and samples of it."""
+TEMPERATURE = 0.7
+"""Of samples."""
+STOP = ("\nQ:",)
+"""A text that goes on with a question of its own ends there."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task: its file, how many of its questions, how long an answer may be."""
+
+    task: str
+    file: str
+    items: int
+    new_tokens: int
+    how: CustomTask | None = None
+    """How its records are read; None: as those of the task of that name."""
+
+    def load(self, data: Path) -> Task:
+        """Its questions, from a directory of files."""
+        return load_task(self.how or self.task, data / self.file)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How questions are put."""
+
+    template: str | None = PLAIN
+    """None: the one that `Prompts` takes by itself."""
+    chat: bool = False
+    step_by_step: bool = False
+
+
+@dataclass(frozen=True)
+class Study:
+    """Which questions are asked, how, and what is measured of the answers."""
+
+    parts: tuple[Part, ...]
+    wordings: Mapping[str, Wording]
+    """By the names that records and tables know them by."""
+    confidence: ConfidenceConfig | None = None
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What a command line says of asking."""
+
+    run: Path
+    """A run directory made by mod-star import."""
+    out: Path
+    """Where records, tables and the picture are kept."""
+    data: Path = Path("data")
+    """Directory of the files of questions, see experiments.get_data."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of the model; logits, Δ and log-probabilities are float32 whatever it is."""
+    questions: int = 8
+    """Questions at a time, ten rows each; changes speed and memory."""
+    limit: int | None = None
+    """Only this many questions per task and prompt, to try it."""
+    report: bool = False
+    """Only report, on what there is."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Questions that are asked at a time, in one wording."""
+
+    part: Part
+    wording: str
+    number: int
+    items: Sequence[Item]
+
+    def id_of(self, item: Item) -> str:
+        """The name of the record of a question in this wording."""
+        return f"{self.part.task}/{self.wording}/{item.id}"
+
+
+def turns(study: Study, options: Asking) -> Iterator[Turn]:
+    """All that is asked; tasks and wordings take turns by their sizes, so that an early report is fair."""
+    placed = []
+    for part in study.parts:
+        items = list(subset(part.load(options.data).items, part.items, seed=0))
+        random.Random(0).shuffle(items)  # so that what there is early is a fair sample, too
+        items = items[: options.limit]
+        count = -(-len(items) // options.questions)
+        for wording in study.wordings:
+            for number in range(count):
+                some = items[number * options.questions : (number + 1) * options.questions]
+                placed.append(((number + 0.5) / count, Turn(part, wording, number, some)))
+    for _, turn in sorted(placed, key=lambda each: each[0]):
+        yield turn
+
+
+def settings(study: Study, options: Asking) -> dict[str, Any]:
+    """What records depend on besides the model: those that were made with other settings are refused."""
+    described: dict[str, Any] = {
+        "dtype": options.dtype,
+        "parts": [_described(part, options.data) for part in study.parts],
+        "prompt": PLAIN,
+        "stop": STOP,
+        "rows": [ROWS, ROWS],
+        "temperature": TEMPERATURE,
+    }
+    if study.confidence is not None:
+        described["confidence"] = dataclasses.asdict(study.confidence)
+    return described
+
+
+def ask(study: Study, options: Asking, console: Console, depends_on: Mapping[str, Any]) -> None:
+    """Generates what is missing, and keeps it.
+
+    Args:
+      study: what to ask.
+      options: of which model, and where records are kept.
+      console: gets a progress bar, or lines with the time.
+      depends_on: the `settings` of the study that the records belong to, of which this one may be a part.
+    """
+    from mod_star.commands import keep_compiled_programs
+    from mod_star.decoding import Generator
+    from mod_star.runs.buckets import checkpoints_of
+    from mod_star.runs.directory import load_run
+    from mod_star.runs.integrity import params_digest
+
+    todo = list(turns(study, options))
+    keep_compiled_programs()
+    loaded = load_run(options.run)
+    decoder = loaded.decoder.clone(config=dataclasses.replace(loaded.decoder.config, dtype=options.dtype))
+    generator = Generator(dataclasses.replace(loaded.model, decoder=decoder))
+    config = {**depends_on, "checkpoint_sha256": params_digest(checkpoints_of(options.run), loaded.step)}
+    total = sum(len(turn.items) for turn in todo)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+    with open_records(options.out, config) as records, bar:
+        line = bar.add_task("questions", total=total)
+        for turn in todo:
+            if any(turn.id_of(item) not in records.by_id for item in turn.items):
+                wording = study.wordings[turn.wording]
+                prompts = Prompts(
+                    loaded.tokenizer, wording.template, chat=wording.chat, step_by_step=wording.step_by_step
+                )
+                for record in answer(generator, prompts, turn, study.confidence):
+                    if record["id"] not in records.by_id:
+                        records.add(record)
+            name = f"{turn.part.task}, {turn.wording}"
+            bar.update(line, advance=len(turn.items), description=name)
+            if not console.is_terminal:
+                print(f"{time.strftime('%H:%M:%S')} {name}: {len(records.by_id)} of {total}", flush=True)
+
+
+def _described(part: Part, data: Path) -> dict[str, Any]:
+    described = dataclasses.asdict(part) | {"sha256": part.load(data).sha256}
+    if part.how is None:
+        del described["how"]
+    return described
+
+
+def answer(generator: Any, prompts: Prompts, turn: Turn, confidence: ConfidenceConfig | None) -> list[dict[str, Any]]:
+    """The records of some questions; ten branches and ten samples each. The same questions give the same samples."""
+    from mod_star.decoding import GenerationConfig
+    from mod_star.decoding.cot import Reading, read_branches
+    from mod_star.decoding.sampling import BRANCHING, Sampling
+    from mod_star.decoding.text import complete_many
+    from mod_star.evaluation.branch_records import branch_record
+
+    part, items = turn.part, turn.items
+    texts = [prompts.text(item) for item in items]
+    encoded = [prompts.encode(item) for item in items]
+    seed = random.Random(f"{part.task} {turn.wording} {turn.number}").getrandbits(31)
+    reading = Reading(confidence=confidence)
+    began = time.perf_counter()
+    rows: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for name, sampling in (("branches", BRANCHING), ("samples", Sampling(TEMPERATURE))):
+        rows[name] = {}
+        config = GenerationConfig(
+            part.new_tokens, sampling, STOP, branches=ROWS, seed=seed, rows=ROWS * len(items),
+            confidence=confidence is not None,
+        )  # fmt: skip
+        for index, completions in complete_many(generator, texts, config, encoded):
+            finder = items[index].finder
+            (result,) = read_branches(generator, completions, config, finder, [encoded[index]], reading)
+            rows[name][index] = [branch_record(branch) for branch in result.branches]
+    seconds = (time.perf_counter() - began) / len(items)
+    return [
+        {
+            "id": turn.id_of(item),
+            "task": part.task,
+            "prompt": turn.wording,
+            "gold": item.gold,
+            "question": item.question,
+            "branches": rows["branches"][index],
+            "samples": rows["samples"][index],
+            "seconds": round(seconds, 3),
+        }
+        for index, item in enumerate(items)
+    ]
