@@ -146,15 +146,31 @@ class RoutingConfig:
     """Falling capacities that training goes through before capacity, each for as many steps and as one program."""
     stage_fraction: Annotated[float, between(0, 1)] = 0.5
     """Share of the steps that all stages together take; the rest is trained at capacity."""
+    budgets: Annotated[tuple[float, ...], between(0, 1, "(]")] = ()
+    """Falling capacities of which every training step draws one: the model can be used at each. capacity is one."""
 
     def __post_init__(self) -> None:
         check_fields(self, "routing")
+        if self.budgets:
+            self._check_budgets()
         if self.stages:
             falling = all(a > b for a, b in itertools.pairwise((*self.stages, self.capacity)))
             allowed = f"must fall from at most 1 to above routing.capacity = {self.capacity}"
             require(falling, "routing.stages", self.stages, allowed)
             allowed = "must be None with routing.stages, which are shares"
             require(self.capacity_tokens is None, "routing.capacity_tokens", self.capacity_tokens, allowed)
+
+    def _check_budgets(self) -> None:
+        falling = all(a > b for a, b in itertools.pairwise(self.budgets))
+        allowed = f"must fall, and contain routing.capacity = {self.capacity}"
+        require(falling and self.capacity in self.budgets, "routing.budgets", self.budgets, allowed)
+        allowed = "must be empty with routing.budgets"
+        require(not self.stages, "routing.stages", self.stages, allowed)
+        allowed = "must be None with routing.budgets, which are shares"
+        require(self.capacity_tokens is None, "routing.capacity_tokens", self.capacity_tokens, allowed)
+        allowed = "must be predictor with routing.budgets: the router's own score does not depend on the budget"
+        one_rule = self.selection == "learned" and self.causal_rule == "router"
+        require(not one_rule, "routing.causal_rule", self.causal_rule, allowed)
 
 
 @dataclass(frozen=True)

@@ -46,18 +46,21 @@ class Model:
         return jax.random.key(0) if self.routing_key is None else self.routing_key
 
     @staticmethod
-    def load(path: str | Path, step: int | None = None, mesh: Mesh | None = None) -> Model:
+    def load(
+        path: str | Path, step: int | None = None, mesh: Mesh | None = None, capacity: float | None = None
+    ) -> Model:
         """Loads the model of a run.
 
         Args:
           path: directory of the run; it may be in a bucket (gs://).
           step: of the checkpoint; None: the newest.
           mesh: devices that the parameters are to lie on; None: a single one.
+          capacity: one of the run's `routing.budgets` to use the model at; None: its `routing.capacity`.
 
         Raises:
           InputError: as for `mod_star.load_run`, which also gives the run's configuration.
         """
         # By name: a run's directory gives a `Model`, so that module imports this one.
         directory = importlib.import_module("mod_star.runs.directory")
-        model: Model = directory.load_run(path, step, "step", mesh).model
+        model: Model = directory.load_run(path, step, "step", mesh, capacity).model
         return model

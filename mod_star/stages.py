@@ -1,16 +1,25 @@
-"""Capacity in stages: the capacities of a run, the steps of each, and their cost.
+"""Capacities of a run that has several: which steps are trained at each, and their cost.
 
 A dense model that is to become a Mixture-of-Depths model (`mod_star.pretrained.upcycle`) loses too much if its routed
 blocks are left with an eighth of the tokens at once. `routing.stages` lowers the capacity step by step. A capacity is
 a static shape, so each stage is a program of its own. Everything else goes on across stages: the optimizer's state, the
 learning-rate schedule, the data. A run without stages has one stage.
+
+With `routing.budgets` the capacities do not follow one another: every step draws its own, so that the model can be used
+at each of them afterwards, as MatFormer (arXiv 2310.07707) and Flextron (arXiv 2406.10260) train one model for many
+budgets. Of as many steps as there are budgets, each is drawn by one. What a step draws depends on `train.seed` and the
+step's number alone. A session compiles one program per capacity.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import numpy as np
+import numpy.typing as npt
+
+from mod_star import random_streams
 from mod_star.config import RunConfig
 from mod_star.errors import InputError, require
 from mod_star.flops import training_step_flops
@@ -24,9 +33,9 @@ class Stage:
     run: RunConfig
     """The run's configuration with the stage's capacity and no stages: what its steps compute."""
     first: int
-    """The first step, counted from 1."""
+    """The first step, counted from 1. With `routing.budgets`: the first of the run."""
     last: int
-    """The last step."""
+    """The last step. With `routing.budgets`: the last of the run."""
     step_flops: float
     """Floating-point operations of one step."""
 
@@ -39,9 +48,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """All stages of a run, in order, without gaps."""
+    """All stages of a run, in order, without gaps; or those that its steps draw from."""
 
     stages: tuple[Stage, ...]
+    drawn: npt.NDArray[np.int64] | None = field(default=None, compare=False)
+    """Of each step from the first on, the number of the stage that it draws; None: the stages follow one another."""
+    own: int = 0
+    """Number of the stage with the run's own capacity, where steps draw."""
 
     @property
     def is_staged(self) -> bool:
@@ -60,11 +73,23 @@ class StagePlan:
 
     def flops_until(self, step: int) -> float:
         """Floating-point operations of the steps up to this one."""
+        if self.drawn is not None:
+            counts = np.bincount(self.drawn[:step], minlength=len(self.stages))
+            return float(sum(count * s.step_flops for count, s in zip(counts, self.stages, strict=True)))
         return sum(max(0, min(step, s.last) - s.first + 1) * s.step_flops for s in self.stages)
 
     def at(self, step: int) -> Stage:
-        """The stage that a step belongs to; the first one for step 0, the state before any."""
+        """The stage that a step belongs to; for step 0, the state before any, that of the first step."""
+        if self.drawn is not None:
+            return self.stages[self.drawn[max(step, 1) - 1]]
         return next(stage for stage in self.stages if step <= stage.last)
+
+    def evaluated(self, step: int) -> tuple[Stage, ...]:
+        """The stages that an evaluation after a step is of: one; where steps draw all, the run's own capacity first."""
+        if self.drawn is None:
+            return (self.at(step),)
+        own = self.stages[self.own]
+        return (own, *(stage for stage in self.stages if stage is not own))
 
 
 def plan_stages(run: RunConfig) -> StagePlan:
@@ -76,6 +101,8 @@ def plan_stages(run: RunConfig) -> StagePlan:
     configs = stage_configs(run)
     flops = [training_step_flops(config) for config in configs]
     budget = run.train.flops
+    if is_drawn(run):
+        return _plan_draws(run, configs, flops)
     steps = run.train.steps if budget is None else _steps_within(budget, run, flops)
     require(steps >= 1, "train.flops", budget, f"must be at least one step's, {flops[0]:.3g}")
     ends = _last_steps(run, steps)
@@ -92,9 +119,56 @@ def plan_stages(run: RunConfig) -> StagePlan:
     return StagePlan(tuple(stages))
 
 
+def is_drawn(run: RunConfig) -> bool:
+    """Whether every step draws its capacity."""
+    return bool(run.routing.budgets and run.routing.every)
+
+
+def _plan_draws(run: RunConfig, configs: list[RunConfig], flops: list[float]) -> StagePlan:
+    """The plan of a run whose steps draw. A budget of operations is that of the steps as they are drawn."""
+    budget, costs = run.train.flops, np.asarray(flops)
+    most = run.train.steps if budget is None else int(budget // min(flops))
+    # Every budget once in as many steps as there are budgets, in random order. By random(), whose numbers are the same
+    # however many are asked for.
+    count = len(configs)
+    uniform = np.random.default_rng([run.train.seed, random_streams.BUDGETS]).random((-(-most // count), count))
+    drawn = np.argsort(uniform, axis=1, kind="stable").ravel()[:most]
+    steps = most if budget is None else int(np.searchsorted(np.cumsum(costs[drawn]), budget, "right"))
+    require(steps >= 1, "train.flops", budget, f"must be at least the first step's, {costs[drawn[:1]].sum():.3g}")
+    stages = [Stage(config, 1, steps, cost) for config, cost in zip(configs, flops, strict=True)]
+    return StagePlan(tuple(stages), drawn[:steps], run.routing.budgets.index(run.routing.capacity))
+
+
+def trained_capacities(run: RunConfig) -> tuple[float, ...]:
+    """Capacities that the run's model can be used at: its budgets, or the one that it is trained for."""
+    return run.routing.budgets or (run.routing.capacity,)
+
+
+def at_capacity(run: RunConfig, capacity: float, option: str) -> RunConfig:
+    """The configuration of a run's model, used at another of its budgets.
+
+    Args:
+      run: its own.
+      capacity: to use it at.
+      option: what the user calls it, for error messages.
+
+    Raises:
+      InputError: the model is dense, its capacity is a count, or it was not trained for this capacity.
+    """
+    routing = run.routing
+    require(routing.every > 0, option, capacity, "must be left out: the model is dense")
+    require(routing.capacity_tokens is None, option, capacity, "must be left out: routing.capacity_tokens is set")
+    listed = ", ".join(f"{each:g}" for each in trained_capacities(run))
+    allowed = f"must be one that the model was trained for (routing.budgets): {listed}"
+    require(capacity in trained_capacities(run), option, capacity, allowed)
+    return replace(run, routing=replace(routing, capacity=capacity))
+
+
 def stage_configs(run: RunConfig) -> list[RunConfig]:
     """The configuration of each stage, see `Stage.run`; without stages the run's own."""
     routing = run.routing
+    if is_drawn(run):
+        return [replace(run, routing=replace(routing, capacity=capacity)) for capacity in routing.budgets]
     if not (routing.stages and routing.every):
         return [run]
     capacities = (*routing.stages, routing.capacity)
@@ -104,8 +178,11 @@ def stage_configs(run: RunConfig) -> list[RunConfig]:
 def config_at(run: RunConfig, step: int) -> RunConfig:
     """What the parameters after `step` steps were trained as: the configuration of the stage of that step.
 
-    At step 0 nothing has been trained, and the first stage is what training begins with.
+    At step 0 nothing has been trained, and the first stage is what training begins with. Where steps draw their
+    capacity, it is the run's own.
     """
+    if is_drawn(run):
+        return run
     return stage_configs(run)[0] if step == 0 else plan_stages(run).at(step).run
 
 

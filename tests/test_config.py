@@ -75,6 +75,7 @@ INVALID: dict[str, list[Any]] = {
     "routing.headroom": [0.9, float("nan"), float("inf")],
     "routing.stages": [(1.5,), (0.5, 0.5), (0.1,), (0.125,), (0.5, 0.8), (1.0, float("nan")), [0.5], 0.5],
     "routing.stage_fraction": [0.0, 1.0, float("nan")],
+    "routing.budgets": [(1.5,), (0.5, 0.5), (0.25, 0.125, 0.5), (0.25,), [0.125], 0.125],
     "optimizer.learning_rate": [0.0, -1.0, float("nan"), float("inf")],
     "optimizer.schedule": ["linear"],
     "optimizer.warmup_steps": [-1, 0.5],

@@ -170,6 +170,7 @@ ALIVE: dict[str, tuple[Any, Observed, dict[str, Any]]] = {
     "routing.headroom": (2.0, causal_program, {}),
     "routing.stages": ((1.0, 0.5), plan_stages, {}),
     "routing.stage_fraction": (0.25, plan_stages, {"routing": {"stages": (1.0,)}}),
+    "routing.budgets": ((1.0, 0.25), plan_stages, {}),
     "optimizer.learning_rate": (0.1, updates, {}),
     "optimizer.schedule": ("wsd", updates, {}),
     "optimizer.warmup_steps": (4, updates, {}),

@@ -154,6 +154,8 @@ class EvaluateOptions:
     """Questions at a time, a multiple of mesh.data x mesh.fsdp. Changes speed and memory, not what is asked."""
     step: int | None = None
     """Step of the checkpoint to load. The newest if not given."""
+    capacity: float | None = None
+    """One of the model's routing.budgets to use it at. Its routing.capacity if not given."""
     headroom: float | None = None
     """Slots of a routed block, as a multiple of its capacity, if not as in training (routing.headroom)."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
@@ -212,7 +214,7 @@ def _run(options: EvaluateOptions) -> None:
     out = options.out or options.run / "evaluations" / f"{task.name}-{options.decoding or options.protocol}"
     mesh = make_small_mesh(options.mesh)
     require_shareable("--batch-size", options.batch_size, mesh)
-    loaded = load_run(options.run, options.step, mesh=mesh)
+    loaded = load_run(options.run, options.step, mesh=mesh, capacity=options.capacity)
     prompts = Prompts(
         loaded.tokenizer, options.prompt_template, options.chat, options.step_by_step, examples, preamble
     )  # fmt: skip

@@ -37,6 +37,8 @@ class RoutesOptions:
     """Where to draw the picture. RUN/routes.png if not given."""
     step: int | None = None
     """Step of the checkpoint to load. The newest if not given."""
+    capacity: float | None = None
+    """One of the model's routing.budgets to use it at. Its routing.capacity if not given."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -61,7 +63,7 @@ def _run(options: RoutesOptions) -> None:
     from mod_star.views.terminal import routes_text
 
     text = read_text(str(options.text_file)) if options.text is None else options.text
-    loaded = load_run(options.run, options.step)
+    loaded = load_run(options.run, options.step, capacity=options.capacity)
     require_writable("--png", png)
     keep_compiled_programs()
     routes = routes_of(loaded, text, options.mode)

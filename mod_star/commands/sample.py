@@ -121,6 +121,8 @@ class SampleOptions:
     """A string to end at, left out of the text; several times for several."""
     step: int | None = None
     """Step of the checkpoint to load. The newest if not given."""
+    capacity: float | None = None
+    """One of the model's routing.budgets to use it at. Its routing.capacity if not given."""
     headroom: float | None = None
     """Slots of a routed block, as a multiple of its capacity, if not as in training (routing.headroom)."""
     think: Literal["never", "always", "auto"] = "never"
@@ -157,7 +159,7 @@ def _run(options: SampleOptions) -> None:
     prompts = options.prompt or ("",) if options.prompt_file is None else _read_prompts(options.prompt_file)
     keep_compiled_programs()
     mesh = make_small_mesh(options.mesh)
-    loaded = load_run(options.run, options.step, mesh=mesh)
+    loaded = load_run(options.run, options.step, mesh=mesh, capacity=options.capacity)
     think = chosen_think(loaded, options)
     _sample(loaded, prompts, decoding, think, options, answering)
 

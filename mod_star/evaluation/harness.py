@@ -108,6 +108,7 @@ class HarnessModel:
         mesh_fsdp: int = 1,
         mesh_tensor: int = 1,
         batch_size: int | str = 8,
+        capacity: float | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
     ) -> None:
@@ -121,7 +122,7 @@ class HarnessModel:
         require_shareable("batch_size", int(size), mesh)
         require(isinstance(seed, int) and 0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
         self._batch_size, self._seed, self._overlap, self._max_gen_toks = int(size), seed, overlap, max_gen_toks
-        loaded = load_run(run, step, "step", mesh)
+        loaded = load_run(run, step, "step", mesh, capacity)
         self._model = loaded.model
         self.tokenizer = self._model.tokenizer
         self._think = chosen_think(loaded, Path(run), think, think_temperature, "think", _log.warning)

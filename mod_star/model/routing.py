@@ -175,22 +175,38 @@ GATES = {
 
 
 def predictor_init(key: jax.Array, config: ModelConfig, routing: RoutingConfig) -> Params:
-    """Parameters of `predict`: a hidden layer and an output of zeros, so that training starts at probability 1/2."""
+    """Parameters of `predict`: a hidden layer and an output of zeros, so that training starts at probability 1/2.
+
+    With `routing.budgets` there is one output for each: output PxB and shift B, else P and a scalar.
+    """
     D, P = config.width, routing.predictor_width
-    hidden = fan_in_normal(key, (D, P), D)
-    zeros_P = jnp.zeros(P, jnp.float32)
-    return {"hidden": hidden, "bias": zeros_P, "output": zeros_P, "shift": jnp.zeros((), jnp.float32)}
+    outputs = (len(routing.budgets),) if routing.budgets else ()
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+    return {
+        "hidden": fan_in_normal(key, (D, P), D),
+        "bias": zeros(P),
+        "output": zeros((P, *outputs)),
+        "shift": zeros(outputs),
+    }
 
 
-def predict(params: Params, x_SxD: jax.Array) -> jax.Array:
+def predict(params: Params, x_SxD: jax.Array, budget: int | None = None) -> jax.Array:
     """The auxiliary predictor: float32 logit of "this token will be among the top C", from the token alone.
 
     Its input is detached and brought to unit RMS: training it costs the language model nothing.
+
+    Args:
+      params: from `predictor_init`.
+      x_SxD: the stream before the block.
+      budget: number of the output, in a model that has one for each of `routing.budgets`.
     """
+    output_P, shift = params["output"], params["shift"]
+    if budget is not None:
+        output_P, shift = output_P[:, budget], shift[budget]
     x = jax.lax.stop_gradient(x_SxD).astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
     hidden = jax.nn.relu(linear(x, params["hidden"], precision="highest") + params["bias"])
-    return jnp.matmul(hidden, params["output"], precision=HIGHEST) + params["shift"]
+    return jnp.matmul(hidden, output_P, precision=HIGHEST) + shift
 
 
 def noise_threshold(routing: RoutingConfig, tokens: int) -> jax.Array:
@@ -243,9 +259,9 @@ def stochastic_choice(scores_S: jax.Array, valid_S: jax.Array, routing: RoutingC
 def predictor_rule(
     params: Params, x_SxD: jax.Array, scores_S: jax.Array, noise: Noise, routing: RoutingConfig, context: int
 ) -> jax.Array:
-    """Causal rule: the auxiliary predictor's logit (section 3.5)."""
-    del scores_S, noise, routing, context
-    return predict(params, x_SxD)
+    """Causal rule: the auxiliary predictor's logit (section 3.5), of the budget that `routing.capacity` is."""
+    del scores_S, noise, context
+    return predict(params, x_SxD, routing.budgets.index(routing.capacity) if routing.budgets else None)
 
 
 def predictor_flops(model: ModelConfig, tokens: int, routing: RoutingConfig) -> float:

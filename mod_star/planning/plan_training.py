@@ -88,7 +88,7 @@ def _runnable(run: RunConfig, topology: Topology) -> tuple[RunConfig, int]:
         f"is for GPUs, and --topology is {topology.name}",
     )
     stages = plan_stages(run)
-    return stages.stages[-1].run, stages.steps
+    return stages.evaluated(stages.steps)[0].run, stages.steps
 
 
 class _Timer:

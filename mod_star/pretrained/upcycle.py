@@ -99,7 +99,7 @@ def upcycled_params(params: dict[str, Any], run: RunConfig) -> dict[str, Any]:
     predictor = jax.vmap(lambda key: predictor_init(key, model, routing))(keys)
     groups["routed"] |= {
         "router": {"weight": jnp.zeros((G, model.width), jnp.float32)},
-        "predictor": predictor | {"shift": jnp.full(G, PREDICTOR_SHIFT, jnp.float32)},
+        "predictor": predictor | {"shift": jnp.full_like(predictor["shift"], PREDICTOR_SHIFT)},
     }
     return params | {"groups": groups}
 

@@ -64,7 +64,7 @@ from mod_star.runs.stored_config import (
     write_data,
     write_json,
 )
-from mod_star.stages import config_at
+from mod_star.stages import at_capacity, config_at
 from mod_star.storage import is_address
 from mod_star.tokenization import Tokenizer, load_saved_tokenizer, load_tokenizer, save_tokenizer
 
@@ -118,19 +118,30 @@ class LoadedRun:
 
 
 def load_run(
-    directory: str | Path, step: int | None = None, option: str | None = "--step", mesh: Mesh | None = None
+    directory: str | Path,
+    step: int | None = None,
+    option: str | None = "--step",
+    mesh: Mesh | None = None,
+    capacity: float | None = None,
 ) -> LoadedRun:
-    """Loads a run's model from its newest checkpoint, or from that of `step`; the run may be in a bucket (gs://).
+    """Loads a run's model from a checkpoint.
 
-    `option` is what the command calls `step`, for the error message; None: it has no such option. With a mesh, its
-    parameters lie there as they do in training.
+    Args:
+      directory: of the run; it may be in a bucket (gs://).
+      step: of the checkpoint; None: the newest.
+      option: what the command calls `step`, for the error message; None: it has no such option.
+      mesh: where the parameters lie, as they do in training; None: on one device.
+      capacity: one of the run's `routing.budgets` to use the model at; None: its `routing.capacity`.
 
     Raises:
-      InputError: the directory isn't a run, has no checkpoint, or the checkpoint's parameters are damaged (an older one
-        is named). The rest of it, the optimizer's state, is not looked at.
+      InputError: the directory isn't a run, has no checkpoint, the checkpoint's parameters are damaged (an older one
+        is named), or the model was not trained for the capacity. The rest of the checkpoint, the optimizer's state, is
+        not looked at.
     """
     path = working_copy(directory)
     run = read_config(path)
+    if capacity is not None:
+        run = at_capacity(run, capacity, "--capacity")
     all_devices()  # or it is told why not, rather than by whatever asks for one first
     if mesh is not None:
         require_model_fits(run.model, mesh)

@@ -51,6 +51,15 @@ class _Unread:
     metrics: Metrics
 
 
+@dataclass(frozen=True)
+class _Programs:
+    """What computes the steps of a stage."""
+
+    step: StepFn
+    evaluate: EvalFn
+    summarise: Callable[[dict[str, Any]], dict[str, Any]]
+
+
 class TrainingLoop:
     """Steps from where a session begins to the run's last step.
 
@@ -79,11 +88,8 @@ class TrainingLoop:
         self.start = saver.last_saved or 0
         self.streak = 0  # of steps that were not finite, up to the last one that was read
         self.compile_seconds = 0.0
-        self.stage: Stage | None = None  # that `step_fn` and `eval_fn` are compiled for
         self.shapes: TrainState
-        self.step_fn: StepFn
-        self.eval_fn: EvalFn
-        self.summarise: Callable[[dict[str, Any]], dict[str, Any]]
+        self.programs: dict[Stage, _Programs] = {}  # of the present stage, or of all that steps draw from
 
     def run_steps(self, state: TrainState, shapes: TrainState) -> TrainState:
         """Trains what is left to train, evaluates and saves.
@@ -105,22 +111,24 @@ class TrainingLoop:
         unread: _Unread | None = None
         self.recorder.start_clock()
         owed = bool(self.start) and self._evaluation_due(self.start) and not self.recorder.evaluated(self.start)
-        self._compile(plan.at(self.start if owed else min(self.start + 1, total)))
+        for stage in plan.evaluated(self.start if owed else min(self.start + 1, total)):
+            self._compile(stage)
         if owed:
             self._evaluate(state, self.start)  # the interruption came between the step and its evaluation
         for step in range(self.start + 1, total + 1):
             if self.stop() is not None:
                 self._record(unread)
                 self._leave(state)
-            if plan.at(step) is not self.stage:
+            if plan.at(step) not in self.programs:
                 self._record(unread)
                 unread = None
+                self.programs.clear()
                 self._compile(plan.at(step))
             if step == self.profile.start:
                 jax.profiler.start_trace(self.path / PROFILE_DIRECTORY)
             # Only batches go in (by the thread that makes them), only metrics come out: both are asked for by name.
             with jax.transfer_guard("disallow"):
-                state, metrics = self.step_fn(state, next(self.batches), *self.stop.ask())
+                state, metrics = self.programs[plan.at(step)].step(state, next(self.batches), *self.stop.ask())
                 self._record(unread)
             unread = _Unread(step, metrics)
             if step == min(self.profile.stop - 1, total) and self.start < self.profile.start <= step:
@@ -149,16 +157,17 @@ class TrainingLoop:
             lowered = lower_train_step(
                 decoder, stage.run, steps, self.shapes, mesh, stop_shapes=self.stop.shapes, objective=objective
             )
-            self.step_fn = lowered.compile()
+            step_fn = lowered.compile()
             lowered = lower_eval_step(decoder, stage.run, self.shapes.params, mesh, objective=objective)
-            self.eval_fn = lowered.compile()
-            self.summarise = objective.objective.summarise
-            self.recorder.begin_stage(stage, objective.examples())
-            self.stage = stage
+            if not self.programs:
+                self.recorder.begin_stage(stage, objective.examples())
+            self.programs[stage] = _Programs(step_fn, lowered.compile(), objective.objective.summarise)
             seconds = time.perf_counter() - began
         self.compile_seconds += seconds
         what = ""
-        if self.inputs.plan.is_staged:
+        if self.inputs.plan.drawn is not None:
+            what = f"capacity {stage.capacity:.4g}: "
+        elif self.inputs.plan.is_staged:
             what = f"steps {stage.first} to {stage.last} at capacity {stage.capacity:.4g}: "
         self.recorder.say(f"{what}compiled in {seconds:.1f} s")
 
@@ -178,19 +187,28 @@ class TrainingLoop:
             )
 
     def _evaluate(self, state: TrainState, step: int) -> None:
-        """Evaluates on the held-out batches and records it; a signal in the middle leaves it to the next session."""
+        """Evaluates on the held-out batches and records it; a signal in the middle leaves it to the next session.
+
+        Where steps draw their capacity, at each of them: what is measured at others than the run's own is called so.
+        """
+        measured: dict[str, Any] = {}
+        stages = self.inputs.plan.evaluated(step)
         # The same key every time, and apart from training's.
         eval_key = jax.random.fold_in(jax.random.key(self.run.train.seed), random_streams.EVALUATION)
+        examples_key = jax.random.fold_in(eval_key, random_streams.EXAMPLES)
         with self.recorder.pause("evaluating"):
-            sums: list[Any] = []
-            for number, batch in enumerate(self.inputs.held_out):
-                if self.stop() is not None:
-                    return
-                key = jax.random.fold_in(eval_key, number)
-                sums.append(jax.device_get(self.eval_fn(state.params, self._put(batch), key)))
-            added = jax.tree.map(lambda *values: np.sum(np.asarray(values, np.float64), axis=0), *sums)
-            examples_key = jax.random.fold_in(eval_key, random_streams.EXAMPLES)
-            self.recorder.evaluation(step, self.summarise(added), state.params, examples_key)
+            for stage in stages:
+                programs = self.programs[stage]
+                sums: list[Any] = []
+                for number, batch in enumerate(self.inputs.held_out):
+                    if self.stop() is not None:
+                        return
+                    key = jax.random.fold_in(eval_key, number)
+                    sums.append(jax.device_get(programs.evaluate(state.params, self._put(batch), key)))
+                added = jax.tree.map(lambda *values: np.sum(np.asarray(values, np.float64), axis=0), *sums)
+                ending = "" if stage is stages[0] else f"_at_{stage.run.routing.capacity:g}"
+                measured |= {f"{name}{ending}": value for name, value in programs.summarise(added).items()}
+            self.recorder.evaluation(step, measured, state.params, examples_key)
 
     def _put(self, batch: Batch) -> Any:
         """A whole batch, which every process has, on the devices."""

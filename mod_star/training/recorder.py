@@ -41,7 +41,6 @@ class Recorder:
         self._inputs, self._run, self._path, self._resume_step = inputs, inputs.run, path, resume_step
         self._earlier_seconds = earlier_seconds
         self._began = self._paused = 0.0
-        self._stage: Stage | None = None
         self._metrics: MetricsWriter | None = None
         self._thoughts: ThoughtsLog | None = None
         tokens = self._run.train.batch_size * self._run.model.context
@@ -93,7 +92,6 @@ class Recorder:
           stage: they are of.
           examples: (params, batch, key) -> `quiet_star.Examples`; None: its objective has none.
         """
-        self._stage = stage
         if self._thoughts is not None:
             self._thoughts.compute_with(examples, stage.run.thinking.n_true)
 
@@ -117,7 +115,7 @@ class Recorder:
             if (rate := self._progress.tokens_per_second) is not None:
                 values["tokens_per_second"] = rate
             values["train_flops"] = self._inputs.plan.flops_until(step)
-            self._write(step, values)
+            self._write(step, values, self._inputs.plan.at(step).capacity)
         return stop, streak
 
     def evaluation(self, step: int, measured: dict[str, Any], params: dict[str, Any], key: jax.Array) -> None:
@@ -132,7 +130,7 @@ class Recorder:
         Raises:
           OSError: it can't be written.
         """
-        self._write(step, measured)
+        self._write(step, measured, self._inputs.plan.evaluated(step)[0].capacity)
         if self._thoughts is not None:
             self._thoughts.write(step, params, self._inputs.held_out[0], key)
 
@@ -145,11 +143,10 @@ class Recorder:
         evaluation: dict[str, Any] = decide_first(lambda: self._last_evaluation(step) or {})
         return evaluation
 
-    def _write(self, step: int, values: dict[str, Any]) -> None:
+    def _write(self, step: int, values: dict[str, Any], capacity: float | None) -> None:
         if self._metrics is not None:
-            # The capacity in force, for the records of a run that changes it.
-            capacity = {"capacity": self._stage.capacity} if self._stage and self._inputs.plan.is_staged else {}
-            self._metrics.write(step, values | capacity)
+            in_force = {"capacity": capacity} if self._inputs.plan.is_staged else {}
+            self._metrics.write(step, values | in_force)
 
     def _last_evaluation(self, step: int) -> dict[str, Any] | None:
         for record in reversed(read_metrics(self._path)):
