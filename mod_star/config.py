@@ -278,8 +278,10 @@ class ThinkingConfig:
     """Tokens of the text that are predicted after a thought; its reward is summed over them."""
     n_thoughts: Annotated[int, at_least(1)] = 2
     """Thoughts that are sampled at each thinking position and compared with one another."""
-    kind: Literal["sampled", "pause"] = "sampled"
-    """pause: <start> repeated in place of a sampled thought, a control that computes as much and says nothing."""
+    kind: Literal["sampled", "pause", "latent", "expected"] = "sampled"
+    """What a thought reads at its next step. sampled: the token it has drawn (the paper). pause: <start> again, a
+    control that computes as much and says nothing. latent: its last hidden state; expected: the mean embedding of the
+    tokens that it predicts. The last two are learned by the gradient alone; they need policy_weight 0, n_thoughts 1."""
     think_fraction: Annotated[float, between(0, 1, "(]")] = 1.0
     """Share of a sequence's positions, padding left out, that think while training; 1 is the paper."""
     think_where: Literal["random", "entropy"] = "random"
@@ -318,10 +320,10 @@ class ThinkingConfig:
             "must be at least 2: a single thought equals its baseline, its reward is always zero (or set "
             "thinking.policy_weight to 0)",
         )
-        if self.kind == "pause":
+        if self.kind != "sampled":  # there is nothing to reinforce, and the thoughts of a place are all the same
             for name, allowed in (("policy_weight", 0), ("n_thoughts", 1)):
-                value = getattr(self, name)
-                require(value == allowed, f"thinking.{name}", value, f"must be {allowed} with thinking.kind = 'pause'")
+                value, rule = getattr(self, name), f"must be {allowed} with thinking.kind = {self.kind!r}"
+                require(value == allowed, f"thinking.{name}", value, rule)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,14 @@ import jax.numpy as jnp
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig
 from mod_star.function_flops import function_flops
 from mod_star.model.attention import KeyValues
-from mod_star.model.parts import DEFAULT_PARTS, Part, Parts
+from mod_star.model.parts import DEFAULT_PARTS, LatentInput, Part, Parts
 from mod_star.model.routing import capacity_of, causal_slots, routed_share
-from mod_star.model.transformer import block_names, group_count
+from mod_star.model.transformer import Decoder, block_names, group_count
 from mod_star.parts import load_parts
 from mod_star.thinking.objective import place_count
+from mod_star.thinking.parameters import thinking_init
 from mod_star.thinking.sample import thought_slots
+from mod_star.thinking.thought import expected_embedding, last_hidden, latent_input
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ def sampling_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) ->
     not counted: it is part of `scoring_flops`.
     """
     model, routing, thinking = run.model, run.routing, run.thinking
+    if latent_input(parts, thinking) is not None:  # whose steps run while they are scored
+        return Flops()
     count = place_count(thinking, tokens) * thinking.n_thoughts * thinking.thought_length
     share = routed_share(routing, model.context)
     own = thinking.thought_length + 1
@@ -112,17 +116,25 @@ def scoring_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> 
     thoughts = place_count(thinking, tokens) * thinking.n_thoughts
     N = t + 1 + n_true
     slots, text_slots = thought_slots(routing, thinking), _text_slots(run, tokens)
-    blocks = _groups_flops(model, routing, parts, thoughts * N, tokens + N, thoughts * slots, text_slots + slots)
-    predictions = n_true + (t if thinking.policy_weight > 0 else 0)
-    forward = blocks + Flops(
-        head=2.0 * thoughts * predictions * D * V, mixing=_mixing_flops(model, parts, thoughts * n_true)
-    )
+    latent = latent_input(parts, thinking)
+    predictions = n_true + (t if thinking.policy_weight > 0 and latent is None else 0)
+    forward = Flops(head=2.0 * thoughts * predictions * D * V, mixing=_mixing_flops(model, parts, thoughts * n_true))
+    steps = Flops()
+    if latent is None:
+        forward += _groups_flops(model, routing, parts, thoughts * N, tokens + N, thoughts * slots, text_slots + slots)
+    else:  # the last input, <end> and what follows are one pass after the steps
+        routed, rest = min(slots, n_true + 1), n_true + 1
+        forward += _groups_flops(
+            model, routing, parts, thoughts * rest, tokens + N, thoughts * routed, text_slots + t + routed
+        )
+        steps = _latent_flops(model, routing, parts, latent, (thoughts * t, tokens + t + 1, text_slots + t + 1))
+        forward += steps
     forward += _groups_flops(model, routing, parts, tokens, tokens, text_slots, text_slots)
     forward += Flops(head=2.0 * tokens * D * V)
     step = _forward_and_backward(forward, parts)
     if model.dtype != "float32":  # two products' logits are mixed, see `mod_star.thinking.mixing`
         step += Flops(head=2.0 * thoughts * n_true * D * V)
-    return step + _recomputed(model, routing, parts, forward)
+    return step + steps + _recomputed(model, routing, parts, forward)  # a backward pass computes the steps again
 
 
 def training_step_flops(run: RunConfig, parts: Parts | None = None) -> float:
@@ -180,6 +192,32 @@ def _groups_flops(
         else:
             group += _block_flops(model, parts, 1, keys) * tokens
     return group * group_count(model, routing)
+
+
+def _latent_flops(
+    model: ModelConfig, routing: RoutingConfig, parts: Parts, latent: LatentInput, counts: tuple[int, int, int]
+) -> Flops:
+    """Steps of latent thoughts, forward. `counts`: steps, keys that each attends to, and those of routed blocks.
+
+    Routed blocks compute every step. What a thought reads next is counted as `head`.
+    """
+    steps, keys, routed_keys = counts
+    D, V = model.width, model.vocab_size
+    if latent.feed_back is last_hidden:
+        each = 0.0
+    elif latent.feed_back is expected_embedding:
+        each = 2.0 * 2 * D * V
+    else:
+        params = jax.eval_shape(lambda: _latent_params(model, routing, parts))
+        each = function_flops("thought.feed_back", latent.feed_back, params, jax.ShapeDtypeStruct((D,), model.dtype))
+    return _groups_flops(model, routing, parts, steps, keys, steps, routed_keys) + Flops(head=steps * each)
+
+
+def _latent_params(model: ModelConfig, routing: RoutingConfig, parts: Parts) -> dict[str, Any]:
+    """Parameters that a user's `feed_back` may read."""
+    key = jax.random.key(0)
+    params = dict(Decoder(model, routing, parts).init(key, jnp.zeros(2, jnp.int32))["params"])
+    return params | {"thinking": thinking_init(key, model, params["embedding"], [0], [0], parts)}
 
 
 def _block_flops(model: ModelConfig, parts: Parts, tokens: int, keys: int | None = None) -> Flops:

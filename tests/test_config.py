@@ -268,3 +268,5 @@ def test_what_thinking_cannot_do_is_refused() -> None:
     ThinkingConfig(n_thoughts=1, policy_weight=0)
     with pytest.raises(InputError, match=r"^thinking\.policy_weight = 1.0: must be 0 with thinking\.kind = 'pause'"):
         ThinkingConfig(kind="pause")
+    with pytest.raises(InputError, match=r"^thinking\.n_thoughts = 2: must be 1 with thinking\.kind = 'latent'"):
+        ThinkingConfig(kind="latent", policy_weight=0)

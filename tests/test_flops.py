@@ -309,6 +309,8 @@ def test_sampling_and_scoring_agree_with_the_compiled_program_within_10_percent(
     assert sampling_flops(run, S).total == pytest.approx(compiled_thinking(run, sampling=True), rel=0.1)
     run = thinking_run(DENSE, thought_length=4)
     assert scoring_flops(run, S).total == pytest.approx(compiled_thinking(run, sampling=False), rel=0.1)
+    run = thinking_run(DENSE, thought_length=1, kind="expected", n_thoughts=1, policy_weight=0.0)
+    assert scoring_flops(run, S).total == pytest.approx(compiled_thinking(run, sampling=False), rel=0.02)
 
 
 def test_a_step_that_thinks_is_sampling_and_scoring_and_grows_with_them() -> None:

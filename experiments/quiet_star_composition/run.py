@@ -75,6 +75,7 @@ ARMS: dict[str, Arm] = {
     "as in the paper": Arm(replace(QUIET_STAR, baseline="mean", drop_negative=True)),
     "no reinforce": Arm(replace(QUIET_STAR, policy_weight=0.0)),
     "pause": Arm(replace(QUIET_STAR, kind="pause", policy_weight=0.0, n_thoughts=1)),
+    "latent": Arm(replace(QUIET_STAR, kind="latent", policy_weight=0.0, n_thoughts=1)),
     "0.5 by entropy": Arm(replace(QUIET_STAR, think_fraction=0.5, think_where="entropy")),
     "0.5 at random": Arm(replace(QUIET_STAR, think_fraction=0.5)),
     "0.25 by entropy": Arm(replace(QUIET_STAR, think_fraction=0.25, think_where="entropy")),

@@ -88,6 +88,20 @@ class ThoughtInput:
 
 
 @dataclass(frozen=True)
+class LatentInput:
+    """What a latent thought reads at its next step: a function of the last step that the gradient goes back through.
+
+    A latent thought draws no tokens, so REINFORCE has nothing to reinforce, and all thoughts of a place are the same.
+    """
+
+    feed_back: Callable[..., jax.Array]
+    """(params, hidden_D) -> float32 D: the next input, from the hidden state (after the final norm) of the last step.
+    It is differentiated with respect to both."""
+    init: Callable[..., Any] | None = None
+    """As for `ThoughtInput`."""
+
+
+@dataclass(frozen=True)
 class Parts:
     """What the network is assembled from. Replace any with `dataclasses.replace` or in the constructor."""
 
@@ -120,7 +134,7 @@ class Parts:
     """(log_likelihoods_BxJxMxN, `Thought` of [B, J, M, T]) -> advantages, float32 BxJxM: reward less baseline of M
     thoughts at each of J places, each place on its own. The log-likelihoods, in nats, are those of N tokens after the
     thought; 0 for those that don't count. None: what `thinking.baseline` names."""
-    thought: ThoughtInput | None = None
+    thought: ThoughtInput | LatentInput | None = None
     """What a thought reads at its next step. None: what `thinking.kind` names."""
     mixing: Part | None = None
     """apply(params, base_NxD, thought_NxD) -> float32 weights N of the thought's prediction, row by row, from the

@@ -64,6 +64,9 @@ class RoutingCall:
     """int32 slots that earlier tokens have taken: an array [groups] or a tuple; of one block a scalar. None: none."""
     decided: jax.Array | None = None
     """int8 [groups, N], of one block [N]: decisions to repeat. 1: computed, 0: passed by, -1: the rule decides."""
+    with_gradient: bool = struct.field(pytree_node=False, default=False)
+    """True: a routed block computes a single token that has a memory even where the token passes by, with the same
+    result. Rows that are skipped (`mod_star.model.rows`) have no gradient under `vmap`."""
 
 
 @struct.dataclass
@@ -362,7 +365,7 @@ def routed_block(
     positions_C = dispatch_ids(tokens.positions_N, selection)
     selected = Tokens(x_CxD, positions_C, dispatch_ids(tokens.segment_ids_N, selection))
     arrays = (params, selected, scores_C, selection.filled_C, memory)
-    if memory and S == 1:
+    if memory and S == 1 and not call.with_gradient:
         share = routed_share(routing, config.context)
         gated_CxD, gates_C, own = compute_if(selection.filled_C[0], rows, arrays, share)
     else:

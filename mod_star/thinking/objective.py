@@ -34,7 +34,7 @@ from mod_star.thinking.rewards import advantages_of
 from mod_star.thinking.sample import Place, ThinkingDecoder, sample_thought
 from mod_star.thinking.scan_sum import scan_sum
 from mod_star.thinking.score import score_thought
-from mod_star.thinking.thought import Thought
+from mod_star.thinking.thought import Thought, latent_input, latent_thought
 from mod_star.thinking.where import position_scores
 
 Batch = dict[str, jax.Array]
@@ -124,7 +124,13 @@ def sample_thoughts(
     """Samples M thoughts at every place, all in parallel; no gradients. Leaves of the result are [B, J, M, ...].
 
     What is drawn at a position depends on the key, the sequence's row, the position and the thought's number alone.
+    Of latent thoughts there is nothing to draw; `talk_loss` runs their steps.
     """
+    thinking = thinker.thinking
+    if latent_input(thinker.decoder.parts, thinking) is not None:
+        shape = (*places.indices_BxJ.shape, thinking.n_thoughts)
+        nothing = latent_thought(thinking.thought_length)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *leaf.shape)), nothing)
     params, text_output = jax.lax.stop_gradient((params, text_output))
 
     def sequence(
@@ -137,7 +143,7 @@ def sample_thoughts(
 
         # One vmap over both, not one inside the other: what only the outer one batches would keep a routed block's rows
         # of different positions out of the same chunk (`mod_star.model.rows`), and few would be skipped.
-        M = thinker.thinking.n_thoughts
+        M = thinking.n_thoughts
         rows = jax.vmap(one)(jnp.repeat(indices_J, M), jnp.tile(jnp.arange(M, dtype=jnp.int32), indices_J.shape[0]))
         return jax.tree.map(lambda leaf: leaf.reshape(-1, M, *leaf.shape[1:]), rows)
 
@@ -232,7 +238,7 @@ def _talk_loss_of_chunk(
     advantage = advantages_of(parts, thinking, -(nll_BxJxMxN * weights), thoughts)
     advantage = jnp.where(places.filled_BxJ[..., None], advantage, 0.0)  # whatever a reward makes of no thought
     log_probs = jnp.zeros((B, J, M), jnp.float32)
-    if thinking.policy_weight > 0:
+    if thinking.policy_weight > 0 and latent_input(parts, thinking) is None:
         used = jnp.maximum(advantage, 0.0) if thinking.drop_negative else advantage
         drawn = thoughts.tokens_T >= 0  # a pause has no log-probability
         used = jnp.where(drawn, used[..., None] * (thinking.policy_weight / total), 0.0)

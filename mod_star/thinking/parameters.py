@@ -1,7 +1,7 @@
 """What a model needs beyond a plain decoder's parameters to think: <start>, <end> and the mixing head.
 
 They are an entry of their own beside the decoder's, params["thinking"] = {"start": D, "end": D, "mixing": {...}}, and
-"thought" where a user's `ThoughtInput` has parameters.
+"thought" where a user's `ThoughtInput` or `LatentInput` has parameters.
 <start> and <end> are embeddings, not ids: they cannot be sampled, neither as text nor as thought.
 """
 

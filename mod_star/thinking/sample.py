@@ -17,9 +17,19 @@ from mod_star.config import RoutingConfig, ThinkingConfig, require_thinkable
 from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.model.attention import KeyValues
-from mod_star.model.routing import RoutingCall, Tokens, causal_slots
-from mod_star.model.transformer import apply_blocks, logits_of
-from mod_star.thinking.thought import Thought, draw_step, embed_tokens, log_prob_of
+from mod_star.model.routing import Tokens, causal_slots
+from mod_star.model.transformer import logits_of
+from mod_star.thinking.steps import empty_cache, thought_step
+from mod_star.thinking.thought import (
+    LatentInput,
+    Thought,
+    draw_step,
+    embed_tokens,
+    feed_back,
+    latent_thought,
+    log_prob_of,
+    thought_input,
+)
 
 
 @dataclass(frozen=True)
@@ -107,35 +117,36 @@ def sample_thought(
     if "thinking" not in params:
         raise InputError("params: must have an entry 'thinking', see mod_star.training.state.initial_params")
     t, own = thinking.thought_length, params["thinking"]
-    slots = thinker.thought_slots
+    used = thought_input(decoder.parts, thinking)
     memory = memory_before(memory, position)
-    cache = _empty_cache(memory, t + 2 if finish else t)
 
     def step(x_D: jax.Array, cache: Any, i: jax.Array) -> tuple[jax.Array, Any, Any]:
         """Runs one token, the i-th counting <start> as 0."""
         token = Tokens(x_D[None].astype(decoder.config.dtype), (position + 1 + i)[None], place.segment_id[None])
-        call = RoutingCall(slots=slots, taken=_taken(cache))
-        output = apply_blocks(decoder, params, token, call, memory=_join(memory, cache))
+        output, cache = thought_step(decoder, params, memory, token, cache, thinker.thought_slots)
         decided = None if output.trace is None else output.trace.selected[:, 0].astype(jnp.int8)
-        return output.hidden[0], _append(cache, output.keys_values, i), decided
+        return output.hidden[0], cache, decided
 
     def think(carry: tuple[jax.Array, Any], i: jax.Array) -> tuple[tuple[jax.Array, Any], Any]:
         x_D, cache = carry
         hidden_D, cache, decided = step(x_D, cache, i)
+        if isinstance(used, LatentInput):
+            return (feed_back(used, params, hidden_D), cache), None
         logits_V = logits_of(params, hidden_D[None])[0]
         log_p = jax.nn.log_softmax(logits_V)
         entropy = -jnp.sum(jnp.exp(log_p) * log_p)
-        drawn = (hidden_D, logits_V, jax.random.fold_in(key, i))
-        token, extra = draw_step(decoder.parts, thinking, params, drawn, temperature)
-        extra_1 = jax.tree.map(lambda leaf: leaf[None], extra)
-        x_D = embed_tokens(decoder.parts, thinking, params, token[None], extra_1)[0]
+        token, extra = draw_step(used, params, (hidden_D, logits_V, jax.random.fold_in(key, i)), temperature)
+        x_D = embed_tokens(used, params, token[None], jax.tree.map(lambda leaf: leaf[None], extra))[0]
         return (x_D, cache), (token, log_prob_of(log_p, token), entropy, decided, extra)
 
-    (x_D, cache), (tokens_T, log_probs_T, entropies_T, decided_TxG, extra_T) = jax.lax.scan(
-        think, (own["start"], cache), jnp.arange(t, dtype=jnp.int32)
-    )
-    decided_GxT = None if decided_TxG is None else decided_TxG.T
-    thought = Thought(tokens_T, log_probs_T, entropies_T, decided_GxT, extra_T)
+    first = (own["start"], empty_cache(memory, t + 2 if finish else t))
+    last, drawn = jax.lax.scan(think, first, jnp.arange(t, dtype=jnp.int32))
+    if isinstance(used, LatentInput):
+        thought = latent_thought(t)
+    else:
+        tokens_T, log_probs_T, entropies_T, decided_TxG, extra_T = drawn
+        decided_GxT = None if decided_TxG is None else decided_TxG.T
+        thought = Thought(tokens_T, log_probs_T, entropies_T, decided_GxT, extra_T)
     if not finish:
         return thought, None
 
@@ -145,46 +156,5 @@ def sample_thought(
         return (own["end"], cache), hidden_D
 
     # The last token, then <end>: as a loop, so that the blocks are compiled once more and not twice.
-    _, hidden_2xD = jax.lax.scan(close, (x_D, cache), jnp.arange(t, t + 2, dtype=jnp.int32))
+    _, hidden_2xD = jax.lax.scan(close, last, jnp.arange(t, t + 2, dtype=jnp.int32))
     return thought, hidden_2xD[1]
-
-
-def _is_key_values(node: Any) -> bool:
-    return isinstance(node, tuple) and bool(node) and isinstance(node[0], KeyValues)
-
-
-def _empty_cache(memory: Any, slots: int) -> Any:
-    """For each block a KeyValues of `slots` empty slots, in the structure of `memory`."""
-
-    def empty(key_values: tuple[KeyValues, ...]) -> KeyValues:
-        like = key_values[0]
-        *leading, _, E = like.keys_KxMxE.shape
-        keys = jnp.zeros((*leading, slots, E), like.keys_KxMxE.dtype)
-        ids = jnp.zeros((*like.positions_M.shape[:-1], slots), jnp.int32)
-        return KeyValues(keys, keys, ids, ids, ids > 0)
-
-    return jax.tree.map(empty, memory, is_leaf=_is_key_values)
-
-
-def _join(memory: Any, cache: Any) -> Any:
-    """The memory of a thought's token: that of the text, then the thought itself."""
-    return jax.tree.map(lambda key_values, own: (*key_values, own), memory, cache, is_leaf=_is_key_values)
-
-
-def _append(cache: Any, own: Any, slot: jax.Array) -> Any:
-    """The cache with one token's keys/values in `slot`."""
-
-    def write(old: KeyValues, new: KeyValues) -> KeyValues:
-        # By a choice between old and new: under `vmap` an update of a slice becomes a scatter.
-        here_M = jnp.arange(old.valid_M.shape[-1], dtype=jnp.int32) == slot
-        choose = lambda a, b: jnp.where(here_M if a.ndim == old.valid_M.ndim else here_M[:, None], b, a)  # noqa: E731
-        return jax.tree.map(choose, old, new)
-
-    return jax.tree.map(write, cache, own, is_leaf=lambda node: isinstance(node, KeyValues))
-
-
-def _taken(cache: Any) -> Any:
-    """Slots of the routed blocks that the thought has taken, as `apply_blocks` takes them; None for a dense model."""
-    if isinstance(cache, tuple):
-        return tuple(_taken(group) for group in cache) if "routed" in cache[0] else None
-    return jnp.sum(cache["routed"].valid_M, -1, dtype=jnp.int32) if "routed" in cache else None

@@ -1,4 +1,8 @@
-"""A thought, and what it reads at each of its steps: the embedding of the token it has drawn, or `<start>` again."""
+"""A thought, and what it reads at each of its steps.
+
+That is the embedding of the token it has drawn, or `<start>` again; in a latent thought it is the last hidden state, or
+the mean embedding of the tokens that it predicts.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,9 @@ from flax import struct
 from mod_star.config import ThinkingConfig
 from mod_star.errors import InputError
 from mod_star.model.layers import lookup
-from mod_star.model.parts import Parts, ThoughtInput, require_array
+from mod_star.model.linear import linear
+from mod_star.model.parts import LatentInput, Parts, ThoughtInput, require_array
+from mod_star.model.transformer import logits_of
 
 DRAW_BLOCK = 128
 
@@ -21,13 +27,15 @@ class Thought:
     """One thought of t tokens."""
 
     tokens_T: jax.Array
-    """int32; -1 for a pause token."""
+    """int32; -1 for a pause, and in a latent thought."""
     log_probs_T: jax.Array
-    """float32 log-probability of each token under the model (temperature 1), in nats; 0 for a pause token."""
+    """float32 log-probability of each token under the model (temperature 1), in nats; 0 where the token is -1."""
     entropies_T: jax.Array
-    """float32 entropy of the distribution that each token was drawn from (temperature 1), in nats."""
+    """float32 entropy of the distribution that each token was drawn from (temperature 1), in nats; 0 in a latent
+    thought."""
     decided_GxT: jax.Array | None
-    """int8: whether routed block g computed <start> and the first t - 1 tokens; None for a dense model."""
+    """int8: whether routed block g computed <start> and the first t - 1 tokens; None for a dense model, and for a
+    latent thought."""
     extra_T: Any = None
     """What `ThoughtInput.draw` gives to `embed` besides the tokens, a pytree [T, ...]; None for the built-in ones."""
 
@@ -78,23 +86,64 @@ def _pause(
     return jnp.int32(-1), None
 
 
-THOUGHT_INPUTS = {"sampled": ThoughtInput(_draw, embed_thought), "pause": ThoughtInput(_pause, embed_thought)}
+def last_hidden(params: dict[str, Any], hidden_D: jax.Array) -> jax.Array:
+    """The hidden state itself, float32 (PonderLM-2, arXiv 2509.23184)."""
+    del params
+    return hidden_D.astype(jnp.float32)
+
+
+def expected_embedding(params: dict[str, Any], hidden_D: jax.Array) -> jax.Array:
+    """Sum of p(v)·embedding(v) over the vocabulary, float32 (PonderLM, arXiv 2505.20674).
+
+    p is the prediction at temperature 1, float32. It is rounded to the hidden state's type for the product.
+    """
+    p_1xV = jax.nn.softmax(logits_of(params, hidden_D[None]))
+    embedding_VxD = params["embedding"].astype(hidden_D.dtype)
+    return linear(p_1xV.astype(hidden_D.dtype), embedding_VxD, jnp.float32, precision="highest")[0]
+
+
+THOUGHT_INPUTS: dict[str, ThoughtInput | LatentInput] = {
+    "sampled": ThoughtInput(_draw, embed_thought),
+    "pause": ThoughtInput(_pause, embed_thought),
+    "latent": LatentInput(last_hidden),
+    "expected": LatentInput(expected_embedding),
+}
 """By `thinking.kind`."""
 
 
-def thought_input(parts: Parts, thinking: ThinkingConfig) -> ThoughtInput:
+def thought_input(parts: Parts, thinking: ThinkingConfig) -> ThoughtInput | LatentInput:
     """What a thought reads at its steps, as is in force."""
     return parts.thought or THOUGHT_INPUTS[thinking.kind]
 
 
+def latent_input(parts: Parts, thinking: ThinkingConfig) -> LatentInput | None:
+    """The same of a latent thought; None: thoughts draw."""
+    used = thought_input(parts, thinking)
+    return used if isinstance(used, LatentInput) else None
+
+
+def feed_back(latent: LatentInput, params: dict[str, Any], hidden_D: jax.Array) -> jax.Array:
+    """What a latent thought reads next, float32 D.
+
+    Raises:
+      InputError: a user's function gives another shape or type.
+    """
+    return require_array("thought.feed_back", latent.feed_back(params, hidden_D), hidden_D.shape)
+
+
+def latent_thought(length: int) -> Thought:
+    """A latent thought of `length` steps, as it is known before it is scored: no tokens."""
+    zeros_T = jnp.zeros(length, jnp.float32)
+    return Thought(jnp.full(length, -1, jnp.int32), zeros_T, zeros_T, None)
+
+
 def draw_step(
-    parts: Parts, thinking: ThinkingConfig, params: dict[str, Any], step: tuple[jax.Array, ...], temperature: float
+    used: ThoughtInput, params: dict[str, Any], step: tuple[jax.Array, ...], temperature: float
 ) -> tuple[jax.Array, Any]:
     """The token that a step draws, int32, and what else `embed` needs of the step.
 
     Args:
-      parts: the model's.
-      thinking: names the built-in kinds.
+      used: from `thought_input`.
       params: the model's.
       step: hidden state D, logits V and key.
       temperature: of the draw; 0: greedy.
@@ -102,21 +151,19 @@ def draw_step(
     Raises:
       InputError: a user's function gives something else.
     """
-    result = thought_input(parts, thinking).draw(params, *step, temperature)
+    result = used.draw(params, *step, temperature)
     if not isinstance(result, tuple) or len(result) != 2:
         raise InputError(f"parts.thought.draw = {type(result).__name__}: must be a pair (token, extra)")
     return require_array("thought.draw token", result[0], (), jnp.int32), result[1]
 
 
-def embed_tokens(
-    parts: Parts, thinking: ThinkingConfig, params: dict[str, Any], tokens_N: jax.Array, extra_N: Any
-) -> jax.Array:
-    """Input embeddings of thought tokens, float32 NxD.
+def embed_tokens(used: ThoughtInput, params: dict[str, Any], tokens_N: jax.Array, extra_N: Any) -> jax.Array:
+    """Input embeddings of thought tokens, float32 NxD, by what `thought_input` gives.
 
     Raises:
       InputError: a user's function gives another shape or type.
     """
-    x_NxD = thought_input(parts, thinking).embed(params, tokens_N, extra_N)
+    x_NxD = used.embed(params, tokens_N, extra_N)
     return require_array("thought.embed", x_NxD, (tokens_N.shape[0], params["embedding"].shape[-1]))
 
 
