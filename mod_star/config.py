@@ -272,8 +272,8 @@ class TrainConfig:
 class ThinkingConfig:
     """Quiet-STaR (arXiv 2403.09629): thoughts between tokens. In force where train.objective is quiet_star."""
 
-    thought_length: Annotated[int, at_least(1)] = 8
-    """Tokens t of a thought, <start> and <end> not counted."""
+    thought_length: Annotated[int, at_least(0, "0: no thoughts")] = 8
+    """Tokens t of a thought, <start> and <end> not counted. 0: none, as with next_token; for the end of stages."""
     n_true: Annotated[int, at_least(1)] = 4
     """Tokens of the text that are predicted after a thought; its reward is summed over them."""
     n_thoughts: Annotated[int, at_least(1)] = 2
@@ -310,9 +310,18 @@ class ThinkingConfig:
     """Learning rate of <start> and <end>, as a multiple of the others'."""
     chunk: Annotated[int, at_least(1)] = 32
     """Positions per sequence that are scored at one time; less memory, same result."""
+    stages: Annotated[tuple[int, ...], at_least(1)] = ()
+    """Falling lengths that training goes through before thought_length (Fast Quiet-STaR), each for as many steps and as
+    one program."""
+    stage_fraction: Annotated[float, between(0, 1)] = 0.5
+    """Share of the steps that all stages together take; the rest is trained at thought_length."""
 
     def __post_init__(self) -> None:
         check_fields(self, "thinking")
+        if self.stages:
+            falling = all(a > b for a, b in itertools.pairwise((*self.stages, self.thought_length)))
+            allowed = f"must fall to above thinking.thought_length = {self.thought_length}"
+            require(falling, "thinking.stages", self.stages, allowed)
         require(
             self.n_thoughts >= 2 or self.policy_weight == 0,
             "thinking.n_thoughts",
@@ -321,9 +330,9 @@ class ThinkingConfig:
             "thinking.policy_weight to 0)",
         )
         if self.kind != "sampled":  # there is nothing to reinforce, and the thoughts of a place are all the same
-            for name, allowed in (("policy_weight", 0), ("n_thoughts", 1)):
-                value, rule = getattr(self, name), f"must be {allowed} with thinking.kind = {self.kind!r}"
-                require(value == allowed, f"thinking.{name}", value, rule)
+            for name, only in (("policy_weight", 0), ("n_thoughts", 1)):
+                value, rule = getattr(self, name), f"must be {only} with thinking.kind = {self.kind!r}"
+                require(value == only, f"thinking.{name}", value, rule)
 
 
 @dataclass(frozen=True)
@@ -353,6 +362,11 @@ class RunConfig:
             n_true, context = self.thinking.n_true, self.model.context
             require(n_true < context, "thinking.n_true", n_true, f"must be below model.context = {context}")
             require_thinkable(self.routing)
+            name = "stages" if self.routing.stages else "budgets"
+            values = getattr(self.routing, name)
+            allowed = f"must be empty with routing.{name} = {values}: only one of the two may change"
+            one = not (self.thinking.stages and values and self.routing.every)
+            require(one, "thinking.stages", self.thinking.stages, allowed)
 
 
 def require_network(model: ModelConfig, routing: RoutingConfig) -> None:

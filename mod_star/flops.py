@@ -138,13 +138,13 @@ def scoring_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> 
 
 
 def training_step_flops(run: RunConfig, parts: Parts | None = None) -> float:
-    """Operations of one optimizer step of a run, at `routing.capacity` (AdamW's own, a few per parameter, left out).
+    """Operations of one optimizer step of a run (AdamW's own, a few per parameter, left out).
 
-    Where the capacity falls in stages, `mod_star.stages` counts each at its own.
+    They are of `routing.capacity` and `thinking.thought_length`; `mod_star.stages` counts each stage at its own.
     """
     parts = load_parts(run.parts) if parts is None else parts
     tokens = run.model.context
-    if run.thinks:
+    if run.thinks and run.thinking.thought_length > 0:
         sequence = sampling_flops(run, tokens, parts) + scoring_flops(run, tokens, parts)
     else:
         sequence = training_flops(run.model, run.routing, tokens, parts)

@@ -1,8 +1,9 @@
-"""Capacities of a run that has several: which steps are trained at each, and their cost.
+"""Capacities and lengths of thoughts of a run that has several: which steps are trained at each, and their cost.
 
 A dense model that is to become a Mixture-of-Depths model (`mod_star.pretrained.upcycle`) loses too much if its routed
-blocks are left with an eighth of the tokens at once. `routing.stages` lowers the capacity step by step. A capacity is
-a static shape, so each stage is a program of its own. Everything else goes on across stages: the optimizer's state, the
+blocks are left with an eighth of the tokens at once. `routing.stages` lowers the capacity step by step.
+`thinking.stages` shortens thoughts step by step, down to none (Fast Quiet-STaR, arXiv 2505.17746). Both are static
+shapes, so each stage is a program of its own. Everything else goes on across stages: the optimizer's state, the
 learning-rate schedule, the data. A run without stages has one stage.
 
 With `routing.budgets` the capacities do not follow one another: every step draws its own, so that the model can be used
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +30,10 @@ from mod_star.model.routing import routed_share
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps that are trained at one capacity."""
+    """Steps that are trained at one capacity and one length of thoughts."""
 
     run: RunConfig
-    """The run's configuration with the stage's capacity and no stages: what its steps compute."""
+    """The run's configuration with the stage's capacity or length and no stages: what its steps compute."""
     first: int
     """The first step, counted from 1. With `routing.budgets`: the first of the run."""
     last: int
@@ -45,21 +47,27 @@ class Stage:
         routing = self.run.routing
         return routed_share(routing, self.run.model.context) if routing.every else None
 
+    @property
+    def thought_length(self) -> int | None:
+        """Tokens of a thought; None for a model that does not learn to think."""
+        return self.run.thinking.thought_length if self.run.thinks else None
+
 
 @dataclass(frozen=True)
 class StagePlan:
     """All stages of a run, in order, without gaps; or those that its steps draw from."""
 
     stages: tuple[Stage, ...]
+    changes: str | None = None
+    """What changes from stage to stage, "capacity" or "thought_length", a property of `Stage`; None: nothing."""
     drawn: npt.NDArray[np.int64] | None = field(default=None, compare=False)
     """Of each step from the first on, the number of the stage that it draws; None: the stages follow one another."""
     own: int = 0
     """Number of the stage with the run's own capacity, where steps draw."""
 
-    @property
-    def is_staged(self) -> bool:
-        """Whether the capacity changes."""
-        return len(self.stages) > 1
+    def setting_of(self, stage: Stage) -> dict[str, Any]:
+        """What distinguishes a stage from the others, such as {"capacity": 0.5}; empty for a run without stages."""
+        return {} if self.changes is None else {self.changes: getattr(stage, self.changes)}
 
     @property
     def steps(self) -> int:
@@ -111,12 +119,15 @@ def plan_stages(run: RunConfig) -> StagePlan:
         for config, before, last, cost in zip(configs, [0, *ends], ends, flops, strict=False)
     ]
     if short := [stage for stage in stages if stage.last < stage.first]:
-        field = f"train.steps = {steps}" if budget is None else f"train.flops = {budget!r}"
+        asked = f"train.steps = {steps}" if budget is None else f"train.flops = {budget!r}"
+        group, changes = _staged_group(run)
+        values, fraction = getattr(run, group).stages, getattr(run, group).stage_fraction
+        value = getattr(getattr(short[0].run, group), changes)
         raise InputError(
-            f"{field}: leaves no step for capacity {short[0].run.routing.capacity} of routing.stages = "
-            f"{run.routing.stages}, with routing.stage_fraction = {run.routing.stage_fraction}"
+            f"{asked}: leaves no step for {changes} {value} of {group}.stages = {values}, with "
+            f"{group}.stage_fraction = {fraction}"
         )
-    return StagePlan(tuple(stages))
+    return StagePlan(tuple(stages), _staged_group(run)[1] if len(stages) > 1 else None)
 
 
 def is_drawn(run: RunConfig) -> bool:
@@ -136,7 +147,8 @@ def _plan_draws(run: RunConfig, configs: list[RunConfig], flops: list[float]) ->
     steps = most if budget is None else int(np.searchsorted(np.cumsum(costs[drawn]), budget, "right"))
     require(steps >= 1, "train.flops", budget, f"must be at least the first step's, {costs[drawn[:1]].sum():.3g}")
     stages = [Stage(config, 1, steps, cost) for config, cost in zip(configs, flops, strict=True)]
-    return StagePlan(tuple(stages), drawn[:steps], run.routing.budgets.index(run.routing.capacity))
+    changes = "capacity" if count > 1 else None
+    return StagePlan(tuple(stages), changes, drawn[:steps], run.routing.budgets.index(run.routing.capacity))
 
 
 def trained_capacities(run: RunConfig) -> tuple[float, ...]:
@@ -166,13 +178,19 @@ def at_capacity(run: RunConfig, capacity: float, option: str) -> RunConfig:
 
 def stage_configs(run: RunConfig) -> list[RunConfig]:
     """The configuration of each stage, see `Stage.run`; without stages the run's own."""
-    routing = run.routing
     if is_drawn(run):
-        return [replace(run, routing=replace(routing, capacity=capacity)) for capacity in routing.budgets]
-    if not (routing.stages and routing.every):
+        return [replace(run, routing=replace(run.routing, capacity=each)) for each in run.routing.budgets]
+    name, changes = _staged_group(run)
+    group = getattr(run, name)
+    if not group.stages or (name == "routing" and not group.every):
         return [run]
-    capacities = (*routing.stages, routing.capacity)
-    return [replace(run, routing=replace(routing, capacity=capacity, stages=())) for capacity in capacities]
+    values = (*group.stages, getattr(group, changes))
+    return [replace(run, **{name: replace(group, **{changes: value, "stages": ()})}) for value in values]
+
+
+def _staged_group(run: RunConfig) -> tuple[str, str]:
+    """The group of fields whose `stages` are in force, and the field that they change; a run has one of the two."""
+    return ("thinking", "thought_length") if run.thinks and run.thinking.stages else ("routing", "capacity")
 
 
 def config_at(run: RunConfig, step: int) -> RunConfig:
@@ -189,12 +207,12 @@ def config_at(run: RunConfig, step: int) -> RunConfig:
 def _last_steps(run: RunConfig, steps: int) -> list[int]:
     """The last step of each stage."""
     count = len(stage_configs(run)) - 1
-    share = run.routing.stage_fraction
+    share = getattr(run, _staged_group(run)[0]).stage_fraction
     return [*(math.floor(steps * share * i / count + 0.5) for i in range(1, count + 1)), steps]
 
 
 def _steps_within(budget: float, run: RunConfig, flops: list[float]) -> int:
-    """The most steps whose stages cost no more than the budget. Costs grow with the number: capacities fall."""
+    """The most steps whose stages cost no more than the budget. Costs grow with the number: they fall by stage."""
 
     def cost(steps: int) -> float:
         ends = _last_steps(run, steps)

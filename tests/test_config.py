@@ -99,7 +99,7 @@ INVALID: dict[str, list[Any]] = {
     "train.checkpoint_every": [-1],
     "train.keep_checkpoints": [0],
     "train.max_skipped": [0],
-    "thinking.thought_length": [0, -1, 1.5],
+    "thinking.thought_length": [-1, 1.5],
     "thinking.n_true": [0, -3],
     "thinking.n_thoughts": [0, 1],  # 1: with REINFORCE the reward would always be zero
     "thinking.kind": ["silent"],
@@ -116,6 +116,8 @@ INVALID: dict[str, list[Any]] = {
     "thinking.end_text": [""],
     "thinking.embedding_rate": [0.0, float("nan")],
     "thinking.chunk": [0],
+    "thinking.stages": [(0,), (8,), (9, 9), (9, 12), (12, 4), (12.5,), [12], 12],
+    "thinking.stage_fraction": [0.0, 1.0, float("nan")],
     "data.source": [(), "python-docs", (1,)],
     "data.weights": [(0.0,), (-1.0,), (1.0, 1.0), (float("nan"),), 1.0],  # two: for one source
     "data.template": [1],

@@ -203,6 +203,12 @@ ALIVE: dict[str, tuple[Any, Observed, dict[str, Any]]] = {
     "thinking.end_text": ("#", first_thinking, {}),
     "thinking.embedding_rate": (10.0, updates, {}),
     "thinking.chunk": (3, thinking_program, {}),
+    "thinking.stages": ((8, 4), plan_stages, {"train": {"objective": "quiet_star"}}),
+    "thinking.stage_fraction": (
+        0.25,
+        plan_stages,
+        {"train": {"objective": "quiet_star"}, "thinking": {"stages": (8,)}},
+    ),
 }
 # The loop's: tests/training/test_loop.py tests what they do.
 OF_THE_LOOP = {"steps", "flops", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"}

@@ -40,7 +40,8 @@ def plan_training(run: RunConfig, topology: Topology, mesh: MeshConfig, watch: W
     `mod_star.planning.topologies.prepare_environment` must have been called before JAX was imported.
 
     Args:
-      run: what to train. With capacities in stages, its final one is planned.
+      run: what to train. With capacities in stages, the last stage is planned; with lengths of thoughts
+        in stages the first, which needs the most memory.
       topology: the machine.
       mesh: how its chips are arranged.
       watch: context manager that shows what is being done, given its name; None: nothing is shown.
@@ -88,7 +89,8 @@ def _runnable(run: RunConfig, topology: Topology) -> tuple[RunConfig, int]:
         f"is for GPUs, and --topology is {topology.name}",
     )
     stages = plan_stages(run)
-    return stages.evaluated(stages.steps)[0].run, stages.steps
+    last = stages.evaluated(stages.steps)[0]
+    return (stages.stages[0] if stages.changes == "thought_length" else last).run, stages.steps
 
 
 class _Timer:

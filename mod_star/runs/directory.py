@@ -100,7 +100,7 @@ class LoadedRun:
     """A trained model with what belongs to it."""
 
     config: RunConfig
-    """As stored; with `routing.stages`, the capacity is that of the checkpoint's stage, and there are no stages."""
+    """As stored; with stages, capacity and length of thoughts are those of the checkpoint, and there are no stages."""
     tokenizer: Tokenizer
     decoder: Decoder
     params: StackedParams

@@ -8,6 +8,7 @@ are listed with `mod_star.training.objectives.quiet_star.quiet_star_metrics` and
   every evaluation                eval_loss (routing as in training), eval_loss_causal, causal_gap,
                                   eval_predictor_accuracy; a dense model has eval_loss alone
   both, with routing.stages       capacity (in force at that step: an evaluation is at the capacity just trained at)
+  both, with thinking.stages      thought_length (the same)
 
 `tokens_per_second` depends on the clock; everything else is the same in a run that was interrupted and resumed.
 """

@@ -45,12 +45,12 @@ def read_config(path: Path) -> RunConfig:
 def read_starting_config(path: Path) -> RunConfig:
     """The configuration that a run which starts from this one begins with.
 
-    The stored one, but for `routing.stages` where training is complete: it has gone through them, and a further run is
-    not to raise the capacity again. Errors as `read_config`.
+    The stored one, but for `routing.stages` and `thinking.stages` where training is complete: it has gone through them,
+    and a further run is not to go through them again. Errors as `read_config`.
     """
     run = read_config(path)
-    if run.routing.stages and (path / SUMMARY_FILE).is_file():
-        return replace(run, routing=replace(run.routing, stages=()))
+    if (run.routing.stages or run.thinking.stages) and (path / SUMMARY_FILE).is_file():
+        return replace(run, routing=replace(run.routing, stages=()), thinking=replace(run.thinking, stages=()))
     return run
 
 

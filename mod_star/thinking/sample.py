@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from mod_star.config import RoutingConfig, ThinkingConfig, require_thinkable
-from mod_star.errors import InputError
+from mod_star.errors import InputError, require
 from mod_star.model import Decoder
 from mod_star.model.attention import KeyValues
+from mod_star.model.parts import LatentInput
 from mod_star.model.routing import Tokens, causal_slots
 from mod_star.model.transformer import logits_of
 from mod_star.thinking.steps import empty_cache, thought_step
 from mod_star.thinking.thought import (
-    LatentInput,
     Thought,
     draw_step,
     embed_tokens,
@@ -114,6 +114,7 @@ def sample_thought(
     decoder, thinking = thinker.decoder, thinker.thinking
     position = place.position
     require_thinkable(decoder.routing)
+    require(thinking.thought_length > 0, "thinking.thought_length", 0, "must be at least 1 to think")
     if "thinking" not in params:
         raise InputError("params: must have an entry 'thinking', see mod_star.training.state.initial_params")
     t, own = thinking.thought_length, params["thinking"]

@@ -14,11 +14,12 @@ from flax import struct
 
 from mod_star.model import Trace
 from mod_star.model.layers import lookup
+from mod_star.model.parts import LatentInput
 from mod_star.model.routing import RoutingCall, Tokens
 from mod_star.model.transformer import apply_blocks
 from mod_star.thinking.sample import Place, ThinkingDecoder, memory_before
 from mod_star.thinking.steps import empty_cache, join, slots_taken, thought_step
-from mod_star.thinking.thought import LatentInput, Thought, embed_tokens, feed_back, thought_input
+from mod_star.thinking.thought import Thought, embed_tokens, feed_back, thought_input
 
 
 @struct.dataclass

@@ -1,11 +1,14 @@
 """More or fewer steps for a run that has begun: allowed if the steps that are done are the same in both.
 
-What a step is depends on the number of all steps only through the learning rate and, with `routing.stages`, the
-capacity. If both were the same in every step that is done, the run is from here on what it would have been from its
-first step on, bit for bit. If not, a schedule needs the number of steps, and says so.
+What a step is depends on the number of all steps only through the learning rate and, with `routing.stages` or
+`thinking.stages`, the capacity or the length of thoughts. If both were the same in every step that is done, the run is
+from here on what it would have been from its first step on, bit for bit. If not, a schedule needs the number of steps,
+and says so.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -36,9 +39,11 @@ def require_extendable(old: RunConfig, new: RunConfig, done: int, redraw: bool) 
     if after.steps == before.steps:
         return
     at = f"{what}: the run was begun with {before.steps} steps"
-    if _capacities(before, done) != _capacities(after, done):
+    if _settings(before, done) != _settings(after, done):
+        group = old.routing if before.changes == "capacity" else old.thinking
+        name = "routing.stages" if before.changes == "capacity" else "thinking.stages"
         raise InputError(
-            f"{at}, and routing.stages = {old.routing.stages} needs their number: it has set the capacity of the "
+            f"{at}, and {name} = {group.stages} needs their number: it has set the {before.changes} of the "
             f"{done} steps that are done; start another run with --init-from"
         )
     if load_parts(new.parts).optimizer is not None and not redraw:
@@ -60,6 +65,6 @@ def require_extendable(old: RunConfig, new: RunConfig, done: int, redraw: bool) 
     )
 
 
-def _capacities(plan: StagePlan, done: int) -> list[tuple[int, float | None]]:
-    """(last step, capacity) of the stages that the steps that are done were in."""
-    return [(min(stage.last, done), stage.capacity) for stage in plan.stages if stage.first <= done]
+def _settings(plan: StagePlan, done: int) -> list[tuple[int, dict[str, Any]]]:
+    """(last step, what it was trained at) of the stages that the steps that are done were in."""
+    return [(min(stage.last, done), plan.setting_of(stage)) for stage in plan.stages if stage.first <= done]

@@ -165,10 +165,9 @@ class TrainingLoop:
             seconds = time.perf_counter() - began
         self.compile_seconds += seconds
         what = ""
-        if self.inputs.plan.drawn is not None:
-            what = f"capacity {stage.capacity:.4g}: "
-        elif self.inputs.plan.is_staged:
-            what = f"steps {stage.first} to {stage.last} at capacity {stage.capacity:.4g}: "
+        for name, value in self.inputs.plan.setting_of(stage).items():
+            which = "" if self.inputs.plan.drawn is not None else f"steps {stage.first} to {stage.last} at "
+            what = f"{which}{name} {value:.4g}: "
         self.recorder.say(f"{what}compiled in {seconds:.1f} s")
 
     def _record(self, unread: _Unread | None) -> None:

@@ -115,7 +115,7 @@ class Recorder:
             if (rate := self._progress.tokens_per_second) is not None:
                 values["tokens_per_second"] = rate
             values["train_flops"] = self._inputs.plan.flops_until(step)
-            self._write(step, values, self._inputs.plan.at(step).capacity)
+            self._write(step, values, self._inputs.plan.at(step))
         return stop, streak
 
     def evaluation(self, step: int, measured: dict[str, Any], params: dict[str, Any], key: jax.Array) -> None:
@@ -130,7 +130,7 @@ class Recorder:
         Raises:
           OSError: it can't be written.
         """
-        self._write(step, measured, self._inputs.plan.evaluated(step)[0].capacity)
+        self._write(step, measured, self._inputs.plan.evaluated(step)[0])
         if self._thoughts is not None:
             self._thoughts.write(step, params, self._inputs.held_out[0], key)
 
@@ -143,10 +143,10 @@ class Recorder:
         evaluation: dict[str, Any] = decide_first(lambda: self._last_evaluation(step) or {})
         return evaluation
 
-    def _write(self, step: int, values: dict[str, Any], capacity: float | None) -> None:
+    def _write(self, step: int, values: dict[str, Any], stage: Stage) -> None:
         if self._metrics is not None:
-            in_force = {"capacity": capacity} if self._inputs.plan.is_staged else {}
-            self._metrics.write(step, values | in_force)
+            # The capacity or length of thoughts in force, for the records of a run that changes it.
+            self._metrics.write(step, values | self._inputs.plan.setting_of(stage))
 
     def _last_evaluation(self, step: int) -> dict[str, Any] | None:
         for record in reversed(read_metrics(self._path)):

@@ -85,7 +85,7 @@ def naive(thinker: Thinker, params: Any) -> tuple[jax.Array, jax.Array]:
         text[: len(document)] = tokens[row, document]
         counts = weights[row, index : index + N] * (ids[row, index : index + N] == ids[row, index])
         cases.append((text, index - document[0] + 1, targets[row, index : index + N], counts))
-    texts, ats, all_targets, counts = (np.stack(each) for each in zip(*cases, strict=True))
+    texts, ats, all_targets, counts = (jnp.asarray(np.stack(each)) for each in zip(*cases, strict=True))
     nll = jax.vmap(place)(texts, ats, all_targets)
     return jnp.sum(nll * counts) / counts.sum(), jnp.where(counts > 0, nll, 0.0)
 
@@ -126,11 +126,11 @@ def test_what_is_generated_is_scored_the_same() -> None:
     generator = make_generator(thinker.decoder, thinker.params, thinking=thinker.run.thinking)
     results = generator.generate([[3, 1, 4], [2]], GenerationConfig(4, Sampling(0.9), think=think))
     texts = [[3, 1, 4, *results[0].tokens], [2, *results[1].tokens]]
-    batch = {name: np.zeros((2, 8), np.int32) for name in ("tokens", "targets", "segment_ids")}
+    batch: dict[str, Any] = {name: np.zeros((2, 8), np.int32) for name in ("tokens", "targets", "segment_ids")}
     for row, text in enumerate(texts):
         batch["tokens"][row, : len(text)], batch["segment_ids"][row, : len(text)] = text, 1
         batch["targets"][row, : len(text) - 1] = text[1:]
-    weights = np.float32([[n < len(text) - 1 for n in range(8)] for text in texts])
+    weights = np.array([[n < len(text) - 1 for n in range(8)] for text in texts], np.float32)
     batch |= {"positions": np.tile(np.arange(8), (2, 1)), "weights": weights}
     scorer = replace(thinker, batch={name: jnp.asarray(values) for name, values in batch.items()})
     places, _, talk = jax.jit(lambda params: (
@@ -145,9 +145,9 @@ def test_what_is_generated_is_scored_the_same() -> None:
                 assert first + step == 6, "n_true tokens must follow"
                 continue
             np.testing.assert_allclose(-talk.nll_BxJxMxN[row, number, 0, 0], result.log_probs[step], atol=1e-4)
-            np.testing.assert_allclose(
-                talk.weights_BxJxMxN[row, number, 0, 0], result.mixing_weights[step], rtol=1e-4, atol=1e-4
-            )
+            weight = result.mixing_weights[step]
+            assert weight is not None
+            np.testing.assert_allclose(talk.weights_BxJxMxN[row, number, 0, 0], weight, rtol=1e-4, atol=1e-4)
 
 
 def test_the_expected_embedding_is_the_mean_under_the_prediction() -> None:

@@ -118,7 +118,9 @@ def test_a_continuous_thought_equals_the_naive_loop_and_has_nothing_to_reinforce
 @pytest.mark.slow
 def test_only_tokens_that_are_drawn_have_log_probabilities() -> None:
     """A token where the prediction is uncertain, else a pause: scored as they were sampled."""
-    draw = THOUGHT_INPUTS["sampled"].draw
+    sampled = THOUGHT_INPUTS["sampled"]
+    assert isinstance(sampled, ThoughtInput)
+    draw = sampled.draw
 
     def sometimes(params: Any, hidden_D: Any, logits_V: Any, key: Any, temperature: float) -> Any:
         token, extra = draw(params, hidden_D, logits_V, key, temperature)
@@ -219,7 +221,7 @@ BAD = {
         thought=ThoughtInput(lambda *arguments: (jnp.float32(0), None), embed_thought)
     ),
     r"parts\.thought\.embed = float32\[3\]: must be float32\[1, 16\]": Parts(
-        thought=ThoughtInput(THOUGHT_INPUTS["pause"].draw, wrong_shape)
+        thought=ThoughtInput(lambda *arguments: (jnp.int32(0), None), wrong_shape)
     ),
     r"parts\.reward = list: must be an array float32": Parts(reward=no_array),
 }

@@ -25,8 +25,8 @@ from mod_star.model.parts import Part, Parts
 from mod_star.model.rows import rows_at_once
 from mod_star.model.transformer import head_matrix
 from mod_star.runs.directory import LoadedRun
-from mod_star.thinking import sample
 from mod_star.thinking import score as score_module
+from mod_star.thinking import steps
 from mod_star.thinking.objective import Places, memory_of, sample_thoughts
 from mod_star.thinking.sample import Place, ThinkingDecoder, thought_slots
 from mod_star.thinking.score import Scored, score_thought
@@ -144,7 +144,7 @@ def test_a_thought_has_as_many_slots_in_evaluation_and_generation_as_in_training
                 raise InterruptedError
             return transformer.apply_blocks(*args, **options)
 
-        for module in (sample, score_module):
+        for module in (steps, score_module):
             monkeypatch.setattr(module, "apply_blocks", counting)
         with suppress(InterruptedError):
             through()

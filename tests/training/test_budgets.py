@@ -140,12 +140,13 @@ def test_what_has_no_budgets_is_refused() -> None:
     ):
         with pytest.raises(InputError, match=rf"^--capacity = 0\.5: must .*{said}"):
             at_capacity(replace(run, routing=routing), 0.5, "--capacity")
-    for fields, said in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"budgets": (0.5, 0.25), "capacity": 0.3}, r"routing\.budgets = \(0\.5, 0\.25\): must fall, and contain"),
         ({"budgets": (0.25, 0.5), "capacity": 0.5}, r"routing\.budgets = .* must fall"),
         ({"budgets": (0.5,), "capacity": 0.5, "stages": (1.0,)}, r"routing\.stages = .* must be empty"),
         ({"budgets": (0.5,), "capacity": 0.5, "capacity_tokens": 4}, r"routing\.capacity_tokens = 4: must be None"),
         ({"budgets": (0.5,), "capacity": 0.5, "causal_rule": "router"}, r"routing\.causal_rule = 'router': must be"),
-    ):
+    )
+    for fields, said in refused:
         with pytest.raises(InputError, match=said):
             RoutingConfig(**fields)

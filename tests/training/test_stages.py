@@ -1,4 +1,4 @@
-"""Capacity in stages: the plan, what it costs, one program per stage, and resuming on either side of a boundary."""
+"""Stages of capacity and of thoughts: plan, cost, one program per stage, resuming on either side of a boundary."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from mod_star import presets
 from mod_star.commands.train import _defaults
 from mod_star.config import RunConfig, ThinkingConfig
 from mod_star.data import train_batches
+from mod_star.decoding import GenerationConfig, Generator, Think
 from mod_star.errors import InputError
-from mod_star.flops import training_flops
+from mod_star.flops import training_flops, training_step_flops
 from mod_star.model import Decoder
 from mod_star.runs import directory as run_dir
 from mod_star.runs.base_run import load_base
@@ -28,6 +29,7 @@ from mod_star.runs.checkpoints import restore_state, saved_steps
 from mod_star.runs.metrics import MetricsWriter, read_metrics
 from mod_star.stages import config_at, plan_stages
 from mod_star.training import lowering as compiled
+from mod_star.training.extension import require_extendable
 from mod_star.training.interrupt import Interrupted
 from mod_star.training.objectives.next_token import make_eval_step, make_loss
 from mod_star.training.objectives.quiet_star import make_examples, make_quiet_star_eval, make_quiet_star_loss
@@ -287,3 +289,82 @@ def test_a_complete_run_has_its_stages_behind_it(uninterrupted: tuple[Path, Trai
         assert _defaults(["other", "--init-from", str(path)]) == run
     finally:
         (tmp_path / "summary.json").rename(path / "summary.json")
+
+
+def make_curriculum(**fields: Any) -> RunConfig:
+    """Two steps with thoughts of two tokens, then two without thoughts."""
+    run = make_run(**{"steps": 4, "objective": "quiet_star", "checkpoint_every": 1} | fields)
+    thinking = replace(run.thinking, thought_length=0, stages=(2,), n_true=2, think_fraction=0.25)
+    return replace(run, routing=replace(run.routing, every=0, stages=()), thinking=thinking)
+
+
+def test_thoughts_get_shorter_stage_by_stage() -> None:
+    run = make_curriculum(steps=100)
+    run = replace(run, thinking=replace(run.thinking, thought_length=1, stages=(8, 4, 2), stage_fraction=0.75))
+    plan = plan_stages(run)
+    assert [(s.thought_length, s.first, s.last) for s in plan.stages] == [
+        (8, 1, 25),
+        (4, 26, 50),
+        (2, 51, 75),
+        (1, 76, 100),
+    ]
+    assert plan.setting_of(plan.at(51)) == {"thought_length": 2}
+    costs = [
+        training_step_flops(replace(run, thinking=replace(run.thinking, thought_length=t, stages=())))
+        for t in (8, 4, 2, 1)
+    ]
+    assert plan.flops == pytest.approx(25 * sum(costs))
+    budget = replace(run, train=replace(run.train, flops=plan.flops))
+    assert plan_stages(budget).steps == 100
+    assert training_step_flops(make_curriculum()) == training_flops(run.model, run.routing, CONTEXT).total * 2
+    # Where nobody thinks, the lengths mean nothing.
+    idle = replace(run, train=replace(run.train, objective="next_token"))
+    assert [stage.run for stage in plan_stages(idle).stages] == [idle]
+    with pytest.raises(
+        InputError, match=r"^thinking\.stages = \(8, 4, 2\): must be empty with routing\.stages = \(1\.0, 0"
+    ):
+        replace(run, routing=make_run().routing)
+    few = replace(run, train=replace(run.train, steps=2))
+    with pytest.raises(
+        InputError, match=r"leaves no step for thought_length 4 of thinking\.stages = \(8, 4, 2\), with"
+    ):
+        plan_stages(few)
+    with pytest.raises(InputError, match=r"^thinking\.stages = \(8, 4, 2\): a step or a loss is of one length"):
+        make_train_step(Decoder(run.model, run.routing), run, 100)
+    more = replace(run, train=replace(run.train, steps=200))
+    require_extendable(run, more, 25, redraw=True)
+    with pytest.raises(
+        InputError, match=r"thinking\.stages = \(8, 4, 2\) needs their number: it has set the thought_l"
+    ):
+        require_extendable(run, more, 26, redraw=True)
+
+
+@pytest.mark.slow
+def test_a_curriculum_down_to_no_thoughts_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, straight, path = make_curriculum(), tmp_path / "straight", tmp_path / "stops"
+    summary = train(run, straight)
+    said = re.findall(r"^steps (\d) to (\d) at (\S+ \S+): compiled", capsys.readouterr().out, re.MULTILINE)
+    assert said == [("1", "2", "thought_length 2"), ("3", "4", "thought_length 0")]
+    records = [r for r in read_metrics(straight) if "loss" in r]
+    assert [r["thought_length"] for r in records] == [2, 2, 0, 0]
+    assert ["talk_nll" in r for r in records] == [True, True, False, False]
+    assert [r["train_flops"] for r in records] == pytest.approx([plan_stages(run).flops_until(n) for n in range(1, 5)])
+    evaluations = [r for r in read_metrics(straight) if "eval_loss" in r]
+    assert [("eval_talk_loss" in r, r["thought_length"]) for r in evaluations] == [(True, 2), (False, 0)]
+    assert summary.evaluation["thought_length"] == 0
+    loaded = run_dir.load_run(straight)
+    assert loaded.config.thinking == replace(run.thinking, stages=()) and "thinking" in loaded.params
+    with pytest.raises(InputError, match=r"^thinking\.thought_length = 0: must be at least 1 to think"):
+        Generator(loaded.model).generate([[1]], GenerationConfig(1, think=Think("always")))
+    with monkeypatch.context() as patched:
+        stopping(patched, lambda at, values: at == 2 and "loss" in values)  # the stage's evaluation is still owed
+        with pytest.raises(Interrupted):
+            train(run, path, quiet=True)
+    assert train(run, path, quiet=True).evaluation == summary.evaluation
+    assert timeless(path) == timeless(straight)
+    first, second = (run_dir.load_run(each).params for each in (straight, path))
+    chex.assert_trees_all_equal(first, second)
+    base = replace(run, init_from=str(straight))
+    assert _defaults(["new", "--init-from", str(straight)]) == replace(base, thinking=replace(run.thinking, stages=()))

@@ -88,6 +88,11 @@ def require_agreement(decoder: Decoder, run: RunConfig) -> None:
             "mod_star.stages.plan_stages(run).stages, with Decoder(stage.run.model, stage.run.routing) and "
             "stage.run"
         )
+    if run.thinks and run.thinking.stages:
+        raise InputError(
+            f"thinking.stages = {run.thinking.stages}: a step or a loss is of one length of thoughts; make one for "
+            "each of mod_star.stages.plan_stages(run).stages, with stage.run"
+        )
     model = run.model
     if model.vocab_size == 0:
         model = replace(model, vocab_size=decoder.config.vocab_size)

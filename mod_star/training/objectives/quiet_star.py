@@ -35,7 +35,7 @@ from mod_star.thinking.objective import (
 from mod_star.thinking.sample import ThinkingDecoder, thought_slots
 from mod_star.thinking.thought import Thought
 from mod_star.thinking.where import position_scores
-from mod_star.training.objectives.next_token import forward, next_token_metrics, routing_sums
+from mod_star.training.objectives.next_token import forward, next_token, next_token_metrics, routing_sums
 from mod_star.training.objectives.objective import Batch, Metrics, Objective, require_thinker
 
 if TYPE_CHECKING:
@@ -99,11 +99,13 @@ def make_quiet_star_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tupl
 
 
 def quiet_star(decoder: Decoder, run: RunConfig) -> Objective:
-    """The objective of Quiet-STaR, with thoughts to look at.
+    """The objective of Quiet-STaR, with thoughts to look at; for thoughts of no tokens that of `next_token`.
 
     Raises:
-      InputError: the decoder is not the run's, or cannot think; the run has several capacities.
+      InputError: the decoder is not the run's, or cannot think; the run has several capacities or lengths of thoughts.
     """
+    if run.thinking.thought_length == 0:
+        return next_token(decoder, run)
     return Objective(
         make_quiet_star_loss(decoder, run),
         quiet_star_metrics,
