@@ -81,9 +81,9 @@ class ModelConfig:
     precision: Literal["highest", "high", "default"] = "highest"
     """Precision of float32 products in linear layers and attention on TPUs and GPUs. highest: float32; high: three
     bfloat16 passes or TF32; default: bfloat16 or TF32. CPUs compute in float32 always, and all other products do."""
-    attention: Literal["auto", "fused", "segments"] = "auto"
-    """fused: cuDNN, with a mask of all pairs of tokens; segments: our own, whose memory grows with the tokens alone.
-    auto: fused on a GPU in bfloat16 up to 1,024 tokens, segments elsewhere."""
+    attention: Literal["auto", "plain"] = "auto"
+    """auto: block by block, on TPUs and on NVIDIA GPUs in kernels (compute capability 8.0 or newer). plain: products of
+    some queries with all keys, one after the other; for older GPUs, and to compare with."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing; all but matrix products; everything but each group's input."""
     scan: bool = True
@@ -101,8 +101,6 @@ class ModelConfig:
         require(self.rope_factor == 1 or self.rope_scaling != "none", "model.rope_factor", self.rope_factor, allowed)
         low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
         require(high > low, "model.rope_high_freq_factor", high, f"must be above model.rope_low_freq_factor = {low}")
-        allowed = "needs model.dtype = 'bfloat16' (the fused kernel takes 16-bit types only)"
-        require(self.attention != "fused" or self.dtype == "bfloat16", "model.attention", self.attention, allowed)
 
     @property
     def head_size(self) -> int:
@@ -405,6 +403,8 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     built = _known("config", RunConfig, values)
     for name, group in groups.items():
         fields = _known(f"config.{name}", group, values.get(name, {}))
+        if name == "model" and fields.get("attention") in ("fused", "segments"):  # ways that older versions had
+            fields["attention"] = "auto"
         built[name] = group(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
     return RunConfig(**built)
 

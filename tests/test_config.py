@@ -61,7 +61,7 @@ INVALID: dict[str, list[Any]] = {
     "model.tie_embeddings": [1, "yes"],
     "model.dtype": ["float16", jnp.float32],
     "model.precision": ["bfloat16", "HIGHEST"],
-    "model.attention": ["flash", "fused"],  # fused: without bfloat16
+    "model.attention": ["flash", "fused"],
     "model.remat": ["some"],
     "model.scan": [None],
     "routing.every": [-1, 1.5],

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mod_star.config import ModelConfig
 from mod_star.model.attention_primitive import attention
-from mod_star.model.attention_whole import Memory, Queries, seen
+from mod_star.model.attention_whole import Memory, Queries
 from mod_star.model.precision import precision_of
 
 
@@ -46,8 +45,8 @@ def attend(
     key_values: Sequence[KeyValues],
     *,
     window: int | None = None,
-    fused: bool = False,
     precision: str = "highest",
+    plain: bool = False,
 ) -> jax.Array:
     """Softmax attention over the union of `key_values`; scores and softmax in float32.
 
@@ -57,8 +56,8 @@ def attend(
       segment_ids_N: int32 document ids of the queries.
       key_values: at least one; a query that sees no token at all gets a finite, meaningless result.
       window: length of the sliding window, see `KeyValues`; None: none.
-      fused: use cuDNN's fused kernel through `jax.nn.dot_product_attention` (one `KeyValues`, GPU, 16-bit types).
       precision: of products of float32 operands, see `mod_star.model.precision`.
+      plain: compute it by plain products on every platform, see `mod_star.config.ModelConfig.attention`.
 
     Returns:
       NxHxE in the type of the query.
@@ -69,15 +68,9 @@ def attend(
     after_N = jnp.full(N, jnp.iinfo(jnp.int32).min) if window is None else positions_N - window
     queries = Queries(query_KxGxNxE[None], segment_ids_N[None], after_N[None])
     memories = [_memory(each, positions_N) for each in key_values]
-    if fused and len(key_values) == 1:
-        (only,) = key_values
-        keys, values = (jnp.swapaxes(a, 0, 1) for a in (only.keys_KxMxE, only.values_KxMxE))
-        # One mask per head, though they are the same: JAX's rule for this call under vmap reshapes it to that.
-        mask = jnp.broadcast_to(seen(queries, memories[0]), (H, N, keys.shape[0]))
-        return jax.nn.dot_product_attention(query_NxHxE, keys, values, mask=mask, implementation="cudnn")
     mesh = jax.sharding.get_abstract_mesh()
     asked = precision_of(query_NxHxE.dtype, precision)
-    mixed, _ = attention(queries, memories, asked, None if mesh.empty else mesh)
+    mixed, _ = attention(queries, memories, asked, None if mesh.empty else mesh, plain)
     return mixed[0].transpose(2, 0, 1, 3).reshape(N, H, E)
 
 
@@ -86,20 +79,3 @@ def _memory(key_values: KeyValues, positions_N: jax.Array) -> Memory:
     until_N = positions_N if key_values.until is None else jnp.minimum(positions_N, key_values.until)
     leaves = (key_values.keys_KxMxE, key_values.values_KxMxE, ids_M, key_values.positions_M, until_N)
     return Memory(*(leaf[None] for leaf in leaves))
-
-
-MASKED_AT_MOST = 1024
-"""Tokens up to which auto takes cuDNN, whose kernel reads a mask of all pairs of tokens for each head."""
-
-
-def use_fused(config: ModelConfig, tokens: int) -> bool:
-    """Whether `config.attention` means the fused kernel for a block of `tokens`, on the platform that JAX uses now.
-
-    auto takes it only where cuDNN can: its backward pass with a mask wants even lengths, and odd capacities are common.
-    Beyond `MASKED_AT_MOST` the mask would take more memory than it is worth: it grows with the square of the tokens.
-    """
-    if config.attention == "auto":
-        possible = config.dtype == "bfloat16" and tokens % 2 == 0 and config.head_size % 8 == 0
-        possible &= tokens <= MASKED_AT_MOST and config.head_size <= 128
-        return possible and jax.default_backend() == "gpu"
-    return config.attention == "fused"

@@ -9,8 +9,7 @@ queries for each block of keys. Both compute the scores again from the log-sum-e
 Scores are computed as k·q': queries lie along lanes, so that what a query has (its maximum, its log-sum-exp, the
 positions it sees) is a row, and sums over keys are sums over sublanes.
 
-Axes: as in `attention_whole`; H = K x G heads of queries; R queries of all rows that share keys; I blocks of n queries,
-J blocks of m keys.
+Axes: as in `attention_layout`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mod_star.model.attention_blocks import visible
+from mod_star.model.attention_layout import ALL, SOME, Problem, kinds, lay_out, queries_first, rows_first
 from mod_star.model.attention_whole import HIDDEN, TINY, Memory, Queries, rule
 
 LANES = 128
@@ -33,42 +32,6 @@ BLOCK = 512
 """Queries and keys of a block of 16-bit numbers, at most; a multiple of LANES."""
 EXACT_BLOCK = 256
 """The same of float32, whose exact products are written out as six each: larger blocks take minutes to compile."""
-SOME, ALL = 1, 2
-"""How many of a block's keys a block's queries see; 0: none."""
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """Queries and a memory, filled up to whole blocks."""
-
-    query: jax.Array
-    """[C, H, R, E]"""
-    keys: jax.Array
-    """[C, K, M, E]"""
-    values: jax.Array
-    of_queries: jax.Array
-    """int32 [C, 3, R]: ids, after, until."""
-    of_keys: jax.Array
-    """int32 [C, 2, M]: ids, positions."""
-    n: int
-    m: int
-    precision: Any
-    interpret: bool
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """I and J."""
-        return self.query.shape[2] // self.n, self.keys.shape[2] // self.m
-
-    @property
-    def group(self) -> int:
-        """G."""
-        return self.query.shape[1] // self.keys.shape[1]
-
-    @property
-    def product_flops(self) -> float:
-        """Operations of one product of all queries with all keys."""
-        return 2.0 * self.query.size * self.keys.shape[2]
 
 
 def is_large(queries: Queries, memory: Memory) -> bool:
@@ -95,7 +58,7 @@ def forward(
         _forward_kernel, problem, (), {"query": [dtype], "row": [jnp.float32]},
         scratch=((E, problem.n), (1, problem.n), (1, problem.n)), products=2,
     )  # fmt: skip
-    return _back(mixed, queries, memory), _back(log_sum.reshape(C, H, R, 1), queries, memory)[..., 0]
+    return rows_first(mixed, queries, memory), rows_first(log_sum.reshape(C, H, R, 1), queries, memory)[..., 0]
 
 
 def gradient(
@@ -111,10 +74,10 @@ def gradient(
     """As `attention_whole.gradient`: of the queries in `dtype`, of keys and values in their own type."""
     problem = _problem(queries, memory, precision, interpret)
     E, M = problem.query.shape[-1], memory.ids_CxM.shape[1]
-    rows = [_queries_first(leaf[..., None], queries, memory, problem.n) for leaf in (log_sum, delta)]
+    rows = [queries_first(leaf[..., None], queries, memory, problem.n) for leaf in (log_sum, delta)]
     more = (
         *(jnp.swapaxes(leaf, 2, 3) for leaf in rows),
-        _queries_first(grad.astype(problem.query.dtype), queries, memory, problem.n),
+        queries_first(grad.astype(problem.query.dtype), queries, memory, problem.n),
     )
     (of_queries,) = _over_keys(
         _query_gradient_kernel, problem, more, {"query": [dtype]}, scratch=((E, problem.n),), products=3
@@ -122,7 +85,7 @@ def gradient(
     of_keys, of_values = _over_queries(
         _key_gradient_kernel, problem, more, scratch=((problem.m, E), (problem.m, E)), products=4
     )
-    return _back(of_queries, queries, memory), of_keys[:, :, :M], of_values[:, :, :M]
+    return rows_first(of_queries, queries, memory), of_keys[:, :, :M], of_values[:, :, :M]
 
 
 # What is computed of a block of queries and a block of keys.
@@ -253,7 +216,7 @@ class _Walk(NamedTuple):
 
 
 def _over_keys(
-    kernel: Callable[..., None], problem: _Problem, more: tuple[jax.Array, ...], outputs: dict[str, list[Any]],
+    kernel: Callable[..., None], problem: Problem, more: tuple[jax.Array, ...], outputs: dict[str, list[Any]],
     scratch: tuple[tuple[int, ...], ...], products: int,
 ) -> list[jax.Array]:  # fmt: skip
     """Runs a kernel that sums over keys, for each block of queries of each head."""
@@ -269,7 +232,7 @@ def _over_keys(
 
 
 def _over_queries(
-    kernel: Callable[..., None], problem: _Problem, more: tuple[jax.Array, ...],
+    kernel: Callable[..., None], problem: Problem, more: tuple[jax.Array, ...],
     scratch: tuple[tuple[int, ...], ...], products: int,
 ) -> list[jax.Array]:  # fmt: skip
     """Runs a kernel that sums over queries, of all heads that share keys, for each block of keys."""
@@ -285,7 +248,7 @@ def _over_queries(
 
 
 def _call(
-    kernel: Callable[..., None], problem: _Problem, more: tuple[jax.Array, ...],
+    kernel: Callable[..., None], problem: Problem, more: tuple[jax.Array, ...],
     results: list[tuple[str, jax.ShapeDtypeStruct]], walk: _Walk, scratch: tuple[tuple[int, ...], ...], products: int,
 ) -> list[jax.Array]:  # fmt: skip
     """Runs a kernel over a grid.
@@ -339,7 +302,7 @@ def _call(
     return outputs
 
 
-def _cost(problem: _Problem, arrays: tuple[tuple[str, Any], ...], products: int, over_queries: bool) -> Any:
+def _cost(problem: Problem, arrays: tuple[tuple[str, Any], ...], products: int, over_queries: bool) -> Any:
     """What a kernel states to XLA, as if every query saw every key. What is summed over is read for each block."""
     (I, J), H = problem.blocks, problem.query.shape[1]  # noqa: E741
     repeated = H // problem.group * J if over_queries else H * I
@@ -360,33 +323,14 @@ def _cost(problem: _Problem, arrays: tuple[tuple[str, Any], ...], products: int,
 # What the kernels are given.
 
 
-def _problem(queries: Queries, memory: Memory, precision: Any, interpret: bool) -> _Problem:
+def _problem(queries: Queries, memory: Memory, precision: Any, interpret: bool) -> Problem:
     C, M = memory.ids_CxM.shape
     wide = queries.query_BxKxGxNxE.dtype.itemsize == 4
     n, m = (_size(count, EXACT_BLOCK if wide else BLOCK) for count in (queries.ids_BxN.size // C, M))
-    fill = -M % m
-
-    def padded(rows: tuple[jax.Array, ...], size: int, fills: tuple[int, ...]) -> jax.Array:
-        flat = [row.astype(jnp.int32).reshape(C, -1) for row in rows]
-        filled = [
-            jnp.pad(row, ((0, 0), (0, -row.shape[1] % size)), constant_values=value)
-            for row, value in zip(flat, fills, strict=True)
-        ]
-        return jnp.stack(filled, 1)
-
-    own = (queries.ids_BxN, queries.after_BxN, memory.until_BxN)
     exact = wide and precision not in (None, jax.lax.Precision.DEFAULT)
-    return _Problem(
-        query=_queries_first(queries.query_BxKxGxNxE, queries, memory, n),
-        keys=jnp.pad(memory.keys_CxKxMxE, ((0, 0), (0, 0), (0, fill), (0, 0))),
-        values=jnp.pad(memory.values_CxKxMxE, ((0, 0), (0, 0), (0, fill), (0, 0))),
-        of_queries=padded(own, n, (-2, 0, 0)),
-        of_keys=padded((memory.ids_CxM, memory.positions_CxM), m, (-1, 0)),
-        n=n,
-        m=m,
-        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,  # a kernel has no other
-        interpret=interpret,
-    )
+    # A kernel has no other precisions than these.
+    products = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    return lay_out(queries, memory, (n, m), products, interpret)
 
 
 def _size(count: int, most: int) -> int:
@@ -395,40 +339,15 @@ def _size(count: int, most: int) -> int:
     return LANES * math.ceil(each / LANES)
 
 
-def _queries_first(x_BxKxGxNxX: jax.Array, queries: Queries, memory: Memory, n: int) -> jax.Array:
-    """Anything that queries have, [C, H, R, X], filled up to blocks of n."""
-    B, K, G, N, _ = queries.query_BxKxGxNxE.shape
-    C = memory.ids_CxM.shape[0]
-    x = x_BxKxGxNxX.reshape(C, B // C, K * G, N, -1)
-    x = jnp.swapaxes(x, 1, 2).reshape(C, K * G, B // C * N, -1)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % n), (0, 0)))
-
-
-def _back(x: jax.Array, queries: Queries, memory: Memory) -> jax.Array:
-    """The reverse of `_queries_first`."""
-    B, K, G, N, _ = queries.query_BxKxGxNxE.shape
-    C = memory.ids_CxM.shape[0]
-    x = x[:, :, : B // C * N].reshape(C, K * G, B // C, N, -1)
-    return jnp.swapaxes(x, 1, 2).reshape(B, K, G, N, -1)
-
-
-def _table(problem: _Problem, by_keys: bool = False) -> jax.Array:
+def _table(problem: Problem, by_keys: bool = False) -> jax.Array:
     """Int32 [C·I·J] (by keys: [C·J·I]): how many keys of a block are seen, plus 4 times the block to fetch.
 
     That is the block itself if any are. Else it is the one that is there already, or the first that will be needed, so
     that nothing is fetched for it.
     """
-    (I, J), C = problem.blocks, problem.of_keys.shape[0]  # noqa: E741
-    ids, after, until = (problem.of_queries[:, row].reshape(C, I, -1) for row in range(3))
-    key_ids, positions = (problem.of_keys[:, row].reshape(C, J, -1) for row in range(2))
-    some = visible(ids, after, until, key_ids, positions)
-    low, high, key_low, key_high = ids.min(-1), ids.max(-1), key_ids.min(-1), key_ids.max(-1)
-    one = (low == high)[:, :, None] & (key_low == key_high)[:, None] & (low[:, :, None] == key_low[:, None])
-    inside = positions.max(-1)[:, None] <= until.min(-1)[:, :, None]
-    inside &= positions.min(-1)[:, None] > after.max(-1)[:, :, None]
-    kinds = jnp.where(some, jnp.where(one & inside, ALL, SOME), 0)
-    kinds = jnp.swapaxes(kinds, 1, 2) if by_keys else kinds
-    numbers = jnp.arange(kinds.shape[2], dtype=jnp.int32)
-    latest = jax.lax.cummax(jnp.where(kinds > 0, numbers, -1), axis=2)
-    first = jnp.argmax(kinds > 0, 2, keepdims=True).astype(jnp.int32)
-    return (kinds + 4 * jnp.where(latest < 0, first, latest)).astype(jnp.int32).reshape(-1)
+    seen = kinds(problem)
+    seen = jnp.swapaxes(seen, 1, 2) if by_keys else seen
+    numbers = jnp.arange(seen.shape[2], dtype=jnp.int32)
+    latest = jax.lax.cummax(jnp.where(seen > 0, numbers, -1), axis=2)
+    first = jnp.argmax(seen > 0, 2, keepdims=True).astype(jnp.int32)
+    return (seen + 4 * jnp.where(latest < 0, first, latest)).astype(jnp.int32).reshape(-1)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +43,7 @@ Arrays = Sequence[Any]
 
 
 def attention(
-    queries: Queries, memories: Sequence[Memory], precision: Any, mesh: AbstractMesh | None
+    queries: Queries, memories: Sequence[Memory], precision: Any, mesh: AbstractMesh | None, plain: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention over the union of the memories.
 
@@ -51,12 +52,13 @@ def attention(
       memories: at least one.
       precision: of products of float32 operands.
       mesh: that the program is for; None: one device.
+      plain: plain products on every platform, whatever it has of its own.
 
     Returns:
       BxKxGxNxE in the queries' type, and the float32 log-sum-exp of their scores BxKxGxN.
     """
     operands = jax.tree.leaves((queries, list(memories)))
-    result, log_sum = attention_p.bind(*operands, count=len(memories), precision=precision, mesh=mesh)
+    result, log_sum = attention_p.bind(*operands, count=len(memories), precision=precision, mesh=mesh, plain=plain)
     return result, log_sum
 
 
@@ -70,14 +72,14 @@ def _unpacked(operands: Arrays, count: int) -> tuple[Queries, list[Memory], list
 # Shapes.
 
 
-def _shape(*operands: ShapedArray, count: int, precision: Any, mesh: Any) -> list[ShapedArray]:
-    del count, precision, mesh
+def _shape(*operands: ShapedArray, **params: Any) -> list[ShapedArray]:
+    del params
     query = operands[0]
     return [ShapedArray(query.shape, query.dtype), ShapedArray(query.shape[:-1], jnp.float32)]
 
 
-def _gradient_shape(*operands: ShapedArray, count: int, precision: Any, mesh: Any) -> list[ShapedArray]:
-    del precision, mesh
+def _gradient_shape(*operands: ShapedArray, count: int, **params: Any) -> list[ShapedArray]:
+    del params
     queries, memories, _ = _unpacked(operands, count)
     leaves: list[Any] = [queries.query_BxKxGxNxE]
     for memory in memories:
@@ -228,19 +230,30 @@ class Way:
         return (call if mesh is None else attention_shards.sharded(mesh, call))(queries, memory, *arrays)
 
 
-def _from_kernel(name: str) -> Callable[..., Any]:
-    """A function of `attention_kernel`, imported when a program for TPUs is lowered: importing Pallas takes a while."""
+def _for_tpus() -> ModuleType:
+    from mod_star.model import attention_kernel
 
-    def call(*args: Any) -> Any:
-        from mod_star.model import attention_kernel
+    return attention_kernel
 
-        return getattr(attention_kernel, name)(*args)
 
-    return call
+def _for_gpus() -> ModuleType:
+    from mod_star.model import attention_triton
+
+    return attention_triton
+
+
+def _kernels(module: Callable[[], ModuleType]) -> Way:
+    """A way by kernels, imported when a program for their platform is lowered: importing Pallas takes a while."""
+
+    def function(name: str) -> Callable[..., Any]:
+        return lambda *args: getattr(module(), name)(*args)
+
+    return Way(function("is_large"), function("forward"), function("gradient"), on_meshes=True)
 
 
 BLOCKS = Way(attention_blocks.is_large, attention_blocks.forward, attention_blocks.gradient, on_meshes=False)
-KERNEL = Way(_from_kernel("is_large"), _from_kernel("forward"), _from_kernel("gradient"), on_meshes=True)
+KERNEL = _kernels(_for_tpus)
+TRITON = _kernels(_for_gpus)
 
 
 def _forward(
@@ -287,6 +300,20 @@ def _gradient(
     return [of_query.astype(operands[0].dtype), *of_memories]
 
 
+def _for_a_gpu(rule: Any) -> Any:
+    """The rule, where it needs no GPU at hand: JAX 0.12 lowers a kernel of Triton's only for a GPU that it can name."""
+    device = jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu")
+
+    def lowered(context: Any, *operands: Any, mesh: AbstractMesh | None, **params: Any) -> Any:
+        if jax.default_backend() == "gpu":
+            return rule(context, *operands, mesh=mesh, **params)
+        with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh().update(abstract_device=device)):
+            mesh = None if mesh is None else mesh.update(abstract_device=device)
+            return rule(context, *operands, mesh=mesh, **params)
+
+    return lowered
+
+
 def _register(primitive: Primitive, shape: Any, batch: Any, compute: Any, ways: dict[str, Way | None]) -> None:
     """Gives a primitive its rules.
 
@@ -298,22 +325,25 @@ def _register(primitive: Primitive, shape: Any, batch: Any, compute: Any, ways: 
       ways: by platform; "" for all others.
     """
 
-    def on(platform: str) -> Any:
-        return functools.partial(compute, way=ways.get(platform, ways[""]))
-
     def execute(*operands: jax.Array, **params: Any) -> Any:
-        return jax.jit(functools.partial(on(jax.default_backend()), **params))(*operands)
+        return jax.jit(functools.partial(primitive.bind, **params))(*operands)
+
+    def lower(way: Way | None) -> Any:
+        def computed(*operands: jax.Array, plain: bool, **params: Any) -> Any:
+            return compute(*operands, way=None if plain else way, **params)
+
+        return mlir.lower_fun(computed, multiple_results=True)
 
     primitive.multiple_results = True
     primitive.def_abstract_eval(shape)
     primitive.def_impl(execute)
-    for platform in ways:
-        lowering = mlir.lower_fun(on(platform), multiple_results=True)
-        mlir.register_lowering(primitive, lowering, platform=platform or None)
+    for platform, way in ways.items():
+        rule = _for_a_gpu(lower(way)) if platform == "cuda" else lower(way)
+        mlir.register_lowering(primitive, rule, platform=platform or None)
     batching.primitive_batchers[primitive] = batch
 
 
-WAYS: dict[str, Way | None] = {"cpu": BLOCKS, "tpu": KERNEL, "": None}
+WAYS: dict[str, Way | None] = {"cpu": BLOCKS, "tpu": KERNEL, "cuda": TRITON, "": None}
 """By platform. None: plain products, some queries after the others."""
 
 _register(attention_p, _shape, _batch, _forward, WAYS)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mod_star.config import ModelConfig
-from mod_star.model.attention import KeyValues, attend, use_fused
+from mod_star.model.attention import KeyValues, attend
 from mod_star.model.layers import fan_in_normal, rms_norm, rotary_angles, rotate
 from mod_star.model.linear import linear
 from mod_star.model.precision import products_of
@@ -91,7 +91,7 @@ def block(
     own = KeyValues(jnp.swapaxes(key_NxKxE, 0, 1), jnp.swapaxes(value_NxKxE, 0, 1), positions_N, segment_ids_N, valid_N)
     attended = attend(
         query_NxHxE, positions_N, segment_ids_N, (*memory, own),
-        window=config.sliding_window, fused=use_fused(config, N), precision=config.precision,
+        window=config.sliding_window, precision=config.precision, plain=config.attention == "plain",
     )  # fmt: skip
     output_HExD = params["output"].astype(dtype).reshape(-1, D)
     delta = linear(attended.reshape(N, -1), output_HExD, precision=config.precision)

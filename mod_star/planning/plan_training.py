@@ -18,7 +18,6 @@ from mod_star.distributed.sharding import make_mesh, require_fits
 from mod_star.errors import require
 from mod_star.flops import parameter_count, training_step_flops
 from mod_star.model import Decoder
-from mod_star.model.attention import MASKED_AT_MOST
 from mod_star.parts import load_parts
 from mod_star.planning.advice import advice
 from mod_star.planning.cycles import program_cycles
@@ -51,7 +50,7 @@ def plan_training(run: RunConfig, topology: Topology, mesh: MeshConfig, watch: W
     """
     watch = watch or (lambda name: nullcontext())
     parts = load_parts(run.parts)
-    run, steps = _runnable(run, topology)
+    run, steps = _runnable(run)
     devices = make_mesh(mesh, devices_of(topology))
     require_fits(run, devices)
     decoder = Decoder(run.model, run.routing, parts)
@@ -74,7 +73,7 @@ def plan_training(run: RunConfig, topology: Topology, mesh: MeshConfig, watch: W
     return unfinished.compiled(compiled, timer.seconds)
 
 
-def _runnable(run: RunConfig, topology: Topology) -> tuple[RunConfig, int]:
+def _runnable(run: RunConfig) -> tuple[RunConfig, int]:
     """The run as it is compiled, and its number of steps."""
     if run.model.vocab_size == 0:
         tokenizer = load_tokenizer(run.data.tokenizer)
@@ -82,12 +81,6 @@ def _runnable(run: RunConfig, topology: Topology) -> tuple[RunConfig, int]:
     if run.thinks:
         least = ByteTokenizer().vocab_size  # which spells the texts that <start> and <end> begin as
         require(run.model.vocab_size >= least, "model.vocab_size", run.model.vocab_size, f"must be at least {least}")
-    require(
-        run.model.attention != "fused" or topology.kind == "gpu",
-        "model.attention",
-        run.model.attention,
-        f"is for GPUs, and --topology is {topology.name}",
-    )
     stages = plan_stages(run)
     last = stages.evaluated(stages.steps)[0]
     return (stages.stages[0] if stages.changes == "thought_length" else last).run, stages.steps
@@ -141,11 +134,6 @@ class _Unfinished:
             f"--topology cpu:{self.topology.count} with the same mesh shows the collectives that the partitioner "
             "puts in, which is the same for all platforms",
         ]
-        if self.run.model.attention == "auto" and self.run.model.dtype == "bfloat16":
-            notes.append(
-                "attention was lowered without cuDNN's fused kernel, which a GPU would use for up to "
-                f"{MASKED_AT_MOST:,} tokens (model.attention)"
-            )
         if self.topology.count > 8:
             notes.append("between nodes of 8 GPUs the network is slower than NVLink, and sets the time")
         memory = replace(memory, temporaries=memory.parameters)

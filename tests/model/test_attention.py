@@ -1,16 +1,14 @@
-"""Attention over segments: against loops in float64, against one long segment, against jax.nn, and for CUDA."""
+"""Attention over segments: against loops in float64, against one long segment."""
 
 import itertools
 import re
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mod_star.config import ModelConfig
-from mod_star.model.attention import KeyValues, attend, use_fused
+from mod_star.model.attention import KeyValues, attend
 
 N, H, K, E, M = 6, 4, 2, 8, 14
 RNG = np.random.default_rng(0)
@@ -83,55 +81,3 @@ def test_bfloat16_softmax_is_float32() -> None:
     text = jax.jit(attend).lower(narrow[0], POSITIONS, DOCUMENTS, (narrow[1],)).as_text()
     kinds = re.findall(r"stablehlo.exponential .* : tensor<[\dx]*x(\w+)>", text)
     assert kinds and set(kinds) == {"f32"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("window", "until"), [(None, None), (2, None), (None, 3)])
-def test_the_fused_call_means_the_same_as_the_segments(
-    window: int | None, until: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """cuDNN needs a GPU; the same call with the library's own XLA implementation shows that its arguments are right."""
-    original = jax.nn.dot_product_attention
-    monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda *a, **kw: original(*a, **{**kw, "implementation": "xla"})
-    )
-    keys = replace(KEYS, until=None if until is None else jnp.int32(until))
-    fused, expected = (
-        attend(QUERY, POSITIONS, DOCUMENTS, (keys,), window=window, fused=fused)[:-1] for fused in (True, False)
-    )
-    np.testing.assert_allclose(fused, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_fused_attention_lowers_for_cuda_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
-
-    def loss(query: jax.Array, keys: jax.Array, values: jax.Array, ids: jax.Array) -> jax.Array:
-        def one(query: jax.Array, keys: jax.Array, values: jax.Array, ids: jax.Array) -> jax.Array:
-            return attend(query, ids, ids // 8, (KeyValues(keys, values, ids, ids // 8, ids > 0),), fused=True)
-
-        return jnp.sum(jax.vmap(one)(query, keys, values, ids).astype(jnp.float32))
-
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in [(2, 16, H, E), (2, K, 16, E), (2, K, 16, E)]]
-    kernels = ["__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"]
-    exported = jax.export.export(
-        jax.jit(jax.grad(loss, (0, 1, 2))),
-        platforms=["cuda"],
-        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(kernel) for kernel in kernels],
-    )(*shapes, jax.ShapeDtypeStruct((2, 16), jnp.int32))
-    assert sorted(set(re.findall(r"__cudnn\$\w+", exported.mlir_module()))) == kernels
-
-
-def test_auto_is_the_fused_kernel_only_where_cudnn_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ModelConfig(width=64, heads=2, dtype="bfloat16")
-    assert not use_fused(config, 32)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert use_fused(config, 32)
-    assert not use_fused(config, 25), "cuDNN has no backward pass for odd lengths with a mask"
-    assert not use_fused(replace(config, head_dim=36), 32)
-    assert use_fused(replace(config, head_dim=128), 32)
-    assert not use_fused(replace(config, head_dim=136), 32)
-    assert not use_fused(replace(config, head_dim=512), 32)
-    assert not use_fused(replace(config, dtype="float32"), 32)
-    assert not use_fused(replace(config, attention="segments"), 32)
-    assert use_fused(config, 1024) and not use_fused(config, 1026), "its mask would have the square of the tokens"
-    assert use_fused(replace(config, attention="fused"), 32)

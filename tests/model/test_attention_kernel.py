@@ -1,4 +1,4 @@
-"""The kernels for TPUs, interpreted on a CPU: against plain products, in values and gradients."""
+"""The kernels for TPUs and GPUs, interpreted on a CPU: against plain products, in values and gradients."""
 
 import functools
 from typing import Any
@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from interpreted_attention import INTERPRETED, problem, value_and_gradients
 
-from mod_star.model import attention_kernel, attention_whole
-from mod_star.model.attention_primitive import KERNEL
+from mod_star.model import attention_kernel, attention_layout, attention_triton, attention_whole
+from mod_star.model.attention_primitive import KERNEL, TRITON
 from mod_star.model.attention_whole import Memory, Queries
 
 CASES: dict[str, dict[str, Any]] = {
     "one document": {},
     "packed": {"documents": 4},
     "gathered, windowed": {"documents": 2, "window": 100},
+    "whole": {"whole": True},
 }
 SHARED = (6, 2, 2, 1, 50, 260, 8)
 """Three rows of queries for each of keys."""
@@ -29,15 +30,17 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def both_ways(memories: int) -> Any:
-    """Plain products, and the kernel, compiled once for all cases."""
-    return [jax.jit(functools.partial(value_and_gradients, memories, way)) for way in (None, INTERPRETED)]
+def compiled(memories: int, platform: str | None) -> Any:
+    """A platform's kernels (None: plain products), compiled once for all cases."""
+    way = None if platform is None else INTERPRETED[platform]
+    return jax.jit(functools.partial(value_and_gradients, memories, way))
 
 
-def assert_equal(memories: int, operands: Any) -> tuple[jax.Array, ...]:
+def assert_equal(memories: int, platform: str, operands: Any) -> tuple[jax.Array, ...]:
     """Also gives what plain products compute."""
     arrays = jax.tree.leaves(operands)
-    expected, ours = (way(arrays, (jnp.cos(arrays[0]), jnp.sin(arrays[0][..., 0]))) for way in both_ways(memories))
+    cotangents = jnp.cos(arrays[0]), jnp.sin(arrays[0][..., 0])
+    expected, ours = (compiled(memories, which)(arrays, cotangents) for which in (None, platform))
     for leaf, its in zip(ours, expected, strict=True):
         np.testing.assert_allclose(leaf, its, atol=1e-5 * max(1.0, float(jnp.abs(its).max())))
     return expected
@@ -45,28 +48,30 @@ def assert_equal(memories: int, operands: Any) -> tuple[jax.Array, ...]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("platform", INTERPRETED)
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients_are_those_of_plain_products(case: str) -> None:
-    _, log_sum, *_ = assert_equal(1, problem(**CASES[case]))
-    assert 0 < np.mean(log_sum == 0) < 0.9, "some queries see nothing"
+def test_values_and_gradients_are_those_of_plain_products(case: str, platform: str) -> None:
+    _, log_sum, *_ = assert_equal(1, platform, problem(**CASES[case]))
+    assert case == "whole" or 0 < np.mean(log_sum == 0) < 0.9, "some queries see nothing"
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 def test_a_large_memory_that_rows_share_and_a_small_one_of_each_are_put_together() -> None:
-    """Thoughts: their text by the kernel, their own tokens by plain products."""
+    """Thoughts: their text by the kernel, their own tokens by plain products. GPUs' kernels get the same layout."""
     queries, text = problem(SHARED, documents=2)
     _, own = problem((6, 6, 2, 1, 50, 20, 8), documents=2, seed=1)
-    assert_equal(2, (queries, [text, own]))
+    assert_equal(2, "tpu", (queries, [text, own]))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
-def test_in_16_bits_it_is_as_near_to_float32_as_plain_products() -> None:
+@pytest.mark.parametrize("platform", INTERPRETED)
+def test_in_16_bits_it_is_as_near_to_float32_as_plain_products(platform: str) -> None:
     """Both round weights and gradients of scores to 16 bits before they are multiplied."""
     narrow = problem(dtype=jnp.bfloat16)
     wide: Any = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, narrow)
-    plain, kernel = both_ways(1)
+    plain, kernel = compiled(1, None), compiled(1, platform)
     found = {}
     for name, operands, way in (("exact", wide, plain), ("plain", narrow, plain), ("kernel", narrow, kernel)):
         arrays = jax.tree.leaves(operands)
@@ -78,6 +83,14 @@ def test_in_16_bits_it_is_as_near_to_float32_as_plain_products() -> None:
         assert error(ours) <= 1.5 * error(other) + 1e-6 and error(ours) <= 0.02 * float(jnp.abs(exact).max())
 
 
+def seen_by_blocks(of_queries: jax.Array, of_keys: jax.Array, blocks: tuple[int, int]) -> np.ndarray:
+    """Bool C x I x n x J x m, of `attention_layout.Problem`'s arrays and sizes of blocks."""
+    (C, _, R), M, (n, m) = of_queries.shape, of_keys.shape[2], blocks
+    columns, keys = ([np.asarray(a)[:, i] for i in range(a.shape[1])] for a in (of_queries, of_keys))
+    seen: Any = attention_whole.sees(tuple(columns), tuple(keys))
+    return np.asarray(seen.reshape(C, R // n, n, M // m, m))
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("case", CASES)
@@ -85,15 +98,38 @@ def test_the_table_hides_no_key_that_is_seen_and_shows_none_that_is_hidden(case:
     queries, memory = problem(**CASES[case], seed=seed)
     own = attention_kernel._problem(queries, memory, None, False)
     (I, J), C = own.blocks, own.of_keys.shape[0]  # noqa: E741
-    columns, keys = ([a[:, i] for i in range(a.shape[1])] for a in (own.of_queries, own.of_keys))
-    seen = np.asarray(attention_whole.sees(tuple(columns), tuple(keys))).reshape(C, I, own.n, J, own.m)
+    seen = seen_by_blocks(own.of_queries, own.of_keys, (own.n, own.m))
     some, every = seen.any((2, 4)), seen.all((2, 4))
     for by_keys in (False, True):
         table = np.asarray(attention_kernel._table(own, by_keys)).reshape(C, *((J, I) if by_keys else (I, J)))
         kinds, fetched = (np.swapaxes(a, 1, 2) if by_keys else a for a in (table & 3, table >> 2))
-        assert not np.any(some & (kinds == 0)) and not np.any(~every & (kinds == attention_kernel.ALL))
+        assert not np.any(some & (kinds == 0)) and not np.any(~every & (kinds == attention_layout.ALL))
         number = np.arange(I)[:, None] if by_keys else np.arange(J)
         assert np.all((fetched == number) | (kinds == 0))
+
+
+@jax.jit
+def spans_of(queries: Queries, memory: Memory) -> tuple[jax.Array, ...]:
+    own = attention_triton._problem(queries, memory, (16, 16), None, False)
+    kinds = attention_layout.kinds(own)
+    return own.of_queries, own.of_keys, attention_triton._spans(kinds), attention_triton._spans(kinds.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("case", CASES)
+def test_spans_leave_out_no_key_that_is_seen_and_show_none_that_is_hidden(case: str, seed: int) -> None:
+    queries, memory = problem(**CASES[case], seed=seed)
+    of_queries, of_keys, *spans = spans_of(queries, memory)
+    seen = seen_by_blocks(of_queries, of_keys, (16, 16))
+    some, every = seen.any((2, 4)), seen.all((2, 4))
+    for turned, own in ((lambda a: a, spans[0]), (lambda a: np.swapaxes(a, 1, 2), spans[1])):
+        first, from_, to, end = np.moveaxis(np.asarray(own)[..., None], 2, 0)
+        assert np.all((first >= 0) & (first <= from_) & (from_ <= to) & (to <= end))
+        number = np.arange(turned(some).shape[2])
+        assert not np.any(turned(some) & ((number < first) | (number >= end)))
+        inside = (number >= from_) & (number < to)
+        assert not np.any(~turned(every) & inside)
+        assert np.any(inside) or case != "whole"
 
 
 def test_causal_attention_computes_half_of_the_blocks_and_masks_the_diagonal() -> None:
@@ -107,6 +143,15 @@ def test_causal_attention_computes_half_of_the_blocks_and_masks_the_diagonal() -
 
 
 def test_a_single_query_is_left_to_plain_products() -> None:
-    assert not KERNEL.is_large(*problem((8, 8, 2, 1, 1, 4096, 8)))
-    assert KERNEL.is_large(*problem())
-    assert KERNEL.is_large(*problem(SHARED)), "what matters is how many queries share keys"
+    for way in (KERNEL, TRITON):
+        assert not way.is_large(*problem((8, 8, 2, 1, 1, 4096, 8)))
+        assert way.is_large(*problem())
+        assert way.is_large(*problem(SHARED)), "what matters is how many queries share keys"
+
+
+WIDTHS = [(256, "float32", True), (257, "float32", False), (257, "bfloat16", True)]
+
+
+@pytest.mark.parametrize(("E", "dtype", "fits"), WIDTHS)
+def test_a_head_too_wide_for_shared_memory_is_left_to_plain_products(E: int, dtype: Any, fits: bool) -> None:
+    assert TRITON.is_large(*problem((1, 1, 1, 1, 128, 128, E), dtype=dtype)) == fits

@@ -124,7 +124,7 @@ def attention(out: Path) -> None:
     one = jax.jit(functools.partial(value_and_gradients, 1, None))(arrays, cotangents)
     with use_mesh(make_mesh(MeshConfig(*MESHES["mixed"]))):
         mesh = jax.sharding.get_abstract_mesh()
-        program = jax.jit(functools.partial(value_and_gradients, 1, INTERPRETED, mesh=mesh))
+        program = jax.jit(functools.partial(value_and_gradients, 1, INTERPRETED["tpu"], mesh=mesh))
         many = program(arrays, cotangents)
     np.savez(out / "attention-one.npz", *one)
     np.savez(out / "attention-mixed.npz", *many)
