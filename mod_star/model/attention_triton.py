@@ -2,9 +2,9 @@
 
 As in `mod_star.model.attention_blocks`, a block of queries meets a block of keys at a time, and softmax is summed up
 block by block (Milakov and Gimelshein 2018; Dao et al. 2022). The gradient computes the scores again from the
-log-sum-exp, in two kernels: one sums over keys for each block of queries, the other over queries for each block of keys.
-Each sum is a loop inside one program of the grid. It goes from the first block that is seen to the last. In between,
-where all see all, no mask is computed. These bounds are computed beforehand, and read by the program.
+log-sum-exp, in two kernels: one sums over keys for each block of queries, the other over queries for each block of
+keys. Each sum is a loop inside one program of the grid. It goes from the first block that is seen to the last. In
+between, where all see all, no mask is computed. These bounds are computed beforehand, and read by the program.
 
 Sums and softmax are float32. Products take operands of the queries' type: 16-bit ones as they are; float32 ones exactly
 where precision asks for the highest, else rounded to TF32.

@@ -87,7 +87,8 @@ def seen_by_blocks(of_queries: jax.Array, of_keys: jax.Array, blocks: tuple[int,
     """Bool C x I x n x J x m, of `attention_layout.Problem`'s arrays and sizes of blocks."""
     (C, _, R), M, (n, m) = of_queries.shape, of_keys.shape[2], blocks
     columns, keys = ([np.asarray(a)[:, i] for i in range(a.shape[1])] for a in (of_queries, of_keys))
-    seen: Any = attention_whole.sees(tuple(columns), tuple(keys))
+    columns_and_keys: Any = tuple(columns), tuple(keys)
+    seen: Any = attention_whole.sees(*columns_and_keys)
     return np.asarray(seen.reshape(C, R // n, n, M // m, m))
 
 
