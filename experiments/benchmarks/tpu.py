@@ -168,7 +168,8 @@ def _training(shape: str, quick: bool) -> Iterator[tuple[str, Entry]]:
 def _decoding(shape: str, batch: int, context: int) -> Iterator[tuple[str, Entry]]:
     run = partial(run_of, MODELS[shape], batch=batch, layers=2, context=context)
     share = ARMS["mod"].capacity
-    expected = Expected(expected_chunks(batch, share), share)
+    chunks = expected_chunks(batch, share)
+    expected = Expected(chunks, share * batch / chunks, share)
     make = lambda arm: Entry(  # noqa: E731
         lambda device: tpu_programs.decode(run(arm), batch, device), expected, of_a_token=True
     )
@@ -198,7 +199,7 @@ def _thinking() -> Iterator[tuple[str, Entry]]:
     passes = THINKING.thought_length + 2  # <start>, the thought and <end>
     thought = passes * ((1 - (1 - AUTO_SHARE) ** AUTO_BATCH) * weights + AUTO_SHARE * caches)
     decode = lambda think: lambda device: tpu_programs.decode(quiet, AUTO_BATCH, device, think)  # noqa: E731
-    expected = Expected(expected_chunks(AUTO_BATCH, AUTO_SHARE), AUTO_SHARE)
+    expected = Expected(expected_chunks(AUTO_BATCH, AUTO_SHARE), taken=AUTO_SHARE)
     yield "thinking_never", Entry(decode(plain), of_a_token=True)
     limit = 1 + thought / (weights + caches)
     yield "thinking_auto", Entry(decode(auto), expected, of_a_token=True, base="thinking_never", limit=limit)

@@ -90,23 +90,47 @@ class RoutedCache:
         ids = jnp.ones_like(self.positions_BxM)
         return (KeyValues(self.keys_BxKxMxE, self.values_BxKxMxE, self.positions_BxM, ids, valid),)
 
-    def append(self, own: KeyValues, computed_B: jax.Array, overflow_B: jax.Array) -> RoutedCache:
-        """With the keys/values of one token in each row that computed it, and overflows counted."""
+    def slots_of(self, computed_B: jax.Array) -> jax.Array:
+        """int32, the slot that the next token of each row is written to."""
+        return jnp.where(computed_B, self.filled_B, self.positions_BxM.shape[1] - 1)
+
+    def write(self, own: KeyValues, rows_C: jax.Array, slot_C: jax.Array) -> RoutedCache:
+        """With the keys/values of one token of some rows (C x K x 1 x E) in these slots. Nothing is counted.
+
+        One row after the other: a slice is updated in place, whatever the layout.
+        """
+
+        keys, values = self.keys_BxKxMxE, self.values_BxKxMxE
+        for i in range(rows_C.shape[0]):
+            place = (rows_C[i], 0, slot_C[i], 0)
+            keys = jax.lax.dynamic_update_slice(keys, own.keys_KxMxE[i : i + 1], place)
+            values = jax.lax.dynamic_update_slice(values, own.values_KxMxE[i : i + 1], place)
+        return replace(self, keys_BxKxMxE=keys, values_BxKxMxE=values)
+
+    def count(self, positions_B: jax.Array, computed_B: jax.Array, overflow_B: jax.Array) -> RoutedCache:
+        """With the tokens counted whose keys/values have been written."""
         rows = jnp.arange(computed_B.shape[0], dtype=jnp.int32)
-        slot_B = jnp.where(computed_B, self.filled_B, self.positions_BxM.shape[1] - 1)
-        if computed_B.shape[0] == 1:  # a slice is updated in place for certain, and fast
-            write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, slot_B[0], 2)  # noqa: E731
-        else:
-            write = lambda cache, new: cache.at[rows, :, slot_B].set(new[:, :, 0], unique_indices=True)  # noqa: E731
         return replace(
             self,
-            keys_BxKxMxE=write(self.keys_BxKxMxE, own.keys_KxMxE),
-            values_BxKxMxE=write(self.values_BxKxMxE, own.values_KxMxE),
-            positions_BxM=self.positions_BxM.at[rows, slot_B].set(own.positions_M[:, 0]),
+            positions_BxM=self.positions_BxM.at[rows, self.slots_of(computed_B)].set(positions_B),
             filled_B=self.filled_B + computed_B,
             count_B=self.count_B + computed_B,
             overflow_B=self.overflow_B + overflow_B,
         )
+
+    def append(self, own: KeyValues, computed_B: jax.Array, overflow_B: jax.Array) -> RoutedCache:
+        """With the keys/values of one token in each row that computed it, and overflows counted."""
+        rows, slot_B = jnp.arange(computed_B.shape[0], dtype=jnp.int32), self.slots_of(computed_B)
+        if computed_B.shape[0] == 1:  # a slice is updated in place for certain, and fast
+            write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, slot_B[0], 2)  # noqa: E731
+        else:
+            write = lambda cache, new: cache.at[rows, :, slot_B].set(new[:, :, 0], unique_indices=True)  # noqa: E731
+        written = replace(
+            self,
+            keys_BxKxMxE=write(self.keys_BxKxMxE, own.keys_KxMxE),
+            values_BxKxMxE=write(self.values_BxKxMxE, own.values_KxMxE),
+        )
+        return written.count(own.positions_M[:, 0], computed_B, overflow_B)
 
 
 Cache = FullCache | RoutedCache

@@ -7,19 +7,21 @@ step, and reading weights is what a decoding step spends its time on.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mod_star.decoding.caches import Cache, FullCache, over_rows
+from mod_star.decoding.caches import Cache, FullCache, RoutedCache, over_rows
+from mod_star.distributed.sharding import for_own_rows
 from mod_star.model import Decoder
 from mod_star.model.attention import KeyValues
 from mod_star.model.layers import lookup, rms_norm
 from mod_star.model.parts import DEFAULT_PARTS
 from mod_star.model.routing import Tokens, causal_logit, routed_rows, routed_share, stochastic_noise
-from mod_star.model.rows import compute_if
+from mod_star.model.rows import Picked, compute_if, in_chunks
 from mod_star.model.transformer import StackedParams, UnstackedParams, block_names, group_count
 
 
@@ -157,10 +159,16 @@ def decode_step(
                 passing_B = causal_logit(decoder, block, x_BxD, scores_B, noise) > 0
                 passing_B &= new.active_B
                 computed_B = passing_B & (cache.count_B < cache.slots)
-                routed_row = functools.partial(_routed_row, decoder, block)
-                rows = (computed_B, x_BxD, scores_B, positions_B, own_memory)
-                delta_BxD, own = over_rows(routed_row, rows, cache.shared_key_values(), branches)
-                updated.append(cache.append(own, computed_B, passing_B & ~computed_B))
+                rows, overflow_B = RoutedRows(x_BxD, scores_B, positions_B, computed_B), passing_B & ~computed_B
+                if branches == 1 < len(x_BxD):
+                    in_place = functools.partial(_in_place, decoder)
+                    delta_BxD, cache = for_own_rows(in_place, (rows, cache), block)
+                    updated.append(cache.count(positions_B, computed_B, overflow_B))
+                else:
+                    routed_row = functools.partial(_routed_row, decoder, block)
+                    arrays = (rows, own_memory)
+                    delta_BxD, own = over_rows(routed_row, arrays, cache.shared_key_values(), branches)
+                    updated.append(cache.append(own, computed_B, overflow_B))
             x_BxD = x_BxD + delta_BxD
     return rms_norm(x_BxD, params["final_norm"], config.norm_eps), tuple(updated)
 
@@ -177,21 +185,65 @@ def _full_row(
     return delta[0], own
 
 
+@struct.dataclass
+class RoutedRows:
+    """A token for every row of a batch, as a routed block takes them."""
+
+    x_BxD: jax.Array
+    """The stream, in the compute type."""
+    scores_B: jax.Array
+    """float32 router scores."""
+    positions_B: jax.Array
+    """int32."""
+    computed_B: jax.Array
+    """bool; whether the block computes the row."""
+
+
+def _in_place(
+    decoder: Decoder, rows_and_cache: tuple[RoutedRows, RoutedCache], block: dict[str, Any]
+) -> tuple[jax.Array, RoutedCache]:
+    """Gated deltas BxD, zero where a row passes by, and the cache with the keys/values of the others.
+
+    In chunks of the rows that are computed. Each reads its keys where they lie, and writes its own beside them: nothing
+    of a cache's size is copied.
+    """
+    rows, cache = rows_and_cache
+    share = routed_share(decoder.routing, decoder.config.context)
+    slot_B = cache.slots_of(rows.computed_B)
+
+    def chunk(picked: Picked, carry: tuple[jax.Array, RoutedCache]) -> tuple[jax.Array, RoutedCache]:
+        delta_BxD, cache = carry
+        (memory,) = cache.own_key_values(rows.positions_B, jnp.int32(0))
+
+        def one(row: RoutedRows, entry: jax.Array) -> tuple[jax.Array, KeyValues]:
+            return _compute_row(decoder, block, row, (replace(memory, entry=entry),))
+
+        new_CxD, own = jax.vmap(one)(picked.of(rows), jnp.where(picked.needed_C, picked.rows_C, -1))
+        # Written when all has been read: else XLA would have to keep what was there.
+        new_CxD, own = jax.lax.optimization_barrier((new_CxD, own))
+        slot_C = jnp.where(picked.needed_C, picked.of(slot_B), cache.positions_BxM.shape[1] - 1)
+        return picked.put(delta_BxD, new_CxD), cache.write(own, picked.rows_C, slot_C)
+
+    return in_chunks(chunk, rows.computed_B, (jnp.zeros_like(rows.x_BxD), cache), share)
+
+
 def _routed_row(
-    decoder: Decoder, block: dict[str, Any], row: tuple[Any, ...], prompt: tuple[KeyValues, ...]
+    decoder: Decoder, block: dict[str, Any], row: tuple[RoutedRows, tuple[KeyValues, ...]], prompt: Any
 ) -> tuple[jax.Array, KeyValues]:
     """Gated delta D and keys/values of one token if it is to be computed, else zeros."""
-    computed, *values = row
-
-    def compute(
-        block: Any, x_D: jax.Array, score: jax.Array, position: jax.Array, memory: tuple[KeyValues, ...]
-    ) -> tuple[jax.Array, KeyValues]:
-        one = jnp.ones(1, jnp.int32)
-        token = Tokens(x_D[None], position[None], one)
-        delta, _, own = routed_rows(decoder, block, token, score[None], one > 0, memory)
-        return delta[0], own
-
-    *token, own_memory = values
+    token, own_memory = row
     share = routed_share(decoder.routing, decoder.config.context)
-    result: tuple[jax.Array, KeyValues] = compute_if(computed, compute, (block, *token, (*prompt, *own_memory)), share)
+    compute = functools.partial(_compute_row, decoder)
+    arrays = (block, token, (*prompt, *own_memory))
+    result: tuple[jax.Array, KeyValues] = compute_if(token.computed_B, compute, arrays, share)
     return result
+
+
+def _compute_row(
+    decoder: Decoder, block: dict[str, Any], row: RoutedRows, memory: tuple[KeyValues, ...]
+) -> tuple[jax.Array, KeyValues]:
+    """Gated delta D and keys/values of one token, one of `RoutedRows`."""
+    one = jnp.ones(1, jnp.int32)
+    token = Tokens(row.x_BxD[None], row.positions_B[None], one)
+    delta, _, own = routed_rows(decoder, block, token, row.scores_B[None], one > 0, memory)
+    return delta[0], own

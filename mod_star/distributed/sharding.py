@@ -10,8 +10,9 @@ heads, key/value heads, hidden width) lie on tensor. The compiler (GSPMD) derive
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -240,3 +241,28 @@ def axis_size(axis: str) -> int:
     """Devices along an axis of the mesh in force; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else int(mesh.shape[axis])
+
+
+def for_own_rows(function: Callable[[Any, Any], Any], rows: Any, whole: Any) -> Any:
+    """`function(rows, whole)`, on a mesh by each device for the rows that lie on it: no row is sent.
+
+    Args:
+      function: its results have the rows as leading axis. What depends on how many rows a device has of some kind is
+        the same on all devices only after `most_of_all`.
+      rows: leaves have the rows as leading axis, which data x fsdp must divide; else the mesh's compiler places them.
+      whole: what all rows need, such as weights. It is put together where fsdp has cut it up; tensor stays.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or jax.tree.leaves(rows)[0].shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+        return function(rows, whole)
+    of_rows = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(
+        function, axis_names=set(BATCH_AXES), in_specs=(of_rows, PartitionSpec()), out_specs=of_rows, check_vma=False
+    )(rows, whole)
+
+
+def most_of_all(count: jax.Array) -> jax.Array:
+    """Inside `for_own_rows` the largest of the devices' counts, else the count itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    own = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual)
+    return jax.lax.pmax(count, own) if own else count

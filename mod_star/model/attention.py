@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mod_star.model.attention_entries import attention_to_entry
 from mod_star.model.attention_primitive import attention
-from mod_star.model.attention_whole import Memory, Queries
+from mod_star.model.attention_whole import Memory, Queries, union
 from mod_star.model.precision import precision_of
 
 
@@ -36,6 +37,10 @@ class KeyValues:
     """bool; False for slots that hold no token."""
     until: jax.Array | None = None
     """int32 scalar; the last position that may be seen of these tokens, if that is not each query's own."""
+    entry: jax.Array | None = None
+    """int32 scalar; the other leaves but `until` are those of many sequences, with a leading axis C, and this one is
+    meant. Under a `vmap` that gives each row an entry of its own, `attend` reads the keys where they lie. No gradient.
+    See `mod_star.model.attention_entries`."""
 
 
 def attend(
@@ -63,19 +68,28 @@ def attend(
       NxHxE in the type of the query.
     """
     N, H, E = query_NxHxE.shape
-    K = key_values[0].keys_KxMxE.shape[0]
+    K = key_values[0].keys_KxMxE.shape[-3]
     query_KxGxNxE = (query_NxHxE * E**-0.5).reshape(N, K, H // K, E).transpose(1, 2, 0, 3)
     after_N = jnp.full(N, jnp.iinfo(jnp.int32).min) if window is None else positions_N - window
     queries = Queries(query_KxGxNxE[None], segment_ids_N[None], after_N[None])
-    memories = [_memory(each, positions_N) for each in key_values]
     mesh = jax.sharding.get_abstract_mesh()
     asked = precision_of(query_NxHxE.dtype, precision)
-    mixed, _ = attention(queries, memories, asked, None if mesh.empty else mesh, plain)
+    pieces = [
+        attention_to_entry(queries, _memory(each, positions_N), each.entry, asked)
+        for each in key_values
+        if each.entry is not None
+    ]
+    memories = [_memory(each, positions_N) for each in key_values if each.entry is None]
+    if memories:
+        pieces.append(attention(queries, memories, asked, None if mesh.empty else mesh, plain))
+    mixed = pieces[0][0] if len(pieces) == 1 else union(pieces)[0].astype(query_NxHxE.dtype)
     return mixed[0].transpose(2, 0, 1, 3).reshape(N, H, E)
 
 
 def _memory(key_values: KeyValues, positions_N: jax.Array) -> Memory:
     ids_M = jnp.where(key_values.valid_M, key_values.segment_ids_M, -1)
     until_N = positions_N if key_values.until is None else jnp.minimum(positions_N, key_values.until)
-    leaves = (key_values.keys_KxMxE, key_values.values_KxMxE, ids_M, key_values.positions_M, until_N)
-    return Memory(*(leaf[None] for leaf in leaves))
+    keys, values, positions = key_values.keys_KxMxE, key_values.values_KxMxE, key_values.positions_M
+    if key_values.entry is None:
+        keys, values, ids_M, positions = (leaf[None] for leaf in (keys, values, ids_M, positions))
+    return Memory(keys, values, ids_M, positions, until_N[None])

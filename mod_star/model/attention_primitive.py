@@ -28,7 +28,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh
 
 from mod_star.model import attention_blocks, attention_shards, attention_whole
-from mod_star.model.attention_whole import Memory, Queries
+from mod_star.model.attention_whole import FEWEST_ON_TPUS, Memory, Queries
 
 attention_p = Primitive("attention")
 tangent_p = Primitive("attention_tangent")
@@ -213,6 +213,8 @@ class Way:
     """(queries, memory, precision, log-sum-exp, delta, gradient, type of the queries' gradient) -> gradients."""
     on_meshes: bool
     """Whether it is used on a mesh too, by each device for its own rows and heads."""
+    fewest: int = 1
+    """Rows of a plain product, where a memory is small: zeros fill it up."""
 
     def takes(self, queries: Queries, memory: Memory, mesh: AbstractMesh | None) -> bool:
         """Whether attention over this memory is computed so."""
@@ -242,17 +244,17 @@ def _for_gpus() -> ModuleType:
     return attention_triton
 
 
-def _kernels(module: Callable[[], ModuleType]) -> Way:
+def _kernels(module: Callable[[], ModuleType], fewest: int = 1) -> Way:
     """A way by kernels, imported when a program for their platform is lowered: importing Pallas takes a while."""
 
     def function(name: str) -> Callable[..., Any]:
         return lambda *args: getattr(module(), name)(*args)
 
-    return Way(function("is_large"), function("forward"), function("gradient"), on_meshes=True)
+    return Way(function("is_large"), function("forward"), function("gradient"), on_meshes=True, fewest=fewest)
 
 
 BLOCKS = Way(attention_blocks.is_large, attention_blocks.forward, attention_blocks.gradient, on_meshes=False)
-KERNEL = _kernels(_for_tpus)
+KERNEL = _kernels(_for_tpus, fewest=FEWEST_ON_TPUS)
 TRITON = _kernels(_for_gpus)
 
 
@@ -260,27 +262,17 @@ def _forward(
     *operands: jax.Array, count: int, precision: Any, mesh: AbstractMesh | None, way: Way | None
 ) -> list[jax.Array]:
     queries, memories, _ = _unpacked(operands, count)
-    dtype = operands[0].dtype
+    dtype, fewest = operands[0].dtype, way.fewest if way else 1
     large = [memory for memory in memories if way and way.takes(queries, memory, mesh)]
     if not way or not large:
-        result, log_sum = attention_whole.forward_in_turn(queries, memories, precision)
+        result, log_sum = attention_whole.forward_in_turn(queries, memories, precision, fewest)
         return [result.astype(dtype), log_sum]
     place = Place(mesh, precision, dtype if count == 1 else jnp.float32)
     pieces = [way.run("forward", place, queries, memory) for memory in large]
     if small := [memory for memory in memories if not any(memory is other for other in large)]:
-        pieces.append(attention_whole.forward_in_turn(queries, small, precision))
-    result, log_sum = pieces[0] if len(pieces) == 1 else _union(pieces)
+        pieces.append(attention_whole.forward_in_turn(queries, small, precision, fewest))
+    result, log_sum = pieces[0] if len(pieces) == 1 else attention_whole.union(pieces)
     return [result.astype(dtype), log_sum]
-
-
-def _union(pieces: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
-    """Attention over several memories from those over each: weighted by their shares of the sum."""
-    log_sums = jnp.stack([log_sum for _, log_sum in pieces])
-    log_sum = jax.nn.logsumexp(log_sums, 0)
-    shares = jnp.exp(log_sums - log_sum)[..., None]
-    return functools.reduce(
-        jnp.add, [share * result for share, (result, _) in zip(shares, pieces, strict=True)]
-    ), log_sum
 
 
 def _gradient(

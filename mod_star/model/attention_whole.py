@@ -24,6 +24,11 @@ TINY = 1e-30
 AT_ONCE = 2**18
 """Scores per row and head that may exist at one time: so many queries times all keys."""
 QUERY_BLOCK = 128
+FEW_KEYS = 128
+"""Of fewer keys a product need not be filled up: it is little work in any form."""
+FEWEST_ON_TPUS = 8
+"""Rows that XLA for TPUs needs in a product to write it as one. It writes fewer as elementwise work, which it expects
+to take several times as long."""
 
 
 @struct.dataclass
@@ -71,23 +76,30 @@ def rule(queries: Sequence[jax.Array], keys: Sequence[jax.Array]) -> jax.Array:
 
 
 class Products:
-    """The products of attention between queries and one memory, whose entries several rows may share."""
+    """The products of attention between queries and one memory, whose C entries several rows may share.
 
-    def __init__(self, queries: Queries, memory: Memory, precision: Any) -> None:
-        B, K, G, N, _ = queries.query_BxKxGxNxE.shape
-        self._C = memory.keys_CxKxMxE.shape[0]
+    A product has at least `fewest` rows; rows of zeros fill it up.
+    """
+
+    def __init__(self, query_BxKxGxNxE: jax.Array, C: int, precision: Any, fewest: int = 1) -> None:
+        B, K, G, N, _ = query_BxKxGxNxE.shape
+        self._C = C
         self._shape, self._share = (B, K, G, N), B // self._C
+        self._rows_of_product = self._share * G * N
+        self._added = max(0, fewest - self._rows_of_product)
         self._product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-        self._dtype = queries.query_BxKxGxNxE.dtype
+        self._dtype = query_BxKxGxNxE.dtype
 
     def _rows(self, x: jax.Array) -> jax.Array:
         """BxKxGxNxX as CxKxRxX: XLA:CPU has 16-bit products of three axes, but not of more."""
         _, K, G, N = self._shape
         rows = jnp.swapaxes(x.astype(self._dtype).reshape(self._C, self._share, K, G * N, -1), 1, 2)
-        return rows.reshape(self._C, K, self._share * G * N, x.shape[-1])
+        rows = rows.reshape(self._C, K, self._rows_of_product, x.shape[-1])
+        return jnp.pad(rows, ((0, 0), (0, 0), (0, self._added), (0, 0))) if self._added else rows
 
     def _back(self, rows_CxKxRxX: jax.Array) -> jax.Array:
         _, K, G, N = self._shape
+        rows_CxKxRxX = jax.lax.slice_in_dim(rows_CxKxRxX, 0, self._rows_of_product, axis=2)
         rows = jnp.swapaxes(rows_CxKxRxX.reshape(self._C, K, self._share, G * N, -1), 1, 2)
         return rows.reshape(*self._shape, rows_CxKxRxX.shape[-1])
 
@@ -104,20 +116,45 @@ class Products:
         return self._product("ckrm,ckre->ckme", self._rows(weights_BxKxGxNxM), self._rows(x_BxKxGxNxE))
 
 
-def forward(queries: Queries, memories: Sequence[Memory], precision: Any) -> tuple[jax.Array, jax.Array]:
+def forward(
+    queries: Queries, memories: Sequence[Memory], precision: Any, fewest: int = 1
+) -> tuple[jax.Array, jax.Array]:
     """Softmax attention over the union of the memories.
+
+    Args:
+      queries: at least one row.
+      memories: at least one.
+      precision: of products of float32 operands.
+      fewest: rows of a product, see `Products`.
 
     Returns:
       Float32 BxKxGxNxE, and float32 log-sum-exp of the scores BxKxGxN.
     """
-    products = [Products(queries, memory, precision) for memory in memories]
+    parts = [(memory.keys_CxKxMxE, memory.values_CxKxMxE, seen(queries, memory)) for memory in memories]
+    return over_seen(queries.query_BxKxGxNxE, parts, precision, fewest)
+
+
+def over_seen(
+    query_BxKxGxNxE: jax.Array,
+    parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
+    precision: Any,
+    fewest: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """`forward`, where it is known who sees what.
+
+    Args:
+      query_BxKxGxNxE: scaled and rotated.
+      parts: of each memory the keys and values CxKxMxE, and bool BxNxM, which queries see which keys.
+      precision: as for `forward`.
+      fewest: as for `forward`.
+    """
+    products = [
+        Products(query_BxKxGxNxE, keys.shape[0], precision, fewest if keys.shape[2] >= FEW_KEYS else 1)
+        for keys, _, _ in parts
+    ]
     scores = [
-        jnp.where(
-            seen(queries, memory)[:, None, None],
-            product.with_keys(queries.query_BxKxGxNxE, memory.keys_CxKxMxE),
-            HIDDEN,
-        )
-        for product, memory in zip(products, memories, strict=True)
+        jnp.where(seen_BxNxM[:, None, None], product.with_keys(query_BxKxGxNxE, keys), HIDDEN)
+        for product, (keys, _, seen_BxNxM) in zip(products, parts, strict=True)
     ]
     highest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores]))
     weights = [jnp.exp(score - highest) for score in scores]
@@ -125,11 +162,20 @@ def forward(queries: Queries, memories: Sequence[Memory], precision: Any) -> tup
     mixed = functools.reduce(
         jnp.add,
         [
-            product.weighted(weight, memory.values_CxKxMxE)
-            for product, weight, memory in zip(products, weights, memories, strict=True)
+            product.weighted(weight, values)
+            for product, weight, (_, values, _) in zip(products, weights, parts, strict=True)
         ],
     )
     return mixed / total, (highest + jnp.log(total))[..., 0]
+
+
+def union(pieces: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """Attention over several memories from those over each: weighted by their shares of the sum."""
+    highest = functools.reduce(jnp.maximum, [log_sum for _, log_sum in pieces])
+    shares = [jnp.exp(log_sum - highest) for _, log_sum in pieces]
+    total = functools.reduce(jnp.add, shares)
+    weighted = [share[..., None] * result for share, (result, _) in zip(shares, pieces, strict=True)]
+    return functools.reduce(jnp.add, weighted) / total[..., None], highest + jnp.log(total)
 
 
 def gradient(
@@ -148,7 +194,8 @@ def gradient(
     Returns:
       Float32 gradients of queries BxKxGxNxE, and of the memory's keys and values CxKxMxE.
     """
-    product, query = Products(queries, memory, precision), queries.query_BxKxGxNxE
+    query = queries.query_BxKxGxNxE
+    product = Products(query, memory.keys_CxKxMxE.shape[0], precision)
     scores = product.with_keys(query, memory.keys_CxKxMxE)
     weights = jnp.where(seen(queries, memory)[:, None, None], jnp.exp(scores - log_sum[..., None]), 0.0)
     of_scores = weights * (product.with_keys(grad, memory.values_CxKxMxE) - delta[..., None])
@@ -156,11 +203,13 @@ def gradient(
     return product.weighted(of_scores, memory.keys_CxKxMxE), product.gathered(of_scores, query), of_values
 
 
-def forward_in_turn(queries: Queries, memories: Sequence[Memory], precision: Any) -> tuple[jax.Array, jax.Array]:
+def forward_in_turn(
+    queries: Queries, memories: Sequence[Memory], precision: Any, fewest: int = 1
+) -> tuple[jax.Array, jax.Array]:
     """`forward`, some queries after the others where the scores of all would be many."""
     block = _queries_at_once(queries, memories)
     if block is None:
-        return forward(queries, memories, precision)
+        return forward(queries, memories, precision, fewest)
     cut, join = _cutting(queries, block)
 
     def one(part: tuple[Queries, list[jax.Array]]) -> tuple[jax.Array, jax.Array]:

@@ -13,6 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
+
+from mod_star.distributed.sharding import most_of_all
 
 
 def rows_at_once(rows: int, share: float) -> int:
@@ -29,30 +32,73 @@ def compute_rows(function: Callable[..., Any], needed_R: jax.Array, rows: Any, s
       rows: a tuple of pytrees whose leaves have R as leading axis.
       share: about how large a part of the rows is wanted; sets the size of a chunk, not the result.
     """
-    R = needed_R.shape[0]
     shapes = jax.eval_shape(function, *rows)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    if R == 1:  # a branch that is not taken reads no weights
+    if needed_R.shape[0] == 1:  # a branch that is not taken reads no weights
         return jax.lax.cond(needed_R[0], lambda: function(*rows), lambda: zeros)
+
+    def chunk(picked: Picked, results: Any) -> Any:
+        return picked.put(results, function(*picked.of(rows)))
+
+    return in_chunks(chunk, needed_R, zeros, share)
+
+
+@struct.dataclass
+class Picked:
+    """Rows of a chunk, C of R: wanted ones, and others after them where too few are left."""
+
+    rows_C: jax.Array
+    """int32 numbers of them."""
+    needed_C: jax.Array
+    """bool; whether the row is wanted."""
+    here_R: jax.Array
+    """bool; the wanted rows of the chunk."""
+    place_R: jax.Array
+    """int32 place in the chunk of those."""
+
+    def of(self, rows: Any) -> Any:
+        """What the chunk has of a pytree whose leaves have R as leading axis."""
+        return jax.tree.map(lambda leaf: leaf[self.rows_C], rows)
+
+    def put(self, results: Any, new: Any) -> Any:
+        """Results of all rows, with those of the chunk's wanted rows.
+
+        By a gather: XLA:CPU does a scatter row by row.
+        """
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jnp.where(self.here_R.reshape(-1, *[1] * (old.ndim - 1)), new[self.place_R], old)
+
+        return jax.tree.map(put, results, new)
+
+
+def in_chunks(function: Callable[[Picked, Any], Any], needed_R: jax.Array, carry: Any, share: float) -> Any:
+    """Calls `function(picked, carry)`, which gives the next carry, with as many chunks as hold the wanted rows.
+
+    Devices that have rows of their own (`for_own_rows`) take as many as the one with most wanted rows.
+
+    Args:
+      function: of the rows of a chunk.
+      needed_R: bool.
+      carry: before the first chunk.
+      share: as for `compute_rows`.
+    """
+    R = needed_R.shape[0]
     chunk = rows_at_once(R, share)
     count = jnp.sum(needed_R, dtype=jnp.int32)
     order_R = jnp.pad(jnp.argsort(~needed_R).astype(jnp.int32), (0, chunk))  # stable: needed rows first
     place_R = jnp.cumsum(needed_R, dtype=jnp.int32) - 1  # of a needed row in that order
+    most = most_of_all(count)
 
-    def body(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        start, results = carry
-        picked = jax.lax.dynamic_slice(order_R, (start,), (chunk,))
-        new = function(*jax.tree.map(lambda leaf: leaf[picked], rows))
+    def body(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        start, carry = state
+        rows_C = jax.lax.dynamic_slice(order_R, (start,), (chunk,))
         slot_R = jnp.clip(place_R - start, 0, chunk - 1)
-        here_R = needed_R & (place_R - start == slot_R)
+        needed_C = start + jnp.arange(chunk, dtype=jnp.int32) < count
+        picked = Picked(rows_C, needed_C, needed_R & (place_R - start == slot_R), slot_R)
+        return start + chunk, function(picked, carry)
 
-        def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            """By a gather: XLA:CPU does a scatter row by row."""
-            return jnp.where(here_R.reshape(-1, *[1] * (old.ndim - 1)), new[slot_R], old)
-
-        return start + chunk, jax.tree.map(put, results, new)
-
-    return jax.lax.while_loop(lambda carry: carry[0] < count, body, (jnp.zeros((), count.dtype), zeros))[1]
+    return jax.lax.while_loop(lambda state: state[0] < most, body, (jnp.zeros((), count.dtype), carry))[1]
 
 
 def compute_if(needed: jax.Array, function: Callable[..., Any], args: Any, share: float) -> Any:

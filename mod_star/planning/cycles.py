@@ -32,6 +32,8 @@ class Expected:
 
     trips: float = 1.0
     """Iterations of a loop whose number depends on data."""
+    inner_trips: float = 1.0
+    """Iterations of such a loop inside of such a loop."""
     taken: float = 1.0
     """How often a conditional takes its costliest branch; else it takes its cheapest."""
 
@@ -141,6 +143,8 @@ class _Clock:
     hertz: float
     expected: Expected
     done: dict[str, Cycles] = field(default_factory=dict)
+    inside: bool = False
+    """Whether what is counted now is inside of a loop whose number of iterations depends on data."""
 
     def computation(self, name: str) -> Cycles:
         """One run of a computation, with all that it calls."""
@@ -179,9 +183,12 @@ class _Clock:
     def _loop(self, run: _Run, computation: Computation, instruction: Instruction) -> None:
         trips = trip_count(self.program, computation, instruction)
         run.parts["unknown_loops"] += trips is None
-        count = self.expected.trips if trips is None else trips
+        unknown = self.expected.inner_trips if self.inside else self.expected.trips
+        count = unknown if trips is None else trips
         run.add(self.computation(instruction.attribute("condition") or ""), count + 1)
+        around, self.inside = self.inside, self.inside or trips is None
         run.add(self.computation(instruction.attribute("body") or ""), count)
+        self.inside = around
 
     def _kernel(self, run: _Run, computation: Computation, instruction: Instruction) -> None:
         if instruction.attribute("custom_call_target") != '"tpu_custom_call"':
