@@ -10,7 +10,7 @@ Sums and softmax are float32. Products take operands of the queries' type: 16-bi
 where precision asks for the highest, else rounded to TF32.
 
 Block sizes go by the bytes of one row of E numbers, a power of 2 (E is filled up to one). A program keeps its own rows
-in shared memory, and those of `STAGES` blocks of the others, which are copied ahead of their use:
+in shared memory, and those of `STAGES` blocks of the others, which are copied ahead of their use. Of 16-bit numbers:
     forward     n query rows; m rows of each keys and values, per stage
     gradient    n rows of each queries and gradients against m of each keys and values, or the reverse
     row bytes               32..128     256         512         1,024
@@ -18,9 +18,9 @@ in shared memory, and those of `STAGES` blocks of the others, which are copied a
       KiB, at most          48          96          96          96
     gradient n = m          64          64          32          16
       KiB, at most          48          96          96          96
-A program may have 99 KiB (compute capability 8.6, 8.9), 163 KiB (8.0) or 227 KiB (9.0). A thread keeps sums and scores
-in its registers, 255 at most: forward at n, m = 128, 64 and E = 128 these are (128 · 128 + 2 · 128 · 64) / (32 · 8) =
-128 numbers. Compute capability 8.0 is the least: before, there are no products of bfloat16.
+Of float32 numbers blocks are half as large: their products keep more in registers. A program may have 99 KiB (compute
+capability 8.6, 8.9), 163 KiB (8.0) or 227 KiB (9.0). Compiled for 8.6 by XLA, all these sizes fit, and at most 56 bytes
+of a thread's registers are spilled. Compute capability 8.0 is the least: before, there are no products of bfloat16.
 
 Axes: as in `attention_layout`.
 """

@@ -109,7 +109,7 @@ def test_a_step_computes_what_is_counted_and_routing_saves_operations_bytes_and_
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
 def test_decoding_holds_no_second_set_of_caches(compiled: dict[str, Any]) -> None:
-    """The two copies, for every token, are of the routed block's keys and values: docs/results/speed_tpu.md."""
+    """At most keys and values of one block are written as wholes for a token: docs/results/speed_tpu.md counts them."""
     assert compiled["temporaries"]["decode_mod"] < compiled["cache_bytes"]
     assert len(compiled["copies"]) <= 2, compiled["copies"]
 
