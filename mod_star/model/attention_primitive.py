@@ -317,8 +317,10 @@ def _register(primitive: Primitive, shape: Any, batch: Any, compute: Any, ways: 
       ways: by platform; "" for all others.
     """
 
-    def execute(*operands: jax.Array, **params: Any) -> Any:
-        return jax.jit(functools.partial(primitive.bind, **params))(*operands)
+    def execute(*operands: jax.Array, plain: bool, **params: Any) -> Any:
+        if jax.config.jax_disable_jit:  # for debugging, in Python: there is no program to lower
+            return compute(*operands, way=None, **params)
+        return jax.jit(functools.partial(primitive.bind, plain=plain, **params))(*operands)
 
     def lower(way: Way | None) -> Any:
         def computed(*operands: jax.Array, plain: bool, **params: Any) -> Any:

@@ -166,7 +166,7 @@ def _instruction(line: str) -> Instruction | None:
         return None
     start = rest.index("(", kind_end)
     end = _closing(rest, start)
-    inside = rest[start + 1 : end]
+    inside = re.sub(r"/\*.*?\*/", "", rest[start + 1 : end])  # every fifth of many operands has its number before it
     operands = tuple(part.split()[-1].lstrip("%") for part in split(inside) if part.strip())
     own = name.removeprefix("ROOT ").lstrip("%")
     kind = parse_type(rest[:kind_end])

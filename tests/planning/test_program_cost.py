@@ -418,3 +418,10 @@ def test_a_program_of_this_machine_costs_what_it_computes() -> None:
         if made.opcode == "while"
     ]
     assert {trip_count(program, *loop) for loop in loops} == {3, 7}
+
+
+def test_operands_are_read_without_the_numbers_that_long_lists_have() -> None:
+    names = ", ".join(f"/*index={n}*/%a" if n % 5 == 0 and n else "%a" for n in range(7))
+    lines = ["HloModule m", "", "ENTRY %e (a: f32[2]) -> f32[2] {", "  %a = f32[2]{0} parameter(0)"]
+    lines += [f"  ROOT %t = (f32[2]{{0}}) tuple({names})", "}"]
+    assert parse("\n".join(lines)).computations["e"].root.operands == ("a",) * 7
