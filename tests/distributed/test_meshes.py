@@ -57,6 +57,16 @@ def test_the_kernels_of_tpus_equal_one_device(eight: Path) -> None:
             np.testing.assert_allclose(many[name], one[name], atol=1e-5 * max(1.0, np.abs(one[name]).max()))
 
 
+@pytest.mark.slow
+def test_a_decode_step_sends_no_cache(eight: Path) -> None:
+    """Keys and values have four dimensions, with the heads; nothing else of a step has."""
+    text = (eight / "decode-mixed.txt").read_text()
+    sent = re.findall(r"= (\(?[^=]*?\)?) (?:all-[a-z]+|collective-permute|reduce-scatter)(?:-start)?\(", text)
+    assert sent and "while(" in text, "rows are pooled, and something is sent"
+    sizes = [tuple(map(int, dims.split(","))) for kinds in sent for dims in re.findall(r"\[([\d,]+)\]", kinds)]
+    assert all(len(size) < 4 for size in sizes), sizes
+
+
 @pytest.mark.parametrize(("kind", "mesh"), [*CASES, ("accumulated", "mixed")])
 @pytest.mark.slow
 def test_losses_and_gradients_equal_one_device(eight: Path, kind: str, mesh: str) -> None:

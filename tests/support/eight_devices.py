@@ -28,6 +28,7 @@ from mod_star.config import (
     TrainConfig,
 )
 from mod_star.decoding import GenerationConfig, Generator, Sampling, Think
+from mod_star.decoding.step import NewTokens, decode_step
 from mod_star.distributed.sharding import batch_sharding, make_mesh, place, placed_shapes, shardings, use_mesh
 from mod_star.loaded_model import Model
 from mod_star.model import Decoder
@@ -115,6 +116,13 @@ def sample(name: str, out: Path) -> None:
         results = generator.generate(prompts, GenerationConfig(6, Sampling(1.0), seed=3, think=think))
         found[way] = [{"tokens": r.tokens, "log_probs": r.log_probs, "overflow": r.overflow} for r in results]
     (out / f"sample-{name}.json").write_text(json.dumps(found))
+    if mesh is not None:
+        state = generator.start(prompts, GenerationConfig(6))
+        ids_B = jax.numpy.arange(4, dtype=jax.numpy.int32)
+        new = NewTokens(ids_B, ids_B + 3, jax.numpy.int32(0), ids_B >= 0)
+        with use_mesh(mesh):
+            step = jax.jit(functools.partial(decode_step, decoder)).lower(generator.params, state.caches, new)
+        (out / f"decode-{name}.txt").write_text(step.compile().as_text() or "")
 
 
 def attention(out: Path) -> None:
