@@ -17,7 +17,8 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from experiments.cot_decoding_smollm2.report import report
+from experiments.cot_decoding_smollm2.report import REPORT
+from experiments.support.path_report import report
 from experiments.support.paths import Asking, Part, Study, Wording, ask, settings
 from mod_star.errors import InputError
 
@@ -52,4 +53,4 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
         console.print("interrupted; what was asked is kept, the same command goes on")
-    report(options.out, console)
+    report(options.out, console, REPORT)

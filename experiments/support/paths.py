@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mod_star.decoding.confidence import ConfidenceConfig
+from mod_star.errors import require
 from mod_star.evaluation.prompts import PLAIN, Prompts, subset
 from mod_star.evaluation.records import open_records
 from mod_star.evaluation.tasks import CustomTask, Item, Task, load_task
@@ -79,6 +80,8 @@ class Asking:
     """Questions at a time, ten rows each; changes speed and memory."""
     limit: int | None = None
     """Only this many questions per task and prompt, to try it."""
+    only: tuple[str, ...] = ()
+    """Only these tasks and wordings, such as multiarith or "multiarith, bare"; none given: all of them."""
     report: bool = False
     """Only report, on what there is."""
 
@@ -98,7 +101,16 @@ class Turn:
 
 
 def turns(study: Study, options: Asking) -> Iterator[Turn]:
-    """All that is asked; tasks and wordings take turns by their sizes, so that an early report is fair."""
+    """All that is asked; tasks and wordings take turns by their sizes, so that an early report is fair.
+
+    Raises:
+      InputError: `only` names something else than a task, or a task and a wording.
+    """
+    names = {part.task for part in study.parts} | {
+        f"{part.task}, {wording}" for part in study.parts for wording in study.wordings
+    }
+    for name in options.only:
+        require(name in names, "--only", name, f"must be one of {', '.join(sorted(names))}")
     placed = []
     for part in study.parts:
         items = list(subset(part.load(options.data).items, part.items, seed=0))
@@ -106,6 +118,8 @@ def turns(study: Study, options: Asking) -> Iterator[Turn]:
         items = items[: options.limit]
         count = -(-len(items) // options.questions)
         for wording in study.wordings:
+            if options.only and not {part.task, f"{part.task}, {wording}"} & {*options.only}:
+                continue
             for number in range(count):
                 some = items[number * options.questions : (number + 1) * options.questions]
                 placed.append(((number + 0.5) / count, Turn(part, wording, number, some)))

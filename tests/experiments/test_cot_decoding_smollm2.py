@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.cot_decoding_smollm2.report import TASKS, cell, cot, read, report
+from experiments.cot_decoding_smollm2.report import REPORT
 from experiments.cot_decoding_smollm2.run import STUDY, Options
+from experiments.support.path_report import cell, cot, read, report
 from experiments.support.paths import turns
 from experiments.support.tables import read_cell, read_tables
 from mod_star.evaluation.intervals import accuracy
@@ -35,10 +36,10 @@ def test_marks_and_report(tmp_path: Path) -> None:
     branches += [row("4", 0.05, -1.0), *[row("5", 1.0, -0.5, "cut by the length limit")] * 5]
     samples = [row("6", 0.5, -5.0, "cut by the length limit"), *[row("7", 0.5, -5.0)] * 5, *[row("8", 0.5, -1.0)] * 4]
     right = {
-        "1": ("greedy", cot(1, "delta", False), cot(1, "log_prob", True)),
-        "2": (cot(10, "delta", False), cot(2, "delta", True), cot(5, "delta", False)),
-        "3": (cot(10, "delta", True), cot(5, "normalised_log_prob", True)),
-        "4": (cot(10, "log_prob", False), cot(5, "normalised_log_prob", False)),
+        "1": ("greedy", cot(1, "Δ", False), cot(1, "log-prob", True)),
+        "2": (cot(10, "Δ", False), cot(2, "Δ", True), cot(5, "Δ", False)),
+        "3": (cot(10, "Δ", True), cot(5, "log-prob per token", True)),
+        "4": (cot(10, "log-prob", False), cot(5, "log-prob per token", False)),
         "5": ("any of 10 branches, dropped ones too",),
         "6": ("temperature 0.7", "any of 10 samples, dropped ones too"),
         "7": ("self-consistency, 10",),
@@ -49,24 +50,24 @@ def test_marks_and_report(tmp_path: Path) -> None:
         for gold in right
     ]  # fmt: skip
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"id": "half')
-    marks, records = read(tmp_path)
+    marks, records = read(tmp_path, REPORT)
     assert len(records) == 7
     for index, (gold, names) in enumerate(right.items()):
         for name in names:
             assert marks["gsm8k", "plain"][name][index] == 1.0, (gold, name)
-    assert sum(marks["gsm8k", "plain"][cot(10, "delta", True)]) == 1.0
+    assert sum(marks["gsm8k", "plain"][cot(10, "Δ", True)]) == 1.0
     assert marks["gsm8k", "plain"]["any of 10 branches"] == [1.0] * 4 + [0.0] * 3
     assert marks["gsm8k", "plain"]["any of 10 samples"] == [0.0] * 6 + [1.0]
 
     console = Console(width=200, record=True)
-    report(tmp_path, console)
+    report(tmp_path, console, REPORT)
     tables = (tmp_path / "results.md").read_text()
     assert "| greedy | 14.3 (2.6 to 51.3) |" in tables, "one of seven, Wilson's interval"
     assert "| GSM8K, plain, branches | 10 | 50.0 % | 50.0 % | 2.0 |" in tables
     assert json.loads((tmp_path / "results.json").read_text())["gsm8k, plain"]["greedy"]["n"] == 7
     assert (tmp_path / "cot_decoding_smollm2.png").stat().st_size > 10_000
     empty = tmp_path / "empty"
-    report(empty, console)
+    report(empty, console, REPORT)
     assert "nothing to report yet" in console.export_text() and not empty.exists()
 
 
@@ -95,7 +96,7 @@ def test_tasks_and_prompts_take_turns(tmp_path: Path) -> None:
 def test_the_stored_records_give_the_table_of_the_readme(tmp_path: Path) -> None:
     with lzma.open(FOLDER / "records/records.jsonl.xz") as packed, (tmp_path / RECORDS_FILE).open("wb") as file:
         shutil.copyfileobj(packed, file)
-    marks, records = read(tmp_path)
+    marks, records = read(tmp_path, REPORT)
     assert len(records) == 1000
     table = read_tables((FOLDER / "README.md").read_text(encoding="utf-8"))[0]
     columns = {"": "plain", ", step by step": "step by step"}
@@ -103,6 +104,6 @@ def test_the_stored_records_give_the_table_of_the_readme(tmp_path: Path) -> None
         assert cells == {
             f"{title}{ending}": read_cell(cell(accuracy([mark > 0 for mark in marks[task, prompt][row]])))
             for ending, prompt in columns.items()
-            for task, title in TASKS.items()
+            for task, title in REPORT.tasks.items()
         }, row
     assert len(table) >= 18
