@@ -294,6 +294,9 @@ class ThinkingConfig:
     NLL after thoughts. 0: thoughts are sampled but nothing teaches what to think."""
     baseline: Literal["mean", "leave_one_out"] = "mean"
     """What a thought's reward is compared with: the mean over all thoughts of its position (paper), or the others'."""
+    mixing: Literal["head", "thought"] = "head"
+    """What is predicted after a thought. head: a mixture with the base prediction, by weights that the paper's head
+    learns. thought: the prediction after the thought alone, as in RLP."""
     drop_negative: bool = True
     """Learn only from thoughts that beat the baseline (paper). False with leave_one_out: the unbiased estimate."""
     temperature: Annotated[float, at_least(0, "0: greedy")] = 1.0

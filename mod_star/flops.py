@@ -21,6 +21,7 @@ from mod_star.model.parts import DEFAULT_PARTS, LatentInput, Part, Parts
 from mod_star.model.routing import capacity_of, causal_slots, routed_share
 from mod_star.model.transformer import Decoder, block_names, group_count
 from mod_star.parts import load_parts
+from mod_star.thinking.mixing import MIXINGS, mixing_of
 from mod_star.thinking.objective import place_count
 from mod_star.thinking.parameters import thinking_init
 from mod_star.thinking.sample import thought_slots
@@ -118,7 +119,7 @@ def scoring_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> 
     slots, text_slots = thought_slots(routing, thinking), _text_slots(run, tokens)
     latent = latent_input(parts, thinking)
     predictions = n_true + (t if thinking.policy_weight > 0 and latent is None else 0)
-    forward = Flops(head=2.0 * thoughts * predictions * D * V, mixing=_mixing_flops(model, parts, thoughts * n_true))
+    forward = Flops(head=2.0 * thoughts * predictions * D * V, mixing=_mixing_flops(run, parts, thoughts * n_true))
     steps = Flops()
     if latent is None:
         forward += _groups_flops(model, routing, parts, thoughts * N, tokens + N, thoughts * slots, text_slots + slots)
@@ -265,10 +266,11 @@ def _router_flops(model: ModelConfig, parts: Parts, tokens: int) -> float:
     return _part_flops("parts.router", parts.router, model, tokens)
 
 
-def _mixing_flops(model: ModelConfig, parts: Parts, rows: int) -> float:
+def _mixing_flops(run: RunConfig, parts: Parts, rows: int) -> float:
     """Mixing of `rows` predictions."""
-    D, part = model.width, parts.mixing
-    if part is None:
+    model, part = run.model, mixing_of(parts, run.thinking)
+    D = model.width
+    if part is MIXINGS["head"]:
         return 2.0 * rows * (3 * D * D + D)
     if part.flops is not None:
         return part.flops(model, rows)

@@ -41,4 +41,5 @@ def initial_params(
         return params
     key = jax.random.fold_in(jax.random.key(run.train.seed), random_streams.THINKING_PARAMETERS)
     start, end = (tokenizer.encode(text) for text in (run.thinking.start_text, run.thinking.end_text))
-    return {**params, "thinking": thinking_init(key, run.model, params["embedding"], start, end, decoder.parts)}
+    own = thinking_init(key, run.model, params["embedding"], start, end, decoder.parts, run.thinking)
+    return {**params, "thinking": own}

@@ -109,6 +109,7 @@ INVALID: dict[str, list[Any]] = {
     "thinking.talk_weight": [-1.0],
     "thinking.policy_weight": [-1.0, float("nan")],
     "thinking.baseline": ["none"],
+    "thinking.mixing": ["base"],
     "thinking.drop_negative": [1],
     "thinking.temperature": [-0.1, float("inf")],
     "thinking.policy_temperature": [0.0],

@@ -105,7 +105,8 @@ def objective_program(run: RunConfig) -> str:
     decoder = Decoder(run.model, run.routing)
     params, batch = shapes(run)
     params["thinking"] = jax.eval_shape(
-        lambda embedding: thinking_init(jax.random.key(0), run.model, embedding, [1], [1]), params["embedding"]
+        lambda embedding: thinking_init(jax.random.key(0), run.model, embedding, [1], [1], thinking=run.thinking),
+        params["embedding"],
     )
     loss = jax.make_jaxpr(objective_of(decoder, run).loss)(params, batch, jax.random.key(0), 1.0, 1.0)
     # A program with an address in it would never equal another.
@@ -201,6 +202,7 @@ ALIVE: dict[str, tuple[Any, Observed, dict[str, Any]]] = {
     "thinking.talk_weight": (0.5, thinking_program, {}),
     "thinking.policy_weight": (0.5, thinking_program, {}),
     "thinking.baseline": ("leave_one_out", thinking_program, {}),
+    "thinking.mixing": ("thought", thinking_program, {}),
     "thinking.drop_negative": (False, thinking_program, {}),
     "thinking.temperature": (0.5, thinking_program, {}),
     "thinking.policy_temperature": (3.0, thinking_program, {}),

@@ -76,6 +76,7 @@ ARMS: dict[str, Arm] = {
     "no reinforce": Arm(replace(QUIET_STAR, policy_weight=0.0)),
     "pause": Arm(replace(QUIET_STAR, kind="pause", policy_weight=0.0, n_thoughts=1)),
     "latent": Arm(replace(QUIET_STAR, kind="latent", policy_weight=0.0, n_thoughts=1)),
+    "rlp": Arm(replace(QUIET_STAR, mixing="thought", talk_weight=0.0, base_weight=0.0)),
     "0.5 by entropy": Arm(replace(QUIET_STAR, think_fraction=0.5, think_where="entropy")),
     "0.5 at random": Arm(replace(QUIET_STAR, think_fraction=0.5)),
     "0.25 by entropy": Arm(replace(QUIET_STAR, think_fraction=0.25, think_where="entropy")),
@@ -137,7 +138,8 @@ def teach(options: Options, name: str, seed: int) -> None:
     decoder = Decoder(MODEL, DENSE)
     if arm.thinking:
         embedding = jnp.asarray(params["embedding"])
-        params["thinking"] = thinking_init(jax.random.key(seed + 5), MODEL, embedding, [OPEN], [CLOSE])
+        key = jax.random.key(seed + 5)
+        params["thinking"] = thinking_init(key, MODEL, embedding, [OPEN], [CLOSE], thinking=arm.thinking)
     state = init_state(decoder, run, steps, params)
     step = jax.jit(make_train_step(decoder, run, steps), donate_argnums=0)
     evaluate = make_evaluation(run)

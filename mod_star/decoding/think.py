@@ -159,6 +159,6 @@ def _after_thought(
     thinker, place = ThinkingDecoder(decoder, thinking), Place(position, jnp.int32(1))
     thought, after_D = sample_thought(thinker, params, memory, place, key, temperature, finish=True)
     assert after_D is not None
-    weight_1 = thought_weight(decoder.parts, params, hidden_D[None], after_D[None])
+    weight_1 = thought_weight(decoder.parts, thinking, params, hidden_D[None], after_D[None])
     logits_1xV = mixed_logits(params, hidden_D[None], after_D[None], weight_1)
     return logits_1xV[0], thought.tokens_T, weight_1[0]

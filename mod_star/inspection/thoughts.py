@@ -94,7 +94,7 @@ def _think_everywhere(
         thinker, place = ThinkingDecoder(decoder, thinking), Place(position, jnp.int32(1))
         thought, after_D = sample_thought(thinker, params, text, place, own_key, temperature, finish=True)
         assert after_D is not None
-        weight_1 = thought_weight(decoder.parts, params, hidden_D[None], after_D[None])
+        weight_1 = thought_weight(decoder.parts, thinking, params, hidden_D[None], after_D[None])
         base_V = jax.nn.log_softmax(logits_of(params, hidden_D[None])[0])
         talk_V = jax.nn.log_softmax(mixed_logits(params, hidden_D[None], after_D[None], weight_1)[0])
         entropy = -jnp.sum(jnp.exp(base_V) * base_V)

@@ -318,7 +318,7 @@ def _register(primitive: Primitive, shape: Any, batch: Any, compute: Any, ways: 
     """
 
     def execute(*operands: jax.Array, plain: bool, **params: Any) -> Any:
-        if jax.config.jax_disable_jit:  # for debugging, in Python: there is no program to lower
+        if jax.config.values["jax_disable_jit"]:  # for debugging, in Python: there is no program to lower
             return compute(*operands, way=None, **params)
         return jax.jit(functools.partial(primitive.bind, plain=plain, **params))(*operands)
 

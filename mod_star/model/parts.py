@@ -138,7 +138,7 @@ class Parts:
     """What a thought reads at its next step. None: what `thinking.kind` names."""
     mixing: Part | None = None
     """apply(params, base_NxD, thought_NxD) -> float32 weights N of the thought's prediction, row by row, from the
-    hidden states without and with it. None: the paper's head, `mod_star.thinking.mixing.mixing_weight`."""
+    hidden states without and with it. None: what `ThinkingConfig.mixing` names."""
     where_to_think: Callable[..., jax.Array] | None = None
     """(batch, hidden_BxCxD, head_VxD, key, chunk) -> float32 scores BxC: in training, the positions with the highest
     think, `thinking.think_fraction` of them. Arrays of `batch` are BxC; at most `chunk` positions' logits are to exist

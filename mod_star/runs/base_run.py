@@ -57,7 +57,8 @@ def _require_same_function(run: RunConfig, base: RunConfig) -> None:
     if run.model.vocab_size == 0:
         run = replace(run, model=replace(run.model, vocab_size=base.model.vocab_size))
     routed = run.routing.every > 0 or base.routing.every > 0
-    fields, needed = _defining(run, routed), _defining(base, routed)
+    thinks = run.thinks and base.thinks  # what a base has not learned begins anew
+    fields, needed = _defining(run, routed, thinks), _defining(base, routed, thinks)
     differ = [f"{name} = {fields[name]!r}: must be {needed[name]!r}" for name in fields if fields[name] != needed[name]]
     if not same_parts(base.parts, run.parts):
         differ.append(f"parts = {run.parts!r}: must be {base.parts!r}, or a file of the same content")
@@ -65,7 +66,7 @@ def _require_same_function(run: RunConfig, base: RunConfig) -> None:
         raise InputError(f"{'; '.join(differ)}, as in init_from = {run.init_from!r}")
 
 
-def _defining(run: RunConfig, routed: bool) -> dict[str, Any]:
+def _defining(run: RunConfig, routed: bool, thinks: bool) -> dict[str, Any]:
     """The fields that the parameters depend on, by name; a size that is None counts as what it stands for."""
     model = run.model
     fields = {f"model.{name}": getattr(model, name) for name in MODEL_FIELDS}
@@ -74,4 +75,6 @@ def _defining(run: RunConfig, routed: bool) -> dict[str, Any]:
     fields["routing.every"] = run.routing.every
     if routed:
         fields |= {f"routing.{name}": getattr(run.routing, name) for name in ROUTED_FIELDS}
+    if thinks:
+        fields["thinking.mixing"] = run.thinking.mixing
     return fields

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mod_star.config import ModelConfig
+from mod_star.config import ModelConfig, ThinkingConfig
 from mod_star.distributed.sharding import constrain
 from mod_star.model.cross_entropy import chunked, cross_entropy_by_token, head_product, unchunked
 from mod_star.model.layers import Params, fan_in_normal
@@ -48,15 +48,32 @@ def mixing_init(key: jax.Array, config: ModelConfig) -> Params:
     }
 
 
-MIXING = Part(mixing_init, mixing_weight)
-"""The mixing head of the paper."""
+def thought_alone(params: Params, base_NxD: jax.Array, thought_NxD: jax.Array) -> jax.Array:
+    """The weight 1, float32 N: the base prediction has no share."""
+    del params, base_NxD
+    return jnp.ones(thought_NxD.shape[0], jnp.float32)
 
 
-def thought_weight(parts: Parts, params: dict[str, Any], base_NxD: jax.Array, thought_NxD: jax.Array) -> jax.Array:
+MIXINGS = {
+    "head": Part(mixing_init, mixing_weight),
+    "thought": Part(lambda key, config: {}, thought_alone, flops=lambda model, predictions: 0.0),
+}
+"""By `thinking.mixing`."""
+
+
+def mixing_of(parts: Parts, thinking: ThinkingConfig) -> Part:
+    """The mixing in force."""
+    return parts.mixing or MIXINGS[thinking.mixing]
+
+
+def thought_weight(
+    parts: Parts, thinking: ThinkingConfig, params: dict[str, Any], base_NxD: jax.Array, thought_NxD: jax.Array
+) -> jax.Array:
     """The weight of the thought's prediction by the mixing in force, float32 N.
 
     Args:
       parts: the model's.
+      thinking: how it thinks.
       params: the model's, with the entry "thinking".
       base_NxD: hidden states without a thought.
       thought_NxD: hidden states after it.
@@ -65,7 +82,7 @@ def thought_weight(parts: Parts, params: dict[str, Any], base_NxD: jax.Array, th
       InputError: a user's mixing gives another shape or type.
     """
     with highest_products():
-        weights_N = (parts.mixing or MIXING).apply(params["thinking"]["mixing"], base_NxD, thought_NxD)
+        weights_N = mixing_of(parts, thinking).apply(params["thinking"]["mixing"], base_NxD, thought_NxD)
     return require_array("mixing", weights_N, base_NxD.shape[:1])
 
 

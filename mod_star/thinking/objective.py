@@ -223,7 +223,7 @@ def _talk_loss_of_chunk(
     gather = jax.vmap(lambda row, at: row[at])
     base = jnp.broadcast_to(gather(hidden_BxSxD, index_BxJxN)[:, :, None], (B, J, M, N, D)).reshape(-1, D)
     talk = scored.talk_NxD.reshape(-1, D)
-    mixing = thought_weight(parts, params, base, talk)
+    mixing = thought_weight(parts, thinking, params, base, talk)
 
     head = head_matrix(params)
     shape = (B, J, M, N)

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from mod_star import random_streams
-from mod_star.config import ModelConfig
+from mod_star.config import ModelConfig, ThinkingConfig
 from mod_star.model.parts import DEFAULT_PARTS, Parts
-from mod_star.thinking.mixing import MIXING
+from mod_star.thinking.mixing import mixing_of
+
+_DEFAULTS = ThinkingConfig()
 
 
 def thinking_init(
@@ -26,6 +28,7 @@ def thinking_init(
     start_ids: Sequence[int],
     end_ids: Sequence[int],
     parts: Parts = DEFAULT_PARTS,
+    thinking: ThinkingConfig = _DEFAULTS,
 ) -> dict[str, Any]:
     """Float32 parameters of thinking.
 
@@ -36,9 +39,10 @@ def thinking_init(
       start_ids: tokens whose mean embedding <start> begins as (the paper: those of "---").
       end_ids: the same for <end>.
       parts: the model's; its `mixing` and `thought` may have parameters of their own.
+      thinking: how it thinks; its `mixing` decides whether there is a head.
     """
     mean = lambda ids: jnp.mean(embedding_VxD[jnp.asarray(ids, jnp.int32)], 0)  # noqa: E731
-    mixing = (parts.mixing or MIXING).init(key, config)
+    mixing = mixing_of(parts, thinking).init(key, config)
     params = {"start": mean(start_ids), "end": mean(end_ids), "mixing": mixing}
     if parts.thought is not None and parts.thought.init is not None:
         params["thought"] = parts.thought.init(jax.random.fold_in(key, random_streams.THOUGHT_PARAMETERS), config)

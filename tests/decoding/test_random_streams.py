@@ -16,7 +16,7 @@ from mod_star.decoding import GenerationConfig
 from mod_star.model.parts import DEFAULT_PARTS, Part, Parts, ThoughtInput
 from mod_star.model.routing import stochastic_noise
 from mod_star.model.transformer import group_init
-from mod_star.thinking.mixing import MIXING
+from mod_star.thinking.mixing import mixing_weight
 from mod_star.thinking.parameters import thinking_init
 
 POSITIONS = 400
@@ -100,7 +100,7 @@ def test_mixing_and_thought_of_ones_own_draw_from_different_keys() -> None:
         drawn.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
         return {"weight": jnp.zeros(1, jnp.float32)}
 
-    parts = Parts(mixing=Part(init, MIXING.apply), thought=ThoughtInput(lambda *_: None, lambda *_: None, init))
+    parts = Parts(mixing=Part(init, mixing_weight), thought=ThoughtInput(lambda *_: None, lambda *_: None, init))
     params = thinking_init(jax.random.key(3), ModelConfig(vocab_size=8), jnp.ones((8, 4)), [1], [2], parts)
     assert set(params) == {"start", "end", "mixing", "thought"}
     assert len(drawn) == len(set(drawn)) == 2
