@@ -21,6 +21,7 @@ from mod_star.model.parts import DEFAULT_PARTS, LatentInput, Part, Parts
 from mod_star.model.routing import capacity_of, causal_slots, routed_share
 from mod_star.model.transformer import Decoder, block_names, group_count
 from mod_star.parts import load_parts
+from mod_star.thinking.decider import decider_flops
 from mod_star.thinking.mixing import MIXINGS, mixing_of
 from mod_star.thinking.objective import place_count
 from mod_star.thinking.parameters import thinking_init
@@ -45,7 +46,7 @@ class Flops:
     head: float = 0.0
     """Logits."""
     mixing: float = 0.0
-    """The mixing head of a thinking model."""
+    """The mixing head and the decider of a thinking model."""
 
     @property
     def total(self) -> float:
@@ -133,6 +134,9 @@ def scoring_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> 
     forward += _groups_flops(model, routing, parts, tokens, tokens, text_slots, text_slots)
     forward += Flops(head=2.0 * tokens * D * V)
     step = _forward_and_backward(forward, parts)
+    if thinking.decider_width:  # whose input is detached
+        deciding = decider_flops(model, thinking.decider_width, place_count(thinking, tokens))
+        step += Flops(mixing=2 * deciding)
     if model.dtype != "float32":  # two products' logits are mixed, see `mod_star.thinking.mixing`
         step += Flops(head=2.0 * thoughts * n_true * D * V)
     return step + steps + _recomputed(model, routing, parts, forward)  # a backward pass computes the steps again

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from mod_star import random_streams
 from mod_star.config import RunConfig
 from mod_star.model import Decoder
-from mod_star.thinking.parameters import thinking_init
+from mod_star.thinking.parameters import new_decider, thinking_init
 
 if TYPE_CHECKING:
     from mod_star.tokenization import Tokenizer
@@ -37,9 +37,12 @@ def initial_params(
     params = init_params(decoder, run.train.seed) if base is None else base
     if not run.thinks:
         return {name: value for name, value in params.items() if name != "thinking"}
-    if "thinking" in params:
-        return params
     key = jax.random.fold_in(jax.random.key(run.train.seed), random_streams.THINKING_PARAMETERS)
+    if "thinking" in params:  # which may have been learned without a decider
+        own, width = params["thinking"], run.thinking.decider_width
+        if width and "decider" not in own:
+            own = {**own, "decider": new_decider(key, run.model, width)}
+        return {**params, "thinking": own}
     start, end = (tokenizer.encode(text) for text in (run.thinking.start_text, run.thinking.end_text))
     own = thinking_init(key, run.model, params["embedding"], start, end, decoder.parts, run.thinking)
     return {**params, "thinking": own}

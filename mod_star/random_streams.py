@@ -30,3 +30,5 @@ ROUTING_PARAMETERS = np.uint32(2**32 - 5)
 """Of a routed block's parameters: its router's and its predictor's."""
 THOUGHT_PARAMETERS = np.uint32(2**32 - 6)
 """Of thinking's parameters: those of a user's `ThoughtInput`."""
+DECIDER = np.uint32(2**32 - 8)
+"""Of thinking's parameters: those of the decider."""

@@ -231,7 +231,7 @@ def thinking_run(trained_run: Path, made_once: Callable[..., Path]) -> Path:
         base,
         init_from=str(trained_run),
         train=replace(base.train, objective="quiet_star", steps=3, batch_size=2, checkpoint_every=0),
-        thinking=ThinkingConfig(thought_length=3, n_true=2, n_thoughts=2, chunk=40),
+        thinking=ThinkingConfig(thought_length=3, n_true=2, n_thoughts=2, chunk=40, decider_width=4),
     )
     return made_once("thinking", lambda path: train(run, path, quiet=True))
 

@@ -105,6 +105,7 @@ INVALID: dict[str, list[Any]] = {
     "thinking.kind": ["silent"],
     "thinking.think_fraction": [0.0, -0.5, 1.5, float("nan")],
     "thinking.think_where": ["everywhere"],
+    "thinking.decider_width": [-1, 0.5],
     "thinking.base_weight": [-1.0, float("inf")],
     "thinking.talk_weight": [-1.0],
     "thinking.policy_weight": [-1.0, float("nan")],

@@ -198,6 +198,7 @@ ALIVE: dict[str, tuple[Any, Observed, dict[str, Any]]] = {
     "thinking.kind": ("pause", thinking_program, {"thinking": {"n_thoughts": 1, "policy_weight": 0.0}}),
     "thinking.think_fraction": (0.5, thinking_program, {}),
     "thinking.think_where": ("entropy", thinking_program, {"thinking": {"think_fraction": 0.5}}),
+    "thinking.decider_width": (4, thinking_program, {}),
     "thinking.base_weight": (0.5, thinking_program, {}),
     "thinking.talk_weight": (0.5, thinking_program, {}),
     "thinking.policy_weight": (0.5, thinking_program, {}),

@@ -1,4 +1,4 @@
-"""`mod-star calibrate`: chooses the entropy above which `mod-star sample --think auto` thinks."""
+"""`mod-star calibrate`: chooses the entropy or expected gain above which `mod-star sample --think auto` thinks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUANTILES = (0.9, 0.75, 0.5, 0.25, 0.1, 0.05, 0.01)
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """Chooses the entropy from which on the model in RUN thinks, for mod-star sample --think auto.
+    """Chooses where the model in RUN thinks, for mod-star sample --think auto.
 
     Examples:
       mod-star calibrate runs/thinking --share 0.1
@@ -31,6 +31,9 @@ class CalibrateOptions:
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Directory of the run."""
+    by: Literal["entropy", "decider"] = "entropy"
+    """entropy: think where the prediction without a thought is least certain. decider: where the model's decider
+    expects most of a thought; for a model that was trained with thinking.decider_width."""
     share: float = 0.25
     """Share of the tokens to think before, in (0, 1]; 1: all."""
     step: int | None = None
@@ -55,8 +58,8 @@ def _run(options: CalibrateOptions) -> None:
     from mod_star.inspection.calibration import (
         calibrated,
         calibration_batches,
-        entropies,
         require_share,
+        scores,
         write_calibration,
     )
     from mod_star.runs.directory import load_run
@@ -75,14 +78,14 @@ def _run(options: CalibrateOptions) -> None:
     keep_compiled_programs()
     progress = Console(stderr=True)
     parts = track(
-        entropies(loaded, batches), "reading held-out text", len(batches), console=progress, transient=True,
+        scores(loaded, batches, options.by), "reading held-out text", len(batches), console=progress, transient=True,
         disable=not progress.is_terminal,
     )  # fmt: skip
-    entropies_N = np.concatenate(list(parts))
-    calibration = calibrated(entropies_N, options.share, loaded.step)
+    scores_N = np.concatenate(list(parts))
+    calibration = calibrated(scores_N, options.share, loaded.step, options.by)
     path = write_calibration(options.run, calibration)
     console = Console(highlight=False)
-    console.print(quantile_table(entropies_N))
+    console.print(quantile_table(scores_N, options.by))
     console.print(
         f"threshold {calibration.threshold:.4g} nats, chosen by the first half of the text: {options.share:.1%} of its "
         f"tokens lie above. Of the second half, {calibration.achieved_share:.1%} do",
@@ -91,12 +94,13 @@ def _run(options: CalibrateOptions) -> None:
     console.print(f"written: {path}", markup=False, soft_wrap=True)
 
 
-def quantile_table(entropies_N: Any) -> Table:
-    """How uncertain the predictions are: the entropies that given shares of them lie above."""
+def quantile_table(scores_N: Any, by: str) -> Table:
+    """The scores that given shares of the predictions lie above."""
     import numpy as np
 
     from mod_star.views.terminal import result_table
 
-    rows = [(f"{share:.0%}", f"{np.quantile(entropies_N, 1 - share):.3f}") for share in QUANTILES]
-    title = f"Entropy of {len(entropies_N):,} predictions without a thought"
-    return result_table(title, ("share of tokens", "entropy above, nats"), rows)
+    rows = [(f"{share:.0%}", f"{np.quantile(scores_N, 1 - share):.3f}") for share in QUANTILES]
+    title = {"entropy": "Entropy", "decider": "Gain that the decider expects"}[by]
+    title += f" of {len(scores_N):,} predictions without a thought"
+    return result_table(title, ("share of tokens", "above, nats"), rows)

@@ -224,6 +224,7 @@ def _run(options: EvaluateOptions) -> None:
     think = chosen_think(loaded, options)
     if think.threshold is not None:
         config["think_threshold"] = think.threshold  # another calibration is another evaluation
+        config |= {} if think.by == "entropy" else {"think_by": think.by}
     if isinstance(protocol, GeneratedAnswer):
         config |= {"stop strings": list(protocol.stop), "most new tokens": protocol.new_tokens}
         config |= {"answer rules": ANSWER_RULES} if options.answer_rule is None else {}

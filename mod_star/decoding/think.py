@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,13 @@ from mod_star.errors import require
 from mod_star.model import Decoder
 from mod_star.model.rows import compute_if
 from mod_star.model.transformer import UnstackedParams, logits_of
+from mod_star.thinking.decider import decider_of, expected_gain
 from mod_star.thinking.mixing import mixed_logits, thought_weight
 from mod_star.thinking.sample import Place, ThinkingDecoder, sample_thought
 
 WHEN = ("never", "always", "auto")
+By = Literal["entropy", "decider"]
+BY: tuple[By, ...] = get_args(By)
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,20 @@ class Think:
     """When to think before the next token, and how."""
 
     when: Literal["never", "always", "auto"] = "never"
-    """auto: where the entropy of the prediction without a thought is above `threshold`."""
+    """auto: where what `by` names is above `threshold`."""
     threshold: float | None = None
-    """Of that entropy, in nats; for auto only, which needs it. May be infinite."""
+    """In nats; for auto only, which needs it. May be infinite."""
     share: float = 0.25
     """About how many of the rows auto lets think, in (0, 1]: sizes the chunks they are computed in, not the result."""
     temperature: float = 0.0
     """Of the draws of thought tokens; 0: greedy. At least 1e-6 otherwise."""
+    by: By = "entropy"
+    """What auto decides by. entropy: that of the prediction without a thought. decider: the gain that the model's
+    decider expects of a thought, see `mod_star.thinking.decider`."""
 
     def __post_init__(self) -> None:
         require(self.when in WHEN, "think.when", self.when, f"must be one of {', '.join(WHEN)}")
+        require(self.by in BY, "think.by", self.by, f"must be one of {', '.join(BY)}")
         if self.when == "auto":
             has_threshold = self.threshold is not None and not math.isnan(self.threshold)
             require(has_threshold, "think.threshold", self.threshold, "must be a number with think.when = 'auto'")
@@ -116,11 +123,17 @@ def think_step(
 
     Returns:
       Float32 logits BxV, those of the plain prediction where a row doesn't think; and the step's record.
+
+    Raises:
+      InputError: the model has no decider, and is to think by it.
     """
     base_BxV = logits_of(params, last.hidden_BxD)
     log_p_BxV = jax.nn.log_softmax(base_BxV)
     entropies_B = -jnp.sum(jnp.exp(log_p_BxV) * log_p_BxV, -1)
-    thinks_B = last.active_B if think.when == "always" else last.active_B & (entropies_B > threshold)
+    scores_B = entropies_B
+    if think.when == "auto" and think.by == "decider":
+        scores_B = expected_gain(decider_of(params), last.hidden_BxD)
+    thinks_B = last.active_B if think.when == "always" else last.active_B & (scores_B > threshold)
     after_thought = functools.partial(_after_thought, decoder, thinking, think.temperature)
 
     def row(row: tuple[Any, ...], shared: Any) -> tuple[jax.Array, ...]:

@@ -41,7 +41,7 @@ RULES = (
     (r"block/(key|value)_bias$", "KE"),
     (r"feed_forward/(gate|up)$", "DF"),
     (r"feed_forward/down$", "FD"),
-    (r"predictor/hidden$", "DP"),
+    (r"(predictor|decider)/hidden$", "DP"),
     (r"mixing/(first|second)$", "DX"),
 )
 """Dimensions of parameters by path, without the leading axis of stacked groups; the first match counts.

@@ -1,12 +1,14 @@
-"""Where to think: the entropy above which a model thinks, so that a given share of the tokens has a thought.
+"""Where to think: the score above which a model thinks, so that a given share of the tokens has a thought.
 
-Kept in RUN/thinking.json. The threshold is a quantile of the entropies of the predictions (without thoughts) of the
-first half of the run's held-out text; what share of the other half lies above it tells how well it carries over.
+The score is the entropy of the prediction without a thought, or the gain that the model's decider expects. The
+threshold, kept in RUN/thinking.json, is a quantile of the scores of the first half of the run's held-out text; what
+share of the other half lies above it tells how well it carries over.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -20,15 +22,16 @@ import numpy.typing as npt
 
 from mod_star.atomic_files import write_atomically
 from mod_star.data import Batch, held_out_batches
-from mod_star.decoding.think import WHEN, Think
+from mod_star.decoding.think import BY, WHEN, By, Think
 from mod_star.errors import InputError, require
 from mod_star.model.cross_entropy import token_entropy
 from mod_star.model.transformer import head_matrix
 from mod_star.runs.directory import LoadedRun
+from mod_star.thinking.decider import decider_of, expected_gain
 from mod_star.training.objectives.next_token import forward
 
 CALIBRATION_FILE = "thinking.json"
-BELOW_EVERYTHING = -1.0  # an entropy is never negative
+BELOW_EVERYTHING = {"entropy": -1.0, "decider": -1e30}  # an entropy is never negative
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Calibration:
     """A threshold, and what it is worth."""
 
     threshold: float
-    """Entropy in nats; the model is to think where it is above."""
+    """In nats; the model is to think where the score is above."""
     share: float
     """The share of the tokens that was asked for."""
     achieved_share: float
@@ -45,6 +48,8 @@ class Calibration:
     """Step of the checkpoint."""
     tokens: int
     """Predicted tokens of held-out text, both halves."""
+    by: By = "entropy"
+    """The score, see `mod_star.decoding.think.Think.by`."""
 
 
 def calibration_batches(run: LoadedRun) -> list[Batch]:
@@ -62,35 +67,43 @@ def calibration_batches(run: LoadedRun) -> list[Batch]:
     return list(itertools.islice(batches, config.train.eval_batches))
 
 
-def entropies(run: LoadedRun, batches: list[Batch]) -> Iterator[npt.NDArray[np.float32]]:
-    """For each batch the entropies of all its predictions, routed causally, in the order of the text."""
+def scores(run: LoadedRun, batches: list[Batch], by: By = "entropy") -> Iterator[npt.NDArray[np.float32]]:
+    """For each batch the scores of all its predictions, routed causally, in the order of the text.
+
+    Raises:
+      InputError: the model has no decider, and that is to be the score.
+    """
+    decider = decider_of(run.params) if by == "decider" else None
 
     @jax.jit
     def of_batch(params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
         hidden = forward(run.decoder, params, batch, None, "causal").hidden
+        if decider is not None:
+            return jax.vmap(functools.partial(expected_gain, decider))(hidden)
         return token_entropy(hidden, head_matrix(params), run.config.train.loss_chunk)
 
     for batch in batches:
         yield np.asarray(of_batch(run.params, batch))[batch["weights"] > 0]
 
 
-def calibrated(entropies_N: npt.NDArray[np.float32], share: float, step: int) -> Calibration:
+def calibrated(scores_N: npt.NDArray[np.float32], share: float, step: int, by: By = "entropy") -> Calibration:
     """The threshold that `share` of the first half of the predictions lies above.
 
     Args:
-      entropies_N: in the order of the text; the halves then have hardly a document in common.
+      scores_N: in the order of the text; the halves then have hardly a document in common.
       share: of the tokens to think before; 1: all.
       step: of the checkpoint.
+      by: what the scores are.
 
     Raises:
       InputError: the share is not in (0, 1], or there are fewer than two predictions.
     """
     require_share(share)
-    N = len(entropies_N)
+    N = len(scores_N)
     require(N >= 2, "held-out predictions", N, "must be at least 2")
-    first, second = entropies_N[: (N + 1) // 2], entropies_N[(N + 1) // 2 :]
-    threshold = BELOW_EVERYTHING if share == 1 else float(np.quantile(first, 1 - share))
-    return Calibration(threshold, share, float(np.mean(second > threshold)), step, N)
+    first, second = scores_N[: (N + 1) // 2], scores_N[(N + 1) // 2 :]
+    threshold = BELOW_EVERYTHING[by] if share == 1 else float(np.quantile(first, 1 - share))
+    return Calibration(threshold, share, float(np.mean(second > threshold)), step, N, by)
 
 
 def require_share(share: float) -> None:
@@ -115,8 +128,9 @@ def read_calibration(directory: Path) -> Calibration | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         calibration = Calibration(
             float(values["threshold"]), float(values["share"]), float(values["achieved_share"]),
-            int(values["step"]), int(values["tokens"]),
+            int(values["step"]), int(values["tokens"]), values.get("by", "entropy"),
         )  # fmt: skip
+        require(calibration.by in BY, "by", calibration.by, f"must be one of {', '.join(BY)}")
         require_share(calibration.share)
     except FileNotFoundError:
         return None
@@ -154,4 +168,4 @@ def chosen_think(
     if calibration.step != run.step:
         of_steps = f"the threshold was calibrated at step {calibration.step}, this is step {run.step}"
         tell(f"{of_steps}: mod-star calibrate {directory} renews it")
-    return Think("auto", calibration.threshold, calibration.share, temperature)
+    return Think("auto", calibration.threshold, calibration.share, temperature, calibration.by)

@@ -59,6 +59,9 @@ def _require_same_function(run: RunConfig, base: RunConfig) -> None:
     routed = run.routing.every > 0 or base.routing.every > 0
     thinks = run.thinks and base.thinks  # what a base has not learned begins anew
     fields, needed = _defining(run, routed, thinks), _defining(base, routed, thinks)
+    if thinks and base.thinking.decider_width:  # where there is none, one may be added
+        name = "thinking.decider_width"
+        fields[name], needed[name] = run.thinking.decider_width, base.thinking.decider_width
     differ = [f"{name} = {fields[name]!r}: must be {needed[name]!r}" for name in fields if fields[name] != needed[name]]
     if not same_parts(base.parts, run.parts):
         differ.append(f"parts = {run.parts!r}: must be {base.parts!r}, or a file of the same content")

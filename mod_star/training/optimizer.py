@@ -35,20 +35,24 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([rising, after], [warmup])
 
 
+PREDICTORS = {"predictor", "decider"}
+"""Names of parameters that learn from the language model what it does, and that it learns nothing from."""
+
+
 def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
     """Names along a key path of the params tree, outermost first."""
     return tuple(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
 
 
 def decay_mask(params: Any) -> Any:
-    """True for leaves that are decayed: matrices, except in routers and predictors. Blocks are stacked over groups.
+    """True for leaves that are decayed: matrices, except in routers, predictors and the decider.
 
-    A bias of several heads is no matrix.
+    Blocks are stacked over groups. A bias of several heads is no matrix.
     """
 
     def decayed(path: tuple[Any, ...], leaf: jax.Array) -> bool:
         names = path_names(path)
-        if "router" in names or "predictor" in names or names[-1].endswith("_bias"):
+        if {"router", *PREDICTORS} & {*names} or names[-1].endswith("_bias"):
             return False
         return leaf.ndim - (names[0] == "groups") >= 2
 
@@ -56,8 +60,8 @@ def decay_mask(params: Any) -> Any:
 
 
 def predictor_mask(params: Any) -> Any:
-    """True for the leaves of causal predictors, which do not belong to the language model."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "predictor" in path_names(path), params)
+    """True for the leaves of causal predictors and the decider, which do not belong to the language model."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: bool(PREDICTORS & {*path_names(path)}), params)
 
 
 def split_norms(grads: Any) -> tuple[jax.Array, jax.Array]:

@@ -18,11 +18,14 @@ from mod_star.decoding import Completion, Generator
 from mod_star.inspection.calibration import (
     calibrated,
     calibration_batches,
-    entropies,
     read_calibration,
+    scores,
     write_calibration,
 )
+from mod_star.model.routing import causal_slots
 from mod_star.runs.directory import load_run
+from mod_star.thinking.decider import expected_gain
+from mod_star.tokenization.tokenizers import begin
 from mod_star.views.sample import Growing
 
 PROMPT = "The é"
@@ -36,7 +39,7 @@ def run(thinking_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("calibrated") / "run"
     shutil.copytree(thinking_run, copy)
     loaded = load_run(copy)
-    found = np.concatenate(list(entropies(loaded, calibration_batches(loaded))))
+    found = np.concatenate(list(scores(loaded, calibration_batches(loaded))))
     write_calibration(copy, calibrated(found, 0.5, step=2))
     return copy
 
@@ -73,6 +76,23 @@ def test_json_has_thoughts_weights_and_entropies(auto: tuple[Any, str], run: Pat
             assert len(record["thoughts"][i]) == 3
             spelled = bytes(token for token in record["thoughts"][i] if token < 256).decode(errors="replace")
             assert record["thought_texts"][i] == spelled
+
+
+def test_by_the_decider_it_thinks_where_a_gain_is_expected(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    succeed("calibrate", copy, "--by", "decider", "--share", "0.5")
+    calibration = read_calibration(copy)
+    assert calibration is not None and calibration.by == "decider"
+    record = json.loads(sample(copy, "--prompt", PROMPT, "--think", "auto", "--json")[0])
+    loaded = load_run(copy)
+    prompt = begin(loaded.tokenizer, PROMPT)
+    tokens = np.asarray([*prompt, *record["tokens"]], np.int32)
+    slots = causal_slots(loaded.config.routing, loaded.config.model.context)
+    hidden = loaded.decoder.apply({"params": loaded.params}, tokens, mode="causal", slots=slots).hidden
+    gains = np.asarray(expected_gain(loaded.params["thinking"]["decider"], hidden))[len(prompt) - 1 : -1]
+    thought = [thought is not None for thought in record["thoughts"]]
+    assert thought == list(gains > calibration.threshold) and len({*thought}) == 2, gains
 
 
 def test_a_calibration_of_another_step_is_pointed_out(auto: tuple[Any, str], run: Path) -> None:

@@ -22,14 +22,15 @@ from mod_star.inspection.calibration import (
     Calibration,
     calibrated,
     calibration_batches,
-    entropies,
     read_calibration,
+    scores,
     write_calibration,
 )
 from mod_star.model import Decoder
 from mod_star.runs.directory import LoadedRun, load_run
+from mod_star.training.objectives.next_token import forward
 
-EXAMPLE = Calibration(1.25, 0.5, 0.48, 3, 1000)
+EXAMPLE = Calibration(1.25, 0.5, 0.48, 3, 1000, "decider")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def loaded(thinking_run: Path) -> LoadedRun:
 @pytest.fixture(scope="module")
 def found(loaded: LoadedRun) -> list[np.ndarray]:
     """Entropies by batch."""
-    return list(entropies(loaded, calibration_batches(loaded)))
+    return list(scores(loaded, calibration_batches(loaded)))
 
 
 def test_the_threshold_is_a_quantile_of_the_first_half_and_checked_on_the_second() -> None:
@@ -86,6 +87,19 @@ def test_entropies_are_those_of_the_plain_model_on_the_held_out_text(
     np.testing.assert_allclose(found[0], expected, rtol=1e-4)
 
 
+def test_expected_gains_are_those_of_numpy_and_need_a_decider(loaded: LoadedRun) -> None:
+    batches = calibration_batches(loaded)[:1]
+    (found,) = scores(loaded, batches, "decider")
+    own = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), loaded.params["thinking"]["decider"])
+    hidden = jax.jit(lambda batch: forward(loaded.decoder, loaded.params, batch, None, "causal").hidden)(batches[0])
+    units = np.maximum(np.asarray(hidden)[batches[0]["weights"] > 0] @ own["hidden"] + own["bias"], 0)
+    np.testing.assert_allclose(found, units @ own["output"] + own["shift"], rtol=1e-4, atol=1e-6)
+    assert np.abs(own["output"]).max() > 0, "it has learned"
+    without = {**loaded.params, "thinking": {"start": loaded.params["thinking"]["start"]}}
+    with pytest.raises(InputError, match=r"^by = 'decider': must be 'entropy': the model has no decider"):
+        next(scores(replace(loaded, params=without), batches, "decider"))
+
+
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert read_calibration(tmp_path) is None
     for written in (EXAMPLE, replace(EXAMPLE, step=4)):
@@ -99,6 +113,12 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "thinking.json").write_text(content)
     with pytest.raises(InputError, match=r"thinking\.json: cannot be read; mod-star calibrate \S+ writes it anew$"):
         read_calibration(tmp_path)
+
+
+def test_a_file_of_before_there_was_a_decider_is_of_entropies(tmp_path: Path) -> None:
+    old = {name: value for name, value in EXAMPLE.__dict__.items() if name != "by"}
+    (tmp_path / "thinking.json").write_text(json.dumps(old))
+    assert read_calibration(tmp_path) == replace(EXAMPLE, by="entropy")
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
@@ -117,7 +137,7 @@ def test_the_command_writes_the_file_and_shows_quantiles(
     values = np.concatenate(found)
     expected = calibrated(values, 0.1, 3)
     stored = json.loads((run / "thinking.json").read_text())
-    assert stored.keys() == {"threshold", "share", "achieved_share", "step", "tokens"}
+    assert stored.keys() == {"threshold", "share", "achieved_share", "step", "tokens", "by"}
     assert stored["threshold"] == pytest.approx(expected.threshold, rel=1e-5)
     assert (stored["share"], stored["step"], stored["tokens"]) == (0.1, 3, len(values))
     assert stored["achieved_share"] == pytest.approx(expected.achieved_share, abs=2 / len(values))
@@ -137,6 +157,7 @@ def test_bad_input_is_one_line(
         ([thinking_run, "--step", "2"], "--step"),
         ([trained_run], "train.objective = 'next_token': must be quiet_star: the model has not learned to think"),
         ([tmp_path], "is not a run"),
+        ([thinking_run, "--by", "chance"], "--by"),
         ([], "RUN is missing"),
     ):
         with pytest.raises(SystemExit) as left:

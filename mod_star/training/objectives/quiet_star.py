@@ -18,10 +18,11 @@ from flax import struct
 
 from mod_star import random_streams
 from mod_star.config import RunConfig, ThinkingConfig
-from mod_star.model import Decoder, Trace
+from mod_star.model import Decoder, Output, Trace
 from mod_star.model.cross_entropy import cross_entropy_by_token, token_entropy
 from mod_star.model.routing import select_top
 from mod_star.model.transformer import head_matrix
+from mod_star.thinking.decider import decider_error, decider_of, expected_gain
 from mod_star.thinking.objective import (
     Places,
     Talk,
@@ -93,6 +94,9 @@ def make_quiet_star_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tupl
             layers = target.shape[1]
             total += run.routing.auxiliary_weight * sums["trains_rule"] / (valid * layers)
         sums |= thinking_sums(batch, places, thoughts, talk, base_nll_BxS, thinking)
+        if thinking.decider_width:
+            sums["decider_error"] = decider_sum(params, text_output, batch, places, talk, base_nll_BxS, thinking)
+            total += share * sums["decider_error"] / jnp.maximum(sums["next_predictions"], 1.0)
         return total, sums
 
     return loss
@@ -158,6 +162,19 @@ def thinking_sums(
     return sums
 
 
+def decider_sum(
+    params: dict[str, Any], text_output: Output, batch: Batch, places: Places, talk: Talk, base_nll_BxS: jax.Array,
+    thinking: ThinkingConfig,
+) -> jax.Array:  # fmt: skip
+    """Sum over thinking positions of the decider's squared error; differentiable in the decider's parameters alone."""
+    index, weights = predicted(batch, places, thinking)
+    at_places = jax.vmap(lambda row, at: row[at])
+    gain_BxJ = at_places(base_nll_BxS, index[..., 0]) - jnp.mean(talk.nll_BxJxMxN[..., 0], 2)
+    hidden_BxJxD = at_places(text_output.hidden, index[..., 0])
+    rows = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
+    return decider_error(decider_of(params), *map(rows, (hidden_BxJxD, gain_BxJ, weights[..., 0] > 0)))
+
+
 def gain_by_decile(base_nll: jax.Array, gain: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sums of gain over tenths of the predictions, the surest (lowest base NLL) first, and the counts; [10] each."""
     ranks = jnp.argsort(jnp.argsort(jnp.where(where, base_nll, jnp.inf).ravel())).astype(jnp.int32)
@@ -172,7 +189,8 @@ def quiet_star_metrics(sums: Metrics, targets: jax.Array, valid: jax.Array) -> M
     base_nll, talk_nll (nats per next token at the thinking positions), gain, gain_by_decile, talk_nll_ahead (mean over
     all n_true tokens), mixing_weight (w), reward_mean (as REINFORCE uses it: less the baseline, negative ones dropped
     if so configured), reward_std (before dropping), reward_positive (share), thought_entropy (nats per thought token),
-    thinking_positions, and per routed layer thought_routed_fraction and thought_overflow.
+    thinking_positions, decider_error (of a model with a decider: mean squared error of the expected gain, in nats
+    squared), and per routed layer thought_routed_fraction and thought_overflow.
     """
     at_least_one = lambda name: jnp.maximum(sums[name], 1.0)  # noqa: E731
     following, thoughts = at_least_one("next_predictions"), at_least_one("thoughts")
@@ -190,6 +208,8 @@ def quiet_star_metrics(sums: Metrics, targets: jax.Array, valid: jax.Array) -> M
         "thought_entropy": sums["thought_entropy"] / at_least_one("thought_tokens"),
         "thinking_positions": sums["thinking_positions"],
     }
+    if "decider_error" in sums:
+        metrics["decider_error"] = sums["decider_error"] / following
     if "thought_routed" in sums:
         metrics["thought_routed_fraction"] = sums["thought_routed"] / thoughts
         metrics["thought_overflow"] = sums["thought_overflow"] / thoughts
@@ -224,6 +244,10 @@ def make_quiet_star_eval(decoder: Decoder, run: RunConfig) -> Callable[..., Metr
         J, most_B = place_count(run.thinking, batch["tokens"].shape[1]), most_places(batch, run.thinking)
         rank_by = position_scores(decoder.parts, run.thinking, batch, text_output.hidden, head, key, chunk)
         chosen = jax.vmap(lambda s, e, m: select_top(s, e, J, m).mask_S)(rank_by, batch["weights"] > 0, most_B)
+        if run.thinking.decider_width:
+            expected = jax.vmap(lambda h: expected_gain(decider_of(params), h))(text_output.hidden)
+            decided = jax.vmap(lambda s, e, m: select_top(s, e, J, m).mask_S)(expected, batch["weights"] > 0, most_B)
+            sums["decided_nll"] = jnp.sum(jnp.where(decided, talk_BxS, base_BxS) * batch["weights"])
         sums["budgeted_nll"] = jnp.sum(jnp.where(chosen, talk_BxS, base_BxS) * batch["weights"])
         if text_output.trace is not None:
             auxiliary_loss = decoder.parts.auxiliary_loss_of(run.routing)
@@ -240,8 +264,9 @@ def summarise_thinking(sums: dict[str, Any]) -> dict[str, Any]:
 
     eval_loss: nats per token with thoughts at the share of positions that think in training. eval_base_loss: without
     thoughts. eval_talk_loss: with a greedy thought before every token. eval_gain: base less talk, also by decile of the
-    base NLL, surest tenth first; eval_mixing_weight, eval_thought_entropy; for a routed model eval_predictor_accuracy,
-    and per layer eval_routed_fraction, eval_overflow and eval_thought_routed_fraction.
+    base NLL, surest tenth first; eval_decided_loss, of a model with a decider: with thoughts at as many positions as
+    for eval_loss, those where the decider expects most of them; eval_mixing_weight, eval_thought_entropy; for a routed
+    model eval_predictor_accuracy, and per layer eval_routed_fraction, eval_overflow and eval_thought_routed_fraction.
     """
     sums = {name: np.asarray(value, np.float64) for name, value in sums.items()}
     following = sums["next_predictions"]
@@ -254,6 +279,8 @@ def summarise_thinking(sums: dict[str, Any]) -> dict[str, Any]:
         "eval_mixing_weight": sums["mixing_weight"] / following,
         "eval_thought_entropy": sums["thought_entropy"] / sums["thought_tokens"],
     }
+    if "decided_nll" in sums:
+        record["eval_decided_loss"] = sums["decided_nll"] / sums["targets"]
     if "routed" in sums:
         record["eval_predictor_accuracy"] = sums["correct"].mean() / sums["valid"]
         record["eval_routed_fraction"] = sums["routed"] / sums["valid"]
