@@ -7,6 +7,7 @@ would pass over what differs in silence: `require_agreement` does not.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,6 +59,12 @@ def checked(objective: Objective) -> Objective:
             f"parts.objective = {type(objective).__name__}: must return a mod_star.training.objectives.Objective"
         )
 
+    if objective.takes_step and not _takes_step(objective.loss):
+        raise InputError(
+            "parts.objective.loss: must take the keyword step where Objective.takes_step is True (as with "
+            "routing.noise or routing.explore)"
+        )
+
     def loss(*arguments: Any, **step: jax.Array) -> tuple[jax.Array, Metrics]:
         result = objective.loss(*arguments, **step)
         if not isinstance(result, tuple) or len(result) != 2:
@@ -71,6 +78,11 @@ def checked(objective: Objective) -> Objective:
         return _arrays("eval_step", objective.eval_step(*arguments))
 
     return replace(objective, loss=loss, metrics=metrics, eval_step=eval_step)
+
+
+def _takes_step(loss: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(loss).parameters.values()
+    return any(each.name == "step" or each.kind is each.VAR_KEYWORD for each in parameters)
 
 
 def _arrays(name: str, values: Any) -> Metrics:
