@@ -146,9 +146,21 @@ class RoutingConfig:
     """Share of the steps that all stages together take; the rest is trained at capacity."""
     budgets: Annotated[tuple[float, ...], between(0, 1, "(]")] = ()
     """Falling capacities of which every training step draws one: the model can be used at each. capacity is one."""
+    noise: Annotated[float, at_least(0)] = 0.0
+    """Standard deviation of the Gaussian noise on the scores by which training ranks tokens, as a multiple of the
+    scores' own in the sequence. 0: none. Evaluation and generation have none."""
+    explore: Annotated[float, between(0, 1, "[]")] = 0.0
+    """Share of the capacity that training gives to tokens drawn uniformly from all; the best by score get the rest.
+    Evaluation and generation give none."""
+    explore_steps: Annotated[int, at_least(0, "0: they stay")] = 0
+    """Steps in which noise and explore fall linearly to 0; 0: they stay."""
 
     def __post_init__(self) -> None:
         check_fields(self, "routing")
+        for name in ("noise", "explore"):
+            allowed = "must be 0 with routing.selection = 'stochastic', which selects by noise alone"
+            value = getattr(self, name)
+            require(value == 0 or self.selection == "learned", f"routing.{name}", value, allowed)
         if self.budgets:
             self._check_budgets()
         if self.stages:
@@ -370,6 +382,10 @@ class RunConfig:
             allowed = f"must be empty with routing.{name} = {values}: only one of the two may change"
             one = not (self.thinking.stages and values and self.routing.every)
             require(one, "thinking.stages", self.thinking.stages, allowed)
+            for name in ("noise", "explore"):
+                value = getattr(self.routing, name)
+                allowed = "must be 0 with train.objective = 'quiet_star', which routes its text by the causal rule"
+                require(value == 0 or self.routing.every == 0, f"routing.{name}", value, allowed)
 
 
 def require_network(model: ModelConfig, routing: RoutingConfig) -> None:

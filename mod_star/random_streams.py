@@ -30,5 +30,7 @@ ROUTING_PARAMETERS = np.uint32(2**32 - 5)
 """Of a routed block's parameters: its router's and its predictor's."""
 THOUGHT_PARAMETERS = np.uint32(2**32 - 6)
 """Of thinking's parameters: those of a user's `ThoughtInput`."""
+EXPLORATION = np.uint32(2**32 - 7)
+"""Of a routed block in training: which tokens it computes besides those that its router has chosen."""
 DECIDER = np.uint32(2**32 - 8)
 """Of thinking's parameters: those of the decider."""

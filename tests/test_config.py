@@ -75,6 +75,9 @@ INVALID: dict[str, list[Any]] = {
     "routing.headroom": [0.9, float("nan"), float("inf")],
     "routing.stages": [(1.5,), (0.5, 0.5), (0.1,), (0.125,), (0.5, 0.8), (1.0, float("nan")), [0.5], 0.5],
     "routing.stage_fraction": [0.0, 1.0, float("nan")],
+    "routing.noise": [-0.1, float("nan"), float("inf")],
+    "routing.explore": [-0.1, 1.1, float("nan")],
+    "routing.explore_steps": [-1, 1.5],
     "routing.budgets": [(1.5,), (0.5, 0.5), (0.25, 0.125, 0.5), (0.25,), [0.125], 0.125],
     "optimizer.learning_rate": [0.0, -1.0, float("nan"), float("inf")],
     "optimizer.schedule": ["linear"],
@@ -228,6 +231,17 @@ def test_stages_are_shares() -> None:
         RoutingConfig(stages=(1.0, 0.5), capacity_tokens=3)
     with pytest.raises(InputError, match=r"^routing\.stages = \(1\.0, 0\.5\): .* above routing\.capacity = 0\.5$"):
         RoutingConfig(stages=(1.0, 0.5), capacity=0.5)
+
+
+@pytest.mark.parametrize("name", ["noise", "explore"])
+def test_chance_explores_where_scores_select_and_the_next_token_is_the_objective(name: str) -> None:
+    fields: dict[str, Any] = {name: 0.5}
+    message = rf"^routing\.{name} = 0\.5: must be 0 with routing\.selection = 'stochastic'"
+    with pytest.raises(InputError, match=message):
+        RoutingConfig(selection="stochastic", **fields)
+    with pytest.raises(InputError, match=rf"^routing\.{name} = 0\.5: must be 0 with train\.objective = 'quiet_star'"):
+        RunConfig(routing=RoutingConfig(**fields), train=TrainConfig(objective="quiet_star"))
+    RunConfig(routing=RoutingConfig(every=0, **fields), train=TrainConfig(objective="quiet_star"))
 
 
 def test_sizes_that_follow_from_others() -> None:

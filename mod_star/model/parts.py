@@ -18,12 +18,14 @@ from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.errors import InputError, require
 from mod_star.model.attention import KeyValues
 from mod_star.model.blocks import block, block_init
+from mod_star.model.exploration import explored_scores
 from mod_star.model.layers import swiglu, swiglu_init
 from mod_star.model.moves import Selection
 from mod_star.model.precision import highest_products, products_of
 from mod_star.model.routing import (
     GATES,
     Noise,
+    RoutingCall,
     capacity_of,
     expert_choice,
     linear_router,
@@ -115,7 +117,8 @@ class Parts:
     """apply as `mod_star.model.blocks.block`: (params, x, positions, segment_ids, valid, memory, config, parts)."""
     selection: Callable[..., Selection] | None = None
     """(scores_S, valid_S, RoutingConfig, noise) -> `Selection` of `capacity_of(RoutingConfig, S)` slots: the tokens
-    that a routed block computes in top_k mode. `noise()`: float32 S. None: what `RoutingConfig.selection` names."""
+    that a routed block computes in top_k mode. `noise()`: float32 S. Where training explores, the scores have noise,
+    and are infinite for tokens that are drawn. None: what `RoutingConfig.selection` names."""
     causal_rule: Part | None = None
     """What decides without the future. init(key, ModelConfig, RoutingConfig) -> pytree; apply(params, x_SxD, scores_S,
     noise, RoutingConfig, context) -> logits_S, float32, positive for tokens to compute. Logit i must depend on token i
@@ -171,6 +174,26 @@ class Parts:
         slots, C = selection.indices_C.shape[0], capacity_of(routing, S)
         require(slots == C, "parts.selection", f"{slots} slots", f"must have as many as the capacity, {C}")
         return selection
+
+    def explore(
+        self, scores_S: jax.Array, valid_S: jax.Array, routing: RoutingConfig, call: RoutingCall, noise: Noise
+    ) -> Selection:
+        """The tokens that a routed block computes in a step that explores: `select`, by other scores.
+
+        Args:
+          scores_S: float32 router scores.
+          valid_S: bool; False for padding.
+          routing: as for `select`.
+          call: its `exploration` says how much is left, its `key` is this block's.
+          noise: as for `select`.
+
+        Raises:
+          InputError: there is no key.
+        """
+        if call.key is None:
+            raise InputError(f"routing.noise = {routing.noise}, routing.explore = {routing.explore}: need a key")
+        left: Any = call.exploration
+        return self.select(explored_scores(scores_S, valid_S, routing, left, call.key), valid_S, routing, noise)
 
     def causal_rule_of(self, routing: RoutingConfig) -> Part:
         """The causal rule in force."""

@@ -59,7 +59,9 @@ class RoutingCall:
     slots: int | None = struct.field(pytree_node=False, default=None)
     """The most tokens that a block may compute under the causal rule. None: as many as for the model's context."""
     key: jax.Array | None = None
-    """Of the noise; needed by stochastic routing only."""
+    """Of the noise; needed by stochastic routing and by exploration only."""
+    exploration: jax.Array | None = None
+    """float32 factor of `RoutingConfig.noise` and `RoutingConfig.explore`, in top_k mode. None: no exploration."""
     taken: Any = None
     """int32 slots that earlier tokens have taken: an array [groups] or a tuple; of one block a scalar. None: none."""
     decided: jax.Array | None = None
@@ -83,6 +85,8 @@ class Trace:
     """float32 logit of the causal rule: positive means "compute this token"."""
     overflow: jax.Array
     """bool; tokens that the causal rule wanted but no slot was left for."""
+    by_score: jax.Array | None = None
+    """bool; the tokens that the scores alone select, which the causal rule is to learn. None: those in `selected`."""
 
 
 def capacity_of(routing: RoutingConfig, tokens: int) -> int:
@@ -349,8 +353,12 @@ def routed_block(
     scores_S = parts.score(params["router"], x_SxD)
     noise = stochastic_noise(call.key, jnp.arange(S, dtype=jnp.int32))
     logits_S = causal_logit(decoder, params, x_SxD, scores_S, noise)
+    by_score_S = None
     if call.mode == "top_k":
         selection = parts.select(scores_S, valid_S, routing, noise)
+        if call.exploration is not None:
+            by_score_S = selection.mask_S
+            selection = parts.explore(scores_S, valid_S, routing, call, noise)
         overflow_S = jnp.zeros(S, bool)
     else:
         slots = causal_slots(routing, config.context) if call.slots is None else call.slots
@@ -370,7 +378,7 @@ def routed_block(
         gated_CxD, gates_C, own = compute_if(selection.filled_C[0], rows, arrays, share)
     else:
         gated_CxD, gates_C, own = rows(*arrays)
-    trace = Trace(scores_S, selection.mask_S, combine(gates_C, selection), logits_S, overflow_S)
+    trace = Trace(scores_S, selection.mask_S, combine(gates_C, selection), logits_S, overflow_S, by_score_S)
     return combine(gated_CxD, selection), own, trace
 
 

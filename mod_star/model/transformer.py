@@ -123,6 +123,7 @@ class Decoder(nn.Module):
         mode: RoutingMode = "causal",
         slots: int | None = None,
         key: jax.Array | None = None,
+        exploration: jax.Array | None = None,
         keep_keys_values: bool = False,
     ) -> Output:
         """Hidden states of a whole sequence.
@@ -135,7 +136,8 @@ class Decoder(nn.Module):
             trained: later tokens decide with, so that a likelihood under it is none that sampling could reach.
           slots: slots of a routed block under the causal rule; those of the model's context by default, as in
             generation: they don't depend on how long the text is, or how padded.
-          key: for stochastic routing only.
+          key: for stochastic routing and exploration only.
+          exploration: float32 factor of `routing.noise` and `routing.explore`, in top_k mode. None: no exploration.
           keep_keys_values: return every block's keys/values, to fill a cache with.
         """
         S = tokens_S.shape[0]
@@ -143,7 +145,8 @@ class Decoder(nn.Module):
         segment_ids_S = jnp.ones(S, jnp.int32) if segment_ids_S is None else segment_ids_S
         params = {"groups": self.groups, "final_norm": self.final_norm}
         tokens = Tokens(self.embed(tokens_S), positions_S, segment_ids_S)
-        return apply_blocks(self, params, tokens, RoutingCall(mode, slots, key), keep_keys_values=keep_keys_values)
+        call = RoutingCall(mode, slots, key, exploration=exploration)
+        return apply_blocks(self, params, tokens, call, keep_keys_values=keep_keys_values)
 
 
 def apply_blocks(

@@ -49,8 +49,10 @@ def make_train_step(
         targets = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
         valid = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1).astype(jnp.float32)
 
+        progress = {"step": state.step} if objective.takes_step else {}
+
         def portion(key: jax.Array, part: Batch) -> Any:
-            (loss, sums), grads = gradient(state.params, part, key, targets, valid, *frozen)
+            (loss, sums), grads = gradient(state.params, part, key, targets, valid, *frozen, **progress)
             return loss, sums, grads
 
         if portions == 1:

@@ -234,6 +234,9 @@ BAD: dict[str, Parts] = {
     r"parts\.objective\.loss's sums = list: must be a dict of arrays": Parts(
         objective=objective(loss=lambda *arguments: (jnp.float32(0), []))
     ),
+    r"parts\.objective\.loss: must take the keyword step": Parts(
+        objective=objective(loss=lambda params, batch, key, targets, valid: (jnp.float32(0), {}), takes_step=True)
+    ),
     r"parts\.objective\.metrics = float: must be a dict of arrays": Parts(objective=objective(metrics=lambda *a: 0.0)),
 }
 

@@ -13,6 +13,7 @@ from mod_star.config import RunConfig
 from mod_star.distributed.sharding import batch_vmap
 from mod_star.model import Decoder, Output, Trace
 from mod_star.model.cross_entropy import cross_entropy
+from mod_star.model.exploration import exploration_left, explores
 from mod_star.model.routing import RoutingMode
 from mod_star.model.transformer import head_matrix
 from mod_star.training.objectives.objective import Batch, Metrics, Objective, require_agreement
@@ -25,15 +26,18 @@ def forward(
     key: jax.Array | None,
     mode: RoutingMode = "causal",
     keep_keys_values: bool = False,
+    exploration: jax.Array | None = None,
 ) -> Output:
     """Hidden states and routing of a batch; every leaf gets a leading batch axis. Arguments as for `Decoder`."""
     B = batch["tokens"].shape[0]
-    keys = None if key is None or decoder.routing.selection == "learned" else jax.random.split(key, B)
+    draws = decoder.routing.selection == "stochastic" or exploration is not None
+    keys = jax.random.split(key, B) if draws and key is not None else None
 
     def one(tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, key: jax.Array | None) -> Output:
         output: Any = decoder.apply(
-            {"params": params}, tokens, positions, segment_ids, mode=mode, key=key, keep_keys_values=keep_keys_values
-        )
+            {"params": params}, tokens, positions, segment_ids,
+            mode=mode, key=key, exploration=exploration, keep_keys_values=keep_keys_values,
+        )  # fmt: skip
         return output
 
     return batch_vmap(one)(batch["tokens"], batch["positions"], batch["segment_ids"], keys)
@@ -47,13 +51,14 @@ def routing_sums(
 ) -> Metrics:
     """Sums over the batch's valid tokens that routing's losses and metrics are ratios of; all float32.
 
-    trains_rule: `auxiliary_loss` (see `mod_star.Parts`; None: left out) against `target` (bool [B, groups, S]; what was
-    selected if None), summed over layers too. Per layer [groups]: correct decisions,
+    trains_rule: `auxiliary_loss` (see `mod_star.Parts`; None: left out) against `target` (bool [B, groups, S]; what the
+    scores selected if None), summed over layers too. Per layer [groups]: correct decisions,
     routed (selected) tokens, entropy of the rule's probability in nats, first and second moment of the gates.
     """
     valid = valid_BxS[:, None]  # trace arrays are [B, groups, S]
     selected = trace.selected.astype(jnp.float32)
-    target = trace.selected if target is None else target
+    if target is None:
+        target = trace.selected if trace.by_score is None else trace.by_score
     per_layer = lambda a: jnp.sum(jnp.where(valid, a, 0), (0, 2), dtype=jnp.float32)  # noqa: E731
     probability = jax.nn.sigmoid(trace.logits)
     entropy = probability * jax.nn.softplus(-trace.logits) + (1 - probability) * jax.nn.softplus(trace.logits)
@@ -84,18 +89,24 @@ def routing_metrics(sums: Metrics, tokens: jax.Array) -> Metrics:
 
 
 def make_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """`loss(params, batch, key, targets, valid) -> (loss, sums)`, a sum over the batch over the given totals.
+    """`loss(params, batch, key, targets, valid, step=0) -> (loss, sums)`, a sum over the batch over the given totals.
 
     The totals (weighted targets and non-pad tokens of the *whole* batch) make the losses of portions of a batch add
     up to the batch's. `loss` = LM loss + auxiliary_weight x mean over routed layers of the causal rule's loss.
+    `step`, the steps done, is what `routing.noise` and `routing.explore` fall by.
     """
     require_agreement(decoder, run)
     routing = run.routing
 
     def loss(
-        params: dict[str, Any], batch: Batch, key: jax.Array, targets: jax.Array, valid: jax.Array
+        params: dict[str, Any],
+        batch: Batch,
+        key: jax.Array,
+        targets: jax.Array,
+        valid: jax.Array,
+        step: jax.Array | int = 0,
     ) -> tuple[jax.Array, Metrics]:
-        output = forward(decoder, params, batch, key, "top_k")
+        output = forward(decoder, params, batch, key, "top_k", exploration=exploration_left(routing, step))
         nll = cross_entropy(
             output.hidden, head_matrix(params), batch["targets"], batch["weights"], run.train.loss_chunk
         )
@@ -116,7 +127,9 @@ def next_token(decoder: Decoder, run: RunConfig) -> Objective:
     Raises:
       InputError: the decoder is not the run's, or the run has several capacities.
     """
-    return Objective(make_loss(decoder, run), next_token_metrics, make_eval_step(decoder, run), summarise_eval)
+    loss, eval_step = make_loss(decoder, run), make_eval_step(decoder, run)
+    takes_step = explores(run.routing)
+    return Objective(loss, next_token_metrics, eval_step, summarise_eval, takes_step=takes_step)
 
 
 def next_token_metrics(sums: Metrics, targets: jax.Array, valid: jax.Array) -> Metrics:

@@ -7,6 +7,7 @@ would pass over what differs in silence: `require_agreement` does not.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +30,7 @@ class Objective:
 
     loss: Callable[..., tuple[jax.Array, Metrics]]
     """(params, batch, key, targets, valid) and each of `frozen` -> (float32 loss, sums): additive over portions of a
-    batch, given the totals of the whole: float32 weighted targets and tokens without padding."""
+    batch, given the totals of the whole: float32 weighted targets and tokens without padding. See `takes_step`."""
     metrics: Callable[[Metrics, jax.Array, jax.Array], Metrics]
     """(sums, targets, valid) -> metrics of a training step."""
     eval_step: Callable[..., Metrics]
@@ -43,6 +44,8 @@ class Objective:
     """Pytrees of arrays that loss, evaluation and examples read besides and that nothing changes, such as a teacher's
     parameters. Training hands them to its compiled programs as arguments; an array that a function closes over instead
     would be written out in the program. Neither checkpoints nor the optimizer's state hold them."""
+    takes_step: bool = False
+    """Whether the loss depends on how far training has come: it gets the keyword `step`, int32, the steps done."""
 
 
 def checked(objective: Objective) -> Objective:
@@ -56,8 +59,14 @@ def checked(objective: Objective) -> Objective:
             f"parts.objective = {type(objective).__name__}: must return a mod_star.training.objectives.Objective"
         )
 
-    def loss(*arguments: Any) -> tuple[jax.Array, Metrics]:
-        result = objective.loss(*arguments)
+    if objective.takes_step and not _takes_step(objective.loss):
+        raise InputError(
+            "parts.objective.loss: must take the keyword step where Objective.takes_step is True (as with "
+            "routing.noise or routing.explore)"
+        )
+
+    def loss(*arguments: Any, **step: jax.Array) -> tuple[jax.Array, Metrics]:
+        result = objective.loss(*arguments, **step)
         if not isinstance(result, tuple) or len(result) != 2:
             raise InputError(f"parts.objective.loss = {type(result).__name__}: must be a pair (loss, sums)")
         return require_array("objective.loss", result[0], ()), _arrays("loss's sums", result[1])
@@ -69,6 +78,11 @@ def checked(objective: Objective) -> Objective:
         return _arrays("eval_step", objective.eval_step(*arguments))
 
     return replace(objective, loss=loss, metrics=metrics, eval_step=eval_step)
+
+
+def _takes_step(loss: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(loss).parameters.values()
+    return any(each.name == "step" or each.kind is each.VAR_KEYWORD for each in parameters)
 
 
 def _arrays(name: str, values: Any) -> Metrics:
