@@ -15,6 +15,7 @@ import optax
 from mod_star.config import OptimizerConfig, RunConfig
 from mod_star.errors import InputError
 from mod_star.model.parts import Parts, require_same_structure
+from mod_star.trainable import path_names
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -33,11 +34,6 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     # Step 0 already moves: the warm-up goes from peak / warmup to peak.
     rising = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
     return optax.join_schedules([rising, after], [warmup])
-
-
-def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Names along a key path of the params tree, outermost first."""
-    return tuple(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
 
 
 def decay_mask(params: Any) -> Any:
