@@ -257,6 +257,10 @@ class TrainConfig:
     """Equal portions in which a batch is computed, one after the other (less memory, same gradient)."""
     seed: Annotated[int, at_least(0)] = 0
     """Seed of the initial parameters and of stochastic routing."""
+    trainable: tuple[str, ...] = ()
+    """Parameters to train, by their paths: a name such as router or embedding, or several in a row such as
+    routed/block; * stands for any part of a name. All others are frozen: they have no gradient and no optimizer state.
+    Empty: all are trained."""
     loss_chunk: Annotated[int, at_least(1)] = 128
     """Positions per sequence whose logits exist at one time in the loss."""
     log_every: Annotated[int, at_least(1)] = 10

@@ -27,6 +27,7 @@ from mod_star.thinking.objective import place_count
 from mod_star.thinking.parameters import thinking_init
 from mod_star.thinking.sample import thought_slots
 from mod_star.thinking.thought import expected_embedding, last_hidden, latent_input
+from mod_star.trained_share import ALL_TRAINED, TrainedShare, trained_share
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,21 @@ def forward_flops(model: ModelConfig, routing: RoutingConfig, tokens: int, parts
     return group * group_count(model, routing) + Flops(head=2.0 * tokens * D * V)
 
 
-def training_flops(model: ModelConfig, routing: RoutingConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> Flops:
+def training_flops(
+    model: ModelConfig,
+    routing: RoutingConfig,
+    tokens: int,
+    parts: Parts = DEFAULT_PARTS,
+    trained: TrainedShare = ALL_TRAINED,
+) -> Flops:
     """Forward and backward pass over one sequence, with what `model.remat` recomputes.
 
-    A backward pass costs twice the forward pass; the predictor's once, since its input is detached.
+    A backward pass costs twice the forward pass; the predictor's once, since its input is detached; frozen weights'
+    once, too.
     """
     forward = forward_flops(model, routing, tokens, parts)
-    return _forward_and_backward(forward, parts) + _recomputed(model, routing, parts, forward)
+    again = _recomputed(model, routing, parts, forward)
+    return _forward_and_backward(forward, parts, trained) + again * trained.through_blocks
 
 
 def sampling_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> Flops:
@@ -113,7 +122,7 @@ def scoring_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> 
 
     With what `model.remat` recomputes.
     """
-    model, routing, thinking = run.model, run.routing, run.thinking
+    model, routing, thinking, trained = run.model, run.routing, run.thinking, trained_share(run, parts)
     D, V, t, n_true = model.width, model.vocab_size, thinking.thought_length, thinking.n_true
     thoughts = place_count(thinking, tokens) * thinking.n_thoughts
     N = t + 1 + n_true
@@ -133,13 +142,14 @@ def scoring_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> 
         forward += steps
     forward += _groups_flops(model, routing, parts, tokens, tokens, text_slots, text_slots)
     forward += Flops(head=2.0 * tokens * D * V)
-    step = _forward_and_backward(forward, parts)
+    step = _forward_and_backward(forward, parts, trained)
     if thinking.decider_width:  # whose input is detached
         deciding = decider_flops(model, thinking.decider_width, place_count(thinking, tokens))
-        step += Flops(mixing=2 * deciding)
+        step += Flops(mixing=(1 + trained.of("mixing")) * deciding)
     if model.dtype != "float32":  # two products' logits are mixed, see `mod_star.thinking.mixing`
         step += Flops(head=2.0 * thoughts * n_true * D * V)
-    return step + steps + _recomputed(model, routing, parts, forward)  # a backward pass computes the steps again
+    again = steps + _recomputed(model, routing, parts, forward)  # a backward pass computes the steps again
+    return step + again * trained.through_blocks
 
 
 def training_step_flops(run: RunConfig, parts: Parts | None = None) -> float:
@@ -152,7 +162,7 @@ def training_step_flops(run: RunConfig, parts: Parts | None = None) -> float:
     if run.thinks and run.thinking.thought_length > 0:
         sequence = sampling_flops(run, tokens, parts) + scoring_flops(run, tokens, parts)
     else:
-        sequence = training_flops(run.model, run.routing, tokens, parts)
+        sequence = training_flops(run.model, run.routing, tokens, parts, trained_share(run, parts))
     return sequence.total * run.train.batch_size
 
 
@@ -161,10 +171,17 @@ def parameter_count(params: object) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _forward_and_backward(forward: Flops, parts: Parts) -> Flops:
-    """Three forward passes, of the built-in predictor two: its input is detached. A user's own rule may not be."""
-    own = parts.causal_rule is not None
-    return dataclasses.replace(forward * 3, predictor=(3 if own else 2) * forward.predictor)
+def _forward_and_backward(forward: Flops, parts: Parts, trained: TrainedShare) -> Flops:
+    """Of each product the forward pass, the gradient of its input, and that of its weight as far as it is trained.
+
+    The gradient of the built-in predictor's input is not needed: it is detached. A user's own rule may not be.
+    """
+    blocks = int(trained.through_blocks)
+    inputs = {field.name: blocks for field in dataclasses.fields(Flops)}
+    inputs |= {"predictor": blocks if parts.causal_rule is not None else 0}
+    inputs |= {"head": int(trained.to_hidden), "mixing": int(trained.to_hidden)}
+    weights = {name: trained.of(name) for name in inputs} | {"attention": blocks}  # whose two operands are no weights
+    return Flops(*(value * (1 + inputs[name] + weights[name]) for name, value in dataclasses.asdict(forward).items()))
 
 
 def _recomputed(model: ModelConfig, routing: RoutingConfig, parts: Parts, forward: Flops) -> Flops:

@@ -95,6 +95,7 @@ INVALID: dict[str, list[Any]] = {
     "train.batch_size": [0],
     "train.accumulation": [0, 3],
     "train.seed": [-1],
+    "train.trainable": ["router", ["router"], (1,), None],
     "train.loss_chunk": [0],
     "train.log_every": [0],
     "train.eval_every": [-1],

@@ -127,6 +127,11 @@ def first_thinking(run: RunConfig) -> list[float]:
     return [*thinking["start"].tolist(), *thinking["end"].tolist()]
 
 
+def optimizer_state(run: RunConfig) -> str:
+    """What the optimizer keeps."""
+    return str(jax.eval_shape(lambda: init_state(Decoder(run.model, run.routing), run, 10).opt_state))
+
+
 def first_key(run: RunConfig) -> list[int]:
     key: Any = jax.jit(lambda: init_state(Decoder(run.model, run.routing), run, 10).key)()
     return jax.random.key_data(key).tolist()
@@ -194,6 +199,7 @@ ALIVE: dict[str, tuple[Any, Observed, dict[str, Any]]] = {
     "train.batch_size": (4, training_step_flops, {}),
     "train.accumulation": (2, step_program, {}),
     "train.seed": (1, first_key, {}),
+    "train.trainable": (("router", "embedding"), optimizer_state, {}),
     "train.loss_chunk": (4, program, {}),
     "thinking.thought_length": (2, thinking_program, {}),
     "thinking.n_true": (3, thinking_program, {}),

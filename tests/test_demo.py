@@ -15,7 +15,7 @@ from mod_star.training.train import TrainSummary
 
 
 def summary(steps: int, **evaluation: float) -> TrainSummary:
-    return TrainSummary("", steps, 1, 1.0, 1, 1.0, 1.0, 1.0, 0, evaluation)
+    return TrainSummary("", steps, 1, 1, 1.0, 1, 1.0, 1.0, 1.0, 0, evaluation)
 
 
 @pytest.mark.slow

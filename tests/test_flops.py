@@ -33,6 +33,8 @@ from mod_star.thinking.objective import Places, sample_thoughts, talk_loss
 from mod_star.thinking.parameters import thinking_init
 from mod_star.thinking.sample import ThinkingDecoder
 from mod_star.thinking.thought import Thought
+from mod_star.trainable import trained_part, with_trained_part
+from mod_star.training.lowering import batch_shapes
 from mod_star.training.objectives.next_token import forward, make_loss
 from mod_star.training.train import train
 
@@ -337,3 +339,31 @@ def test_a_step_that_thinks_is_sampling_and_scoring_and_grows_with_them() -> Non
     text = 3 * 2 * S * 128 * 512
     heads = [scoring_flops(thinking_run(DENSE, policy_weight=w), S).head - text for w in (0.0, 1.0)]
     assert heads[0] == pytest.approx(heads[1] * 3 / 11)
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ("block",),
+        ("routed/block", "embedding"),
+        ("router", "feed_forward/up", "attention_norm"),
+        ("predictor",),
+    ],
+)
+def test_gradients_of_frozen_weights_are_not_counted(patterns: tuple[str, ...]) -> None:
+    """Against the compiled program's own count. Where groups are unrolled, as here, XLA also saves what would go back
+    to before the first trained parameter; a scan does not, so here something of the first block is trained."""
+    model = replace(MODEL, width=64, heads=2, kv_heads=1, mlp_width=256)
+    run = RunConfig(model, MOD, train=TrainConfig(batch_size=1, loss_chunk=S, trainable=patterns))
+    decoder = Decoder(model, MOD)
+    params = jax.eval_shape(lambda: init_params(decoder, 0))
+    loss = make_loss(decoder, run)
+
+    def gradient(params: Any, batch: Any) -> Any:
+        def of_part(part: Any) -> jax.Array:
+            return loss(with_trained_part(run, params, part), batch, None, jnp.float32(S), jnp.float32(S))[0]
+
+        return jax.value_and_grad(of_part)(trained_part(run, params))
+
+    analysis: Any = jax.jit(gradient).lower(params, batch_shapes(run)).compile(AS_SHIPPED).cost_analysis()
+    assert training_step_flops(run) == pytest.approx(float(analysis["flops"]), rel=0.06)

@@ -131,7 +131,8 @@ class Parts:
     """(Decoder, RunConfig) -> `mod_star.training.objectives.Objective`: what is minimised and measured. None: what
     `train.objective` names; that field decides in any case whether there are parameters of thinking."""
     optimizer: Callable[..., Any] | None = None
-    """(RunConfig, steps of the run) -> optax.GradientTransformation, all that happens to gradients; see
+    """(RunConfig, steps of the run) -> optax.GradientTransformation, all that happens to gradients. Its trees have the
+    parameters that `train.trainable` names, with their paths, and no others; see
     `mod_star.training.optimizer` for the built-in one and its pieces, such as `clip_apart`. None: AdamW."""
     reward: Callable[..., jax.Array] | None = None
     """(log_likelihoods_BxJxMxN, `Thought` of [B, J, M, T]) -> advantages, float32 BxJxM: reward less baseline of M

@@ -42,6 +42,8 @@ class Plan:
     """What was planned: at its final capacity, `model.vocab_size` filled in."""
     parameters: int
     """Of the model."""
+    trained_parameters: int
+    """Of these, how many are trained."""
     step_flops: float
     """Operations of a step on all chips together, by our own count from the configuration (`mod_star.flops`)."""
     compiled_flops: float | None

@@ -22,12 +22,13 @@ from mod_star.parts import load_parts
 from mod_star.planning.advice import advice
 from mod_star.planning.cycles import program_cycles
 from mod_star.planning.hlo import parse
-from mod_star.planning.memory import Memory, arguments, memory_of
+from mod_star.planning.memory import Memory, arguments, memory_of, share_bytes
 from mod_star.planning.plan import Floors, Plan
 from mod_star.planning.program_cost import Cost, program_cost
 from mod_star.planning.topologies import Topology, devices_of
 from mod_star.stages import plan_stages
 from mod_star.tokenization import ByteTokenizer, load_tokenizer
+from mod_star.trainable import trained_part
 from mod_star.training.lowering import lower_train_step, state_shapes
 
 Watch = Callable[[str], AbstractContextManager[Any]]
@@ -136,10 +137,14 @@ class _Unfinished:
         ]
         if self.topology.count > 8:
             notes.append("between nodes of 8 GPUs the network is slower than NVLink, and sets the time")
-        memory = replace(memory, temporaries=memory.parameters)
+        memory = replace(memory, temporaries=share_bytes(self._trained()))
         chip = self.topology.chip
         fits = False if chip is not None and memory.total > chip.usable else None
         return self._plan(memory, fits, None, None, None, tuple(notes))
+
+    def _trained(self) -> Any:
+        """Shapes and places of what is trained, and so of a gradient."""
+        return trained_part(self.run, self.state.params)
 
     def _arguments(self) -> Memory:
         return arguments(self.state, self.run, self.mesh)
@@ -154,6 +159,7 @@ class _Unfinished:
             mesh=dict(self.mesh.shape),
             run=self.run,
             parameters=parameter_count(self.state.params),
+            trained_parameters=parameter_count(self._trained()),
             step_flops=flops,
             compiled_flops=None if cost is None else cost.flops,
             kernel_flops=None if cost is None else cost.kernel_flops,

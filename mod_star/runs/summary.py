@@ -22,6 +22,8 @@ class TrainSummary:
     steps: int
     parameters: int
     """Number of parameters."""
+    trained_parameters: int
+    """Of these, how many are trained; the others are frozen (`train.trainable`)."""
     flops: float
     """Floating-point operations spent on training steps."""
     tokens: int
@@ -65,6 +67,7 @@ def read_summary(path: Path) -> TrainSummary:
     """The result of the complete run in this directory. Raises InputError if it can't be read."""
     try:
         stored = json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))
-        return TrainSummary(**stored | {"directory": str(path)})  # it may have been moved
-    except (OSError, ValueError, TypeError) as error:
+        # It may have been moved. Versions that froze nothing did not count what is trained.
+        return TrainSummary(**{"trained_parameters": stored["parameters"]} | stored | {"directory": str(path)})
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path / SUMMARY_FILE}: cannot be read: {error}; delete it to make it again") from error

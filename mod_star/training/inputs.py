@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 
 import grain
+import jax
 from jax.sharding import Mesh
 
 from mod_star.config import RunConfig
@@ -15,11 +16,13 @@ from mod_star.data.identity import Identity, fingerprint, identify
 from mod_star.distributed.processes import gather
 from mod_star.distributed.sharding import require_fits, rows_of_process
 from mod_star.errors import InputError
+from mod_star.initial_params import initial_params
 from mod_star.model import Decoder
 from mod_star.parts import load_parts
 from mod_star.runs.directory import require_vocabulary
 from mod_star.stages import StagePlan, plan_stages
 from mod_star.tokenization import Tokenizer
+from mod_star.trainable import trained_paths, trains_all
 
 
 @dataclass(frozen=True)
@@ -72,4 +75,6 @@ def load_inputs(run: RunConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> Inpu
     if len(set(gather(fingerprint(data)))) > 1:
         raise InputError(f"data.source = {run.data.source!r}: is not the same in all processes")
     decoder = Decoder(run.model, run.routing, parts)
+    if not trains_all(run):  # a pattern that matches nothing comes to light now, not when the step is traced
+        trained_paths(run, jax.eval_shape(lambda: initial_params(decoder, run, tokenizer)))
     return Inputs(run, tokenizer, decoder, batches, held_out, data, plan, mesh, tuple(notes))

@@ -15,6 +15,7 @@ import optax
 from mod_star.config import OptimizerConfig, RunConfig
 from mod_star.errors import InputError
 from mod_star.model.parts import Parts, require_same_structure
+from mod_star.trainable import path_names
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -37,11 +38,6 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 PREDICTORS = {"predictor", "decider"}
 """Names of parameters that learn from the language model what it does, and that it learns nothing from."""
-
-
-def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Names along a key path of the params tree, outermost first."""
-    return tuple(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
 
 
 def decay_mask(params: Any) -> Any:

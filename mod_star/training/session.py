@@ -25,6 +25,7 @@ from mod_star.runs import checkpoints
 from mod_star.runs.buckets import bring_back, checkpoints_of, copied_from
 from mod_star.runs.directory import LoadedRun
 from mod_star.runs.summary import SUMMARY_FILE, TrainSummary, describe, write_summary
+from mod_star.trainable import trained_part
 from mod_star.training.inputs import Inputs
 from mod_star.training.interrupt import LostProcess, stop_signals
 from mod_star.training.loop import TrainingLoop
@@ -117,7 +118,8 @@ class TrainingSession:
             recorder = Recorder(inputs, path, self._resume_step, earlier_seconds, self._console)
             stack.enter_context(recorder)
             parameters = parameter_count(state.params)
-            self._announce(recorder, parameters)
+            trained = parameter_count(trained_part(run, state.params))
+            self._announce(recorder, parameters, trained)
             try:
                 if self._base is not None:  # from here on the run needs nothing but its own directory
                     with recorder.pause("saving"):
@@ -139,6 +141,7 @@ class TrainingSession:
             directory=self._name,
             steps=steps,
             parameters=parameters,
+            trained_parameters=trained,
             flops=inputs.plan.flops,
             tokens=tokens,
             seconds=seconds,
@@ -173,12 +176,14 @@ class TrainingSession:
             checkpoints.delete_after(self._checkpoints, self._resume_step)
         return state, saved["seconds"]
 
-    def _announce(self, recorder: Recorder, parameters: int) -> None:
+    def _announce(self, recorder: Recorder, parameters: int, trained: int) -> None:
         begun = "starts" if self._resume_step is None else f"goes on from step {self.start}"
         if self._base is not None:
             begun += f" from {self._run.init_from} (step {self._base.step})"
         steps, flops = self._inputs.plan.steps, short_number(self._inputs.plan.flops)
-        recorder.say(f"{self._name} {begun}: {short_number(parameters)} parameters, {steps} steps, {flops} FLOP")
+        frozen = "" if trained == parameters else f", {short_number(trained)} of them trained"
+        counts = f"{short_number(parameters)} parameters{frozen}"
+        recorder.say(f"{self._name} {begun}: {counts}, {steps} steps, {flops} FLOP")
 
     def _finish(self, summary: TrainSummary, recorder: Recorder) -> None:
         """Writes and shows the result."""

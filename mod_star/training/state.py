@@ -14,6 +14,7 @@ from mod_star.config import RunConfig
 from mod_star.initial_params import init_params
 from mod_star.model import Decoder
 from mod_star.model.transformer import StackedParams
+from mod_star.trainable import trained_part
 from mod_star.training.optimizer import optimizer_of
 
 
@@ -26,6 +27,7 @@ class TrainState:
     params: StackedParams
     """float32 parameters."""
     opt_state: optax.OptState
+    """Of the parameters that are trained (`mod_star.trainable`)."""
     key: jax.Array
     """Typed random key of the run; a step's keys are folded from it and `step`."""
     skipped: jax.Array
@@ -39,12 +41,15 @@ def init_state(decoder: Decoder, run: RunConfig, total_steps: int, params: dict[
 
     Args:
       decoder: makes the parameters.
-      run: its `optimizer`, and `train.seed` for parameters and key.
+      run: its `optimizer`, `train.trainable`, and `train.seed` for parameters and key.
       total_steps: length of the learning-rate schedule.
       params: float32 parameters to start from, see `initial_params`; None: the decoder's own, random.
+
+    Raises:
+      InputError: a pattern of `train.trainable` matches no parameter.
     """
     params = init_params(decoder, run.train.seed) if params is None else params
-    opt_state = optimizer_of(decoder.parts, run, total_steps).init(params)
+    opt_state = optimizer_of(decoder.parts, run, total_steps).init(trained_part(run, params))
     key = jax.random.fold_in(jax.random.key(run.train.seed), random_streams.TRAINING)
     # Three arrays, not one: a donated buffer may appear once only.
     step, skipped, streak = (jnp.zeros((), jnp.int32) for _ in range(3))

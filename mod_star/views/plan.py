@@ -43,9 +43,10 @@ def plan_report(plan: Plan, name: str) -> Group:
 def _work_rows(plan: Plan) -> list[tuple[Cell, ...]]:
     chips = plan.topology.count
     number = lambda value: None if value is None else short_number(value)  # noqa: E731
-    compiled = plan.compiled_flops
+    compiled, frozen = plan.compiled_flops, plan.trained_parameters < plan.parameters
     rows: list[tuple[Cell, ...]] = [
         ("parameters", number(plan.parameters), None),
+        *([("of these, trained", number(plan.trained_parameters), None)] if frozen else []),
         ("sequences", plan.run.train.batch_size, None),
         ("tokens of text", number(plan.tokens), number(plan.tokens / chips)),
         ("FLOP, counted from the model", number(plan.step_flops), number(plan.step_flops / chips)),
@@ -135,7 +136,7 @@ def plan_record(plan: Plan, name: str) -> dict[str, Any]:
     """A plan as JSON-able values. Bytes, FLOPs and seconds; null is not known."""
     chip, floors = plan.topology.chip, plan.floors
     flops = ("step_flops", "compiled_flops", "kernel_flops", "xla_flops")
-    shown = ("parameters", "tokens", *flops, "useful", "traffic", "sent")
+    shown = ("parameters", "trained_parameters", "tokens", *flops, "useful", "traffic", "sent")
     collectives = None
     if plan.collectives is not None:
         collectives = [asdict(each) | {"sent": each.sent, "total": each.total} for each in plan.collectives]

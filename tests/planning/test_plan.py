@@ -241,8 +241,8 @@ def test_advice_names_options_that_exist_and_would_help() -> None:
     run = replace(large_quiet(), train=replace(large_quiet().train, batch_size=8192, loss_chunk=512))
     run = replace(run, model=replace(run.model, remat="none"))
     plan = Plan(
-        parse_topology("v5e:16x16"), {"data": 4, "fsdp": 64, "tensor": 1}, run, 7 * 10**9, 1e18, None, None, None, None,
-         None, 0, None, Memory(1e9, 2e9, 1e6, None, 3e10), False, 1.0, None, None, (), (),
+        parse_topology("v5e:16x16"), {"data": 4, "fsdp": 64, "tensor": 1}, run, 7 * 10**9, 7 * 10**9, 1e18, None, None,
+         None, None, None, 0, None, Memory(1e9, 2e9, 1e6, None, 3e10), False, 1.0, None, None, (), (),
     )  # fmt: skip
     said = advice(plan)
     options = [each.partition(":")[0].split(" ")[0] for each in said]
