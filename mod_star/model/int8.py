@@ -22,6 +22,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from mod_star.model.int8_cpu import one_row
 from mod_star.model.precision import precision_of
 
 LARGEST = 127
@@ -138,6 +139,12 @@ def _product(x: jax.Array, values: jax.Array, *, inner: int, precision: Any) -> 
     return jax.lax.dot_general(x, wide, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
+def _product_on_cpu(x: jax.Array, values: jax.Array, *, inner: int, precision: Any) -> jax.Array:
+    """A single row, which decoding one text has, in one pass over the values."""
+    in_one_pass = one_row(x, values) if x.shape[0] == inner == 1 else None
+    return _product(x, values, inner=inner, precision=precision) if in_one_pass is None else in_one_pass
+
+
 def _shape(x: ShapedArray, values: ShapedArray, *, inner: int, precision: Any) -> ShapedArray:
     del precision
     return ShapedArray((x.shape[0], values.shape[1 - inner]), jnp.dtype(jnp.float32))
@@ -160,5 +167,6 @@ def _no_gradient(primals: Any, tangents: Any, **params: Any) -> Any:
 int8_product_p.def_impl(functools.partial(jax.jit, static_argnames=("inner", "precision"))(_product))
 int8_product_p.def_abstract_eval(_shape)
 mlir.register_lowering(int8_product_p, mlir.lower_fun(_product, multiple_results=False))
+mlir.register_lowering(int8_product_p, mlir.lower_fun(_product_on_cpu, multiple_results=False), platform="cpu")
 batching.primitive_batchers[int8_product_p] = _batch
 ad.primitive_jvps[int8_product_p] = _no_gradient
