@@ -22,7 +22,7 @@ class Model:
     decoder: Decoder
     """The network."""
     params: StackedParams
-    """Its parameters as trained: groups stacked."""
+    """Its parameters as trained: groups stacked. Weights of matrix products may be in 8 bits."""
     tokenizer: Tokenizer
     """The one that it was trained with. Its `end_ids` end what the model generates."""
     thinking: ThinkingConfig | None = None
@@ -47,7 +47,11 @@ class Model:
 
     @staticmethod
     def load(
-        path: str | Path, step: int | None = None, mesh: Mesh | None = None, capacity: float | None = None
+        path: str | Path,
+        step: int | None = None,
+        mesh: Mesh | None = None,
+        capacity: float | None = None,
+        weights: str | None = None,
     ) -> Model:
         """Loads the model of a run.
 
@@ -56,11 +60,12 @@ class Model:
           step: of the checkpoint; None: the newest.
           mesh: devices that the parameters are to lie on; None: a single one.
           capacity: one of the run's `routing.budgets` to use the model at; None: its `routing.capacity`.
+          weights: int8: quantise the weights of matrix products, see `mod_star.model.int8`; None: as they are stored.
 
         Raises:
           InputError: as for `mod_star.load_run`, which also gives the run's configuration.
         """
         # By name: a run's directory gives a `Model`, so that module imports this one.
         directory = importlib.import_module("mod_star.runs.directory")
-        model: Model = directory.load_run(path, step, "step", mesh, capacity).model
+        model: Model = directory.load_run(path, step, "step", mesh, capacity, weights).model
         return model

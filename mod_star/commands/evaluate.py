@@ -158,6 +158,9 @@ class EvaluateOptions:
     """One of the model's routing.budgets to use it at. Its routing.capacity if not given."""
     headroom: float | None = None
     """Slots of a routed block, as a multiple of its capacity, if not as in training (routing.headroom)."""
+    weights: Literal["int8"] | None = None
+    """int8: quantise the weights of matrix products when loading, embedding and LM head included, with a scale for
+    each output. Decoding reads and holds a quarter of float32 then. If not given in the model's own type."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
     """Devices to use, for a model that is too large for one or for many questions; a single one if not given."""
 
@@ -214,7 +217,7 @@ def _run(options: EvaluateOptions) -> None:
     out = options.out or options.run / "evaluations" / f"{task.name}-{options.decoding or options.protocol}"
     mesh = make_small_mesh(options.mesh)
     require_shareable("--batch-size", options.batch_size, mesh)
-    loaded = load_run(options.run, options.step, mesh=mesh, capacity=options.capacity)
+    loaded = load_run(options.run, options.step, mesh=mesh, capacity=options.capacity, weights=options.weights)
     prompts = Prompts(
         loaded.tokenizer, options.prompt_template, options.chat, options.step_by_step, examples, preamble
     )  # fmt: skip

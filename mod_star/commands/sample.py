@@ -131,6 +131,9 @@ class SampleOptions:
     """Temperature of the thoughts; 0: always their most probable token."""
     show_thoughts: bool = False
     """Write thoughts into the text where it is not a terminal, too."""
+    weights: Literal["int8"] | None = None
+    """int8: quantise the weights of matrix products when loading, embedding and LM head included, with a scale for
+    each output. Decoding reads and holds a quarter of float32 then. If not given in the model's own type."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
     """Devices to use, for a model that is too large for one or for many prompts; a single one if not given."""
     json: bool = False
@@ -159,7 +162,7 @@ def _run(options: SampleOptions) -> None:
     prompts = options.prompt or ("",) if options.prompt_file is None else _read_prompts(options.prompt_file)
     keep_compiled_programs()
     mesh = make_small_mesh(options.mesh)
-    loaded = load_run(options.run, options.step, mesh=mesh, capacity=options.capacity)
+    loaded = load_run(options.run, options.step, mesh=mesh, capacity=options.capacity, weights=options.weights)
     think = chosen_think(loaded, options)
     _sample(loaded, prompts, decoding, think, options, answering)
 

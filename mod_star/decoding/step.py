@@ -19,7 +19,7 @@ from mod_star.distributed.sharding import for_own_rows
 from mod_star.model import Decoder
 from mod_star.model.attention import KeyValues
 from mod_star.model.layers import lookup, rms_norm
-from mod_star.model.parts import DEFAULT_PARTS
+from mod_star.model.product_weights import is_product_weight
 from mod_star.model.routing import Tokens, causal_logit, routed_rows, routed_share, stochastic_noise
 from mod_star.model.rows import Picked, compute_if, in_chunks
 from mod_star.model.transformer import StackedParams, UnstackedParams, block_names, group_count
@@ -85,19 +85,12 @@ def narrowed(decoder: Decoder, params: StackedParams) -> dict[str, Any]:
     A decoding step spends its time reading them. What computes in float32 (norms, router, predictor, mixing head) stays
     as it is, and so do a user's parts.
     """
-    dtype, parts = decoder.config.dtype, decoder.parts
+    dtype = decoder.config.dtype
     if dtype == "float32":
         return jax.tree.map(lambda leaf: leaf.dtype, params)
-    names: set[str] = set()
-    if parts.block is DEFAULT_PARTS.block:
-        names |= {"query", "key", "value", "output"}
-    if parts.feed_forward is DEFAULT_PARTS.feed_forward:
-        names |= {"gate", "up", "down"}
 
     def narrow(path: tuple[Any, ...], leaf: jax.Array) -> Any:
-        keys = [getattr(entry, "key", None) for entry in path]
-        top = len(keys) == 1 and keys[0] in ("embedding", "head")
-        return jnp.dtype(dtype) if top or ("block" in keys and keys[-1] in names) else leaf.dtype
+        return jnp.dtype(dtype) if is_product_weight(decoder, path) else leaf.dtype
 
     return jax.tree_util.tree_map_with_path(narrow, params)
 

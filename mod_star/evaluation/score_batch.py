@@ -19,8 +19,16 @@ from mod_star.config import ThinkingConfig
 from mod_star.decoding.think import LastTokens, Think, think_step
 from mod_star.distributed.sharding import BATCH_AXES, axis_size, batch_vmap, constrain
 from mod_star.model import Decoder
-from mod_star.model.routing import causal_slots
-from mod_star.model.transformer import UnstackedParams, block_names, group_count, head_matrix, logits_of
+from mod_star.model.layers import lookup
+from mod_star.model.routing import RoutingCall, Tokens, causal_slots
+from mod_star.model.transformer import (
+    UnstackedParams,
+    apply_blocks,
+    block_names,
+    group_count,
+    head_matrix,
+    logits_of,
+)
 
 HEAD_ROWS = 64
 """Positions whose logits exist at one time, for each share of a batch."""
@@ -95,17 +103,18 @@ def score_batch(
     slots = causal_slots(decoder.routing, context)  # as in generation, however the texts are padded
 
     def forward(tokens_S: jax.Array, segment_ids_S: jax.Array) -> Any:
-        return decoder.apply(
-            {"params": params}, tokens_S, None, segment_ids_S, mode="causal", slots=slots, key=numbers.routing_key,
-            keep_keys_values=thinking is not None,
-        )  # fmt: skip
+        x_SxD = lookup(params["embedding"], tokens_S).astype(decoder.config.dtype)
+        tokens = Tokens(x_SxD, jnp.arange(S, dtype=jnp.int32), segment_ids_S)
+        call = RoutingCall(slots=slots, key=numbers.routing_key)
+        return apply_blocks(decoder, params, tokens, call, keep_keys_values=thinking is not None)
 
     output = batch_vmap(forward)(tokens_BxS, segment_ids_BxS)
     if thinking is not None:
         rows = max(1, min(rows, THOUGHT_BYTES // _bytes_of_one(output.keys_values)))
     R = rows * axis_size("data") * axis_size("fsdp")
     # Put together over fsdp before the loop, not in it.
-    head = {"head": constrain(head_matrix(params).astype(output.hidden.dtype), "tensor", None)}
+    head_VxD = head_matrix(params).astype(output.hidden.dtype)
+    head = {"head": jax.tree.map(lambda a: constrain(a, "tensor", *[None] * (a.ndim - 1)), head_VxD)}
     pad = lambda a: jnp.pad(a, [(0, -N % R), *[(0, 0)] * (a.ndim - 1)])  # noqa: E731
     where_Nx2, targets_NxT, draws_N = pad(where_Nx2), pad(targets_NxT), pad(draws_N)
 

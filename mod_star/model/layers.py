@@ -12,6 +12,7 @@ import numpy as np
 
 from mod_star.config import ModelConfig
 from mod_star.distributed.sharding import axis_size, constrain
+from mod_star.model.int8 import Int8Weight
 from mod_star.model.linear import linear
 
 Params = dict[str, jax.Array]
@@ -22,12 +23,15 @@ def fan_in_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int, scale: fl
     return jax.random.normal(key, shape, jnp.float32) * (scale * fan_in**-0.5)
 
 
-def lookup(embedding_VxD: jax.Array, tokens_N: jax.Array) -> jax.Array:
+def lookup(embedding_VxD: jax.Array | Int8Weight, tokens_N: jax.Array) -> jax.Array:
     """Rows NxD of an embedding. Ids beyond the vocabulary get its last row, negative ones its first.
 
     Where a mesh cuts up the vocabulary, each device looks up what it has, zeros for the rest, and the rows are added
-    up: no device ever holds the whole embedding.
+    up: no device ever holds the whole embedding. Rows of an embedding in 8 bits are float32.
     """
+    if isinstance(embedding_VxD, Int8Weight):
+        values_NxD = lookup(embedding_VxD.values_FxD, tokens_N).astype(jnp.float32)
+        return values_NxD * lookup(embedding_VxD.scales_F[:, None], tokens_N)
     V, D = embedding_VxD.shape
     cuts = axis_size("tensor")
     if cuts == 1:

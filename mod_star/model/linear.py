@@ -21,6 +21,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from mod_star.model.int8 import Int8Weight, int8_linear
 from mod_star.model.precision import precision_of
 
 linear_p = Primitive("linear")
@@ -30,7 +31,7 @@ ROWS_AT_LEAST = 2
 
 def linear(
     x_NxD: jax.Array,
-    weight_DxF: jax.Array,
+    weight_DxF: jax.Array | Int8Weight,
     dtype: Any = None,
     *,
     transposed: bool = False,
@@ -40,13 +41,15 @@ def linear(
 
     Args:
       x_NxD: rows.
-      weight_DxF: of the same type.
+      weight_DxF: of the same type, or in 8 bits (`mod_star.model.int8`), then without a gradient.
       dtype: of the result; None: that of x.
       transposed: the weight is FxD, as an embedding that serves as LM head is. (With weight.T instead, XLA:CPU converts
         16-bit weights to float32 to transpose them, at every use.)
       precision: of float32 operands: highest, high or default. None: what `jax.default_matmul_precision` says around
         the call, else highest. The gradient asks for the same.
     """
+    if isinstance(weight_DxF, Int8Weight):
+        return int8_linear(x_NxD, weight_DxF, dtype, transposed=transposed, precision=precision)
     inner = weight_DxF.shape[-1 if transposed else 0]
     if x_NxD.ndim != 2 or weight_DxF.ndim != 2 or x_NxD.shape[1] != inner:
         expected = "NxD and FxD" if transposed else "NxD and DxF"

@@ -222,7 +222,7 @@ def apply_blocks(
 
 
 def head_matrix(params: dict[str, Any]) -> jax.Array:
-    """The LM head VxD, float32: the embedding where they are tied."""
+    """The LM head VxD, float32 or in 8 bits: the embedding where they are tied."""
     return params["head"] if "head" in params else params["embedding"]
 
 

@@ -37,6 +37,7 @@ from mod_star.errors import InputError, require
 from mod_star.initial_params import initial_params
 from mod_star.loaded_model import Model
 from mod_star.model import Decoder
+from mod_star.model.product_weights import quantised, require_weights
 from mod_star.model.transformer import StackedParams
 from mod_star.parts import load_parts
 from mod_star.runs.buckets import (
@@ -104,7 +105,7 @@ class LoadedRun:
     tokenizer: Tokenizer
     decoder: Decoder
     params: StackedParams
-    """float32 parameters, a plain nested dict."""
+    """float32 parameters, a plain nested dict; weights of matrix products may be in 8 bits."""
     step: int
     """Step of the checkpoint that the parameters are from."""
     mesh: Mesh | None = None
@@ -123,6 +124,7 @@ def load_run(
     option: str | None = "--step",
     mesh: Mesh | None = None,
     capacity: float | None = None,
+    weights: str | None = None,
 ) -> LoadedRun:
     """Loads a run's model from a checkpoint.
 
@@ -132,12 +134,15 @@ def load_run(
       option: what the command calls `step`, for the error message; None: it has no such option.
       mesh: where the parameters lie, as they do in training; None: on one device.
       capacity: one of the run's `routing.budgets` to use the model at; None: its `routing.capacity`.
+      weights: int8: quantise the weights of matrix products, for generating and scoring (`mod_star.model.int8`); None:
+        as they are stored.
 
     Raises:
       InputError: the directory isn't a run, has no checkpoint, the checkpoint's parameters are damaged (an older one
         is named), or the model was not trained for the capacity. The rest of the checkpoint, the optimizer's state, is
         not looked at.
     """
+    require_weights(weights)
     path = working_copy(directory)
     run = read_config(path)
     if capacity is not None:
@@ -156,7 +161,10 @@ def load_run(
     run = config_at(run, chosen)
     decoder = Decoder(run.model, run.routing, load_parts(run.parts))
     like = jax.eval_shape(lambda: initial_params(decoder, run, tokenizer))
-    return LoadedRun(run, tokenizer, decoder, restore_params(checkpoints, chosen, like, mesh), chosen, mesh)
+    params = restore_params(checkpoints, chosen, like, mesh)
+    if weights is not None:
+        params = quantised(decoder, params, donate=True)
+    return LoadedRun(run, tokenizer, decoder, params, chosen, mesh)
 
 
 def resumed_config(path: Path, run: RunConfig) -> RunConfig:

@@ -1,0 +1,63 @@
+"""The product of one row with int8 weights on a CPU: one loop that reads each weight once and widens it in a register.
+
+XLA:CPU multiplies by int8 weights by widening the whole matrix in memory first, which takes longer than reading it in
+float32. A sum over inputs fused with the widening is no better: XLA writes it as a loop over single elements. So the
+inputs are cut into at most `TERMS` slices of L, and the products of all slices are added up element by element: one
+loop over FxL partial sums, which loads, widens, multiplies and adds vectors. A product with ones, which XLA does not
+fuse, adds up the L partial sums of each output. docs/results/speed_decoding.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+LANES = 32
+"""Slices are a multiple of this long."""
+TERMS = 12
+"""Slices that the sum is written out in, at most: the time to compile grows with them, and the partial sums shrink."""
+
+
+def slice_size(inputs: int) -> int | None:
+    """The length of the slices that this many inputs are cut into; None: there is none that divides them."""
+    sizes = range(LANES, inputs + 1, LANES)
+    return next((size for size in sizes if inputs % size == 0 and inputs // size <= TERMS), None)
+
+
+def one_row(x_1xD: jax.Array, values_FxD: jax.Array) -> jax.Array | None:
+    """x @ values.T, float32 1xF; None where D cannot be cut into slices.
+
+    Args:
+      x_1xD: a row, of any floating type.
+      values_FxD: int8.
+    """
+    F, D = values_FxD.shape
+    size = slice_size(D)
+    if size is None:
+        return None
+    x_D = _computed_once(x_1xD.astype(jnp.float32))
+    start = _zero_at_run_time(x_D)
+    total_FxL: jax.Array | None = None
+    for first in range(0, D, size):
+        weights_FxL = jax.lax.dynamic_slice(values_FxD, (0, start + first), (F, size)).astype(jnp.float32)
+        products_FxL = x_D[first : first + size] * weights_FxL
+        total_FxL = products_FxL if total_FxL is None else total_FxL + products_FxL
+    assert total_FxL is not None
+    return (total_FxL @ jnp.ones(size, jnp.float32))[None]
+
+
+def _computed_once(x_1xD: jax.Array) -> jax.Array:
+    """x, through a product with the identity: XLA would else compute what x is made of again for each weight.
+
+    An infinite element makes its neighbour NaN.
+    """
+    pairs = jnp.dot(x_1xD.reshape(-1, 2), jnp.eye(2, dtype=jnp.float32), precision="highest")
+    return pairs.reshape(-1)
+
+
+def _zero_at_run_time(x_D: jax.Array) -> jax.Array:
+    """int32 0; 1 where the first element is NaN, as all sums are then in any case.
+
+    Slices start there. Where XLA knew the start, it would widen the slices before the loop over tokens, and keep them.
+    """
+    return (x_D[0] != x_D[0]).astype(jnp.int32)
