@@ -51,6 +51,20 @@ class ModelConfig:
     """Width of one head, even. None: width / heads."""
     mlp_width: Annotated[int | None, at_least(1)] = None
     """Hidden width of the feed-forward layer. None: 8/3 of width, rounded up to a multiple of 64."""
+    experts: Annotated[int, at_least(0, "0: none")] = 0
+    """Experts of every block's feed-forward layer, of which each token chooses some. 0: one layer for all tokens."""
+    experts_active: Annotated[int, at_least(1)] = 2
+    """Experts that each token chooses, null ones included."""
+    experts_width: Annotated[int | None, at_least(1)] = None
+    """Hidden width of an expert. None: that of the feed-forward layer / experts_active, rounded up."""
+    experts_null: Annotated[int, at_least(0)] = 0
+    """Null experts among those that a token can choose; they compute nothing (integrated MoDE)."""
+    experts_null_kind: Literal["zero", "copy"] = "zero"
+    """What a null expert gives: zero, or the token that it gets."""
+    experts_balance: Literal["aux", "bias", "none"] = "aux"
+    """What keeps experts equally used: aux: a loss. bias: biases that choose but do not weigh. none: nothing."""
+    experts_weight: Annotated[float, at_least(0)] = 0.01
+    """Weight of what balances the experts in the loss; of little effect on biases, which Adam scales anyway."""
     context: Annotated[int, at_least(2, "a token and its successor")] = 256
     """Longest sequence S: tokens per training sequence, and the limit of prompt plus generated tokens."""
     rope_theta: Annotated[float, above(1)] = 10_000.0
@@ -101,6 +115,14 @@ class ModelConfig:
         require(self.rope_factor == 1 or self.rope_scaling != "none", "model.rope_factor", self.rope_factor, allowed)
         low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
         require(high > low, "model.rope_high_freq_factor", high, f"must be above model.rope_low_freq_factor = {low}")
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        allowed = "must be 0 without model.experts"
+        require(self.experts > 0 or self.experts_null == 0, "model.experts_null", self.experts_null, allowed)
+        allowed = f"must be at most model.experts + model.experts_null = {self.all_experts}"
+        few_enough = self.experts == 0 or self.experts_active <= self.all_experts
+        require(few_enough, "model.experts_active", self.experts_active, allowed)
 
     @property
     def head_size(self) -> int:
@@ -116,6 +138,16 @@ class ModelConfig:
     def hidden_width(self) -> int:
         """Hidden width of the feed-forward layer."""
         return 64 * math.ceil(8 * self.width / 3 / 64) if self.mlp_width is None else self.mlp_width
+
+    @property
+    def expert_width(self) -> int:
+        """Hidden width of an expert."""
+        return -(-self.hidden_width // self.experts_active) if self.experts_width is None else self.experts_width
+
+    @property
+    def all_experts(self) -> int:
+        """Experts that a token can choose from, null ones included."""
+        return self.experts + self.experts_null
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Floating-point operations of a model, counted from its configuration: two per multiply-add of every matrix product.
 
 Elementwise work is left out, as is usual; at the sizes of real models the count agrees with the compiled program's own
-within 5 % (tests/test_flops.py). A routed block is counted at its capacity. A user's parts are counted by
+within 5 % (tests/test_flops.py). A routed block is counted at its capacity, experts at balanced load: of the choices of
+a token, null experts have their share, and cost nothing. A user's parts are counted by
 `mod_star.function_flops`, unless they say themselves what they take (`Part.flops`).
 """
 
@@ -39,7 +40,7 @@ class Flops:
     attention: float = 0.0
     """Products of queries with keys and of weights with values (the whole square: a mask saves nothing)."""
     mlp: float = 0.0
-    """Feed-forward layers."""
+    """Feed-forward layers; of experts with their router."""
     router: float = 0.0
     """Router scores of all tokens, and a user's selection."""
     predictor: float = 0.0
@@ -188,7 +189,7 @@ def _recomputed(model: ModelConfig, routing: RoutingConfig, parts: Parts, forwar
     """What the backward pass computes a second time of this forward pass, by `model.remat`."""
     if model.remat == "full":
         again = dataclasses.replace(forward, head=0.0, mixing=0.0)
-        own = parts.block is not DEFAULT_PARTS.block or parts.feed_forward is not DEFAULT_PARTS.feed_forward
+        own = parts.block is not DEFAULT_PARTS.block or parts.feed_forward_of(model) is not DEFAULT_PARTS.feed_forward
         if routing.every == 0 and not own:
             # The last product of a group is not needed again, but for a gate's gradient: here, every block's down.
             again += Flops(mlp=-forward.mlp / 3)
@@ -247,10 +248,11 @@ def _block_flops(model: ModelConfig, parts: Parts, tokens: int, keys: int | None
     D, H, K, E = model.width, model.heads, model.key_heads, model.head_size
     if parts.block is not DEFAULT_PARTS.block:
         return Flops(mlp=_own_block_flops(model, parts, tokens, tokens if keys is None else keys))
-    if parts.feed_forward is DEFAULT_PARTS.feed_forward:
+    feed_forward = parts.feed_forward_of(model)
+    if feed_forward is DEFAULT_PARTS.feed_forward:
         mlp = 2.0 * tokens * 3 * D * model.hidden_width
     else:
-        mlp = _part_flops("parts.feed_forward", parts.feed_forward, model, tokens)
+        mlp = _part_flops("parts.feed_forward", feed_forward, model, tokens)
     return Flops(
         projections=2.0 * tokens * D * E * (2 * H + 2 * K),
         attention=2.0 * 2 * tokens * (tokens if keys is None else keys) * H * E,

@@ -47,6 +47,13 @@ INVALID: dict[str, list[Any]] = {
     "model.kv_heads": [0, 3, -1],
     "model.head_dim": [0, 3, -2],
     "model.mlp_width": [0],
+    "model.experts": [-1, 2.5],
+    "model.experts_active": [0, 1.5],
+    "model.experts_width": [0, "8"],
+    "model.experts_null": [-1, 2],  # 2: without experts
+    "model.experts_null_kind": ["constant"],
+    "model.experts_balance": ["loss", None],
+    "model.experts_weight": [-0.1, float("nan"), float("inf")],
     "model.context": [1, 0],
     "model.rope_theta": [1.0, float("nan"), float("inf")],
     "model.rope_scaling": ["yarn", "dynamic", None],

@@ -144,6 +144,7 @@ def with_fields(run: RunConfig, group: str, **fields: Any) -> RunConfig:
 Observed = Callable[[RunConfig], Any]
 
 LLAMA3 = {"rope_scaling": "llama3", "rope_factor": 2.0, "rope_original_context": 10}
+EXPERTS: dict[str, Any] = {"model": {"experts": 2, "experts_null": 2}}
 # For each field another value, where to see that it matters, and what else to set for it to matter.
 ALIVE: dict[str, tuple[Any, Observed, dict[str, Any]]] = {
     "model.vocab_size": (14, program, {}),
@@ -153,6 +154,13 @@ ALIVE: dict[str, tuple[Any, Observed, dict[str, Any]]] = {
     "model.kv_heads": (1, program, {}),
     "model.head_dim": (6, program, {}),
     "model.mlp_width": (5, program, {}),
+    "model.experts": (3, program, {}),
+    "model.experts_active": (1, program, EXPERTS),
+    "model.experts_width": (5, program, EXPERTS),
+    "model.experts_null": (1, program, EXPERTS),
+    "model.experts_null_kind": ("copy", program, EXPERTS),
+    "model.experts_balance": ("bias", program, EXPERTS),
+    "model.experts_weight": (0.5, program, EXPERTS),
     "model.context": (10, training_step_flops, {}),
     "model.rope_theta": (20.0, program, {}),
     "model.rope_scaling": ("linear", program, {"model": {"rope_scaling": "llama3", "rope_factor": 2.0}}),

@@ -172,7 +172,7 @@ def _full_row(
     """Delta D and keys/values of one token."""
     x_D, position, own_memory = row
     one = jnp.ones(1, jnp.int32)
-    delta, own = decoder.parts.compute_block(
+    delta, own, _ = decoder.parts.compute_block(
         block["block"], x_D[None], position[None], one, one > 0, (*prompt, *own_memory), decoder.config
     )
     return delta[0], own
@@ -238,5 +238,5 @@ def _compute_row(
     """Gated delta D and keys/values of one token, one of `RoutedRows`."""
     one = jnp.ones(1, jnp.int32)
     token = Tokens(row.x_BxD[None], row.positions_B[None], one)
-    delta, _, own = routed_rows(decoder, block, token, row.scores_B[None], one > 0, memory)
+    delta, _, own, _ = routed_rows(decoder, block, token, row.scores_B[None], one > 0, memory)
     return delta[0], own

@@ -2,10 +2,11 @@
 
     data    copies of the model, each with its own sequences
     fsdp    sequences too; parameters and optimizer state are cut up among these devices, and put together when needed
-    tensor  every matrix product is cut up: heads of attention, hidden width of feed-forward layers, vocabulary
+    tensor  every matrix product is cut up: heads of attention, hidden width of feed-forward layers, experts, vocabulary
 
-What the rules speak of are the letters of the code's shape suffixes: D (width) lies on fsdp; V, H, K and F (vocabulary,
-heads, key/value heads, hidden width) lie on tensor. The compiler (GSPMD) derives the rest and inserts communication.
+What the rules speak of are the letters of the code's shape suffixes: D (width) lies on fsdp; V, H, K, F and X
+(vocabulary, heads, key/value heads, hidden width, experts) lie on tensor. The compiler (GSPMD) derives the rest and
+inserts communication.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 """What the sequences of a batch are shared out over; also the `spmd_axis_name` of a `vmap` over them."""
 
-LETTERS = {"D": "fsdp", "V": "tensor", "H": "tensor", "K": "tensor", "F": "tensor"}
+LETTERS = {"D": "fsdp", "V": "tensor", "H": "tensor", "K": "tensor", "F": "tensor", "X": "tensor"}
 """The mesh axis of each dimension, by the letter of the shape suffixes. Others are not cut up."""
 
 RULES = (
@@ -41,8 +42,10 @@ RULES = (
     (r"block/(key|value)_bias$", "KE"),
     (r"feed_forward/(gate|up)$", "DF"),
     (r"feed_forward/down$", "FD"),
+    (r"feed_forward/experts/(gate|up)$", "XDI"),
+    (r"feed_forward/experts/down$", "XID"),
     (r"(predictor|decider)/hidden$", "DP"),
-    (r"mixing/(first|second)$", "DX"),
+    (r"mixing/(first|second)$", "DW"),
 )
 """Dimensions of parameters by path, without the leading axis of stacked groups; the first match counts.
 
@@ -122,7 +125,8 @@ def require_model_fits(model: ModelConfig, mesh: Mesh) -> None:
         ("tensor", "model.vocab_size", model.vocab_size),
         ("tensor", "model.heads", model.heads),
         ("tensor", "model.kv_heads", model.key_heads),
-        ("tensor", "model.mlp_width", model.hidden_width),
+        ("tensor", "model.mlp_width", 0 if model.experts else model.hidden_width),
+        ("tensor", "model.experts", model.experts),
     ):
         if size % sizes[axis]:
             raise InputError(f"mesh.{axis} = {sizes[axis]}: must divide {field} = {size}")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from mod_star.config import ModelConfig
 from mod_star.model.attention import KeyValues, attend
+from mod_star.model.experts import Load, load_of
 from mod_star.model.layers import fan_in_normal, rms_norm, rotary_angles, rotate
 from mod_star.model.linear import linear
 from mod_star.model.precision import products_of
@@ -37,7 +38,7 @@ def block_init(key: jax.Array, config: ModelConfig, parts: Parts) -> dict[str, A
         "value": fan_in_normal(value, (D, K, E), D),
         "output": fan_in_normal(output, (H, E, D), H * E, (2 * config.layers) ** -0.5),
         "feed_forward_norm": ones(D),
-        "feed_forward": parts.feed_forward.init(feed_forward, config),
+        "feed_forward": parts.feed_forward_of(config).init(feed_forward, config),
     }
     if config.qkv_bias:
         params |= {"query_bias": zeros((H, E)), "key_bias": zeros((K, E)), "value_bias": zeros((K, E))}
@@ -55,7 +56,7 @@ def block(
     memory: tuple[KeyValues, ...],
     config: ModelConfig,
     parts: Parts,
-) -> tuple[jax.Array, KeyValues]:
+) -> tuple[jax.Array, KeyValues] | tuple[jax.Array, KeyValues, Load]:
     """Attention over `memory` and the tokens themselves, then the feed-forward layer.
 
     Args:
@@ -69,7 +70,8 @@ def block(
       parts: supplies the feed-forward layer.
 
     Returns:
-      The delta NxD to add to x (gated, in a routed block), and the tokens' own keys/values.
+      The delta NxD to add to x (gated, in a routed block), and the tokens' own keys/values. From a feed-forward layer
+      that chooses among experts also the valid tokens' load of them.
     """
     dtype = x_NxD.dtype
     N, D = x_NxD.shape
@@ -97,4 +99,8 @@ def block(
     delta = linear(attended.reshape(N, -1), output_HExD, precision=config.precision)
     h = rms_norm(x_NxD + delta, params["feed_forward_norm"], config.norm_eps)
     with products_of(config):
-        return delta + parts.feed_forward.apply(params["feed_forward"], h), own
+        result = parts.feed_forward_of(config).apply(params["feed_forward"], h)
+    if isinstance(result, tuple):
+        result_NxD, choice = result
+        return delta + result_NxD, own, load_of(choice, valid_N)
+    return delta + result, own

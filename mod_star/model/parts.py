@@ -7,6 +7,7 @@ functions return is checked where it is traced, before anything is compiled (`re
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.errors import InputError, require
 from mod_star.model.attention import KeyValues
 from mod_star.model.blocks import block, block_init
+from mod_star.model.experts import Load, experts, experts_flops, experts_init
 from mod_star.model.exploration import explored_scores
 from mod_star.model.layers import swiglu, swiglu_init
 from mod_star.model.moves import Selection
@@ -103,6 +105,15 @@ class LatentInput:
     """As for `ThoughtInput`."""
 
 
+SWIGLU = Part(swiglu_init, swiglu)
+
+
+@functools.cache
+def experts_part(config: ModelConfig) -> Part:
+    """The experts that `config` describes, as a feed-forward part; equal configurations give the same one."""
+    return Part(experts_init, functools.partial(experts, config=config), experts_flops)
+
+
 @dataclass(frozen=True)
 class Parts:
     """What the network is assembled from. Replace any with `dataclasses.replace` or in the constructor."""
@@ -111,8 +122,9 @@ class Parts:
     """apply(params, x_SxD) -> r_S, float32 scores. Score i must depend on x_i alone, or causal sampling breaks."""
     gate: Callable[[jax.Array], jax.Array] | None = None
     """Elementwise r_C -> gate_C, float32, that scales a routed block's delta. None: what `RoutingConfig.gate` names."""
-    feed_forward: Part = Part(swiglu_init, swiglu)
-    """apply(params, x_NxD) -> NxD, token by token, in x's type."""
+    feed_forward: Part = SWIGLU
+    """apply(params, x_NxD) -> NxD, token by token, in x's type; or that and a `mod_star.model.experts.Choice`, which is
+    balanced and logged. `model.experts` puts experts in the place of the default; a block asks `feed_forward_of`."""
     block: Part = Part(block_init, block)
     """apply as `mod_star.model.blocks.block`: (params, x, positions, segment_ids, valid, memory, config, parts)."""
     selection: Callable[..., Selection] | None = None
@@ -219,8 +231,20 @@ class Parts:
         """The loss in force that trains the causal rule; None: there is none."""
         return AUXILIARY_LOSSES[routing.selection] if self.auxiliary_loss is None else self.auxiliary_loss
 
-    def compute_block(self, params: Any, x_NxD: jax.Array, *arrays: Any) -> tuple[jax.Array, KeyValues]:
-        """The block's delta NxD and keys/values.
+    def feed_forward_of(self, config: ModelConfig) -> Part:
+        """The feed-forward part in force.
+
+        Raises:
+          InputError: `model.experts` asks for experts, but there is a user's own layer.
+        """
+        if config.experts == 0:
+            return self.feed_forward
+        allowed = "must be 0 with parts.feed_forward of your own"
+        require(self.feed_forward is SWIGLU, "model.experts", config.experts, allowed)
+        return experts_part(config)
+
+    def compute_block(self, params: Any, x_NxD: jax.Array, *arrays: Any) -> tuple[jax.Array, KeyValues, Load | None]:
+        """The block's delta NxD, keys/values, and the load of its experts; None: it has none.
 
         Args:
           params: the block's.
@@ -228,8 +252,8 @@ class Parts:
           arrays: positions, segment ids, validity, memory and `ModelConfig`, as for `mod_star.model.blocks.block`.
         """
         with products_of(arrays[-1]):
-            result: tuple[jax.Array, KeyValues] = self.block.apply(params, x_NxD, *arrays, self)
-        return result
+            delta_NxD, keys_values, *load = self.block.apply(params, x_NxD, *arrays, self)
+        return delta_NxD, keys_values, load[0] if load else None
 
     def gate_of(self, routing: RoutingConfig) -> Callable[[jax.Array], jax.Array]:
         """The gate in force."""

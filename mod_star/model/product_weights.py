@@ -41,7 +41,7 @@ def is_product_weight(decoder: Decoder, path: tuple[Any, ...]) -> bool:
 
 
 def quantised(decoder: Decoder, params: StackedParams, donate: bool = False) -> StackedParams:
-    """Params with every weight of a matrix product as an `Int8Weight`, see `mod_star.model.int8`.
+    """Params with every weight of a matrix product as an `Int8Weight`, see `mod_star.model.int8`, except for experts.
 
     Args:
       decoder: the model.
@@ -51,7 +51,7 @@ def quantised(decoder: Decoder, params: StackedParams, donate: bool = False) -> 
     done: dict[int, Int8Weight] = {}  # an array that is there twice, as tied weights may be, is quantised once
 
     def one(path: tuple[Any, ...], leaf: Any) -> Any:
-        if not is_product_weight(decoder, path):
+        if not is_product_weight(decoder, path) or any(getattr(entry, "key", None) == "experts" for entry in path):
             return leaf
         if id(leaf) not in done:
             stacked, name = path[0].key == "groups", path[-1].key

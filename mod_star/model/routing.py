@@ -24,6 +24,7 @@ from mod_star import random_streams
 from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.errors import InputError
 from mod_star.model.attention import KeyValues
+from mod_star.model.experts import Load
 from mod_star.model.layers import Params, fan_in_normal
 from mod_star.model.linear import linear
 from mod_star.model.moves import Selection, combine, dispatch, dispatch_ids
@@ -337,8 +338,8 @@ def routed_block(
     tokens: Tokens,
     call: RoutingCall,
     memory: tuple[KeyValues, ...] = (),
-) -> tuple[jax.Array, KeyValues, Trace]:
-    """The gated delta of a routed block, SxD, zero where tokens pass by; also its keys/values and its decisions.
+) -> tuple[jax.Array, KeyValues, Trace, Load | None]:
+    """The gated delta of a routed block, SxD, zero where tokens pass by; its keys/values, decisions, and experts' load.
 
     Args:
       decoder: sizes and parts.
@@ -375,11 +376,11 @@ def routed_block(
     arrays = (params, selected, scores_C, selection.filled_C, memory)
     if memory and S == 1 and not call.with_gradient:
         share = routed_share(routing, config.context)
-        gated_CxD, gates_C, own = compute_if(selection.filled_C[0], rows, arrays, share)
+        gated_CxD, gates_C, own, load = compute_if(selection.filled_C[0], rows, arrays, share)
     else:
-        gated_CxD, gates_C, own = rows(*arrays)
+        gated_CxD, gates_C, own, load = rows(*arrays)
     trace = Trace(scores_S, selection.mask_S, combine(gates_C, selection), logits_S, overflow_S, by_score_S)
-    return combine(gated_CxD, selection), own, trace
+    return combine(gated_CxD, selection), own, trace, load
 
 
 def routed_rows(
@@ -389,13 +390,13 @@ def routed_rows(
     scores_C: jax.Array,
     filled_C: jax.Array,
     memory: tuple[KeyValues, ...],
-) -> tuple[jax.Array, jax.Array, KeyValues]:
+) -> tuple[jax.Array, jax.Array, KeyValues, Load | None]:
     """g(r)·f(x) of the rows that a routed block computes (section 3.3 of the paper).
 
     Returns:
-      The gated delta CxD in x's type, the float32 gates C, and the rows' keys/values.
+      The gated delta CxD in x's type, the float32 gates C, the rows' keys/values, and their experts' load.
     """
     arrays = (tokens.x_NxD, tokens.positions_N, tokens.segment_ids_N, filled_C, memory)
-    delta_CxD, own = decoder.parts.compute_block(params["block"], *arrays, decoder.config)
+    delta_CxD, own, load = decoder.parts.compute_block(params["block"], *arrays, decoder.config)
     gates_C = decoder.parts.gate_of(decoder.routing)(scores_C)
-    return (delta_CxD * gates_C[:, None]).astype(tokens.x_NxD.dtype), gates_C, own
+    return (delta_CxD * gates_C[:, None]).astype(tokens.x_NxD.dtype), gates_C, own, load

@@ -18,6 +18,8 @@ from mod_star import random_streams
 from mod_star.config import ModelConfig, RoutingConfig, require_network
 from mod_star.distributed.sharding import constrain
 from mod_star.errors import require
+from mod_star.model.experts import Load
+from mod_star.model.grouped import grouped_saveable
 from mod_star.model.layers import fan_in_normal, lookup, rms_norm
 from mod_star.model.linear import linear, linear_saveable
 from mod_star.model.parts import DEFAULT_PARTS, Parts
@@ -41,6 +43,8 @@ class Output:
     """Routing decisions; None for a dense model."""
     keys_values: Any
     """{block name: KeyValues} stacked over groups; from unrolled groups a tuple of such; None unless asked for."""
+    load: Load | None = None
+    """Load of the blocks' experts, [groups, blocks of a group with experts, ...]; None without experts."""
 
 
 def block_names(routing: RoutingConfig) -> tuple[str, ...]:
@@ -180,24 +184,30 @@ def apply_blocks(
 
     def group(x_NxD: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         params, index, memory, taken, decided_N = inputs
-        keys_values, trace = {}, None
+        keys_values, trace, loads = {}, None, []
         for name in names:
             before = () if memory is None else memory[name]
             if name == "routed":
                 group_key = None if call.key is None else jax.random.fold_in(call.key, index)
                 own_call = replace(call, key=group_key, taken=taken, decided=decided_N)
                 own_tokens = Tokens(x_NxD, positions_N, segment_ids_N)
-                delta, keys_values[name], trace = routed_block(decoder, params[name], own_tokens, own_call, before)
+                delta, keys_values[name], trace, load = routed_block(
+                    decoder, params[name], own_tokens, own_call, before
+                )
             else:
-                delta, keys_values[name] = decoder.parts.compute_block(
+                delta, keys_values[name], load = decoder.parts.compute_block(
                     params[name]["block"], x_NxD, positions_N, segment_ids_N, segment_ids_N > 0, before, config
                 )
             # Said once per block, so that tokens stay where they are and weights move: `mod_star.distributed.sharding`.
             x_NxD = constrain(x_NxD + delta, None, None)
-        return x_NxD, (trace, keys_values if keep_keys_values else None)
+            if load is not None:
+                loads.append(load)
+        load = jax.tree.map(lambda *each: jnp.stack(each), *loads) if loads else None
+        return x_NxD, (trace, keys_values if keep_keys_values else None, load)
 
     if config.remat != "none":
-        policies = {"dots": linear_saveable, "full": None}
+        products = jax.checkpoint_policies.save_from_both_policies(linear_saveable, grouped_saveable)
+        policies = {"dots": products, "full": None}
         group = jax.checkpoint(group, policy=policies[config.remat], prevent_cse=not config.scan)
     groups = params["groups"]
     count = group_count(config, decoder.routing)
@@ -208,17 +218,18 @@ def apply_blocks(
         for i in range(count):
             x_NxD, result = group(x_NxD, tuple(None if each is None else each[i] for each in inputs))
             results.append(result)
-        trace = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[trace for trace, _ in results])
-        keys_values = tuple(own for _, own in results) if keep_keys_values else None
+        stacked = [(trace, load) for trace, _, load in results]
+        trace, load = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
+        keys_values = tuple(own for _, own, _ in results) if keep_keys_values else None
     elif config.scan:
-        x_NxD, (trace, keys_values) = jax.lax.scan(group, x_NxD, inputs)
+        x_NxD, (trace, keys_values, load) = jax.lax.scan(group, x_NxD, inputs)
     else:
         results = []
         for i in range(count):
             x_NxD, result = group(x_NxD, jax.tree.map(lambda leaf, i=i: leaf[i], inputs))
             results.append(result)
-        trace, keys_values = jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
-    return Output(rms_norm(x_NxD, params["final_norm"], config.norm_eps), trace, keys_values)
+        trace, keys_values, load = jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+    return Output(rms_norm(x_NxD, params["final_norm"], config.norm_eps), trace, keys_values, load)
 
 
 def head_matrix(params: dict[str, Any]) -> jax.Array:

@@ -16,6 +16,7 @@ from mod_star.model.cross_entropy import cross_entropy
 from mod_star.model.exploration import exploration_left, explores
 from mod_star.model.routing import RoutingMode
 from mod_star.model.transformer import head_matrix
+from mod_star.training.objectives.expert_use import balance_term, expert_metrics, expert_sums
 from mod_star.training.objectives.objective import Batch, Metrics, Objective, require_agreement
 
 
@@ -92,8 +93,9 @@ def make_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tuple[jax.Array
     """`loss(params, batch, key, targets, valid, step=0) -> (loss, sums)`, a sum over the batch over the given totals.
 
     The totals (weighted targets and non-pad tokens of the *whole* batch) make the losses of portions of a batch add
-    up to the batch's. `loss` = LM loss + auxiliary_weight x mean over routed layers of the causal rule's loss.
-    `step`, the steps done, is what `routing.noise` and `routing.explore` fall by.
+    up to the batch's. `loss` = LM loss + auxiliary_weight x mean over routed layers of the causal rule's loss
+    + experts_weight x mean over layers of the experts' balance loss. `step`, the steps done, is what `routing.noise`
+    and `routing.explore` fall by.
     """
     require_agreement(decoder, run)
     routing = run.routing
@@ -110,7 +112,8 @@ def make_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tuple[jax.Array
         nll = cross_entropy(
             output.hidden, head_matrix(params), batch["targets"], batch["weights"], run.train.loss_chunk
         )
-        sums, total = {"nll": nll}, nll / targets
+        sums = {"nll": nll} | expert_sums(output.load, batch["segment_ids"] > 0, run.model)
+        total = nll / targets + balance_term(sums, valid, run.model)
         if output.trace is not None:
             sums |= routing_sums(output.trace, batch["segment_ids"] > 0, decoder.parts.auxiliary_loss_of(routing))
             if "trains_rule" in sums:
@@ -133,8 +136,8 @@ def next_token(decoder: Decoder, run: RunConfig) -> Objective:
 
 
 def next_token_metrics(sums: Metrics, targets: jax.Array, valid: jax.Array) -> Metrics:
-    """Metrics of a training step from its sums: lm_loss (nats per token), and those of `routing_metrics`."""
-    metrics = {"lm_loss": sums["nll"] / targets}
+    """Metrics of a training step from its sums: lm_loss (nats per token), `routing_metrics` and `expert_metrics`."""
+    metrics = {"lm_loss": sums["nll"] / targets} | expert_metrics(sums)
     if "routed" in sums:
         metrics |= routing_metrics(sums, valid)
     if "trains_rule" in sums:
@@ -154,7 +157,7 @@ def make_eval_step(decoder: Decoder, run: RunConfig) -> Callable[[dict[str, Any]
         nll = cross_entropy(
             output.hidden, head_matrix(params), batch["targets"], batch["weights"], run.train.loss_chunk
         )
-        sums = {"nll": nll}
+        sums = {"nll": nll} | expert_sums(output.load, batch["segment_ids"] > 0, run.model)
         if output.trace is not None:
             sums |= routing_sums(output.trace, batch["segment_ids"] > 0, decoder.parts.auxiliary_loss_of(run.routing))
         return sums
@@ -176,10 +179,11 @@ def summarise_eval(sums: dict[str, Any]) -> dict[str, Any]:
     eval_loss: nats per token, routed as trained. For a routed model also eval_loss_causal and causal_gap (their
     difference, what causal sampling costs), eval_predictor_accuracy (causal rule against top-k on the stream that
     top-k routing made), and per layer eval_routed_fraction and eval_overflow (share of tokens that the causal rule
-    wanted but found no slot for) under the causal rule.
+    wanted but found no slot for) under the causal rule. With experts those of `expert_metrics`, routed as trained.
     """
     sums = {name: np.asarray(value, np.float64) for name, value in sums.items()}
     record: dict[str, Any] = {"eval_loss": float(sums["nll"] / sums["targets"])}
+    record |= {f"eval_{name}": value.tolist() for name, value in expert_metrics(sums).items()}
     if "causal_nll" in sums:
         record["eval_loss_causal"] = float(sums["causal_nll"] / sums["targets"])
         record["causal_gap"] = record["eval_loss_causal"] - record["eval_loss"]

@@ -36,6 +36,7 @@ from mod_star.thinking.objective import (
 from mod_star.thinking.sample import ThinkingDecoder, thought_slots
 from mod_star.thinking.thought import Thought
 from mod_star.thinking.where import position_scores
+from mod_star.training.objectives.expert_use import balance_term, expert_metrics, expert_sums
 from mod_star.training.objectives.next_token import forward, next_token, next_token_metrics, routing_sums
 from mod_star.training.objectives.objective import Batch, Metrics, Objective, require_thinker
 
@@ -86,7 +87,8 @@ def make_quiet_star_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tupl
         talk_total, talk = talk_loss(thinker, params, text_output, batch, places, thoughts, chunk)
         share = jnp.sum(batch["weights"]) / targets
         total = thinking.base_weight * nll / targets + share * talk_total
-        sums = {"nll": nll}
+        sums = {"nll": nll} | expert_sums(text_output.load, batch["segment_ids"] > 0, run.model)
+        total += balance_term(sums, valid, run.model)
         if text_output.trace is not None:
             target = top_k_selection(decoder, text_output.trace, batch)
             auxiliary_loss = decoder.parts.auxiliary_loss_of(run.routing)
@@ -238,6 +240,7 @@ def make_quiet_star_eval(decoder: Decoder, run: RunConfig) -> Callable[..., Metr
         thoughts = sample_thoughts(thinker, params, text_output, batch, places, draws_key, temperature=0.0)
         _, talk = talk_loss(thinker, params, text_output, batch, places, thoughts, chunk)
         sums = {"nll": nll, "targets": jnp.sum(batch["weights"])}
+        sums |= expert_sums(text_output.load, batch["segment_ids"] > 0, run.model)
         sums |= thinking_sums(batch, places, thoughts, talk, base_BxS, thinking)
         talk_BxS = jnp.where(places.filled_BxJ, talk.nll_BxJxMxN[:, :, 0, 0], base_BxS)
         # What the model predicts when only as many positions think as in training, and those that would there.
@@ -281,6 +284,7 @@ def summarise_thinking(sums: dict[str, Any]) -> dict[str, Any]:
     }
     if "decided_nll" in sums:
         record["eval_decided_loss"] = sums["decided_nll"] / sums["targets"]
+    record |= {f"eval_{name}": value for name, value in expert_metrics(sums).items()}
     if "routed" in sums:
         record["eval_predictor_accuracy"] = sums["correct"].mean() / sums["valid"]
         record["eval_routed_fraction"] = sums["routed"] / sums["valid"]
