@@ -8,6 +8,7 @@ experts as a layer, forward and backward, against the dense layer of as many ope
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -46,7 +47,7 @@ def layers() -> None:
 
 def _print(calls: dict[str, Any], base: str) -> None:
     """Medians, and the ratios to one of them."""
-    times = in_turns({name: lambda call=call: call[0](*call[1]) for name, call in calls.items()}, rounds=9)
+    times = in_turns({name: functools.partial(call, *operands) for name, (call, operands) in calls.items()}, rounds=9)
     for name, seconds in times.items():
         print(f"{name}: {1000 * seconds:.1f} ms, {seconds / times[base]:.2f} times {base}")
 

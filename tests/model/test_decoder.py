@@ -159,7 +159,7 @@ def test_skipped_tokens_pass_a_routed_block_unchanged_to_the_bit(
         output: Any = decoder.apply({"params": params}, tokens, None, segment_ids, mode=mode)
         before: Any = decoder.apply({"params": params}, tokens, method="embed")
         own = jax.tree.map(lambda a: a[0], params["groups"]["routed"])
-        delta, _, trace = routed_block(
+        delta, _, trace, _ = routed_block(
             decoder, own, Tokens(before, jnp.arange(24), segment_ids), RoutingCall(mode, slots=9)
         )
         return before, before + delta, trace.selected, output.trace.selected[0]

@@ -164,7 +164,7 @@ def test_a_drawn_token_tells_its_score_the_first_order_benefit_of_computing_it()
     def loss(shift_S: jax.Array) -> Any:
         shifted = Part(linear_router_init, lambda params, x: x @ params["weight"] + shift_S)
         call = RoutingCall("top_k", key=jax.random.key(0), exploration=jnp.float32(1))
-        delta, _, trace = routed_block(Decoder(MODEL, routing, Parts(router=shifted)), block, tokens, call)
+        delta, _, trace, _ = routed_block(Decoder(MODEL, routing, Parts(router=shifted)), block, tokens, call)
         return jnp.sum(delta * cotangent), (delta, trace)
 
     gradient, (delta, trace) = jax.jit(jax.grad(loss, has_aux=True))(jnp.zeros(16))
