@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mod_star import presets as presets
     from mod_star.config import (
         DataConfig,
+        LoraConfig,
         ModelConfig,
         OptimizerConfig,
         RoutingConfig,
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "mod_star.config": (
-        "DataConfig", "ModelConfig", "OptimizerConfig", "RoutingConfig", "RunConfig", "ThinkingConfig", "TrainConfig",
+        "DataConfig", "LoraConfig", "ModelConfig", "OptimizerConfig", "RoutingConfig", "RunConfig", "ThinkingConfig",
+        "TrainConfig",
     ),
     "mod_star.decoding": ("Completion", "GenerationConfig", "Generator", "Sampling", "Think", "complete"),
     "mod_star.decoding.answers": ("LastNumber", "LastOption", "Phrase"),
@@ -60,6 +62,7 @@ __all__ = [
     "LastNumber",
     "LastOption",
     "LoadedRun",
+    "LoraConfig",
     "Model",
     "ModelConfig",
     "OptimizerConfig",

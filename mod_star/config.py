@@ -18,6 +18,7 @@ from mod_star.errors import InputError, require
 
 __all__ = [
     "DataConfig",
+    "LoraConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -292,7 +293,7 @@ class TrainConfig:
     trainable: tuple[str, ...] = ()
     """Parameters to train, by their paths: a name such as router or embedding, or several in a row such as
     routed/block; * stands for any part of a name. All others are frozen: they have no gradient and no optimizer state.
-    Empty: all are trained."""
+    Empty: all are trained, or with lora.rank what lora says."""
     loss_chunk: Annotated[int, at_least(1)] = 128
     """Positions per sequence whose logits exist at one time in the loss."""
     log_every: Annotated[int, at_least(1)] = 10
@@ -312,6 +313,24 @@ class TrainConfig:
         check_fields(self, "train")
         allowed = f"must divide train.batch_size = {self.batch_size}"
         require(self.batch_size % self.accumulation == 0, "train.accumulation", self.accumulation, allowed)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA (arXiv 2106.09685): frozen weights, and small trained matrices beside them. In force where rank is not 0."""
+
+    rank: Annotated[int, at_least(0, "0: no adapters")] = 0
+    """Rank R of the adapters: a weight W of D inputs and F outputs becomes W + alpha / R · A·B, with A DxR and B RxF.
+    0: none. Else adapters are trained, and what train.trainable names; empty, it means what a pretrained model lacks:
+    routers, predictors and thinking."""
+    alpha: Annotated[float, above(0)] = 16.0
+    """Scale of the adapters, divided by the rank."""
+    targets: Annotated[tuple[str, ...], NotEmpty()] = ("block",)
+    """Matrices of blocks that get an adapter, by their paths as for train.trainable, such as query value. block: all of
+    attention and feed-forward. Embedding, head, routers and experts cannot have one."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "lora")
 
 
 @dataclass(frozen=True)
@@ -396,6 +415,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     parts: str | None = None
     """Your functions (router, block, objective, reward, ...): FILE.py:NAME of a mod_star.Parts. None: built-in ones."""
     init_from: str | None = None
@@ -456,7 +476,7 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     Fields that an older version did not have take their defaults, which keep what it did; unknown names are errors.
     """
     groups = {"model": ModelConfig, "routing": RoutingConfig, "data": DataConfig, "optimizer": OptimizerConfig}
-    groups |= {"train": TrainConfig, "thinking": ThinkingConfig}
+    groups |= {"train": TrainConfig, "thinking": ThinkingConfig, "lora": LoraConfig}
     built = _known("config", RunConfig, values)
     for name, group in groups.items():
         fields = _known(f"config.{name}", group, values.get(name, {}))

@@ -49,6 +49,8 @@ class Flops:
     """Logits."""
     mixing: float = 0.0
     """The mixing head and the decider of a thinking model."""
+    adapters: float = 0.0
+    """Low-rank adapters of blocks in training."""
 
     @property
     def total(self) -> float:
@@ -95,7 +97,7 @@ def training_flops(
     A backward pass costs twice the forward pass; the predictor's once, since its input is detached; frozen weights'
     once, too.
     """
-    forward = forward_flops(model, routing, tokens, parts)
+    forward = _with_adapters(forward_flops(model, routing, tokens, parts), trained)
     again = _recomputed(model, routing, parts, forward)
     return _forward_and_backward(forward, parts, trained) + again * trained.through_blocks
 
@@ -115,7 +117,7 @@ def sampling_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) ->
     blocks = _groups_flops(model, routing, parts, count, tokens + own, share * count, _text_slots(run, tokens) + own)
     silent = parts.thought is None and thinking.kind == "pause"
     head = 0.0 if silent else 2.0 * count * model.width * model.vocab_size
-    return blocks + Flops(head=head)
+    return _with_adapters(blocks, trained_share(run, parts)) + Flops(head=head)
 
 
 def scoring_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> Flops:
@@ -143,6 +145,7 @@ def scoring_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> 
         forward += steps
     forward += _groups_flops(model, routing, parts, tokens, tokens, text_slots, text_slots)
     forward += Flops(head=2.0 * tokens * D * V)
+    steps, forward = _with_adapters(steps, trained), _with_adapters(forward, trained)
     step = _forward_and_backward(forward, parts, trained)
     if thinking.decider_width:  # whose input is detached
         deciding = decider_flops(model, thinking.decider_width, place_count(thinking, tokens))
@@ -183,6 +186,11 @@ def _forward_and_backward(forward: Flops, parts: Parts, trained: TrainedShare) -
     inputs |= {"head": int(trained.to_hidden), "mixing": int(trained.to_hidden)}
     weights = {name: trained.of(name) for name in inputs} | {"attention": blocks}  # whose two operands are no weights
     return Flops(*(value * (1 + inputs[name] + weights[name]) for name, value in dataclasses.asdict(forward).items()))
+
+
+def _with_adapters(forward: Flops, trained: TrainedShare) -> Flops:
+    """The forward pass of blocks with their adapters: as many tokens go through these as through the weights."""
+    return dataclasses.replace(forward, adapters=trained.adapters * (forward.projections + forward.mlp))
 
 
 def _recomputed(model: ModelConfig, routing: RoutingConfig, parts: Parts, forward: Flops) -> Flops:

@@ -16,6 +16,7 @@ EVALUATION = 2
 THINKING_PARAMETERS = 3
 UPCYCLING = 4
 BUDGETS = 5
+ADAPTERS = 6
 
 # Folded into keys beside indices (rows, steps, positions, batches), above any of which they are.
 THOUGHTS = np.uint32(2**32 - 1)

@@ -18,6 +18,8 @@ from flax.traverse_util import unflatten_dict
 from mod_star.config import RunConfig
 from mod_star.errors import InputError
 
+NEW = ("router", "predictor", "thinking")
+"""What a pretrained model lacks: trained beside adapters if nothing else is asked for."""
 Names = tuple[str, ...]
 """The path of a parameter: names from the root of the tree on."""
 
@@ -39,23 +41,24 @@ def matches(pattern: str, names: Names) -> bool:
     return any(all(map(fnmatch.fnmatchcase, names[i : i + len(words)], words)) for i in starts)
 
 
-def matching(field: str, patterns: Sequence[str], paths: Iterable[Names]) -> frozenset[Names]:
+def matching(field: str, patterns: Sequence[str], paths: Iterable[Names], what: str = "parameter") -> frozenset[Names]:
     """The paths that any of the patterns matches.
 
     Args:
       field: that holds the patterns, for the error.
       patterns: see the head of this module.
       paths: of the parameters that may be meant.
+      what: they are, for the error.
 
     Raises:
       InputError: a pattern matches nothing; names the pattern and what there is.
     """
-    paths = tuple(paths)
+    paths = sorted(paths)
     for pattern in patterns:
         if not any(matches(pattern, names) for names in paths):
             listed = ", ".join(sorted({name for names in paths for name in names}))
             raise InputError(
-                f"{field} = {tuple(patterns)!r}: {pattern!r} matches no parameter; a pattern must be names of a path, "
+                f"{field} = {tuple(patterns)!r}: {pattern!r} matches no {what}; a pattern must be names of a path, "
                 f"joined by '/', such as {'/'.join(paths[0])!r}; the names are {listed}"
             )
     return frozenset(names for names in paths if any(matches(pattern, names) for pattern in patterns))
@@ -63,28 +66,33 @@ def matching(field: str, patterns: Sequence[str], paths: Iterable[Names]) -> fro
 
 def trains_all(run: RunConfig) -> bool:
     """Whether a run freezes nothing."""
-    return not run.train.trainable
+    return not run.train.trainable and run.lora.rank == 0
 
 
 def trained_paths(run: RunConfig, params: Any) -> frozenset[Names]:
     """Paths of the parameters that a run trains.
 
     Args:
-      run: its `train.trainable`.
-      params: arrays or shapes, thinking included.
+      run: its `train.trainable` and `lora`. Adapters are trained always.
+      params: arrays or shapes, thinking and adapters included.
 
     Raises:
       InputError: a pattern matches nothing. So patterns that would freeze everything are refused.
     """
     paths = leaves_by_path(params)
-    return frozenset(paths) if trains_all(run) else matching("train.trainable", run.train.trainable, paths)
+    if trains_all(run):
+        return frozenset(paths)
+    adapters = frozenset(names for names in paths if names[0] == "lora")
+    if not run.train.trainable:
+        return adapters | {names for names in paths if any(matches(pattern, names) for pattern in NEW)}
+    return adapters | matching("train.trainable", run.train.trainable, paths.keys() - adapters)
 
 
 def trained_part(run: RunConfig, params: Any) -> Any:
     """The parameters that a run trains: the tree without the frozen ones, a nested dict with the same paths.
 
     Args:
-      run: its `train.trainable`.
+      run: its `train.trainable` and `lora`.
       params: arrays or shapes. They are returned as they are if all of them are trained.
 
     Raises:

@@ -12,6 +12,7 @@ import pytest
 from mod_star import presets
 from mod_star.config import (
     DataConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -33,6 +34,7 @@ GROUPS: dict[str, Any] = {
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
     "thinking": ThinkingConfig,
+    "lora": LoraConfig,
     "data": DataConfig,
     "mesh": MeshConfig,
     "processes": ProcessesConfig,
@@ -103,6 +105,9 @@ INVALID: dict[str, list[Any]] = {
     "train.accumulation": [0, 3],
     "train.seed": [-1],
     "train.trainable": ["router", ["router"], (1,), None],
+    "lora.rank": [-1, 2.0, None],
+    "lora.alpha": [0.0, -1.0, float("inf")],
+    "lora.targets": [(), "query", (1,)],
     "train.loss_chunk": [0],
     "train.log_every": [0],
     "train.eval_every": [-1],

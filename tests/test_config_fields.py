@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from mod_star.config import (
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     RoutingConfig,
@@ -36,6 +37,7 @@ GROUPS: dict[str, Any] = {
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
     "thinking": ThinkingConfig,
+    "lora": LoraConfig,
 }
 RUN = RunConfig(
     ModelConfig(vocab_size=13, width=8, layers=2, heads=2, mlp_width=6, context=12),
@@ -127,6 +129,14 @@ def first_thinking(run: RunConfig) -> list[float]:
     return [*thinking["start"].tolist(), *thinking["end"].tolist()]
 
 
+def adapted_program(run: RunConfig) -> str:
+    """The loss of the run's objective with its adapters, if it has any."""
+    decoder = Decoder(run.model, run.routing)
+    params = jax.eval_shape(lambda: initial_params(decoder, run, ByteTokenizer()))
+    loss = jax.make_jaxpr(objective_of(decoder, run).loss)(params, shapes(run)[1], jax.random.key(0), 1.0, 1.0)
+    return re.sub(r" at 0x[0-9a-f]+", "", str(loss))
+
+
 def optimizer_state(run: RunConfig) -> str:
     """What the optimizer keeps."""
     return str(jax.eval_shape(lambda: init_state(Decoder(run.model, run.routing), run, 10).opt_state))
@@ -209,6 +219,9 @@ ALIVE: dict[str, tuple[Any, Observed, dict[str, Any]]] = {
     "train.seed": (1, first_key, {}),
     "train.trainable": (("router", "embedding"), optimizer_state, {}),
     "train.loss_chunk": (4, program, {}),
+    "lora.rank": (2, adapted_program, {}),
+    "lora.alpha": (5.0, adapted_program, {"lora": {"rank": 2}}),
+    "lora.targets": (("query",), adapted_program, {"lora": {"rank": 2}}),
     "thinking.thought_length": (2, thinking_program, {}),
     "thinking.n_true": (3, thinking_program, {}),
     "thinking.n_thoughts": (3, thinking_program, {}),

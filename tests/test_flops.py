@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import AS_SHIPPED
 
-from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
+from mod_star.config import LoraConfig, ModelConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.errors import InputError
 from mod_star.flops import (
     Flops,
@@ -21,7 +21,7 @@ from mod_star.flops import (
     training_step_flops,
 )
 from mod_star.function_flops import function_flops
-from mod_star.initial_params import init_params
+from mod_star.initial_params import init_params, initial_params
 from mod_star.model import Decoder
 from mod_star.model.cross_entropy import cross_entropy
 from mod_star.model.layers import fan_in_normal
@@ -33,8 +33,10 @@ from mod_star.thinking.objective import Places, sample_thoughts, talk_loss
 from mod_star.thinking.parameters import thinking_init
 from mod_star.thinking.sample import ThinkingDecoder
 from mod_star.thinking.thought import Thought
+from mod_star.tokenization import ByteTokenizer
 from mod_star.trainable import trained_part, with_trained_part
 from mod_star.training.lowering import batch_shapes
+from mod_star.training.objectives import objective_of
 from mod_star.training.objectives.next_token import forward, make_loss
 from mod_star.training.train import train
 
@@ -344,20 +346,20 @@ def test_a_step_that_thinks_is_sampling_and_scoring_and_grows_with_them() -> Non
 @pytest.mark.parametrize(
     "patterns",
     [
-        ("block",),
         ("routed/block", "embedding"),
-        ("router", "feed_forward/up", "attention_norm"),
         ("predictor",),
+        pytest.param((), id="lora"),
     ],
 )
-def test_gradients_of_frozen_weights_are_not_counted(patterns: tuple[str, ...]) -> None:
+def test_gradients_of_frozen_weights_are_not_counted_and_adapters_are(patterns: tuple[str, ...]) -> None:
     """Against the compiled program's own count. Where groups are unrolled, as here, XLA also saves what would go back
     to before the first trained parameter; a scan does not, so here something of the first block is trained."""
     model = replace(MODEL, width=64, heads=2, kv_heads=1, mlp_width=256)
-    run = RunConfig(model, MOD, train=TrainConfig(batch_size=1, loss_chunk=S, trainable=patterns))
+    lora = LoraConfig(0 if patterns else 16)
+    run = RunConfig(model, MOD, train=TrainConfig(batch_size=1, loss_chunk=S, trainable=patterns), lora=lora)
     decoder = Decoder(model, MOD)
-    params = jax.eval_shape(lambda: init_params(decoder, 0))
-    loss = make_loss(decoder, run)
+    params = jax.eval_shape(lambda: initial_params(decoder, run, ByteTokenizer()))
+    loss = objective_of(decoder, run).loss
 
     def gradient(params: Any, batch: Any) -> Any:
         def of_part(part: Any) -> jax.Array:

@@ -46,6 +46,10 @@ RULES = (
     (r"feed_forward/experts/down$", "XID"),
     (r"(predictor|decider)/hidden$", "DP"),
     (r"mixing/(first|second)$", "DW"),
+    (r"lora/.*(query|key|value|gate|up)/a$", "DR"),
+    (r"lora/.*(query|key|value|gate|up)/b$", "RF"),
+    (r"lora/.*(output|down)/a$", "FR"),
+    (r"lora/.*(output|down)/b$", "RD"),
 )
 """Dimensions of parameters by path, without the leading axis of stacked groups; the first match counts.
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from mod_star.config import ModelConfig
 from mod_star.model.attention import KeyValues, attend
 from mod_star.model.experts import Load, load_of
-from mod_star.model.layers import fan_in_normal, rms_norm, rotary_angles, rotate
+from mod_star.model.layers import fan_in_normal, rms_norm, rotary_angles, rotate, swiglu
 from mod_star.model.linear import linear
+from mod_star.model.lora import with_merged
 from mod_star.model.precision import products_of
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def block(
     """Attention over `memory` and the tokens themselves, then the feed-forward layer.
 
     Args:
-      params: from `block_init`.
+      params: from `block_init`; matrices may be `Adapted`.
       x_NxD: residual stream of N tokens in the compute type.
       positions_N: int32 original positions (not slots): what the rotary embedding and the causal mask go by.
       segment_ids_N: int32 document ids.
@@ -98,8 +99,11 @@ def block(
     output_HExD = params["output"].astype(dtype).reshape(-1, D)
     delta = linear(attended.reshape(N, -1), output_HExD, precision=config.precision)
     h = rms_norm(x_NxD + delta, params["feed_forward_norm"], config.norm_eps)
+    feed_forward, own_layer = parts.feed_forward_of(config), params["feed_forward"]
+    if feed_forward.apply is not swiglu:  # a user's own takes arrays
+        own_layer = with_merged(own_layer)
     with products_of(config):
-        result = parts.feed_forward_of(config).apply(params["feed_forward"], h)
+        result = feed_forward.apply(own_layer, h)
     if isinstance(result, tuple):
         result_NxD, choice = result
         return delta + result_NxD, own, load_of(choice, valid_N)

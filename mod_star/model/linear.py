@@ -22,6 +22,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mod_star.model.int8 import Int8Weight, int8_linear
+from mod_star.model.lora import Adapted
 from mod_star.model.precision import precision_of
 
 linear_p = Primitive("linear")
@@ -31,7 +32,7 @@ ROWS_AT_LEAST = 2
 
 def linear(
     x_NxD: jax.Array,
-    weight_DxF: jax.Array | Int8Weight,
+    weight_DxF: jax.Array | Int8Weight | Adapted,
     dtype: Any = None,
     *,
     transposed: bool = False,
@@ -41,7 +42,8 @@ def linear(
 
     Args:
       x_NxD: rows.
-      weight_DxF: of the same type, or in 8 bits (`mod_star.model.int8`), then without a gradient.
+      weight_DxF: of the same type, or in 8 bits (`mod_star.model.int8`), then without a gradient. Of an `Adapted`
+        x @ weight + scale · (x @ a) @ b, each product rounded to `dtype`.
       dtype: of the result; None: that of x.
       transposed: the weight is FxD, as an embedding that serves as LM head is. (With weight.T instead, XLA:CPU converts
         16-bit weights to float32 to transpose them, at every use.)
@@ -50,6 +52,8 @@ def linear(
     """
     if isinstance(weight_DxF, Int8Weight):
         return int8_linear(x_NxD, weight_DxF, dtype, transposed=transposed, precision=precision)
+    if isinstance(weight_DxF, Adapted):
+        return _adapted(x_NxD, weight_DxF, dtype, transposed, precision)
     inner = weight_DxF.shape[-1 if transposed else 0]
     if x_NxD.ndim != 2 or weight_DxF.ndim != 2 or x_NxD.shape[1] != inner:
         expected = "NxD and FxD" if transposed else "NxD and DxF"
@@ -58,7 +62,17 @@ def linear(
         raise TypeError(f"linear takes two arrays of one type, got {x_NxD.dtype} and {weight_DxF.dtype}")
     dtype = jnp.dtype(x_NxD.dtype if dtype is None else dtype)
     jax_precision = precision_of(x_NxD.dtype, precision)
-    return linear_p.bind(x_NxD, weight_DxF, dtype=dtype, transposed=transposed, precision=jax_precision)
+    return linear_p.bind(x_NxD, weight_DxF, dtype=dtype, transposed=transposed, precision=jax_precision, kept=True)
+
+
+def _adapted(x_NxD: jax.Array, weight_DxF: Adapted, dtype: Any, transposed: bool, precision: str | None) -> jax.Array:
+    if transposed:
+        raise TypeError("linear takes no adapted weight that is transposed")
+    own_NxF = linear(x_NxD, weight_DxF.weight, dtype, precision=precision)
+    low_NxR = linear(x_NxD, weight_DxF.a, precision=precision) * weight_DxF.scale
+    # Computed again from its few inputs, where `linear_saveable` would keep as much as the weight's own product takes.
+    params = {"dtype": own_NxF.dtype, "precision": precision_of(x_NxD.dtype, precision), "kept": False}
+    return own_NxF + linear_p.bind(low_NxR, weight_DxF.b, transposed=False, **params)
 
 
 def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: Any, precision: Any) -> jax.Array:
@@ -67,7 +81,8 @@ def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: Any, precisio
     return product.astype(dtype)
 
 
-def _product(x: jax.Array, weight: jax.Array, *, dtype: Any, transposed: bool, precision: Any) -> jax.Array:
+def _product(x: jax.Array, weight: jax.Array, *, dtype: Any, transposed: bool, precision: Any, kept: bool) -> jax.Array:
+    del kept
     return _dot(x, weight, (1, int(transposed)), dtype, precision)
 
 
@@ -89,27 +104,29 @@ def _batch(operands: tuple[jax.Array, jax.Array], dims: tuple[Any, Any], **param
 
 
 def _gradient_of_x(
-    grad: jax.Array, x: Any, weight: jax.Array, *, dtype: Any, transposed: bool, precision: Any
+    grad: jax.Array, x: Any, weight: jax.Array, *, dtype: Any, transposed: bool, precision: Any, kept: bool
 ) -> jax.Array:
-    params = {"dtype": x.aval.dtype, "transposed": not transposed, "precision": precision}
+    params = {"dtype": x.aval.dtype, "transposed": not transposed, "precision": precision, "kept": kept}
     del dtype
     return linear_p.bind(grad.astype(weight.dtype), weight, **params)
 
 
 def _gradient_of_weight(
-    grad: jax.Array, x: jax.Array, weight: Any, *, dtype: Any, transposed: bool, precision: Any
+    grad: jax.Array, x: jax.Array, weight: Any, *, dtype: Any, transposed: bool, precision: Any, kept: bool
 ) -> jax.Array:
-    del dtype
+    del dtype, kept
     pair = (x, grad.astype(x.dtype))
     return _dot(*(pair[::-1] if transposed else pair), (0, 0), weight.aval.dtype, precision)
 
 
-def _shape(x: ShapedArray, weight: ShapedArray, *, dtype: Any, transposed: bool, precision: Any) -> ShapedArray:
-    del precision
+def _shape(
+    x: ShapedArray, weight: ShapedArray, *, dtype: Any, transposed: bool, precision: Any, kept: bool
+) -> ShapedArray:
+    del precision, kept
     return ShapedArray((x.shape[0], weight.shape[0 if transposed else 1]), dtype)
 
 
-linear_p.def_impl(functools.partial(jax.jit, static_argnames=("dtype", "transposed", "precision"))(_product))
+linear_p.def_impl(functools.partial(jax.jit, static_argnames=("dtype", "transposed", "precision", "kept"))(_product))
 linear_p.def_abstract_eval(_shape)
 mlir.register_lowering(linear_p, mlir.lower_fun(_product, multiple_results=False))
 mlir.register_lowering(linear_p, mlir.lower_fun(_product_on_cpu, multiple_results=False), platform="cpu")
@@ -117,6 +134,6 @@ batching.primitive_batchers[linear_p] = _batch
 ad.defbilinear(linear_p, _gradient_of_x, _gradient_of_weight)
 
 
-def linear_saveable(primitive: Primitive, *_: Any, **__: Any) -> bool:
-    """A `jax.checkpoint` policy: keep the results of `linear`, recompute the rest."""
-    return primitive is linear_p
+def linear_saveable(primitive: Primitive, *_: Any, **params: Any) -> bool:
+    """A `jax.checkpoint` policy: keep the results of `linear`, recompute the rest (an adapter's last product, too)."""
+    return primitive is linear_p and params["kept"]

@@ -22,6 +22,7 @@ from mod_star.model.blocks import block, block_init
 from mod_star.model.experts import Load, experts, experts_flops, experts_init
 from mod_star.model.exploration import explored_scores
 from mod_star.model.layers import swiglu, swiglu_init
+from mod_star.model.lora import with_merged
 from mod_star.model.moves import Selection
 from mod_star.model.precision import highest_products, products_of
 from mod_star.model.routing import (
@@ -247,10 +248,12 @@ class Parts:
         """The block's delta NxD, keys/values, and the load of its experts; None: it has none.
 
         Args:
-          params: the block's.
+          params: the block's; those of a user's block are merged with their adapters, if they have any.
           x_NxD: residual stream.
           arrays: positions, segment ids, validity, memory and `ModelConfig`, as for `mod_star.model.blocks.block`.
         """
+        if self.block.apply is not block:  # a user's own takes arrays
+            params = with_merged(params)
         with products_of(arrays[-1]):
             delta_NxD, keys_values, *load = self.block.apply(params, x_NxD, *arrays, self)
         return delta_NxD, keys_values, load[0] if load else None

@@ -22,6 +22,7 @@ from mod_star.model.experts import Load
 from mod_star.model.grouped import grouped_saveable
 from mod_star.model.layers import fan_in_normal, lookup, rms_norm
 from mod_star.model.linear import linear, linear_saveable
+from mod_star.model.lora import is_adapted, require_merged
 from mod_star.model.parts import DEFAULT_PARTS, Parts
 from mod_star.model.routing import RoutingCall, RoutingMode, Tokens, Trace, routed_block
 
@@ -105,7 +106,11 @@ class Decoder(nn.Module):
         V, D = self.config.vocab_size, self.config.width
         require(V > 0, "model.vocab_size", V, "must be positive (0 is filled in from the tokenizer by a run)")
         self.embedding = self.param("embedding", lambda key: fan_in_normal(key, (V, D), D))
-        self.groups = self.param("groups", self._init_groups)
+        require_merged(self.variables.get("params", {}))
+        groups: Any = self.get_variable("params", "groups")
+        adapted = any(map(is_adapted, jax.tree.leaves(groups, is_leaf=is_adapted)))
+        # Flax would compare the leaves of adapted weights with those of plain ones.
+        self.groups = groups if adapted else self.param("groups", self._init_groups)
         self.final_norm = self.param("final_norm", lambda key: jnp.ones(D, jnp.float32))
         if not self.config.tie_embeddings:
             self.head = self.param("head", lambda key: fan_in_normal(key, (V, D), D))
@@ -166,7 +171,7 @@ def apply_blocks(
 
     Args:
       decoder: sizes and parts.
-      params: its parameters, in either form; of unstacked ones everything is unrolled.
+      params: its parameters, in either form; of unstacked ones everything is unrolled. Weights may be `Adapted`.
       tokens: embeddings, positions and documents.
       call: how the routed blocks decide; None: by the causal rule, with the slots of the model's context.
       memory: what the tokens attend to besides themselves: {block name: tuple of KeyValues}, the leaves stacked over
@@ -177,6 +182,7 @@ def apply_blocks(
     Returns:
       Hidden states and routing; keys/values are stacked over groups, or a tuple as the params are.
     """
+    require_merged(params)
     config = decoder.config
     names = block_names(decoder.routing)
     call = RoutingCall() if call is None else call

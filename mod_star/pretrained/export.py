@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mod_star.errors import InputError
+from mod_star.model.lora import require_merged
 from mod_star.pretrained.build import Place, places, take_tensor
 from mod_star.pretrained.byte_tokenizer import byte_tokenizer_json
 from mod_star.pretrained.families import FAMILIES, family_of
@@ -37,9 +38,10 @@ def require_exportable(loaded: LoadedRun) -> str:
 
     Raises:
       InputError: no other library has this network: it routes, it thinks, it has a user's parts, or a
-        combination of options that no family has.
+        combination of options that no family has; or its adapters are not merged, which a dense model would lack.
     """
     run = loaded.config
+    require_merged(loaded.params)
     if run.routing.every:
         raise InputError(
             f"routing.every = {run.routing.every}: a Mixture-of-Depths model cannot be exported: transformers has no "

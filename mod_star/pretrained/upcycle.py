@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from mod_star import random_streams
-from mod_star.config import RoutingConfig, RunConfig
+from mod_star.config import LoraConfig, RoutingConfig, RunConfig
 from mod_star.errors import InputError, require
 from mod_star.model.parts import DEFAULT_PARTS
 from mod_star.model.routing import predictor_init
@@ -53,7 +53,7 @@ def upcycled_config(run: RunConfig, capacity: float, every: int = 2) -> RunConfi
       every: every n-th block is routed, 1 or more.
 
     Returns:
-      The configuration, with the default plan of stages; `init_from` is None.
+      The configuration, with the default plan of stages; `init_from` is None, and there are no adapters.
 
     Raises:
       InputError: the run is routed already, its blocks can't be grouped so, or its own parts decide what is routed:
@@ -73,7 +73,7 @@ def upcycled_config(run: RunConfig, capacity: float, every: int = 2) -> RunConfi
                 "dense one"
             )
     routing = RoutingConfig(every=every, capacity=capacity, gate="tanh", stages=default_stages(capacity))
-    return replace(run, routing=routing, init_from=None)
+    return replace(run, routing=routing, lora=LoraConfig(), init_from=None)  # adapters are merged
 
 
 def upcycled_params(params: dict[str, Any], run: RunConfig) -> dict[str, Any]:

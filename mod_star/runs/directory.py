@@ -30,13 +30,14 @@ from jax.sharding import Mesh
 
 import mod_star
 from mod_star.atomic_files import UNFINISHED
-from mod_star.config import RunConfig, to_dict
+from mod_star.config import LoraConfig, RunConfig, to_dict
 from mod_star.data.identity import Identity
 from mod_star.distributed.sharding import all_devices, require_model_fits
 from mod_star.errors import InputError, require
 from mod_star.initial_params import initial_params
 from mod_star.loaded_model import Model
 from mod_star.model import Decoder
+from mod_star.model.lora import merged
 from mod_star.model.product_weights import quantised, require_weights
 from mod_star.model.transformer import StackedParams
 from mod_star.parts import load_parts
@@ -101,7 +102,8 @@ class LoadedRun:
     """A trained model with what belongs to it."""
 
     config: RunConfig
-    """As stored; with stages, capacity and length of thoughts are those of the checkpoint, and there are no stages."""
+    """As stored; with stages, capacity and length of thoughts are those of the checkpoint, and there are no stages.
+    Adapters are merged into the weights, and `lora` is its default."""
     tokenizer: Tokenizer
     decoder: Decoder
     params: StackedParams
@@ -161,10 +163,10 @@ def load_run(
     run = config_at(run, chosen)
     decoder = Decoder(run.model, run.routing, load_parts(run.parts))
     like = jax.eval_shape(lambda: initial_params(decoder, run, tokenizer))
-    params = restore_params(checkpoints, chosen, like, mesh)
+    params = merged(restore_params(checkpoints, chosen, like, mesh), run.lora, donate=True)
     if weights is not None:
         params = quantised(decoder, params, donate=True)
-    return LoadedRun(run, tokenizer, decoder, params, chosen, mesh)
+    return LoadedRun(replace(run, lora=LoraConfig()), tokenizer, decoder, params, chosen, mesh)
 
 
 def resumed_config(path: Path, run: RunConfig) -> RunConfig:

@@ -12,6 +12,7 @@ from mod_star.config import RunConfig
 from mod_star.model import Decoder
 from mod_star.trainable import trained_part, with_trained_part
 from mod_star.training.objectives import Batch, Metrics, Objective, objective_of
+from mod_star.training.objectives.objective import with_adapted_params
 from mod_star.training.optimizer import make_schedule, optimizer_of, split_norms
 from mod_star.training.state import TrainState
 
@@ -41,7 +42,7 @@ def make_train_step(
     """
     optimizer = optimizer_of(decoder.parts, run, total_steps)
     schedule = make_schedule(run.optimizer, total_steps) if decoder.parts.optimizer is None else None
-    objective = objective_of(decoder, run) if objective is None else objective
+    objective = objective_of(decoder, run) if objective is None else with_adapted_params(objective, run)
     portions = run.train.accumulation
 
     def train_step(state: TrainState, batch: Batch, *frozen: Any) -> tuple[TrainState, Metrics]:

@@ -17,6 +17,7 @@ import jax
 from mod_star.config import RunConfig, require_thinkable
 from mod_star.errors import InputError, require
 from mod_star.model import Decoder
+from mod_star.model.lora import with_adapters
 from mod_star.model.parts import DEFAULT_PARTS, require_array
 
 Batch = dict[str, jax.Array]
@@ -83,6 +84,18 @@ def checked(objective: Objective) -> Objective:
 def _takes_step(loss: Callable[..., Any]) -> bool:
     parameters = inspect.signature(loss).parameters.values()
     return any(each.name == "step" or each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+def with_adapted_params(objective: Objective, run: RunConfig) -> Objective:
+    """An objective whose functions may be given adapters (`mod_star.model.lora`): it gets `Adapted` weights instead."""
+    if run.lora.rank == 0:
+        return objective
+
+    def adapted(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda params, *others, **step: function(with_adapters(params, run.lora), *others, **step)
+
+    examples = None if objective.examples is None else adapted(objective.examples)
+    return replace(objective, loss=adapted(objective.loss), eval_step=adapted(objective.eval_step), examples=examples)
 
 
 def _arrays(name: str, values: Any) -> Metrics:
