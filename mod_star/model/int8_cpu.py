@@ -1,4 +1,4 @@
-"""Products with int8 weights on a CPU that widen weights in a register, or in the cache, and never in memory.
+"""Products of few rows with int8 weights on a CPU, which widen weights in a register or in the cache.
 
 XLA:CPU multiplies by int8 weights by widening the whole matrix in memory first, which takes longer than reading it in
 float32. A sum over inputs fused with the widening is no better: XLA writes it as a loop over single elements.
@@ -7,7 +7,8 @@ One row: the inputs are cut into at most `TERMS` slices of L, and the products o
 element: one loop over FxL partial sums, which loads, widens, multiplies and adds vectors. A product with ones, which
 XLA does not fuse, adds up the L partial sums of each output. Each weight is read once.
 
-Several rows: a block of the outputs after the other is widened into the cache and multiplied there.
+Several rows: a block of the outputs after the other is widened into the cache and multiplied there. For `MANY_ROWS`, as
+prompts have, the whole matrix is widened in memory.
 
 docs/results/speed_decoding.md has the measurements.
 """
@@ -21,8 +22,10 @@ LANES = 32
 """Slices are a multiple of this long."""
 TERMS = 12
 """Slices that the sum is written out in, at most: the time to compile grows with them, and the partial sums shrink."""
-BLOCK_BYTES = 2**19
+BLOCK_BYTES = 2**20
 """Of the weights that are widened at a time, in float32."""
+MANY_ROWS = 64
+"""From which on a product takes so long that widening the whole matrix before it counts little."""
 
 
 def slice_size(inputs: int) -> int | None:
