@@ -22,7 +22,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mod_star.model.int8_cpu import one_row
+from mod_star.model.int8_cpu import MANY_ROWS, in_blocks, one_row
 from mod_star.model.precision import precision_of
 
 LARGEST = 127
@@ -140,9 +140,10 @@ def _product(x: jax.Array, values: jax.Array, *, inner: int, precision: Any) -> 
 
 
 def _product_on_cpu(x: jax.Array, values: jax.Array, *, inner: int, precision: Any) -> jax.Array:
-    """A single row, which decoding one text has, in one pass over the values."""
-    in_one_pass = one_row(x, values) if x.shape[0] == inner == 1 else None
-    return _product(x, values, inner=inner, precision=precision) if in_one_pass is None else in_one_pass
+    if inner == 0 or x.shape[0] >= MANY_ROWS:  # 0: only the mean embedding of a latent thought is such a product
+        return _product(x, values, inner=inner, precision=precision)
+    in_one_pass = one_row(x, values) if x.shape[0] == 1 else None
+    return in_blocks(x, values) if in_one_pass is None else in_one_pass
 
 
 def _shape(x: ShapedArray, values: ShapedArray, *, inner: int, precision: Any) -> ShapedArray:
