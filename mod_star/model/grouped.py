@@ -5,8 +5,8 @@ would sort the rows of every sequence apart, and make a gradient of all weights 
 rules of their own, as `mod_star.model.linear` is: a batch of inputs becomes more rows of the same groups.
 
 On TPUs the sorted rows go through `jax.lax.ragged_dot`. Elsewhere that multiplies every row by every matrix (on a CPU,
-with 8 groups, it takes 12 times as long as one product: experiments/benchmarks/grouped.py), so there the rows are cut
-up into blocks of one group each, and a loop runs over the blocks that there are. Rows of no group cost nothing.
+with 8 groups, it takes 8 to 12 times as long as one product: experiments/benchmarks/grouped.py), so there the rows are
+cut up into blocks of one group each, and a loop runs over the blocks that there are. Rows of no group cost nothing.
 
 R rows, G groups, D and F the sides of a matrix.
 """
