@@ -132,7 +132,8 @@ def outer_in_blocks(x: jax.Array, y: jax.Array, group: jax.Array, *, groups: int
     def body(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         index, sums = state
         own, row, is_row = _rows_of_block(blocks, index, size)
-        product = _dot(jnp.where(is_row[:, None], x[row], 0), y[row], (0, 0), precision)
+        block_x, block_y = (jnp.where(is_row[:, None], a[row], 0) for a in (x, y))
+        product = _dot(block_x, block_y, (0, 0), precision)
         old = jax.lax.dynamic_index_in_dim(sums, own)
         return index + 1, jax.lax.dynamic_update_index_in_dim(sums, old + product, own, 0)
 
