@@ -3,7 +3,8 @@
     python -m experiments.benchmarks.grouped
 
 Compares, in turns and warm: 8,192 rows of width 256 in 8 groups of random size, hidden width 352, in float32; and
-experts as a layer, forward and backward, against the dense layer of as many operations. Prints medians and ratios.
+experts as a layer, forward and backward, against the dense layer of as many operations; and 64 tokens generated for one
+prompt by models of 4 layers of width 512. Prints medians and ratios.
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from experiments.support.timing import in_turns
-from mod_star.config import ModelConfig
+from mod_star.config import ModelConfig, RoutingConfig
+from mod_star.decoding import GenerationConfig, Generator, Sampling
+from mod_star.initial_params import init_params
+from mod_star.loaded_model import Model
+from mod_star.model import Decoder
 from mod_star.model.grouped import grouped_linear, in_blocks, ragged
 from mod_star.model.parts import DEFAULT_PARTS
+from mod_star.tokenization import ByteTokenizer
 
 
 def products() -> None:
@@ -45,13 +51,30 @@ def layers() -> None:
     _print(calls, "dense")
 
 
-def _print(calls: dict[str, Any], base: str) -> None:
-    """Medians, and the ratios to one of them."""
+def decoding() -> None:
+    """Tokens of a single row, which reads the weights of its own experts alone."""
+    tokens, calls = 64, {}
+    for name, fields in {
+        "dense, hidden width 2816": {"mlp_width": 2816},
+        "2 of 2 experts of 1408": {"experts": 2, "experts_width": 1408},
+        "2 of 16": {"experts": 16, "experts_width": 1408},
+        "2 of 16 and 16 null ones": {"experts": 16, "experts_null": 16, "experts_width": 1408},
+    }.items():
+        sizes: dict[str, Any] = {"vocab_size": 320, "width": 512, "layers": 4, "heads": 8, "context": 128}
+        decoder = Decoder(ModelConfig(**sizes | fields), RoutingConfig(every=0))
+        generator = Generator(Model(decoder, init_params(decoder, 0), ByteTokenizer(), None, None), end_ids=())
+        calls[name] = generator.generate, ([[1, 2, 3]], GenerationConfig(tokens, Sampling(0)))
+    _print(calls, "dense, hidden width 2816", tokens)
+
+
+def _print(calls: dict[str, Any], base: str, each: int = 1) -> None:
+    """Medians of each of so many results of a call, and the ratios to one of them."""
     times = in_turns({name: functools.partial(call, *operands) for name, (call, operands) in calls.items()}, rounds=9)
     for name, seconds in times.items():
-        print(f"{name}: {1000 * seconds:.1f} ms, {seconds / times[base]:.2f} times {base}")
+        print(f"{name}: {1000 * seconds / each:.2f} ms, {seconds / times[base]:.2f} times {base}")
 
 
 if __name__ == "__main__":
     products()
     layers()
+    decoding()

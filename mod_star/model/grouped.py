@@ -5,8 +5,8 @@ would sort the rows of every sequence apart, and make a gradient of all weights 
 rules of their own, as `mod_star.model.linear` is: a batch of inputs becomes more rows of the same groups.
 
 On TPUs the sorted rows go through `jax.lax.ragged_dot`. Elsewhere that multiplies every row by every matrix (on a CPU,
-with 8 groups, it takes 12 times as long as one product: experiments/benchmarks/grouped.py), so there the rows are cut
-up into blocks of one group each, and a loop runs over the blocks that there are. Rows of no group cost nothing.
+with 8 groups, it takes 8 to 12 times as long as one product: experiments/benchmarks/grouped.py), so there the rows are
+cut up into blocks of one group each, and a loop runs over the blocks that there are. Rows of no group cost nothing.
 
 R rows, G groups, D and F the sides of a matrix.
 """
@@ -132,7 +132,8 @@ def outer_in_blocks(x: jax.Array, y: jax.Array, group: jax.Array, *, groups: int
     def body(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         index, sums = state
         own, row, is_row = _rows_of_block(blocks, index, size)
-        product = _dot(jnp.where(is_row[:, None], x[row], 0), y[row], (0, 0), precision)
+        block_x, block_y = (jnp.where(is_row[:, None], a[row], 0) for a in (x, y))
+        product = _dot(block_x, block_y, (0, 0), precision)
         old = jax.lax.dynamic_index_in_dim(sums, own)
         return index + 1, jax.lax.dynamic_update_index_in_dim(sums, old + product, own, 0)
 

@@ -202,8 +202,8 @@ def _notes(topology: Topology, run: RunConfig, cost: Cost | None) -> Iterator[st
         yield "the time floor by FLOPs is for bfloat16 products; those of model.dtype = 'float32' take longer"
     if cost is not None and cost.unknown_loops:
         yield (
-            f"{cost.unknown_loops} loops run as often as the data asks for (routed tokens): they are counted as "
-            "running once, so FLOPs, traffic and collectives are lower bounds"
+            f"{cost.unknown_loops} loops run as often as the data asks for (routed tokens, experts): they are "
+            "counted as running once, so FLOPs, traffic and collectives are lower bounds"
         )
 
 

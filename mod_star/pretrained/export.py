@@ -37,7 +37,7 @@ def require_exportable(loaded: LoadedRun) -> str:
     """The family of a run's model.
 
     Raises:
-      InputError: no other library has this network: it routes, it thinks, it has a user's parts, or a
+      InputError: no other library has this network: it routes, it has experts, it thinks, it has a user's parts, or a
         combination of options that no family has; or its adapters are not merged, which a dense model would lack.
     """
     run = loaded.config
@@ -46,6 +46,11 @@ def require_exportable(loaded: LoadedRun) -> str:
         raise InputError(
             f"routing.every = {run.routing.every}: a Mixture-of-Depths model cannot be exported: transformers has no "
             "network that routes tokens around blocks; only dense models can be"
+        )
+    if run.model.experts:
+        raise InputError(
+            f"model.experts = {run.model.experts}: a model with experts cannot be exported: no family that is written "
+            "chooses among experts as this network does"
         )
     if "thinking" in loaded.params:
         raise InputError(

@@ -17,7 +17,8 @@ from mod_star.tokenization import Tokenizer, load_tokenizer
 # What the parameters compute with. All other fields may differ: they say how fast, how exactly or how often it is done.
 MODEL_FIELDS: tuple[str, ...] = ("vocab_size", "width", "layers", "heads", "norm_eps", "tie_embeddings")
 MODEL_FIELDS += ("rope_theta", "rope_scaling", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor")
-MODEL_FIELDS += ("rope_original_context", "sliding_window", "qkv_bias", "qk_norm")
+MODEL_FIELDS += ("rope_original_context", "sliding_window", "qkv_bias", "qk_norm", "experts")
+EXPERT_FIELDS = ("experts_active", "experts_null", "experts_null_kind", "experts_balance")
 ROUTED_FIELDS = ("gate", "causal_rule", "selection", "predictor_width")
 
 
@@ -62,6 +63,8 @@ def _require_same_function(run: RunConfig, base: RunConfig) -> None:
     if thinks and base.thinking.decider_width:  # where there is none, one may be added
         name = "thinking.decider_width"
         fields[name], needed[name] = run.thinking.decider_width, base.thinking.decider_width
+    if run.model.experts and base.model.experts:
+        fields, needed = fields | _defining_experts(run), needed | _defining_experts(base)
     differ = [f"{name} = {fields[name]!r}: must be {needed[name]!r}" for name in fields if fields[name] != needed[name]]
     if not same_parts(base.parts, run.parts):
         differ.append(f"parts = {run.parts!r}: must be {base.parts!r}, or a file of the same content")
@@ -81,3 +84,9 @@ def _defining(run: RunConfig, routed: bool, thinks: bool) -> dict[str, Any]:
     if thinks:
         fields["thinking.mixing"] = run.thinking.mixing
     return fields
+
+
+def _defining_experts(run: RunConfig) -> dict[str, Any]:
+    """The same of experts."""
+    fields = {f"model.{name}": getattr(run.model, name) for name in EXPERT_FIELDS}
+    return fields | {"model.experts_width": run.model.expert_width}

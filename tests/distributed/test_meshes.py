@@ -67,7 +67,7 @@ def test_a_decode_step_sends_no_cache(eight: Path) -> None:
     assert all(len(size) < 4 for size in sizes), sizes
 
 
-@pytest.mark.parametrize(("kind", "mesh"), [*CASES, ("accumulated", "mixed")])
+@pytest.mark.parametrize(("kind", "mesh"), [*CASES, ("accumulated", "mixed"), ("experts", "mixed")])
 @pytest.mark.slow
 def test_losses_and_gradients_equal_one_device(eight: Path, kind: str, mesh: str) -> None:
     (one, _), (many, _) = load(eight, kind, "one"), load(eight, kind, mesh)
@@ -142,6 +142,8 @@ def test_a_tensor_parallel_forward_pass_puts_no_parameter_together(eight: Path, 
         # A user's own: along the largest dimension that divides.
         ("groups/full_0/block/feed_forward/experts", (3, 5, 16, 40), P(None, None, None, "fsdp")),
         ("groups/full_0/block/feed_forward/experts", (3, 5, 16, 42), P(None, None, "fsdp", None)),
+        ("groups/full_0/block/feed_forward/experts/up", (3, 4, 16, 40), P(None, "tensor", "fsdp", None)),
+        ("groups/full_0/block/feed_forward/experts/down", (3, 4, 40, 16), P(None, "tensor", None, "fsdp")),
         ("groups/full_0/block/feed_forward/odd", (3, 5, 7), P(None, None, None)),
         # A name that a rule speaks of with other dimensions is the user's own too.
         ("groups/full_0/block/feed_forward/down", (3, 4, 8, 5), P(None, None, "fsdp", None)),
@@ -180,4 +182,12 @@ def test_a_mesh_that_does_not_fit_the_run(sizes: tuple[int, int, int], message: 
     )  # fmt: skip
     mesh: Any = SimpleNamespace(shape=dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
     with pytest.raises(InputError, match=message):
+        require_fits(run, mesh)
+
+
+def test_a_mesh_that_does_not_divide_the_experts() -> None:
+    run = tiny()
+    run = replace(run, model=replace(run.model, vocab_size=320, experts=3, mlp_width=33))
+    mesh: Any = SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 2})
+    with pytest.raises(InputError, match=r"^mesh\.tensor = 2: must divide model\.experts = 3$"):
         require_fits(run, mesh)

@@ -49,7 +49,7 @@ def naive_outer(x: Any, y: Any, group: Any, groups: int) -> Any:
     return sums
 
 
-@pytest.mark.parametrize(("rows", "groups"), [(1, 3), (70, 3), (200, 2)])
+@pytest.mark.parametrize(("rows", "groups"), [(1, 3), (70, 3)])
 @pytest.mark.parametrize(("product", "outer"), [(in_blocks, outer_in_blocks), (ragged, outer_ragged)])
 def test_both_ways_multiply_each_row_by_the_matrix_of_its_group(
     product: Any, outer: Any, rows: int, groups: int

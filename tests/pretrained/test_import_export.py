@@ -134,9 +134,11 @@ def test_what_no_other_library_has_is_not_exported(tmp_path: Path) -> None:
     thinking = loaded_run(model)
     thinking.params["thinking"] = {}
     own = replace(thinking, params={}, config=replace(thinking.config, parts="my.py:parts"))
+    experts = loaded_run(replace(model, experts=2))
     both = loaded_run(replace(model, qkv_bias=True, qk_norm=True))
     for run, said in (
         (routed, r"^routing\.every = 2: a Mixture-of-Depths model cannot be exported"),
+        (experts, r"^model\.experts = 2: a model with experts cannot be exported"),
         (thinking, r"a thinking model cannot be exported"),
         (own, r"^parts = 'my\.py:parts': a model with parts of your own cannot"),
         (both, r"^model\.qkv_bias = True: no family"),

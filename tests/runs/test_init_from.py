@@ -236,6 +236,7 @@ def test_what_is_not_a_run_to_start_from(base: Path, tmp_path: Path) -> None:
         ("model", {"norm_eps": 1e-5}, "model.norm_eps = 1e-05: must be 1e-06"),
         ("model", {"qkv_bias": True}, "model.qkv_bias = True: must be False"),
         ("model", {"qk_norm": True}, "model.qk_norm = True: must be False"),
+        ("model", {"experts": 3}, "model.experts = 3: must be 0"),
         ("model", {"tie_embeddings": False}, "model.tie_embeddings = False: must be True"),
         ("routing", {"every": 1}, "routing.every = 1: must be 2"),
         ("routing", {"every": 0}, "routing.every = 0: must be 2"),

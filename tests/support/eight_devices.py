@@ -50,6 +50,9 @@ def make_run(kind: str) -> RunConfig:
         train=TrainConfig(batch_size=8, loss_chunk=10),
         thinking=ThinkingConfig(thought_length=3, n_true=2, n_thoughts=2, chunk=12),
     )
+    if kind == "experts":
+        balanced = {"experts": 4, "experts_null": 1, "experts_balance": "bias"}
+        return replace(run, model=replace(run.model, **balanced))
     if kind == "accumulated":
         return replace(run, train=replace(run.train, batch_size=16, accumulation=2))
     return replace(run, train=replace(run.train, objective="quiet_star")) if kind == "quiet_star" else run
@@ -140,8 +143,10 @@ def attention(out: Path) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    for kind in ("dense", "routed", "accumulated", "quiet_star"):
-        for name in {"routed": [*MESHES], "accumulated": ["mixed"]}.get(kind, ["tensor", "mixed"]):
+    for kind in ("dense", "routed", "accumulated", "quiet_star", "experts"):
+        for name in {"routed": [*MESHES], "accumulated": ["mixed"], "experts": ["mixed"]}.get(
+            kind, ["tensor", "mixed"]
+        ):
             train(kind, name, folder)
         train(kind, "one", folder)
     for name in ("one", "mixed"):
