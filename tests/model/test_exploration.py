@@ -120,6 +120,7 @@ def batch() -> dict[str, jax.Array]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_only_training_explores_and_the_rule_learns_what_the_scores_select(batch: dict[str, jax.Array]) -> None:
     """Rows, blocks and steps draw apart; evaluation and the other pass are the programs of a run without."""
     decoder, plain = Decoder(MODEL, RUN.routing), replace(RUN, routing=PLAIN)

@@ -1,0 +1,1 @@
+"""Quiet-STaR where thinking is needed. README.md has the claim, the command and the results."""
