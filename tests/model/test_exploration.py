@@ -85,9 +85,11 @@ def test_scores_that_are_not_numbers_do_not_spread() -> None:
     scores = SCORES.copy()
     scores[[0, 1, 2]] = np.nan, np.inf, -np.inf
     routing = RoutingConfig(capacity=0.25, noise=0.5)
-    ranked = np.asarray(explored_scores(scores, VALID, routing, jnp.float32(1), jax.random.key(0)))
+    ranked = np.asarray(
+        explored_scores(jnp.asarray(scores), jnp.asarray(VALID), routing, jnp.float32(1), jax.random.key(0))
+    )
     assert np.isfinite(ranked[3:]).all() and (ranked[3:] != scores[3:]).all()
-    nothing = explored_scores(scores, np.zeros(S, bool), routing, jnp.float32(1), jax.random.key(0))
+    nothing = explored_scores(jnp.asarray(scores), jnp.zeros(S, bool), routing, jnp.float32(1), jax.random.key(0))
     np.testing.assert_array_equal(nothing[3:], scores[3:])
 
 
@@ -146,7 +148,7 @@ def test_only_training_explores_and_the_rule_learns_what_the_scores_select(batch
     np.testing.assert_array_equal(again.selected, selected)
     assert (less.selected != selected).any() and (none.selected == none.by_score).all()
     # The causal rule's target is what the scores select, and what is routed is what was computed.
-    valid = np.ones((3, 16), bool)
+    valid = jnp.ones((3, 16), bool)
     sums = jax.device_get(jax.jit(lambda t: routing_sums(t, valid, rule_cross_entropy))(trace))
     np.testing.assert_array_equal(sums["correct"], ((trace.logits > 0) == by_score).sum((0, 2)))
     logits = np.asarray(trace.logits, np.float64)
