@@ -45,7 +45,7 @@ def one_row(x_1xD: jax.Array, values_FxD: jax.Array) -> jax.Array | None:
     size = slice_size(D)
     if size is None:
         return None
-    x_D = _computed_once(x_1xD.astype(jnp.float32))
+    x_D = jax.lax.optimization_barrier(x_1xD.astype(jnp.float32)).reshape(-1)  # computed once, not for each weight
     start = _zero_at_run_time(x_D)
     total_FxL: jax.Array | None = None
     for first in range(0, D, size):
@@ -74,15 +74,6 @@ def in_blocks(x_NxD: jax.Array, values_FxD: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(sums_NxF, sums, (0, start))
 
     return jax.lax.fori_loop(0, -(-F // size), block, jnp.zeros((x_NxD.shape[0], F), jnp.float32))
-
-
-def _computed_once(x_1xD: jax.Array) -> jax.Array:
-    """x, through a product with the identity: XLA would else compute what x is made of again for each weight.
-
-    An infinite element makes its neighbour NaN.
-    """
-    pairs = jnp.dot(x_1xD.reshape(-1, 2), jnp.eye(2, dtype=jnp.float32), precision="highest")
-    return pairs.reshape(-1)
 
 
 def _zero_at_run_time(x_D: jax.Array) -> jax.Array:

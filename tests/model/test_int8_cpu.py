@@ -30,7 +30,9 @@ def test_one_row_is_the_product_in_float64(outputs: int, inputs: int) -> None:
     np.testing.assert_allclose(product, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
     narrow = jnp.asarray(x, jnp.bfloat16)
     exact = np.asarray(narrow, np.float64) @ values.T
-    np.testing.assert_allclose(one_row(narrow, jnp.asarray(values)), exact, atol=1e-5 * np.abs(exact).max())
+    product = one_row(narrow, jnp.asarray(values))
+    assert product is not None
+    np.testing.assert_allclose(product, exact, atol=1e-5 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
