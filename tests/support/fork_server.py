@@ -15,6 +15,7 @@ import functools
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -201,6 +202,7 @@ def _serve() -> None:
 
     import matplotlib.backends.backend_agg
     import matplotlib.pyplot  # noqa: F401
+    import shared_steps  # noqa: F401
 
     import mod_star.cli
 
@@ -252,6 +254,11 @@ def _become(request: dict[str, Any]) -> None:
         os.close(file)
     os.environ.update(request["environment"])
     faulthandler.register(signal.SIGUSR1)  # writes where all threads are
+    programs = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if programs and not re.search("jax|mod_star|optax", request["before"]):  # nothing changes what a step computes
+        from shared_steps import share_steps
+
+        share_steps(Path(programs) / "steps")
     exec(request["before"], {"os": os})
 
 
