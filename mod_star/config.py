@@ -170,7 +170,7 @@ class ThinkingConfig:
     think_where: Literal["random", "entropy"] = "random"
     """Which positions think if not all: chosen by chance, or those where the base prediction is least certain."""
     decider_width: Annotated[int, at_least(0, "0: none")] = 0
-    """Hidden units of the decider, which learns how much a thought helps before a token (mod-star calibrate --by)."""
+    """Hidden units of the decider, which learns how much a thought helps before a token, for mod-star calibrate."""
     base_weight: Annotated[float, at_least(0)] = 1.0
     """Weight in the loss of the negative log-likelihood (NLL) without thoughts."""
     talk_weight: Annotated[float, at_least(0)] = 1.0

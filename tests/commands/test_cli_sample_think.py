@@ -89,8 +89,8 @@ def test_by_the_decider_it_thinks_where_a_gain_is_expected(run: Path, tmp_path: 
     prompt = begin(loaded.tokenizer, PROMPT)
     tokens = np.asarray([*prompt, *record["tokens"]], np.int32)
     slots = causal_slots(loaded.config.routing, loaded.config.model.context)
-    hidden = loaded.decoder.apply({"params": loaded.params}, tokens, mode="causal", slots=slots).hidden
-    gains = np.asarray(expected_gain(loaded.params["thinking"]["decider"], hidden))[len(prompt) - 1 : -1]
+    output: Any = loaded.decoder.apply({"params": loaded.params}, tokens, mode="causal", slots=slots)
+    gains = np.asarray(expected_gain(loaded.params["thinking"]["decider"], output.hidden))[len(prompt) - 1 : -1]
     thought = [thought is not None for thought in record["thoughts"]]
     assert thought == list(gains > calibration.threshold) and len({*thought}) == 2, gains
 

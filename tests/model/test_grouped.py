@@ -25,7 +25,8 @@ def arrays(rows: int, groups: int, seed: int = 0) -> tuple[Any, Any, Any, Any]:
     """x, weights, y and groups, two of them of nobody; float32 values that float64 holds exactly."""
     rng = np.random.default_rng(seed)
     x, weights, y = (rng.normal(size=s).astype(np.float32) for s in ((rows, 5), (groups, 5, 7), (rows, 7)))
-    return tuple(jnp.asarray(a) for a in (x, weights, y, rng.integers(-1, groups + 1, rows).astype(np.int32)))
+    group = rng.integers(-1, groups + 1, rows).astype(np.int32)
+    return jnp.asarray(x), jnp.asarray(weights), jnp.asarray(y), jnp.asarray(group)
 
 
 def naive(x: Any, weights: Any, group: Any) -> Any:
@@ -123,5 +124,6 @@ def test_16_bit_rows_are_summed_in_float32() -> None:
 
 @pytest.mark.parametrize("shapes", [((4, 5), (2, 6, 3)), ((4,), (2, 5, 3)), ((4, 5), (5, 3))])
 def test_other_shapes_are_refused(shapes: Any) -> None:
+    x, weights = map(jnp.zeros, shapes)
     with pytest.raises(TypeError, match="grouped_linear takes RxD and GxDxF"):
-        grouped_linear(*map(jnp.zeros, shapes), jnp.zeros(4, jnp.int32))
+        grouped_linear(x, weights, jnp.zeros(4, jnp.int32))

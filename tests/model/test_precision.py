@@ -197,7 +197,7 @@ def test_a_mixing_and_a_causal_rule_of_ones_own_ask_for_the_highest_precision() 
 
     parts = Parts(mixing=Part(jnp.ones, rule), causal_rule=Part(jnp.ones, rule))
     own, x = {"matrix": jnp.ones((WIDTH, WIDTH))}, jnp.ones((3, WIDTH))
-    mixing = of(lambda own, x: thought_weight(parts, {"thinking": {"mixing": own}}, x, x), own, x)
+    mixing = of(lambda own, x: thought_weight(parts, ThinkingConfig(), {"thinking": {"mixing": own}}, x, x), own, x)
     deciding = of(lambda own, x: parts.decide(own, x, x[:, 0], lambda: x[:, 0], RUN.routing, MODEL), own, x)
     assert [product.precision for product in (*mixing, *deciding)] == ["HIGHEST"] * 2
 

@@ -51,8 +51,7 @@ def make_run(kind: str) -> RunConfig:
         thinking=ThinkingConfig(thought_length=3, n_true=2, n_thoughts=2, chunk=12),
     )
     if kind == "experts":
-        balanced = {"experts": 4, "experts_null": 1, "experts_balance": "bias"}
-        return replace(run, model=replace(run.model, **balanced))
+        return replace(run, model=replace(run.model, experts=4, experts_null=1, experts_balance="bias"))
     if kind == "accumulated":
         return replace(run, train=replace(run.train, batch_size=16, accumulation=2))
     return replace(run, train=replace(run.train, objective="quiet_star")) if kind == "quiet_star" else run
