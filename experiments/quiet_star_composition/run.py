@@ -76,6 +76,7 @@ ARMS: dict[str, Arm] = {
     "no reinforce": Arm(replace(QUIET_STAR, policy_weight=0.0)),
     "pause": Arm(replace(QUIET_STAR, kind="pause", policy_weight=0.0, n_thoughts=1)),
     "latent": Arm(replace(QUIET_STAR, kind="latent", policy_weight=0.0, n_thoughts=1)),
+    "expected": Arm(replace(QUIET_STAR, kind="expected", policy_weight=0.0, n_thoughts=1)),
     "rlp": Arm(replace(QUIET_STAR, mixing="thought", talk_weight=0.0, base_weight=0.0)),
     "0.5 by entropy": Arm(replace(QUIET_STAR, think_fraction=0.5, think_where="entropy")),
     "0.5 at random": Arm(replace(QUIET_STAR, think_fraction=0.5)),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from experiments.support.pretraining import symbol_batch
+from experiments.support.pretraining import cut_from_lines
 
 SYMBOLS = "01234abcdQ()="
 STATES, OPERATIONS, OPERATIONS_PER_LINE = 5, 4, 6
@@ -39,13 +39,7 @@ def make_line(rng: np.random.Generator, brackets: float, truthful: float) -> lis
 
 def make_batch(rng: np.random.Generator, sequences: int, brackets: float, truthful: float) -> dict[str, Any]:
     """Sequences of LENGTH symbols, cut from lines set end to end; in the form of `mod_star.data`'s batches."""
-    rows = []
-    for _ in range(sequences):
-        row: list[int] = []
-        while len(row) <= LENGTH:
-            row += make_line(rng, brackets, truthful)
-        rows.append(row[: LENGTH + 1])
-    return symbol_batch(rows)
+    return cut_from_lines(lambda: make_line(rng, brackets, truthful), sequences, LENGTH)
 
 
 def is_answer(batch: dict[str, Any]) -> npt.NDArray[np.bool_]:

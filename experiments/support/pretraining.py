@@ -35,6 +35,17 @@ def symbol_batch(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
     }
 
 
+def cut_from_lines(next_line: Callable[[], list[int]], sequences: int, length: int) -> dict[str, Any]:
+    """A batch of sequences of `length` symbols, each cut from lines set end to end."""
+    rows = []
+    for _ in range(sequences):
+        row: list[int] = []
+        while len(row) <= length:
+            row += next_line()
+        rows.append(row[: length + 1])
+    return symbol_batch(rows)
+
+
 def pretrained(
     path: Path,
     model: ModelConfig,
