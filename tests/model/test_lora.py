@@ -148,7 +148,7 @@ def test_stacked_and_unstacked_adapters_and_the_merged_model_give_the_same_logit
     run_blocks = jax.jit(lambda params: logits_of(params, apply_blocks(decoder, params, tokens).hidden))
     whole = run_blocks(merged(params, run.lora))
     for form in (adapted, unstack(decoder, adapted)):
-        np.testing.assert_allclose(run_blocks(form), whole, atol=1e-5)
+        np.testing.assert_allclose(run_blocks(form), whole, rtol=1e-5, atol=1e-5)  # logits of up to 8
     without = {name: leaf for name, leaf in params.items() if name != "lora"}
     assert np.abs(run_blocks(without) - whole).max() > 0.01
     for use in (run_blocks, lambda params: decoder.apply({"params": params}, ids)):

@@ -113,7 +113,8 @@ def test_it_generates_what_the_dense_model_does(dense_params: Any) -> None:
     ]
     for dense, routed in zip(*found, strict=True):
         assert routed.tokens == dense.tokens and len(dense.tokens) == 12
-        np.testing.assert_allclose(routed.log_probs, dense.log_probs, rtol=1e-6, atol=1e-6)
+        # Two programs, whose float32 logits of up to 8 may differ by a few units in the last place, 5e-7 each.
+        np.testing.assert_allclose(routed.log_probs, dense.log_probs, rtol=1e-6, atol=4e-6)
         assert (routed.routed_fraction, routed.overflow) == ([1.0, 1.0], 0)
 
 
