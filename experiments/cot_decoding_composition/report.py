@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from experiments.support.reporting import markdown, spread
+from experiments.support.reporting import show_tables, spread
 from mod_star.views.pictures import as_shipped, save_figure, try_to_draw
-from mod_star.views.terminal import result_table
 
 SHOWN_K = (1, 2, 3, 5, 10)
 ONCE = ("greedy", "sampling 0.7", "sampling 1")
@@ -55,12 +54,7 @@ def report(out: Path, picture: Path, console: Console) -> None:
         (f"Right answers by the number of branches or samples; {seeds} seeds, {count} questions each", *by_k(results)),
         ("Branches by their first token (k = 10), means of those not dropped", *by_opening(results)),
     ]
-    text = ""
-    for title, head, body in tables:
-        console.print(f"\n{title}", style="bold")
-        console.print(result_table("", head, body))
-        text += f"{title}:\n\n{markdown(head, body)}\n"
-    (out / "results.md").write_text(text, encoding="utf-8")
+    show_tables(tables, out / "results.md", console)
     drawn = "" if try_to_draw(picture, lambda: plot(results, picture)) else f", picture: {picture}"
     console.print(f"tables: {out / 'results.md'}{drawn}", markup=False, soft_wrap=True)
 

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from experiments.support.reporting import markdown, spread
+from experiments.support.reporting import show_tables, spread
 from mod_star.views.pictures import as_shipped, save_figure, try_to_draw
-from mod_star.views.terminal import result_table
 
 COLOURS = ("#1f4e79", "#7aa6d6", "#222222", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#bcbd22",
            "#7f7f7f")  # fmt: skip
@@ -40,12 +39,7 @@ def report(out: Path, arms: tuple[str, ...], console: Console) -> None:
         tables.append(("Nats per hard symbol less those of dense shallow with the same seed", *differences))
     if equal := _equal_steps(results):
         tables.append(("Right answers by steps of work at equal steps: those of the dense deep model", *equal))
-    text = ""
-    for title, head, body in tables:
-        console.print(f"\n{title}", style="bold")
-        console.print(result_table("", head, body))
-        text += f"{title}:\n\n{markdown(head, body)}\n"
-    (out / "results.md").write_text(text, encoding="utf-8")
+    show_tables(tables, out / "results.md", console)
     last = {arm: [{**run, "curve": run["curve"][-1:]} for run in runs] for arm, runs in results.items()}
     (out / "results.json").write_text(json.dumps(last, indent=2) + "\n", encoding="utf-8")
     failed = try_to_draw(out / "accuracy.png", lambda: plot(results, out / "accuracy.png"))

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from experiments.support.reporting import markdown, spread
+from experiments.support.reporting import show_tables, spread
 from mod_star.views.pictures import as_shipped, save_figure, try_to_draw
-from mod_star.views.terminal import result_table
 
 CHANCE = math.log(5)
 # Two tables, so that each fits a terminal.
@@ -45,12 +44,7 @@ def report(out: Path, arms: Sequence[str], steps: int, console: Console) -> None
     tables = [(first, *_table(results, ANSWERS)), (second, *_table(results, REST))]
     if shares := _shares_kept(results):
         tables.append(("Share of quiet-star's gain on answers that smaller budgets keep, thinking on budget", *shares))
-    text = ""
-    for title, head, body in tables:
-        console.print(f"\n{title}", style="bold")
-        console.print(result_table("", head, body))
-        text += f"{title}:\n\n{markdown(head, body)}\n"
-    (out / "results.md").write_text(text, encoding="utf-8")
+    show_tables(tables, out / "results.md", console)
     last = {arm: [run["curve"][-1] | {"seed": run["seed"]} for run in runs] for arm, runs in results.items()}
     (out / "results.json").write_text(json.dumps(last, indent=2) + "\n", encoding="utf-8")
     failed = try_to_draw(out / "curves.png", lambda: plot(results, out / "curves.png"))

@@ -10,10 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.support.reporting import markdown, spread
+from experiments.support.reporting import show_tables, spread
 from mod_star.views.pictures import as_shipped, save_figure, try_to_draw
 from mod_star.views.plots import COLOURS, GREY
-from mod_star.views.terminal import result_table
 
 CHANCE = 20
 Results = dict[str, list[dict[str, Any]]]
@@ -31,12 +30,7 @@ def report(out: Path, arms: Sequence[str], console: Console) -> None:
     body = [[_name(arm, runs), *_cells(runs, "with"), _flops(runs)] for arm, runs in results.items()]
     without = "Without a thought, after the same training"
     of_base = [[_name(arm, runs), *_cells(runs, "without"), _flops(runs)] for arm, runs in results.items()]
-    text = ""
-    for name, rows in ((title, body), (without, of_base)):
-        console.print(f"\n{name}", style="bold")
-        console.print(result_table("", head, rows))
-        text += f"{name}:\n\n{markdown(head, rows)}\n"
-    (out / "results.md").write_text(text, encoding="utf-8")
+    show_tables([(title, head, body), (without, head, of_base)], out / "results.md", console)
     failed = try_to_draw(out / "figure.png", lambda: plot(results, out / "figure.png"))
     picture = "" if failed else f", picture: {out / 'figure.png'}"
     console.print(f"tables: {out / 'results.md'}{picture}", markup=False, soft_wrap=True)

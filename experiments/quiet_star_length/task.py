@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from experiments.support.composition_task import PERMUTATIONS, STATES
+from experiments.support.composition_task import STATES, states_of
 from experiments.support.pretraining import cut_from_lines
 
 SYMBOLS = "01234abcd.Q()="
@@ -35,9 +35,7 @@ def make_line(rng: np.random.Generator, brackets: float, truthful: float) -> lis
     n = int(rng.integers(1, PLACES + 1))
     operations = rng.integers(0, OPERATIONS, n)
     start = int(rng.integers(0, STATES))
-    states = [start]
-    for operation in operations:
-        states.append(int(PERMUTATIONS[operation, states[-1]]))
+    states = states_of(start, operations)
     shown: list[int] = []
     if rng.random() < brackets:
         L = int(rng.integers(1, LONGEST + 1))

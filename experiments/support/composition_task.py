@@ -23,13 +23,19 @@ LENGTH = 48
 PERMUTATIONS = np.stack([np.random.default_rng(100 + i).permutation(STATES) for i in range(OPERATIONS)])
 
 
+def states_of(start: int, operations: npt.NDArray[np.int64]) -> list[int]:
+    """The start state, and the state after each operation."""
+    states = [start]
+    for operation in operations:
+        states.append(int(PERMUTATIONS[operation, states[-1]]))
+    return states
+
+
 def make_line(rng: np.random.Generator, brackets: float, truthful: float) -> list[int]:
     """One line's symbols; `brackets` is the probability of brackets, `truthful` that they hold the true states."""
     operations = rng.integers(0, OPERATIONS, OPERATIONS_PER_LINE)
     start = int(rng.integers(0, STATES))
-    states = [start]
-    for operation in operations:
-        states.append(int(PERMUTATIONS[operation, states[-1]]))
+    states = states_of(start, operations)
     shown: list[int] = []
     if rng.random() < brackets:
         steps = states[1:-1] if rng.random() < truthful else [start] * (OPERATIONS_PER_LINE - 1)

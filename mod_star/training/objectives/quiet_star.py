@@ -246,10 +246,11 @@ def make_quiet_star_eval(decoder: Decoder, run: RunConfig) -> Callable[..., Metr
         # What the model predicts when only as many positions think as in training, and those that would there.
         J, most_B = place_count(run.thinking, batch["tokens"].shape[1]), most_places(batch, run.thinking)
         rank_by = position_scores(decoder.parts, run.thinking, batch, text_output.hidden, head, key, chunk)
-        chosen = jax.vmap(lambda s, e, m: select_top(s, e, J, m).mask_S)(rank_by, batch["weights"] > 0, most_B)
+        top = jax.vmap(lambda scores, eligible, most: select_top(scores, eligible, J, most).mask_S)
+        chosen = top(rank_by, batch["weights"] > 0, most_B)
         if run.thinking.decider_width:
             expected = jax.vmap(lambda h: expected_gain(decider_of(params), h))(text_output.hidden)
-            decided = jax.vmap(lambda s, e, m: select_top(s, e, J, m).mask_S)(expected, batch["weights"] > 0, most_B)
+            decided = top(expected, batch["weights"] > 0, most_B)
             sums["decided_nll"] = jnp.sum(jnp.where(decided, talk_BxS, base_BxS) * batch["weights"])
         sums["budgeted_nll"] = jnp.sum(jnp.where(chosen, talk_BxS, base_BxS) * batch["weights"])
         if text_output.trace is not None:
