@@ -198,6 +198,9 @@ class ThinkingConfig:
     """Learning rate of <start> and <end>, as a multiple of the others'."""
     chunk: Annotated[int, at_least(1)] = 32
     """Positions per sequence that are scored at one time; less memory, same result."""
+    gather: Literal["token", "step"] = "token"
+    """When parameters that a mesh's fsdp axis cuts up are put together for sampling thoughts. token: a group of blocks
+    at a time, for every token of the thoughts. step: all of them, once; needs room for a whole model on each device."""
     stages: Annotated[tuple[int, ...], at_least(1)] = ()
     """Falling lengths that training goes through before thought_length (Fast Quiet-STaR), each for as many steps and as
     one program."""

@@ -150,6 +150,10 @@ class RoutingConfig:
     """learned: top-C by router score. stochastic: top-C of Gaussian noise, the paper's control."""
     headroom: Annotated[float, at_least(1)] = 1.5
     """Slots of a routed block under the causal rule, as a multiple of its capacity; further tokens pass by."""
+    decoded_rows: Literal["all", "fixed"] = "all"
+    """Rows of a batch that a routed block computes at a step of decoding. all: those that are routed, in a loop as long
+    as it takes. fixed: always 1.5 times as many as are to be expected, and one; where more are routed, those with the
+    lowest scores pass by. For GPUs, which ask the host at every turn of such a loop whether there is another."""
     stages: Annotated[tuple[float, ...], between(0, 1, "(]")] = ()
     """Falling capacities that training goes through before capacity, each for as many steps and as one program."""
     stage_fraction: Annotated[float, between(0, 1)] = 0.5

@@ -13,6 +13,7 @@ import pytest
 
 from mod_star.config import (
     LoraConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     RoutingConfig,
@@ -20,6 +21,9 @@ from mod_star.config import (
     ThinkingConfig,
     TrainConfig,
 )
+from mod_star.decoding.programs import Prompts, prefill
+from mod_star.decoding.step import NewTokens, decode_step, unstack
+from mod_star.distributed.sharding import make_mesh, use_mesh
 from mod_star.flops import training_step_flops
 from mod_star.initial_params import init_params, initial_params
 from mod_star.model import Decoder
@@ -115,10 +119,29 @@ def objective_program(run: RunConfig) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", str(loss))
 
 
+def decoding_program(run: RunConfig) -> str:
+    """A step of two rows."""
+    decoder = Decoder(run.model, run.routing)
+
+    def step(params: Any) -> Any:
+        own, ids_B = unstack(decoder, params), jnp.ones(2, jnp.int32)
+        prompts = Prompts(ids_B[:, None], ids_B, jnp.uint32(ids_B), 2, 4, jax.random.key(0))
+        caches = prefill(decoder, None, own, prompts, None, room=4).caches
+        return decode_step(decoder, own, caches, NewTokens(ids_B, ids_B, jnp.int32(0), ids_B > 0))
+
+    return jax.jit(step).lower(shapes(run)[0]).as_text()
+
+
 def thinking_program(run: RunConfig) -> str:
     """The Quiet-STaR loss of one block without routing."""
     run = with_fields(with_fields(run, "train", objective="quiet_star"), "routing", every=0)
     return objective_program(with_fields(run, "model", layers=1))
+
+
+def thinking_program_on_a_mesh(run: RunConfig) -> str:
+    """The same, on a mesh of one device: as it is written, with the places of arrays."""
+    with use_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        return thinking_program(run)
 
 
 def first_thinking(run: RunConfig) -> list[float]:
@@ -197,6 +220,7 @@ ALIVE: dict[str, tuple[Any, Observed, dict[str, Any]]] = {
     "routing.auxiliary_weight": (0.5, program, {}),
     "routing.selection": ("stochastic", program, {}),
     "routing.headroom": (2.0, causal_program, {}),
+    "routing.decoded_rows": ("fixed", decoding_program, {}),
     "routing.stages": ((1.0, 0.5), plan_stages, {}),
     "routing.stage_fraction": (0.25, plan_stages, {"routing": {"stages": (1.0,)}}),
     "routing.budgets": ((1.0, 0.25), plan_stages, {}),
@@ -241,6 +265,7 @@ ALIVE: dict[str, tuple[Any, Observed, dict[str, Any]]] = {
     "thinking.end_text": ("#", first_thinking, {}),
     "thinking.embedding_rate": (10.0, updates, {}),
     "thinking.chunk": (3, thinking_program, {}),
+    "thinking.gather": ("step", thinking_program_on_a_mesh, {}),
     "thinking.stages": ((8, 4), plan_stages, {"train": {"objective": "quiet_star"}}),
     "thinking.stage_fraction": (
         0.25,

@@ -158,6 +158,9 @@ class EvaluateOptions:
     """One of the model's routing.budgets to use it at. Its routing.capacity if not given."""
     headroom: float | None = None
     """Slots of a routed block, as a multiple of its capacity, if not as in training (routing.headroom)."""
+    decoded_rows: Literal["all", "fixed"] | None = None
+    """Rows that a routed block computes for a token of a batch, if not as in training (routing.decoded_rows). fixed: a
+    number that does not depend on data, for GPUs; where more are routed, some pass by."""
     weights: Literal["int8"] | None = None
     """int8: quantise the weights of matrix products when loading, embedding and LM head included, with a scale for
     each output. Decoding reads and holds a quarter of float32 then. If not given in the model's own type."""
@@ -195,7 +198,7 @@ def _run(options: EvaluateOptions) -> None:
     # Only now, when the command line is known to be good: JAX takes seconds to import.
     from rich.console import Console
 
-    from mod_star.commands.sample import chosen_think
+    from mod_star.commands.sample import chosen_think, with_options_of_routing
     from mod_star.distributed.sharding import make_small_mesh
     from mod_star.evaluation.generation import GeneratedAnswer
     from mod_star.evaluation.prompts import Prompts, few_shot, subset
@@ -233,9 +236,7 @@ def _run(options: EvaluateOptions) -> None:
         config |= {"answer rules": ANSWER_RULES} if options.answer_rule is None else {}
     require_evaluation(out, config)
     require_writable("--out", out / "records.jsonl")
-    decoder = loaded.decoder
-    if options.headroom is not None:
-        decoder = decoder.clone(routing=dataclasses.replace(decoder.routing, headroom=options.headroom))
+    decoder = with_options_of_routing(loaded.decoder, options)
     subject = Subject(dataclasses.replace(loaded.model, decoder=decoder), prompts, think, donate=True)
     protocol.check(subject, items)
     keep_compiled_programs()

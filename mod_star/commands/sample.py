@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import tyro
 
@@ -31,6 +31,7 @@ from mod_star.views.sample import completion_record, summary, write_completions,
 if TYPE_CHECKING:
     from mod_star.commands.sample_branches import Answering, BeamTexts
     from mod_star.decoding import Think
+    from mod_star.model import Decoder
     from mod_star.runs.directory import LoadedRun
 
 DEFAULT_NEW_TOKENS = 200
@@ -125,6 +126,9 @@ class SampleOptions:
     """One of the model's routing.budgets to use it at. Its routing.capacity if not given."""
     headroom: float | None = None
     """Slots of a routed block, as a multiple of its capacity, if not as in training (routing.headroom)."""
+    decoded_rows: Literal["all", "fixed"] | None = None
+    """Rows that a routed block computes for a token of a batch, if not as in training (routing.decoded_rows). fixed: a
+    number that does not depend on data, for GPUs; where more are routed, some pass by."""
     think: Literal["never", "always", "auto"] = "never"
     """Before which tokens a model that has learned to think thinks. auto: where it is unsure, by mod-star calibrate."""
     think_temperature: float = 0.0
@@ -230,6 +234,25 @@ def chosen_think(loaded: LoadedRun, options: ThinkOptions) -> Think:
     return calibration.chosen_think(loaded, options.run, options.think, options.think_temperature, "--think", tell)
 
 
+class RoutingOptions(Protocol):
+    """The options that change how a model routes while decoding; None: as it was trained."""
+
+    @property
+    def headroom(self) -> float | None:
+        """In place of routing.headroom."""
+
+    @property
+    def decoded_rows(self) -> Literal["all", "fixed"] | None:
+        """In place of routing.decoded_rows."""
+
+
+def with_options_of_routing(decoder: Decoder, options: RoutingOptions) -> Decoder:
+    """The decoder as these options have it."""
+    given = {"headroom": options.headroom, "decoded_rows": options.decoded_rows}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return decoder.clone(routing=dataclasses.replace(decoder.routing, **changes))
+
+
 def _sample(
     loaded: LoadedRun,
     prompts: Sequence[str],
@@ -244,9 +267,7 @@ def _sample(
     from mod_star.decoding import Generator, complete, encode_prompts
     from mod_star.decoding.generation_config import config_of
 
-    decoder, tokenizer = loaded.decoder, loaded.tokenizer
-    if options.headroom is not None:
-        decoder = decoder.clone(routing=dataclasses.replace(decoder.routing, headroom=options.headroom))
+    decoder, tokenizer = with_options_of_routing(loaded.decoder, options), loaded.tokenizer
     model = dataclasses.replace(loaded.model, decoder=decoder, routing_key=jax.random.key(options.seed))
     generator = Generator(model, donate=True)  # nothing else needs the parameters: the weights exist once
     texts = [tokenizer.apply_chat([{"role": "user", "content": each}]) for each in prompts] if options.chat else prompts

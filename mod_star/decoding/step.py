@@ -19,9 +19,9 @@ from mod_star.distributed.sharding import for_own_rows
 from mod_star.model import Decoder
 from mod_star.model.attention import KeyValues
 from mod_star.model.layers import lookup, rms_norm
-from mod_star.model.product_weights import is_product_weight
+from mod_star.model.product_weights import narrow_types
 from mod_star.model.routing import Tokens, causal_logit, routed_rows, routed_share, stochastic_noise
-from mod_star.model.rows import Picked, compute_if, in_chunks
+from mod_star.model.rows import Picked, compute_if, in_chunks, within_a_chunk
 from mod_star.model.transformer import StackedParams, UnstackedParams, block_names, group_count
 
 
@@ -36,7 +36,7 @@ def unstack(decoder: Decoder, params: StackedParams) -> UnstackedParams:
 
 
 def own_params(decoder: Decoder, params: StackedParams, donate: bool = False) -> UnstackedParams:
-    """Params as decoding takes them, in memory that nobody else holds: unstacked, and narrow where `narrowed` says so.
+    """Params as decoding takes them, in memory that nobody else holds: unstacked, and narrow where `narrow_types` says so.
 
     Args:
       decoder: the model.
@@ -53,7 +53,7 @@ def own_params(decoder: Decoder, params: StackedParams, donate: bool = False) ->
         return taken[id(leaf)]
 
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    types = jax.tree.leaves(narrowed(decoder, params))
+    types = jax.tree.leaves(narrow_types(decoder, params))
     own = [take(leaf, dtype, path[0].key == "groups") for (path, leaf), dtype in zip(leaves, types, strict=True)]
     whole = jax.tree.unflatten(tree, own)
     blocks: Any = jax.tree.structure(params["groups"])
@@ -76,23 +76,6 @@ def _taken_over(leaf: Any, dtype: Any, slices: int | None, donate: bool) -> Any:
     if donate and isinstance(leaf, jax.Array):
         leaf.delete()
     return own
-
-
-def narrowed(decoder: Decoder, params: StackedParams) -> dict[str, Any]:
-    """The type that each of the params is kept in for decoding: weights of matrix products in the compute type, which
-    they are rounded to at every use anyway.
-
-    A decoding step spends its time reading them. What computes in float32 (norms, router, predictor, mixing head) stays
-    as it is, and so do a user's parts.
-    """
-    dtype = decoder.config.dtype
-    if dtype == "float32":
-        return jax.tree.map(lambda leaf: leaf.dtype, params)
-
-    def narrow(path: tuple[Any, ...], leaf: jax.Array) -> Any:
-        return jnp.dtype(dtype) if is_product_weight(decoder, path) else leaf.dtype
-
-    return jax.tree_util.tree_map_with_path(narrow, params)
 
 
 @struct.dataclass
@@ -152,16 +135,18 @@ def decode_step(
                 passing_B = causal_logit(decoder, block, x_BxD, scores_B, noise) > 0
                 passing_B &= new.active_B
                 computed_B = passing_B & (cache.count_B < cache.slots)
-                rows, overflow_B = RoutedRows(x_BxD, scores_B, positions_B, computed_B), passing_B & ~computed_B
+                rows = RoutedRows(x_BxD, scores_B, positions_B, computed_B)
                 if branches == 1 < len(x_BxD):
                     in_place = functools.partial(_in_place, decoder)
-                    delta_BxD, cache = for_own_rows(in_place, (rows, cache), block)
-                    updated.append(cache.count(positions_B, computed_B, overflow_B))
+                    delta_BxD, cache, computed_B = for_own_rows(in_place, (rows, cache), block)
+                    updated.append(cache.count(positions_B, computed_B, passing_B & ~computed_B))
                 else:
+                    if routing.decoded_rows == "fixed":
+                        rows = replace(rows, computed_B=_within_a_chunk(decoder, rows, branches))
                     routed_row = functools.partial(_routed_row, decoder, block)
                     arrays = (rows, own_memory)
                     delta_BxD, own = over_rows(routed_row, arrays, cache.shared_key_values(), branches)
-                    updated.append(cache.append(own, computed_B, overflow_B))
+                    updated.append(cache.append(own, rows.computed_B, passing_B & ~rows.computed_B))
             x_BxD = x_BxD + delta_BxD
     return rms_norm(x_BxD, params["final_norm"], config.norm_eps), tuple(updated)
 
@@ -192,16 +177,27 @@ class RoutedRows:
     """bool; whether the block computes the row."""
 
 
+def _within_a_chunk(decoder: Decoder, rows: RoutedRows, branches: int) -> jax.Array:
+    """bool B: of the rows to compute those that a chunk holds, among the branches of each prompt."""
+    share = routed_share(decoder.routing, decoder.config.context)
+    split = lambda values_B: values_B.reshape(-1, branches)  # noqa: E731
+    within = jax.vmap(functools.partial(within_a_chunk, share=share))
+    return within(split(rows.computed_B), split(rows.scores_B)).reshape(-1)
+
+
 def _in_place(
     decoder: Decoder, rows_and_cache: tuple[RoutedRows, RoutedCache], block: dict[str, Any]
-) -> tuple[jax.Array, RoutedCache]:
-    """Gated deltas BxD, zero where a row passes by, and the cache with the keys/values of the others.
+) -> tuple[jax.Array, RoutedCache, jax.Array]:
+    """Gated deltas BxD, zero where a row passes by; the cache with the keys/values of the others; which these are, B.
 
     In chunks of the rows that are computed. Each reads its keys where they lie, and writes its own beside them: nothing
     of a cache's size is copied.
     """
     rows, cache = rows_and_cache
     share = routed_share(decoder.routing, decoder.config.context)
+    fixed = decoder.routing.decoded_rows == "fixed"
+    if fixed:
+        rows = replace(rows, computed_B=within_a_chunk(rows.computed_B, rows.scores_B, share))
     slot_B = cache.slots_of(rows.computed_B)
 
     def chunk(picked: Picked, carry: tuple[jax.Array, RoutedCache]) -> tuple[jax.Array, RoutedCache]:
@@ -217,7 +213,8 @@ def _in_place(
         slot_C = jnp.where(picked.needed_C, picked.of(slot_B), cache.positions_BxM.shape[1] - 1)
         return picked.put(delta_BxD, new_CxD), cache.write(own, picked.rows_C, slot_C)
 
-    return in_chunks(chunk, rows.computed_B, (jnp.zeros_like(rows.x_BxD), cache), share)
+    delta_BxD, cache = in_chunks(chunk, rows.computed_B, (jnp.zeros_like(rows.x_BxD), cache), share, fixed)
+    return delta_BxD, cache, rows.computed_B
 
 
 def _routed_row(
@@ -225,10 +222,10 @@ def _routed_row(
 ) -> tuple[jax.Array, KeyValues]:
     """Gated delta D and keys/values of one token if it is to be computed, else zeros."""
     token, own_memory = row
-    share = routed_share(decoder.routing, decoder.config.context)
+    share, fixed = routed_share(decoder.routing, decoder.config.context), decoder.routing.decoded_rows == "fixed"
     compute = functools.partial(_compute_row, decoder)
     arrays = (block, token, (*prompt, *own_memory))
-    result: tuple[jax.Array, KeyValues] = compute_if(token.computed_B, compute, arrays, share)
+    result: tuple[jax.Array, KeyValues] = compute_if(token.computed_B, compute, arrays, share, fixed)
     return result
 
 

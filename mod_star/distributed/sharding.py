@@ -245,6 +245,23 @@ def batch_vmap(function: Any, in_axes: Any = 0) -> Any:
     return jax.vmap(function, in_axes, spmd_axis_name=BATCH_AXES)
 
 
+def put_together(params: Any) -> Any:
+    """Parameters that no longer are cut up along fsdp: each device has them whole, but for what tensor cuts up.
+
+    Args:
+      params: arrays, by paths that the rules know. Without a mesh they stay what they are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return params
+
+    def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        spec = spec_of(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh.shape["fsdp"])
+        return constrain(leaf, *(None if axis == "fsdp" else axis for axis in spec))
+
+    return jax.tree_util.tree_map_with_path(whole, params)
+
+
 def axis_size(axis: str) -> int:
     """Devices along an axis of the mesh in force; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mod_star.errors import require
 from mod_star.model.int8 import Int8Weight, quantise
@@ -38,6 +39,22 @@ def is_product_weight(decoder: Decoder, path: tuple[Any, ...]) -> bool:
         names |= set(OF_FEED_FORWARD)
     keys = [getattr(entry, "key", None) for entry in path]
     return (len(keys) == 1 and keys[0] in OF_TOP) or ("block" in keys and keys[-1] in names)
+
+
+def narrow_types(decoder: Decoder, params: StackedParams) -> dict[str, Any]:
+    """The type that each of the params can be kept in where they are only read: weights of matrix products in the
+    compute type, which they are rounded to at every use anyway.
+
+    What computes in float32 (norms, router, predictor, mixing head) stays as it is, and so do a user's parts.
+    """
+    dtype = decoder.config.dtype
+    if dtype == "float32":
+        return jax.tree.map(lambda leaf: leaf.dtype, params)
+
+    def narrow(path: tuple[Any, ...], leaf: jax.Array) -> Any:
+        return jnp.dtype(dtype) if is_product_weight(decoder, path) else leaf.dtype
+
+    return jax.tree_util.tree_map_with_path(narrow, params)
 
 
 def quantised(decoder: Decoder, params: StackedParams, donate: bool = False) -> StackedParams:

@@ -23,7 +23,23 @@ def rows_at_once(rows: int, share: float) -> int:
     return min(rows, math.ceil(1.5 * share * rows) + 1)
 
 
-def compute_rows(function: Callable[..., Any], needed_R: jax.Array, rows: Any, share: float) -> Any:
+def within_a_chunk(wanted_R: jax.Array, scores_R: jax.Array, share: float) -> jax.Array:
+    """bool R: of the wanted rows as many as a chunk holds, those with the highest scores, of equal ones the first.
+
+    Args:
+      wanted_R: bool.
+      scores_R: float32.
+      share: as for `compute_rows`.
+    """
+    R = len(wanted_R)
+    order_R = jnp.argsort(jnp.where(wanted_R, -scores_R, jnp.inf))  # stable
+    rank_R = jnp.zeros(R, jnp.int32).at[order_R].set(jnp.arange(R, dtype=jnp.int32), unique_indices=True)
+    return wanted_R & (rank_R < rows_at_once(R, share))
+
+
+def compute_rows(
+    function: Callable[..., Any], needed_R: jax.Array, rows: Any, share: float, one_chunk: bool = False
+) -> Any:
     """`function(*rows)` for the rows that are wanted, zeros for the others.
 
     Args:
@@ -31,6 +47,7 @@ def compute_rows(function: Callable[..., Any], needed_R: jax.Array, rows: Any, s
       needed_R: bool.
       rows: a tuple of pytrees whose leaves have R as leading axis.
       share: about how large a part of the rows is wanted; sets the size of a chunk, not the result.
+      one_chunk: as for `in_chunks`.
     """
     shapes = jax.eval_shape(function, *rows)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -40,7 +57,7 @@ def compute_rows(function: Callable[..., Any], needed_R: jax.Array, rows: Any, s
     def chunk(picked: Picked, results: Any) -> Any:
         return picked.put(results, function(*picked.of(rows)))
 
-    return in_chunks(chunk, needed_R, zeros, share)
+    return in_chunks(chunk, needed_R, zeros, share, one_chunk)
 
 
 @struct.dataclass
@@ -72,7 +89,9 @@ class Picked:
         return jax.tree.map(put, results, new)
 
 
-def in_chunks(function: Callable[[Picked, Any], Any], needed_R: jax.Array, carry: Any, share: float) -> Any:
+def in_chunks(
+    function: Callable[[Picked, Any], Any], needed_R: jax.Array, carry: Any, share: float, one_chunk: bool = False
+) -> Any:
     """Calls `function(picked, carry)`, which gives the next carry, with as many chunks as hold the wanted rows.
 
     Devices that have rows of their own (`for_own_rows`) take as many as the one with most wanted rows.
@@ -82,13 +101,14 @@ def in_chunks(function: Callable[[Picked, Any], Any], needed_R: jax.Array, carry
       needed_R: bool.
       carry: before the first chunk.
       share: as for `compute_rows`.
+      one_chunk: never more rows are wanted than a chunk holds (`within_a_chunk`). Then it is computed in any case, and
+        nothing depends on data: a GPU would ask its host after each chunk whether there is another.
     """
     R = needed_R.shape[0]
     chunk = rows_at_once(R, share)
     count = jnp.sum(needed_R, dtype=jnp.int32)
     order_R = jnp.pad(jnp.argsort(~needed_R).astype(jnp.int32), (0, chunk))  # stable: needed rows first
     place_R = jnp.cumsum(needed_R, dtype=jnp.int32) - 1  # of a needed row in that order
-    most = most_of_all(count)
 
     def body(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         start, carry = state
@@ -98,10 +118,15 @@ def in_chunks(function: Callable[[Picked, Any], Any], needed_R: jax.Array, carry
         picked = Picked(rows_C, needed_C, needed_R & (place_R - start == slot_R), slot_R)
         return start + chunk, function(picked, carry)
 
+    if one_chunk:
+        return body((jnp.zeros((), count.dtype), carry))[1]
+    most = most_of_all(count)
     return jax.lax.while_loop(lambda state: state[0] < most, body, (jnp.zeros((), count.dtype), carry))[1]
 
 
-def compute_if(needed: jax.Array, function: Callable[..., Any], args: Any, share: float) -> Any:
+def compute_if(
+    needed: jax.Array, function: Callable[..., Any], args: Any, share: float, one_chunk: bool = False
+) -> Any:
     """`function(*args)` if `needed`, else zeros; under `vmap`, however deep, only the needed rows are computed.
 
     Args:
@@ -109,6 +134,7 @@ def compute_if(needed: jax.Array, function: Callable[..., Any], args: Any, share
       function: pure; closes over no array.
       args: a tuple of pytrees. What `vmap` doesn't batch is shared by all rows and never copied.
       share: as for `compute_rows`.
+      one_chunk: as for `in_chunks`, of each pool of rows: those that share what isn't batched.
     """
     leaves, tree = jax.tree.flatten(args)
 
@@ -133,17 +159,17 @@ def compute_if(needed: jax.Array, function: Callable[..., Any], args: Any, share
             axes = [0 if row else None for row in is_row]
             return jax.vmap(lambda *each: function(*jax.tree.unflatten(tree, each)), axes)(*mixed)
 
-        result = _pooled(several, share)(needed_R, rows, shared)
+        result = _pooled(several, share, one_chunk)(needed_R, rows, shared)
         return result, jax.tree.map(lambda _: True, result)
 
     return one(needed, *leaves)
 
 
-def _pooled(several: Callable[..., Any], share: float) -> Callable[..., Any]:
+def _pooled(several: Callable[..., Any], share: float, one_chunk: bool) -> Callable[..., Any]:
     """`compute_rows` of one pool of rows, which a further `vmap` makes larger where the shared leaves stay shared."""
 
     def plain(needed_R: jax.Array, rows: list[jax.Array], shared: list[jax.Array]) -> Any:
-        return compute_rows(lambda *some: several(some, shared), needed_R, tuple(rows), share)
+        return compute_rows(lambda *some: several(some, shared), needed_R, tuple(rows), share, one_chunk)
 
     pooled = jax.custom_batching.custom_vmap(plain)
 

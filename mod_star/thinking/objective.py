@@ -23,10 +23,12 @@ import numpy as np
 from flax import struct
 
 from mod_star.config import ThinkingConfig
-from mod_star.distributed.sharding import batch_vmap
+from mod_star.distributed.sharding import batch_vmap, put_together
 from mod_star.errors import require
 from mod_star.model import Output
 from mod_star.model.cross_entropy import chunked, cross_entropy_by_token, unchunked
+from mod_star.model.lora import with_merged
+from mod_star.model.product_weights import narrow_types
 from mod_star.model.routing import select_top
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.mixing import mixed_cross_entropy_by_token, thought_weight
@@ -132,6 +134,10 @@ def sample_thoughts(
         nothing = latent_thought(thinking.thought_length)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*shape, *leaf.shape)), nothing)
     params, text_output = jax.lax.stop_gradient((params, text_output))
+    if thinking.gather == "step":
+        params = with_merged(params)
+        types = narrow_types(thinker.decoder, params)
+        params = put_together(jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, types))
 
     def sequence(
         memory: Any, positions_S: jax.Array, ids_S: jax.Array, indices_J: jax.Array, key: jax.Array

@@ -47,7 +47,7 @@ def test_one_prompt_is_streamed_as_plain_text(trained_run: Path, rows: list[Any]
     assert done.out == f"{PROMPT}{rows[0]['text']}\n", "the same row as in a batch"
     shares = ", ".join(f"{share:.1%}" for share in rows[0]["routed_fraction"])
     assert re.match(rf"24 tokens · [\d,]+ tokens/s · routed blocks computed {shares} of the tokens", done.err)
-    assert ("cache was full: raise --headroom" in done.err) == (rows[0]["overflow"] > 0)
+    assert ("had no room for it: see --headroom" in done.err) == (rows[0]["overflow"] > 0)
     assert done.err.count("\n") == 1
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mod_star.model.rows import compute_if, compute_rows, rows_at_once
+from mod_star.model.rows import compute_if, compute_rows, rows_at_once, within_a_chunk
 
 calls: Counter[str] = Counter()
 SIZES = (4, 3, 2)
@@ -51,6 +51,31 @@ def test_rows_equal_computing_all_and_masking_in_as_many_chunks_as_it_takes(rows
         result, count = counted(partial(some, wanted, *args))
         assert count == chunk * math.ceil(wanted.sum() / chunk)
         assert_equal_where(wanted, result, everything)
+
+
+def test_one_chunk_is_computed_whatever_is_wanted() -> None:
+    rng = np.random.default_rng(1)
+    x, numbers = jnp.asarray(rng.normal(size=(7, 5)), jnp.float32), jnp.arange(7, dtype=jnp.int32)
+    args = (x, (x[::-1], numbers))
+    each = jax.vmap(partial(function, weight_37xD=jnp.asarray(rng.normal(size=(37, 5)), jnp.float32)))
+    some = jax.jit(lambda wanted, *args: compute_rows(each, wanted, args, 0.25, one_chunk=True))
+    everything, _ = counted(lambda: jax.jit(each)(*args))
+    for picked in ([], [6], [0, 2, 4, 6]):
+        wanted = np.isin(np.arange(7), picked)
+        result, count = counted(partial(some, wanted, *args))
+        assert count == rows_at_once(7, 0.25) == 4
+        assert_equal_where(wanted, result, everything)
+    assert "while" not in some.lower(np.ones(7, bool), *args).as_text()
+
+
+def test_of_the_wanted_rows_a_chunk_holds_those_with_the_highest_scores() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        wanted, scores = rng.random(9) < 0.6, np.float32(rng.integers(-3, 3, 9))  # some scores are equal
+        room = rows_at_once(9, 0.2)
+        kept = sorted((row for row in range(9) if wanted[row]), key=lambda row: (-scores[row], row))[:room]
+        found = np.asarray(within_a_chunk(jnp.asarray(wanted), jnp.asarray(scores), 0.2))
+        assert np.flatnonzero(found).tolist() == sorted(kept)
 
 
 def assert_equal_where(wanted: Any, result: Any, everything: Any) -> None:

@@ -116,14 +116,17 @@ def program_counts() -> tuple[int, int]:
     return prefill._cache_size(), programs.advance_program()._cache_size()
 
 
-def lowered_advance(generator: Generator, state: Any, sampling: Sampling) -> Any:
-    """The program that generates, of a model without thoughts, for a state's shapes."""
+def lowered_advance(
+    generator: Generator, state: Any, sampling: Sampling, platforms: tuple[str, ...] | None = None
+) -> Any:
+    """The program that generates, of a model without thoughts, for a state's shapes; None: for the platform in use."""
     one = np.float32(1)
     bounds = programs.Bounds(np.int32(1), one, one, one, one, np.full(8, -1, np.int32))
-    return programs.advance_program().lower(
+    traced = programs.advance_program().trace(
         generator.decoder, None, generator.params, state, bounds, generator.routing_key,
         sampling=compiled_for(sampling), think=Think(),
     )  # fmt: skip
+    return traced.lower() if platforms is None else traced.lower(lowering_platforms=platforms)
 
 
 def make_prompts(lengths: tuple[int, ...] = PROMPT_LENGTHS, seed: int = 0) -> list[list[int]]:

@@ -32,6 +32,8 @@ from mod_star.decoding.step import NewTokens, decode_step
 from mod_star.distributed.sharding import batch_sharding, make_mesh, place, placed_shapes, shardings, use_mesh
 from mod_star.loaded_model import Model
 from mod_star.model import Decoder
+from mod_star.planning.hlo import parse
+from mod_star.planning.program_cost import program_cost
 from mod_star.tokenization.tokenizers import ByteTokenizer
 from mod_star.training.lowering import lower_eval_step, lower_train_step
 from mod_star.training.objectives.next_token import forward
@@ -39,6 +41,7 @@ from mod_star.training.optimizer import make_optimizer
 from mod_star.training.state import TrainState
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
+THINKING = ("quiet_star", "gathered")
 
 
 def make_run(kind: str) -> RunConfig:
@@ -54,13 +57,15 @@ def make_run(kind: str) -> RunConfig:
         return replace(run, model=replace(run.model, experts=4, experts_null=1, experts_balance="bias"))
     if kind == "accumulated":
         return replace(run, train=replace(run.train, batch_size=16, accumulation=2))
-    return replace(run, train=replace(run.train, objective="quiet_star")) if kind == "quiet_star" else run
+    if kind == "gathered":
+        run = replace(run, thinking=replace(run.thinking, gather="step"))
+    return replace(run, train=replace(run.train, objective="quiet_star")) if kind in THINKING else run
 
 
 def make_state(run: RunConfig, kind: str) -> TrainState:
     """Random parameters of all kinds, on one device."""
     state = conftest.random_state(run)
-    if kind != "quiet_star":
+    if kind not in THINKING:
         return state
     params = thinking_params(run, state.params)
     return replace(state, params=params, opt_state=make_optimizer(run, 100).init(params))
@@ -88,6 +93,9 @@ def train(kind: str, name: str, out: Path) -> None:
     program = lower_train_step(decoder, run, 100, shapes, mesh).compile()
     memory: Any = program.memory_analysis()
     found: dict[str, Any] = {"argument_bytes": memory.argument_size_in_bytes, "temp_bytes": memory.temp_size_in_bytes}
+    if kind in THINKING and mesh is not None:
+        collectives = program_cost(parse(program.as_text() or "")).collectives
+        found["gathered"] = sum(each.total for each in collectives if each.kind == "all-gather")
     if kind == "routed":
 
         def selected(params: Any, batch: Any) -> Any:
@@ -142,12 +150,13 @@ def attention(out: Path) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    for kind in ("dense", "routed", "accumulated", "quiet_star", "experts"):
-        for name in {"routed": [*MESHES], "accumulated": ["mixed"], "experts": ["mixed"]}.get(
-            kind, ["tensor", "mixed"]
+    for kind in ("dense", "routed", "accumulated", "quiet_star", "gathered", "experts"):
+        for name in {"routed": [*MESHES], "dense": ["tensor", "mixed"], "quiet_star": ["tensor", "mixed"]}.get(
+            kind, ["mixed"]
         ):
             train(kind, name, folder)
-        train(kind, "one", folder)
+        if kind != "gathered":  # on one device that of quiet_star
+            train(kind, "one", folder)
     for name in ("one", "mixed"):
         sample(name, folder)
     attention(folder)
