@@ -71,7 +71,9 @@ def _run(options: RoutesOptions) -> None:
     console = Console(highlight=False)
     console.print(routes_text(*shown))
     if routes.overflow:
-        console.print(f"{routes.overflow} times a token passed by because a block had no room for it (routing.headroom)")
+        console.print(
+            f"{routes.overflow} times a token passed by because a block had no room for it (routing.headroom)"
+        )
     title = f"Which tokens each routed block computed ({options.mode} routing)"
     failed = try_to_draw(png, lambda: plot_routes(png, *shown, title=title))
     if failed is None:

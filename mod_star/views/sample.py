@@ -88,5 +88,7 @@ def summary(completions: Sequence[Completion], seconds: float) -> str:
         means = (sum(block) / len(block) for block in zip(*shares, strict=True))
         parts.append(f"routed blocks computed {', '.join(f'{mean:.1%}' for mean in means)} of the tokens")
     if overflow := sum(completion.overflow for completion in completions):
-        parts.append(f"{overflow} times a token passed by because a block had no room for it: see --headroom and --decoded-rows")
+        parts.append(
+            f"{overflow} times a token passed by because a block had no room for it: see --headroom and --decoded-rows"
+        )
     return " · ".join(parts)

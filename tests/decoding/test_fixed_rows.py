@@ -65,7 +65,7 @@ def test_the_rows_with_the_lowest_scores_pass_by(models: dict[str, Model], branc
 
 @pytest.mark.slow
 def test_a_gpu_asks_its_host_about_no_routed_block() -> None:
-    """Of programs lowered for CUDA: the loop over tokens is the only one. What branches there are go by the platform."""
+    """Of programs lowered for CUDA: the loop over tokens is the only one. Branches go by the platform alone."""
     asked = {}
     for kind, routing in {
         "dense": {"every": 0}, "fixed": {"every": 1, "decoded_rows": "fixed"}, "all": {"every": 1}

@@ -57,8 +57,9 @@ def make_run(kind: str) -> RunConfig:
         return replace(run, model=replace(run.model, experts=4, experts_null=1, experts_balance="bias"))
     if kind == "accumulated":
         return replace(run, train=replace(run.train, batch_size=16, accumulation=2))
-    if kind == "gathered":
-        run = replace(run, thinking=replace(run.thinking, gather="step"))
+    if kind == "gathered":  # two groups: what a single one needs is the same for all tokens, and put together once
+        model, thinking = replace(run.model, layers=4), replace(run.thinking, gather="step", thought_length=6)
+        run = replace(run, model=model, thinking=thinking, routing=RoutingConfig(every=0))
     return replace(run, train=replace(run.train, objective="quiet_star")) if kind in THINKING else run
 
 
@@ -93,9 +94,10 @@ def train(kind: str, name: str, out: Path) -> None:
     program = lower_train_step(decoder, run, 100, shapes, mesh).compile()
     memory: Any = program.memory_analysis()
     found: dict[str, Any] = {"argument_bytes": memory.argument_size_in_bytes, "temp_bytes": memory.temp_size_in_bytes}
-    if kind in THINKING and mesh is not None:
-        collectives = program_cost(parse(program.as_text() or "")).collectives
-        found["gathered"] = sum(each.total for each in collectives if each.kind == "all-gather")
+    if kind == "gathered" and mesh is not None:
+        by_token = replace(run, thinking=replace(run.thinking, gather="token"))
+        other = lower_train_step(decoder, by_token, 100, shapes, mesh).compile()
+        found["put_together"] = [put_together_bytes(each) for each in (program, other)]
     if kind == "routed":
 
         def selected(params: Any, batch: Any) -> Any:
@@ -110,6 +112,12 @@ def train(kind: str, name: str, out: Path) -> None:
     adam = after.opt_state[1]
     arrays: dict[str, Any] = named({"metrics": metrics, "gradients": adam.mu})
     np.savez(out / f"{kind}-{name}.npz", **arrays)
+
+
+def put_together_bytes(program: Any) -> float:
+    """That each device sends in all-gathers."""
+    collectives = program_cost(parse(program.as_text())).collectives
+    return sum(each.total for each in collectives if each.kind == "all-gather")
 
 
 def sample(name: str, out: Path) -> None:
@@ -151,12 +159,11 @@ def attention(out: Path) -> None:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for kind in ("dense", "routed", "accumulated", "quiet_star", "gathered", "experts"):
-        for name in {"routed": [*MESHES], "dense": ["tensor", "mixed"], "quiet_star": ["tensor", "mixed"]}.get(
-            kind, ["mixed"]
+        for name in {"routed": [*MESHES], "accumulated": ["mixed"], "experts": ["mixed"], "gathered": ["fsdp"]}.get(
+            kind, ["tensor", "mixed"]
         ):
             train(kind, name, folder)
-        if kind != "gathered":  # on one device that of quiet_star
-            train(kind, "one", folder)
+        train(kind, "one", folder)
     for name in ("one", "mixed"):
         sample(name, folder)
     attention(folder)
