@@ -15,10 +15,10 @@ from jax.sharding import SingleDeviceSharding
 from mod_star.config import RunConfig
 from mod_star.decoding import programs
 from mod_star.decoding.sampling import Sampling
-from mod_star.decoding.step import narrowed
 from mod_star.decoding.think import NEVER, Think
 from mod_star.model import Decoder
 from mod_star.model.cross_entropy import cross_entropy
+from mod_star.model.product_weights import narrow_types
 from mod_star.model.transformer import group_count, head_matrix
 from mod_star.planning.hlo import Array, Computation, Instruction, Program
 from mod_star.planning.program_cost import branches_of
@@ -62,10 +62,10 @@ def _params(decoder: Decoder, run: RunConfig, device: jax.Device) -> Any:
 
 
 def _decoding_params(decoder: Decoder, run: RunConfig, device: jax.Device) -> Any:
-    """As `own_params` makes them: unrolled, and narrow where `narrowed` says so."""
+    """As `own_params` makes them: unrolled, and narrow as `narrow_types` says."""
     shapes = state_shapes(decoder, run, ByteTokenizer(), STEPS).params
     typed = jax.tree.map(
-        lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes, narrowed(decoder, shapes)
+        lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes, narrow_types(decoder, shapes)
     )  # fmt: skip
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), typed["groups"])
     return placed({**typed, "groups": (one,) * group_count(run.model, run.routing)}, device)

@@ -36,7 +36,7 @@ def unstack(decoder: Decoder, params: StackedParams) -> UnstackedParams:
 
 
 def own_params(decoder: Decoder, params: StackedParams, donate: bool = False) -> UnstackedParams:
-    """Params as decoding takes them, in memory that nobody else holds: unstacked, and narrow where `narrow_types` says so.
+    """Params as decoding takes them, in memory that nobody else holds: unstacked, and in `narrow_types`.
 
     Args:
       decoder: the model.

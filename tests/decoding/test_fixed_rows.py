@@ -46,18 +46,20 @@ def test_the_rows_with_the_lowest_scores_pass_by(models: dict[str, Model], branc
     router = generator.params["groups"][0]["routed"]["router"]
     of_token = np.asarray(model.decoder.parts.score(router, generator.params["embedding"]))
     order = np.argsort(-of_token)
-    tokens_B = np.int32([order[-1] if row % 4 == 3 else order[(5 * row) % 11] for row in range(ROWS)])
+    tokens_B = np.array([order[-1] if row % 4 == 3 else order[(5 * row) % 11] for row in range(ROWS)], np.int32)
     wanted, room = of_token[tokens_B] > 0, rows_at_once(branches if branches > 1 else ROWS, 3 / CONTEXT)
     kept = np.zeros(ROWS, bool)
     for pool in np.split(np.arange(ROWS), 1 if branches == 1 else ROWS // branches):
         ranked = sorted((row for row in pool if wanted[row]), key=lambda row: (-of_token[tokens_B[row]], row))
         kept[ranked[:room]] = True
     assert 0 < kept.sum() < wanted.sum() < ROWS
+    before = state.caches[0]
+    assert isinstance(before, RoutedCache)
     free, free_cache = step(model, generator, state, tokens_B)
     fixed, fixed_cache = step(models["fixed"], generator, state, tokens_B)
-    np.testing.assert_array_equal(free_cache.filled_B - state.caches[0].filled_B, wanted)
-    np.testing.assert_array_equal(fixed_cache.filled_B - state.caches[0].filled_B, kept)
-    np.testing.assert_array_equal(fixed_cache.overflow_B - state.caches[0].overflow_B, wanted & ~kept)
+    np.testing.assert_array_equal(free_cache.filled_B - before.filled_B, wanted)
+    np.testing.assert_array_equal(fixed_cache.filled_B - before.filled_B, kept)
+    np.testing.assert_array_equal(fixed_cache.overflow_B - before.overflow_B, wanted & ~kept)
     same = kept | ~wanted
     np.testing.assert_allclose(fixed[same], free[same], atol=1e-6)
     assert np.abs(fixed - free)[~same].max(1).min() > 1e-3
@@ -66,10 +68,13 @@ def test_the_rows_with_the_lowest_scores_pass_by(models: dict[str, Model], branc
 @pytest.mark.slow
 def test_a_gpu_asks_its_host_about_no_routed_block() -> None:
     """Of programs lowered for CUDA: the loop over tokens is the only one. Branches go by the platform alone."""
+    kinds: dict[str, dict[str, Any]] = {
+        "dense": {"every": 0},
+        "fixed": {"every": 1, "decoded_rows": "fixed"},
+        "all": {"every": 1},
+    }
     asked = {}
-    for kind, routing in {
-        "dense": {"every": 0}, "fixed": {"every": 1, "decoded_rows": "fixed"}, "all": {"every": 1}
-    }.items():  # fmt: skip
+    for kind, routing in kinds.items():
         generator = Model(routing, layers=3).generator()
         state = generator.start(PROMPTS, GenerationConfig(4))
         text = lowered_advance(generator, state, Sampling(0), ("cuda",)).as_text()

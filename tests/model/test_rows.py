@@ -71,7 +71,7 @@ def test_one_chunk_is_computed_whatever_is_wanted() -> None:
 def test_of_the_wanted_rows_a_chunk_holds_those_with_the_highest_scores() -> None:
     rng = np.random.default_rng(2)
     for _ in range(20):
-        wanted, scores = rng.random(9) < 0.6, np.float32(rng.integers(-3, 3, 9))  # some scores are equal
+        wanted, scores = rng.random(9) < 0.6, rng.integers(-3, 3, 9).astype(np.float32)  # some scores are equal
         room = rows_at_once(9, 0.2)
         kept = sorted((row for row in range(9) if wanted[row]), key=lambda row: (-scores[row], row))[:room]
         found = np.asarray(within_a_chunk(jnp.asarray(wanted), jnp.asarray(scores), 0.2))
