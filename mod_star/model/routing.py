@@ -135,20 +135,14 @@ def select_top(scores_S: jax.Array, valid_S: jax.Array, slots: int, most: jax.Ar
       slots: C, static.
       most: int32 scalar, tokens to select at most; None: C.
     """
-    S = scores_S.shape[0]
     # -inf puts pads after every real score; a real -inf or NaN loses to real scores but never lets a pad in.
     ranks_S = jnp.where(valid_S, jnp.nan_to_num(scores_S, nan=-3e38, neginf=-3e38), -jnp.inf)
-    # top_k takes the earlier of equal scores, but 0.0 before -0.0.
-    _, chosen_C = jax.lax.top_k(jnp.where(ranks_S == 0, 0.0, ranks_S), slots)  # the best first
-    taken_C = valid_S[chosen_C]
-    if most is not None:
-        taken_C &= jnp.arange(slots, dtype=jnp.int32) < most
-    pairs_C = jnp.sort(2 * chosen_C.astype(jnp.int32) + taken_C)  # in one: two operands take longer to sort
-    indices_C, filled_C = pairs_C // 2, pairs_C % 2 == 1
-    slot_S = jnp.searchsorted(indices_C, jnp.arange(S, dtype=jnp.int32), method="compare_all")
-    slot_S = jnp.minimum(slot_S, slots - 1).astype(jnp.int32)
-    mask_S = (indices_C[slot_S] == jnp.arange(S, dtype=jnp.int32)) & filled_C[slot_S]
-    return Selection(indices_C, filled_C, mask_S, slot_S)
+    best_C = jax.lax.top_k(ranks_S, slots)[0]  # the best first
+    count = jnp.minimum(jnp.sum(valid_S, dtype=jnp.int32), slots if most is None else most)
+    last = best_C[jnp.maximum(count - 1, 0)]
+    above_S, equal_S = ranks_S > last, (ranks_S == last) & valid_S
+    left = count - jnp.sum(above_S, dtype=jnp.int32)  # for those as good as the last one
+    return in_order(above_S & (count > 0) | equal_S & (jnp.cumsum(equal_S, dtype=jnp.int32) <= left), slots)
 
 
 def select_first(passing_S: jax.Array, slots: int) -> Selection:
@@ -156,12 +150,18 @@ def select_first(passing_S: jax.Array, slots: int) -> Selection:
 
     Whether token i is computed depends on tokens up to i alone.
     """
-    count_S = jnp.cumsum(passing_S, dtype=jnp.int32)
-    mask_S = passing_S & (count_S <= slots)
-    indices_C = jnp.searchsorted(count_S, jnp.arange(1, slots + 1, dtype=jnp.int32), method="compare_all")
-    filled_C = jnp.arange(slots, dtype=jnp.int32) < count_S[-1]
-    indices_C = jnp.minimum(indices_C, passing_S.shape[0] - 1).astype(jnp.int32)
-    return Selection(indices_C, filled_C, mask_S, jnp.clip(count_S - 1, 0, slots - 1))
+    return in_order(passing_S & (jnp.cumsum(passing_S, dtype=jnp.int32) <= slots), slots)
+
+
+def in_order(mask_S: jax.Array, slots: int) -> Selection:
+    """The selection of these tokens, which are at most `slots`, in order of position.
+
+    By a sort: to look up each slot among all tokens would take S·C comparisons, and memory for them on a CPU.
+    """
+    S = mask_S.shape[0]
+    tokens_C = jnp.sort(jnp.where(mask_S, jnp.arange(S, dtype=jnp.int32), S))[:slots]
+    slot_S = jnp.clip(jnp.cumsum(mask_S, dtype=jnp.int32) - 1, 0, slots - 1)
+    return Selection(jnp.minimum(tokens_C, S - 1), tokens_C < S, mask_S, slot_S)
 
 
 def linear_router_init(key: jax.Array, config: ModelConfig) -> Params:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import AS_SHIPPED
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, TrainConfig
 from mod_star.model import Decoder
@@ -61,3 +62,13 @@ def test_no_program_has_an_array_of_all_pairs_of_tokens(program: str, platform: 
     text = lowered(program, LONG, (platform,), "float32" if platform == "cpu" else "bfloat16").as_text()
     assert [name for name, call in KERNELS.items() if call in text] == [name for name in KERNELS if name == platform]
     assert max(sizes(text, r"tensor<((?:\d+x)+)")) < LONG**2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["training", "scoring", "prefill"])
+def test_temporaries_grow_as_the_tokens_do(program: str) -> None:
+    """From 1,024 to 16,384 tokens: 16 times as many. All pairs of tokens would be 256 times as many."""
+    short, long = (
+        lowered(program, context).compile(AS_SHIPPED).memory_analysis().temp_size_in_bytes for context in (1024, 16384)
+    )
+    assert short > 1 << 16 and long < 1.2 * 16 * short
