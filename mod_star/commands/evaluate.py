@@ -156,6 +156,9 @@ class EvaluateOptions:
     """Step of the checkpoint to load. The newest if not given."""
     capacity: float | None = None
     """One of the model's routing.budgets to use it at. Its routing.capacity if not given."""
+    causal_rule: Literal["threshold"] | None = None
+    """threshold: routed blocks compute a token if its router score is above the threshold that mod-star calibrate
+    chose for the capacity. If not given by the rule that was trained (routing.causal_rule)."""
     headroom: float | None = None
     """Slots of a routed block, as a multiple of its capacity, if not as in training (routing.headroom)."""
     decoded_rows: Literal["all", "fixed"] | None = None
@@ -198,7 +201,7 @@ def _run(options: EvaluateOptions) -> None:
     # Only now, when the command line is known to be good: JAX takes seconds to import.
     from rich.console import Console
 
-    from mod_star.commands.sample import chosen_think, with_options_of_routing
+    from mod_star.commands.sample import chosen_think, with_chosen_rule, with_options_of_routing
     from mod_star.distributed.sharding import make_small_mesh
     from mod_star.evaluation.generation import GeneratedAnswer
     from mod_star.evaluation.prompts import Prompts, few_shot, subset
@@ -221,6 +224,7 @@ def _run(options: EvaluateOptions) -> None:
     mesh = make_small_mesh(options.mesh)
     require_shareable("--batch-size", options.batch_size, mesh)
     loaded = load_run(options.run, options.step, mesh=mesh, capacity=options.capacity, weights=options.weights)
+    loaded = with_chosen_rule(loaded, options)
     prompts = Prompts(
         loaded.tokenizer, options.prompt_template, options.chat, options.step_by_step, examples, preamble
     )  # fmt: skip
@@ -231,6 +235,8 @@ def _run(options: EvaluateOptions) -> None:
     if think.threshold is not None:
         config["think_threshold"] = think.threshold  # another calibration is another evaluation
         config |= {} if think.by == "entropy" else {"think_by": think.by}
+    if options.causal_rule is not None:
+        config["routing thresholds"] = loaded.params["groups"]["routed"]["predictor"]["threshold"].tolist()
     if isinstance(protocol, GeneratedAnswer):
         config |= {"stop strings": list(protocol.stop), "most new tokens": protocol.new_tokens}
         config |= {"answer rules": ANSWER_RULES} if options.answer_rule is None else {}

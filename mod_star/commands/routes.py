@@ -39,6 +39,9 @@ class RoutesOptions:
     """Step of the checkpoint to load. The newest if not given."""
     capacity: float | None = None
     """One of the model's routing.budgets to use it at. Its routing.capacity if not given."""
+    causal_rule: Literal["threshold"] | None = None
+    """threshold: routed blocks compute a token if its router score is above the threshold that mod-star calibrate
+    chose for the capacity. If not given by the rule that was trained (routing.causal_rule)."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -55,6 +58,7 @@ def _run(options: RoutesOptions) -> None:
 
     from rich.console import Console
 
+    from mod_star.commands.sample import with_chosen_rule
     from mod_star.data.files import read_text
     from mod_star.inspection.routes import routes_of
     from mod_star.runs.directory import load_run
@@ -64,6 +68,9 @@ def _run(options: RoutesOptions) -> None:
 
     text = read_text(str(options.text_file)) if options.text is None else options.text
     loaded = load_run(options.run, options.step, capacity=options.capacity)
+    if options.mode == "top_k":
+        require(options.causal_rule is None, "--causal-rule", options.causal_rule, "needs --mode causal")
+    loaded = with_chosen_rule(loaded, options)
     require_writable("--png", png)
     keep_compiled_programs()
     routes = routes_of(loaded, text, options.mode)

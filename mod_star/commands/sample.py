@@ -124,6 +124,9 @@ class SampleOptions:
     """Step of the checkpoint to load. The newest if not given."""
     capacity: float | None = None
     """One of the model's routing.budgets to use it at. Its routing.capacity if not given."""
+    causal_rule: Literal["threshold"] | None = None
+    """threshold: routed blocks compute a token if its router score is above the threshold that mod-star calibrate
+    chose for the capacity. If not given by the rule that was trained (routing.causal_rule)."""
     headroom: float | None = None
     """Slots of a routed block, as a multiple of its capacity, if not as in training (routing.headroom)."""
     decoded_rows: Literal["all", "fixed"] | None = None
@@ -167,6 +170,7 @@ def _run(options: SampleOptions) -> None:
     keep_compiled_programs()
     mesh = make_small_mesh(options.mesh)
     loaded = load_run(options.run, options.step, mesh=mesh, capacity=options.capacity, weights=options.weights)
+    loaded = with_chosen_rule(loaded, options)
     think = chosen_think(loaded, options)
     _sample(loaded, prompts, decoding, think, options, answering)
 
@@ -251,6 +255,28 @@ def with_options_of_routing(decoder: Decoder, options: RoutingOptions) -> Decode
     given = {"headroom": options.headroom, "decoded_rows": options.decoded_rows}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return decoder.clone(routing=dataclasses.replace(decoder.routing, **changes))
+
+
+class RuleOptions(Protocol):
+    """The options about the causal rule, as commands that use a model have them."""
+
+    @property
+    def run(self) -> Path:
+        """Directory of the run."""
+
+    @property
+    def causal_rule(self) -> Literal["threshold"] | None:
+        """The rule instead of the trained one."""
+
+
+def with_chosen_rule(loaded: LoadedRun, options: RuleOptions) -> LoadedRun:
+    """The model with the causal rule that was chosen. Raises InputError if it cannot have it, or isn't calibrated."""
+    from mod_star.inspection.routing_calibration import with_causal_rule
+
+    def tell(note: str) -> None:
+        print(f"note: {note}", file=sys.stderr)
+
+    return with_causal_rule(loaded, options.run, options.causal_rule, "--causal-rule", tell)
 
 
 def _sample(

@@ -28,6 +28,7 @@ from mod_star.distributed.sharding import make_small_mesh
 from mod_star.errors import InputError, require
 from mod_star.evaluation.scoring import ScoringConfig, require_shareable, score_rolling, score_stream, shares_of
 from mod_star.inspection.calibration import chosen_think
+from mod_star.inspection.routing_calibration import with_causal_rule
 from mod_star.runs.directory import load_run
 from mod_star.tokenization.tokenizers import begin
 
@@ -109,6 +110,7 @@ class HarnessModel:
         mesh_tensor: int = 1,
         batch_size: int | str = 8,
         capacity: float | None = None,
+        causal_rule: str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
     ) -> None:
@@ -123,6 +125,7 @@ class HarnessModel:
         require(isinstance(seed, int) and 0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
         self._batch_size, self._seed, self._overlap, self._max_gen_toks = int(size), seed, overlap, max_gen_toks
         loaded = load_run(run, step, "step", mesh, capacity)
+        loaded = with_causal_rule(loaded, Path(run), causal_rule, "causal_rule", _log.warning)
         self._model = loaded.model
         self.tokenizer = self._model.tokenizer
         self._think = chosen_think(loaded, Path(run), think, think_temperature, "think", _log.warning)

@@ -62,6 +62,11 @@ def calibration_batches(run: LoadedRun) -> list[Batch]:
     require(
         "thinking" in run.params, "train.objective", objective, "must be quiet_star: the model has not learned to think"
     )
+    return evaluation_batches(run)
+
+
+def evaluation_batches(run: LoadedRun) -> list[Batch]:
+    """The held-out batches that the run is evaluated on. Raises InputError if its data cannot be read."""
     config = run.config
     batches = held_out_batches(config.data, run.tokenizer, config.model.context, config.train.batch_size)
     return list(itertools.islice(batches, config.train.eval_batches))

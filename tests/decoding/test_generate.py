@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from decoding_models import CONTEXT, Model, draw_naively, log_softmax, make_prom
 from mod_star.decoding import Generated, GenerationConfig, Sampling, generate
 from mod_star.decoding.caches import RoutedCache
 from mod_star.errors import InputError
+from mod_star.model.parts import DEFAULT_PARTS
+from mod_star.model.threshold import THRESHOLD_RULE
 
 GREEDY, SAMPLED = Sampling(0), Sampling(0.9, top_k=12, top_p=0.9)
 NEW, SEED = 14, 5
@@ -70,6 +74,7 @@ VARIANTS = {
     "router decides": Model({"causal_rule": "router", "headroom": 1.0}),
     "stochastic": Model({"selection": "stochastic", "headroom": 1.0}, layers=4),
     "every block": Model({"every": 1, "gate": "tanh", "causal_rule": "router"}),
+    "thresholds": Model({"headroom": 1.0}, replace(DEFAULT_PARTS, causal_rule=THRESHOLD_RULE), layers=4),
     "one in three": Model({"every": 3, "gate": "identity", "headroom": 4.0}, layers=3),
     "dense, untied head": Model({"every": 0}, tie_embeddings=False, kv_heads=4),
 }

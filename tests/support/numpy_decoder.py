@@ -140,10 +140,11 @@ def decode(
     slots: int,
     noise: Array | None = None,
     threshold: float = 0.0,
+    thresholds: Array | None = None,
 ) -> tuple[Array, list[dict[str, Array]]]:
     """Hidden states SxD and what each routed block decided: scores, logits, selected and gates.
 
-    `noise` [groups, S] and `threshold` are those of stochastic routing.
+    `noise` [groups, S] and `threshold` are those of stochastic routing, `thresholds` [groups] of the threshold rule.
     """
     params = float64(params)
     x = params["embedding"][tokens]
@@ -160,6 +161,8 @@ def decode(
             scores = x @ own["router"]["weight"]
             if noise is not None:
                 ranked, logits = noise[group], noise[group] - threshold
+            elif thresholds is not None:
+                ranked, logits = scores, scores - thresholds[group]
             else:
                 ranked = scores
                 logits = predictor_logits(own["predictor"], x) if routing.causal_rule == "predictor" else scores
