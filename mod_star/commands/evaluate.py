@@ -159,6 +159,9 @@ class EvaluateOptions:
     causal_rule: Literal["threshold"] | None = None
     """threshold: routed blocks compute a token if its router score is above the threshold that mod-star calibrate
     chose for the capacity. If not given by the rule that was trained (routing.causal_rule)."""
+    budget_over: Literal["batch"] | None = None
+    """batch: the questions of a batch share the slots of routed blocks, so that hard ones can take more than easy ones;
+    for the protocols choice and expected. If not given each text has slots of its own."""
     headroom: float | None = None
     """Slots of a routed block, as a multiple of its capacity, if not as in training (routing.headroom)."""
     decoded_rows: Literal["all", "fixed"] | None = None
@@ -209,6 +212,7 @@ def _run(options: EvaluateOptions) -> None:
     from mod_star.evaluation.records import open_records, require_evaluation
     from mod_star.evaluation.scoring import require_shareable
     from mod_star.evaluation.tasks import load_task
+    from mod_star.model.pooled import require_poolable
     from mod_star.runs.directory import load_run
     from mod_star.runs.integrity import params_digest
 
@@ -243,6 +247,11 @@ def _run(options: EvaluateOptions) -> None:
     require_evaluation(out, config)
     require_writable("--out", out / "records.jsonl")
     decoder = with_options_of_routing(loaded.decoder, options)
+    if options.budget_over is not None:
+        require_poolable(decoder.routing, "--budget-over", options.budget_over)
+        allowed = "must be left out on several devices, each of which has questions of its own"
+        require(mesh is None, "--budget-over", options.budget_over, allowed)
+        decoder = decoder.clone(budget_over=options.budget_over)
     subject = Subject(dataclasses.replace(loaded.model, decoder=decoder), prompts, think, donate=True)
     protocol.check(subject, items)
     keep_compiled_programs()
@@ -255,6 +264,10 @@ def _run(options: EvaluateOptions) -> None:
         if len(todo) < len(items):
             console.print(f"{len(items) - len(todo)} of {len(items)} questions are done already", markup=False)
         _ask(subject, protocol, todo, len(items), records, options.run)
+        overflow = sum(record.get("overflow", 0) for record in records.by_id.values())
+        if options.budget_over is not None and overflow:
+            again = "all slots of a batch were taken: raise --headroom"
+            print(f"note: {overflow} times a token passed by because {again}", file=sys.stderr)
         report(task, protocol, config, records, out, console)
 
 
@@ -278,6 +291,10 @@ def _checked(options: EvaluateOptions) -> Decoding:
                 raise InputError(
                     f"{_flag(name)}: cannot be combined with --protocol {options.protocol}, which generates nothing"
                 )
+    if options.budget_over is not None:
+        allowed = "needs --protocol choice or expected: while generating, each text has slots of its own"
+        require(options.protocol != "generate", "--budget-over", options.budget_over, allowed)
+        require(options.think == "never", "--budget-over", options.budget_over, "cannot be combined with --think")
     require(not options.choice_texts or options.protocol == "choice", "--choice-texts", True, "needs --protocol choice")
     if options.confidence:
         require_decoding(options.decoding or "greedy", "confidence", decodings_with("window"))

@@ -33,7 +33,7 @@ class ChoiceLikelihood:
             _require_room(subject, item, self._pairs(subject, item))
 
     def records(self, subject: Subject, items: Sequence[Numbered]) -> Iterator[Record]:
-        """A record per item, with the log-likelihood of each choice, in nats."""
+        """A record per item, with the log-likelihood of each choice, in nats, and the overflow of all its texts."""
         pairs: list[Pair] = []
         owners: list[int] = []
         for place, (_, item) in enumerate(items):
@@ -49,8 +49,9 @@ class ChoiceLikelihood:
             of_item = scored.setdefault(place, {})
             of_item[index - first[place]] = score
             if len(of_item) == len(item.choices):
-                totals = [math.fsum(scored[place].pop(choice).log_probs) for choice in range(len(item.choices))]
-                yield self._record(subject, item, totals) | {"seconds": lap()}
+                totals = [math.fsum(of_item[choice].log_probs) for choice in range(len(item.choices))]
+                overflow = sum(each.overflow for each in scored.pop(place).values())
+                yield self._record(subject, item, totals) | {"overflow": overflow, "seconds": lap()}
 
     def _pairs(self, subject: Subject, item: Item) -> list[Pair]:
         prompt = subject.prompts.text(item)
@@ -100,7 +101,7 @@ class ExpectedProbability:
             _require_room(subject, item, [self._pair(subject, item)])
 
     def records(self, subject: Subject, items: Sequence[Numbered]) -> Iterator[Record]:
-        """A record per item, with the probability of each token of the answer."""
+        """A record per item, with the probability of each token of the answer, and the overflow of its text."""
         groups: dict[tuple[int, ...], list[Item]] = {}
         numbers = digit_ids(subject.model.tokenizer) if items and items[0][1].kind == "number" else ()
         for _, item in items:
@@ -129,6 +130,7 @@ class ExpectedProbability:
                     "probabilities": probabilities,
                     "log_probs": scored.log_probs,
                     "is_greedy": scored.is_greedy,
+                    "overflow": scored.overflow,
                     "seconds": lap(),
                 }
 

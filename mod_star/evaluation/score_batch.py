@@ -94,7 +94,8 @@ def score_batch(
       numbers: everything else that is data.
 
     Returns:
-      Float32 log-probabilities NxT, bool NxT whether greedy, the same two renormalised, bool N whether it thought.
+      Float32 log-probabilities NxT, bool NxT whether greedy, the same two renormalised, bool N whether it thought; and
+      int32 B, how often a routed block had no slot left for a token of a text.
     """
     tokens_BxS, lengths_B, count = batch.tokens_BxS, batch.lengths_B, batch.count
     where_Nx2, targets_NxT, draws_N, allowed_A = batch.where_Nx2, batch.targets_NxT, batch.draws_N, numbers.allowed_A
@@ -149,7 +150,10 @@ def score_batch(
     M = where_Nx2.shape[0]
     zeros, flags = jnp.zeros((M, T), jnp.float32), jnp.zeros((M, T), bool)
     empty = (zeros, flags, zeros, flags, jnp.zeros(M, bool))
-    return jax.lax.fori_loop(0, (count + R - 1) // R, portion, empty)
+    overflow_B = jnp.zeros(len(lengths_B), jnp.int32)
+    if output.trace is not None:
+        overflow_B = jnp.sum(output.trace.overflow, (1, 2), dtype=jnp.int32)
+    return *jax.lax.fori_loop(0, (count + R - 1) // R, portion, empty), overflow_B
 
 
 def _bytes_of_one(keys_values: Any) -> int:

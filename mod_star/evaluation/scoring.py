@@ -45,6 +45,9 @@ class Scored:
     """Whether the token is the most probable of the allowed ones; None if not asked."""
     thought: list[bool] = field(default_factory=list)
     """Whether the model thought before it; empty if it wasn't asked to."""
+    overflow: int = 0
+    """Times that a token of the text, its prefix and others with the same beginning included, passed by because a
+    routed block had no slot left."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class ScoringConfig:
     think: Think = NEVER
     """When to think before a scored token, and how. Never while reading the prefix."""
     batch_size: int = 8
-    """Texts at a time, a multiple of the mesh's shares; changes speed and memory, not the result."""
+    """Texts at a time, a multiple of the mesh's shares; changes speed and memory, not the result; unless texts share
+    the slots of routed blocks (`Decoder.budget_over`), and these are all taken."""
     seed: int = 0
     """Of thoughts' draws, which else depend on the text before them alone; greedy ones don't depend on it."""
     allowed_ids: Sequence[int] | None = None
@@ -87,7 +91,8 @@ def score(
 
     Raises:
       InputError: a prefix is empty, a pair doesn't fit into the model's context, an id is not one of the model's, the
-        model is asked to think and can't, or the mesh can't share out batches of that size.
+        model is asked to think and can't, or the mesh can't share out batches of that size; a batch shares the slots
+        of routed blocks, and the model is to think or lies on several devices.
     """
     results = dict(score_stream(model, pairs, config, progress))
     return [results[index] for index in range(len(pairs))]
@@ -100,6 +105,12 @@ def score_stream(
     require_shareable("batch_size", config.batch_size, model.mesh)
     possible = model.can_think or config.think.when == "never"
     require(possible, "think.when", config.think.when, "must be never: the model has not learned to think")
+    if model.decoder.budget_over == "batch":
+        require(
+            config.think.when == "never", "think.when", config.think.when, "must be never with budget_over = 'batch'"
+        )
+        allowed = "must be sequence on several devices, each of which has sequences of its own"
+        require(model.mesh is None, "budget_over", "batch", allowed)
     ids, vocab_size = config.allowed_ids, model.decoder.config.vocab_size
     allowed = None if ids is None else _checked_ids(ids, vocab_size)
     texts = _texts(model.decoder, pairs, config.truncate)
@@ -184,7 +195,8 @@ def score_rolling(
 def _joined(parts: list[Scored], restricted: bool) -> Scored:
     """The windows of one text as one."""
     names = [name for name in Scored.__dataclass_fields__ if restricted or not name.startswith("restricted")]
-    return Scored(**{name: [value for part in parts for value in getattr(part, name)] for name in names})
+    lists = {name: [value for part in parts for value in getattr(part, name)] for name in names if name != "overflow"}
+    return Scored(**lists, overflow=sum(part.overflow for part in parts))
 
 
 @dataclass(frozen=True)
@@ -281,7 +293,7 @@ def _stream(
             inputs = replace(inputs, tokens_BxS=shared[0], lengths_B=shared[1])
         with use_mesh(model.mesh):
             outputs = score_batch(decoder, thinking, fixed, rows, model.params, groups, inputs, numbers)
-        log_probs, greedy, restricted, restricted_greedy, thinks = jax.device_get(outputs)
+        log_probs, greedy, restricted, restricted_greedy, thinks, overflow_B = jax.device_get(outputs)
         for row, text in enumerate(batch):
             for index, position, after in text.pairs:
                 at = [slots[row, position + i] for i in range(len(after))]
@@ -294,6 +306,7 @@ def _stream(
                         None if allowed is None else restricted[at, columns].tolist(),
                         None if allowed is None else restricted_greedy[at, columns].tolist(),
                         [] if thinking is None else thinks[at].tolist(),
+                        int(overflow_B[row]),
                     ),
                 )
         done += sum(len(text.pairs) for text in batch)
@@ -305,7 +318,8 @@ def _inputs(
     batch: list[_Text], plan: dict[tuple[int, int], dict[int, int]], batch_size: int, S: int
 ) -> tuple[TextBatch, dict[tuple[int, int], int]]:
     """The texts of a batch, padded, and the places to score; and the index of each (row, position) among these."""
-    tokens, lengths = np.zeros((batch_size, S), np.int32), np.ones(batch_size, np.int32)
+    # Rows that fill the batch up have no token, and so no share of a budget that the batch shares.
+    tokens, lengths = np.zeros((batch_size, S), np.int32), np.zeros(batch_size, np.int32)
     for row, text in enumerate(batch):
         tokens[row, : len(text.tokens)], lengths[row] = text.tokens, len(text.tokens)
     width = max(len(targets) for targets in plan.values())

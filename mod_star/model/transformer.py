@@ -7,7 +7,7 @@ and applied by `lax.scan`, so that compile time does not grow with depth.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NewType, TypeAlias
+from typing import Any, Literal, NewType, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,7 @@ from mod_star.model.layers import fan_in_normal, lookup, rms_norm
 from mod_star.model.linear import linear, linear_saveable
 from mod_star.model.lora import is_adapted, require_merged
 from mod_star.model.parts import DEFAULT_PARTS, Parts
+from mod_star.model.pooled import pooled_block, require_poolable
 from mod_star.model.routing import RoutingCall, RoutingMode, Tokens, Trace, routed_block
 
 StackedParams: TypeAlias = dict[str, Any]
@@ -95,10 +96,14 @@ class Decoder(nn.Module):
     config: ModelConfig
     routing: RoutingConfig
     parts: Parts = DEFAULT_PARTS
+    budget_over: Literal["sequence", "batch"] = "sequence"
+    """Whose share of tokens a routed block computes: each sequence's, or that of all sequences of a `vmap` together."""
 
     def __post_init__(self) -> None:
         """Checks the configuration."""
         require_network(self.config, self.routing)
+        if self.budget_over == "batch":
+            require_poolable(self.routing, "budget_over", self.budget_over)
         super().__post_init__()
 
     def setup(self) -> None:
@@ -179,10 +184,16 @@ def apply_blocks(
         only if it is routed, also under `vmap`.
       keep_keys_values: whether to return them.
 
+    Raises:
+      InputError: there is a memory, or keys/values are to be returned, and a batch shares the slots of routed blocks.
+
     Returns:
       Hidden states and routing; keys/values are stacked over groups, or a tuple as the params are.
     """
     require_merged(params)
+    pooled = decoder.budget_over == "batch"
+    allowed = "must be sequence for generation and thoughts, which need keys and values of each sequence"
+    require(not pooled or (memory is None and not keep_keys_values), "budget_over", decoder.budget_over, allowed)
     config = decoder.config
     names = block_names(decoder.routing)
     call = RoutingCall() if call is None else call
@@ -197,9 +208,12 @@ def apply_blocks(
                 group_key = None if call.key is None else jax.random.fold_in(call.key, index)
                 own_call = replace(call, key=group_key, taken=taken, decided=decided_N)
                 own_tokens = Tokens(x_NxD, positions_N, segment_ids_N)
-                delta, keys_values[name], trace, load = routed_block(
-                    decoder, params[name], own_tokens, own_call, before
-                )
+                if pooled:
+                    delta, keys_values[name], trace, load = pooled_block(decoder, params[name], own_tokens, own_call)
+                else:
+                    delta, keys_values[name], trace, load = routed_block(
+                        decoder, params[name], own_tokens, own_call, before
+                    )
             else:
                 delta, keys_values[name], load = decoder.parts.compute_block(
                     params[name]["block"], x_NxD, positions_N, segment_ids_N, segment_ids_N > 0, before, config

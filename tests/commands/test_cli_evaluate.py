@@ -109,6 +109,14 @@ def test_likelihood_protocols_and_thinking(
         ]  # fmt: skip
     assert scores["choice", "never"] != scores["choice", "always"], "thoughts change what is said"
     assert all(0 < each["expected probability"] < 1 for each in scores["expected", "never"])
+    out, argv = tmp_path / "batch", ("--protocol", "choice", "--budget-over", "batch")
+    with pytest.raises(SystemExit) as left:
+        main(["evaluate", *map(str, (thinking_run, *words, *argv, "--out", out))])
+    shown = capsys.readouterr()
+    assert left.value.code == 0, shown.err
+    overflow = sum(record["overflow"] for record in records_of(out).values())
+    assert overflow > 0, "slots were never all taken: the test shows less than it should"
+    assert f"note: {overflow} times a token passed by because all slots of a batch were taken" in shown.err
 
 
 def test_another_calibration_is_another_evaluation(
@@ -294,6 +302,12 @@ def test_bad_input(
         ((*good, "--decoding", "cot", "--branches", "5000"), "--branches = 5000: must be at most the vocabulary"),
         ((*good, "--protocol", "choice"), "--new-tokens: cannot be combined with --protocol choice"),
         ((*good, "--limit", "0"), "--limit = 0: must be positive"),
+        ((*good, "--budget-over", "batch"), "--budget-over = 'batch': needs --protocol choice or expected"),
+        ((*good, "--budget-over", "row"), "--budget-over"),
+        (
+            (*good[:-2], "--protocol", "expected", "--budget-over", "batch", "--think", "always"),
+            "--budget-over = 'batch': cannot be combined with --think",
+        ),
         ((*good, "--new-tokens", "60"), "item '1' = 13 tokens with its prompt: must be at most 4 (context 64 minus 60"),
         ((*good, "--chat"), "--chat: the model's tokenizer has no chat template"),
         ((*good, "--prompt-template", "Q:"), "--prompt-template = 'Q:': it names no field"),

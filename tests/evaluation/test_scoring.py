@@ -330,3 +330,25 @@ def test_logits_of_all_tokens_never_exist() -> None:
     compiled = lowered.compile(AS_SHIPPED)
     memory: Any = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < B * S * V * 4 / 2
+
+
+@pytest.mark.slow
+def test_texts_that_share_slots_score_as_alone_while_there_are_slots(model: Model) -> None:
+    """Else each text is told how often one was missing; what is scored alone, with slots of its own, says nothing."""
+    if not model.routing.every:
+        return
+    pairs = sorted(make_pairs(), key=lambda pair: -len(pair[0]) - len(pair[1]))[:3]
+    config = ScoringConfig(batch_size=2)  # the second batch has a row without a text
+    for capacity, headroom in ((0.25, 4.0), (0.05, 1.0)):
+        decoder = model.decoder.clone(routing=replace(model.routing, capacity=capacity, headroom=headroom))
+        alone = score(make_model(decoder, model.params), pairs, config)
+        shared = score(make_model(decoder.clone(budget_over="batch"), model.params), pairs, config)
+        lacking = [each.overflow for each in shared]
+        if headroom == 4:
+            assert lacking == [0, 0, 0] == [each.overflow for each in alone]
+            for one, other in zip(alone, shared, strict=True):
+                np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
+    assert sum(lacking) > 0
+    thoughtful = make_model(decoder.clone(budget_over="batch"), model.params, thinking=THINKING)
+    with pytest.raises(InputError, match=r"^think\.when = 'auto': must be never with budget_over = 'batch'$"):
+        score(thoughtful, pairs, ScoringConfig(NOBODY_THINKS))
