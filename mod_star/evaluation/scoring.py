@@ -106,15 +106,19 @@ def score_stream(
     possible = model.can_think or config.think.when == "never"
     require(possible, "think.when", config.think.when, "must be never: the model has not learned to think")
     if model.decoder.budget_over == "batch":
-        require(
-            config.think.when == "never", "think.when", config.think.when, "must be never with budget_over = 'batch'"
-        )
-        allowed = "must be sequence on several devices, each of which has sequences of its own"
-        require(model.mesh is None, "budget_over", "batch", allowed)
+        _require_poolable(model, config)
     ids, vocab_size = config.allowed_ids, model.decoder.config.vocab_size
     allowed = None if ids is None else _checked_ids(ids, vocab_size)
     texts = _texts(model.decoder, pairs, config.truncate)
     return _stream(model, texts, config, allowed, progress)
+
+
+def _require_poolable(model: Model, config: ScoringConfig) -> None:
+    """Raises InputError if the texts of a batch cannot share the slots of routed blocks."""
+    allowed = "must be never with budget_over = 'batch'"
+    require(config.think.when == "never", "think.when", config.think.when, allowed)
+    allowed = "must be sequence on several devices, each of which has sequences of its own"
+    require(model.mesh is None, "budget_over", "batch", allowed)
 
 
 def shares_of(mesh: Mesh | None) -> int:

@@ -18,6 +18,7 @@ from mod_star import random_streams
 from mod_star.config import ModelConfig, RoutingConfig, require_network
 from mod_star.distributed.sharding import constrain
 from mod_star.errors import require
+from mod_star.model.attention import KeyValues
 from mod_star.model.experts import Load
 from mod_star.model.grouped import grouped_saveable
 from mod_star.model.layers import fan_in_normal, lookup, rms_norm
@@ -201,7 +202,8 @@ def apply_blocks(
 
     def group(x_NxD: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         params, index, memory, taken, decided_N = inputs
-        keys_values, trace, loads = {}, None, []
+        keys_values: dict[str, KeyValues | None] = {}
+        trace, loads = None, []
         for name in names:
             before = () if memory is None else memory[name]
             if name == "routed":

@@ -109,9 +109,10 @@ def test_likelihood_protocols_and_thinking(
         ]  # fmt: skip
     assert scores["choice", "never"] != scores["choice", "always"], "thoughts change what is said"
     assert all(0 < each["expected probability"] < 1 for each in scores["expected", "never"])
-    out, argv = tmp_path / "batch", ("--protocol", "choice", "--budget-over", "batch")
+    out = tmp_path / "batch"
+    argv = [thinking_run, *words, "--protocol", "choice", "--budget-over", "batch", "--out", out]
     with pytest.raises(SystemExit) as left:
-        main(["evaluate", *map(str, (thinking_run, *words, *argv, "--out", out))])
+        main(["evaluate", *map(str, argv)])
     shown = capsys.readouterr()
     assert left.value.code == 0, shown.err
     overflow = sum(record["overflow"] for record in records_of(out).values())
