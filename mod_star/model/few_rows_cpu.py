@@ -27,8 +27,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-LANES = 16
-"""Slices are a multiple of this long where the inputs of an output lie beside one another."""
 FEWEST_TERMS, MOST_TERMS, MOST_TERMS_OF_INT8 = 4, 12, 16
 """Slices that the sum is written out in. The more, the longer compiling takes, and the fewer are the partial sums. From
 16 terms on, XLA's loop over 16-bit weights is no longer one of vectors."""
@@ -64,19 +62,6 @@ def one_row(x_1xD: jax.Array, weight_DxF: jax.Array, scales_GxF: jax.Array | Non
     if scales_GxF is not None:
         total_GxLxF *= scales_GxF[:, None]
     return jnp.ones((1, D // terms), jnp.float32) @ total_GxLxF.reshape(-1, F)
-
-
-def one_row_transposed(x_1xD: jax.Array, weight_FxD: jax.Array) -> jax.Array | None:
-    """x @ weight.T, as `one_row`, with the inputs of an output beside one another, as in an embedding."""
-    F, D = weight_FxD.shape
-    terms = largest_divisor(D // LANES, MOST_TERMS) if D % LANES == 0 else 1
-    if terms < FEWEST_TERMS:
-        return None
-    x_1xD, weight_FxD = jax.lax.optimization_barrier((x_1xD.astype(jnp.float32), weight_FxD))
-    x_TxL = x_1xD.reshape(terms, -1)
-    bits_FxTxL = _bits(weight_FxD).reshape(F, terms, -1)
-    total_FxL = _added_up(x_TxL[t] * _widened(bits_FxTxL[:, t], weight_FxD.dtype) for t in range(terms))
-    return (total_FxL @ jnp.ones(D // terms, jnp.float32))[None]
 
 
 def in_blocks(x_NxD: jax.Array, values_DxF: jax.Array, scales_GxF: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mod_star.model.few_rows_cpu import one_row, one_row_transposed
+from mod_star.model.few_rows_cpu import one_row
 from mod_star.model.int8 import Int8Weight, int8_linear
 from mod_star.model.lora import Adapted
 from mod_star.model.precision import precision_of
@@ -89,7 +89,7 @@ def _product_on_cpu(x: jax.Array, weight: jax.Array, **params: Any) -> jax.Array
     """XLA:CPU multiplies a single 16-bit row by converting the whole weight to float32 first: ten times two rows."""
     if x.dtype == jnp.float32 or x.shape[0] != 1:
         return _product(x, weight, **params)
-    in_one_pass = (one_row_transposed if params["transposed"] else one_row)(x, weight)
+    in_one_pass = None if params["transposed"] else one_row(x, weight)
     if in_one_pass is not None:
         return in_one_pass.astype(params["dtype"])
     return _product(jnp.pad(x, ((0, 1), (0, 0))), weight, **params)[:1]

@@ -9,7 +9,7 @@ import pytest
 from conftest import AS_SHIPPED
 
 from mod_star.model import few_rows_cpu
-from mod_star.model.few_rows_cpu import in_blocks, largest_divisor, one_row, one_row_transposed, scaled
+from mod_star.model.few_rows_cpu import in_blocks, largest_divisor, one_row, scaled
 from mod_star.model.int8 import quantise
 from mod_star.model.linear import linear
 
@@ -52,18 +52,15 @@ def test_one_row_of_int8_weights_is_the_product_in_float64(inputs: int, groups: 
 @pytest.mark.parametrize(("outputs", "inputs"), [(7, 64), (24, 576)])
 def test_one_row_of_16_bit_weights_is_the_product_in_float64(outputs: int, inputs: int, dtype: Any) -> None:
     weight, x = jnp.asarray(RNG.standard_normal((inputs, outputs)), dtype), row(inputs, dtype)
-    exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64)
-    near(jax.jit(one_row)(x, weight), exact)
-    near(jax.jit(one_row_transposed)(x, weight.T), exact)
+    near(jax.jit(one_row)(x, weight), np.asarray(x, np.float64) @ np.asarray(weight, np.float64))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("place", [0, 63])
 def test_what_is_not_finite_stays_so(value: float, place: int) -> None:
     x = jnp.ones((1, 64)).at[0, place].set(value)
-    ones = jnp.ones((64, 5), jnp.bfloat16)
-    products = jax.jit(lambda x: (one_row(x, ones), one_row_transposed(x, ones.T)))(x)
-    assert not np.isfinite(np.asarray(products)).any()
+    product = jax.jit(one_row)(x, jnp.ones((64, 5), jnp.bfloat16))
+    assert not np.isfinite(np.asarray(product)).any()
 
 
 @pytest.mark.parametrize("block", [10**6, 6 * 16, 6 * 32, 16, 1])
@@ -81,27 +78,26 @@ def test_stacked_weights_are_scaled_each_for_itself() -> None:
     np.testing.assert_allclose(whole, np.stack([widened(*weight) for weight in each]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_inputs_that_no_slice_divides_are_left_to_others(transposed: bool) -> None:
+def test_inputs_that_no_slice_divides_are_left_to_others() -> None:
     wide = jnp.asarray(RNG.integers(-9, 9, (34, 5)), jnp.float32)
     weight = quantise(wide, 1)
     assert one_row(jnp.ones((1, 34)), weight.values_DxF, weight.scales_GxF) is None
     np.testing.assert_allclose(linear(jnp.ones((1, 34)), weight), weight.widened().sum(0)[None], atol=1e-5)
-    narrow = (wide.T if transposed else wide).astype(jnp.bfloat16)
-    assert (one_row_transposed if transposed else one_row)(jnp.ones((1, 34)), narrow) is None
-    product = jax.jit(lambda x, w: linear(x, w, transposed=transposed))(jnp.ones((1, 34), jnp.bfloat16), narrow)
+    narrow = wide.astype(jnp.bfloat16)
+    assert one_row(jnp.ones((1, 34)), narrow) is None
+    product = jax.jit(linear)(jnp.ones((1, 34), jnp.bfloat16), narrow)
     np.testing.assert_array_equal(product, wide.sum(0)[None])
 
 
-@pytest.mark.parametrize(("rows", "dtype", "transposed"), [(1, "int8", False), (2, "int8", False), (1, "bfloat16", False), (1, "bfloat16", True)])
-def test_a_loop_over_tokens_holds_no_widened_weight(rows: int, dtype: str, transposed: bool) -> None:
+@pytest.mark.parametrize(("rows", "dtype"), [(1, "int8"), (2, "int8"), (1, "bfloat16")])
+def test_a_loop_over_tokens_holds_no_widened_weight(rows: int, dtype: str) -> None:
     D = 768
     weight: Any = jnp.asarray(RNG.standard_normal((D, D)) / D, jnp.float32)
     weight = quantise(weight, 1) if dtype == "int8" else weight.astype(dtype)
 
     def tokens(x_NxD: jax.Array, weight: Any, count: int) -> jax.Array:
         def body(_: int, x_NxD: jax.Array) -> jax.Array:
-            return jnp.tanh(linear(x_NxD, weight, transposed=transposed)) + jnp.ones((), x_NxD.dtype)
+            return jnp.tanh(linear(x_NxD, weight)) + jnp.ones((), x_NxD.dtype)
 
         return jax.lax.fori_loop(0, count, body, x_NxD)
 
