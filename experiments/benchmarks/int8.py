@@ -1,4 +1,4 @@
-"""What int8 weights and bfloat16 cost and gain: SmolLM2-135M-Instruct, from the GGUF file that is named, beside float32.
+"""What int8 weights and bfloat16 cost and gain beside float32: SmolLM2-135M-Instruct, from the GGUF file that is named.
 
     python -m experiments.benchmarks.int8 --gguf SmolLM2-135M-Instruct.Q4_1.gguf --gsm8k gsm8k_test.jsonl
 

@@ -154,9 +154,7 @@ def _product_on_cpu(x: jax.Array, values: jax.Array, scales: jax.Array, *, backw
     return in_blocks(x, values, scales) if in_one_pass is None else in_one_pass
 
 
-def _shape(
-    x: ShapedArray, values: ShapedArray, scales: ShapedArray, *, backward: bool, precision: Any
-) -> ShapedArray:
+def _shape(x: ShapedArray, values: ShapedArray, scales: ShapedArray, *, backward: bool, precision: Any) -> ShapedArray:
     del scales, precision
     return ShapedArray((x.shape[0], values.shape[0 if backward else 1]), jnp.dtype(jnp.float32))
 

@@ -32,7 +32,8 @@ def lookup(embedding_VxD: jax.Array | Int8Weight, tokens_N: jax.Array) -> jax.Ar
     """
     if isinstance(embedding_VxD, Int8Weight):
         values_DxN, scales_GxN = (
-            jnp.take(array, tokens_N, axis=1, mode="clip") for array in (embedding_VxD.values_DxF, embedding_VxD.scales_GxF)
+            jnp.take(array, tokens_N, axis=1, mode="clip")
+            for array in (embedding_VxD.values_DxF, embedding_VxD.scales_GxF)
         )
         return scaled(values_DxN, scales_GxN).T
     V, D = embedding_VxD.shape
