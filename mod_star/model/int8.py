@@ -95,8 +95,8 @@ def quantise(weight: jax.Array, inputs: int, *, outputs_first: bool = False, sta
     first = len(shape) - inputs if outputs_first else inputs
     before, after = shape[:first], shape[first:]
     matrix = weight.reshape(*weight.shape[: int(stacked)], math.prod(before), math.prod(after))
-    arrays = _quantised(jnp.swapaxes(matrix, -1, -2) if outputs_first else matrix)
-    return Int8Weight(*arrays, *((after, before) if outputs_first else (before, after)), outputs_first)
+    values, scales = _quantised(jnp.swapaxes(matrix, -1, -2) if outputs_first else matrix)
+    return Int8Weight(values, scales, *((after, before) if outputs_first else (before, after)), outputs_first)
 
 
 def groups_of(inputs: int) -> int:
