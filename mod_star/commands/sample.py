@@ -140,7 +140,7 @@ class SampleOptions:
     """Write thoughts into the text where it is not a terminal, too."""
     weights: Literal["int8"] | None = None
     """int8: quantise the weights of matrix products when loading, embedding and LM head included, with a scale for
-    each output. Decoding reads and holds a quarter of float32 then. If not given in the model's own type."""
+    each output and 64 inputs. Decoding reads and holds 27 % of float32 then. If not given in the model's own type."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
     """Devices to use, for a model that is too large for one or for many prompts; a single one if not given."""
     json: bool = False

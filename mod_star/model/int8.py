@@ -1,8 +1,9 @@
-"""Weights of matrix products in 8 bits, with a scale per output channel: what decoding reads is a quarter as large.
+"""Weights of matrix products in 8 bits, with a scale per output and group of inputs: decoding reads a quarter as much.
 
-W[d, f] ≈ s[f]·q[d, f] with whole numbers q from -127 to 127 and s[f] = max_d |W[d, f]| / 127, so that
-|W[d, f] - s[f]·q[d, f]| ≤ s[f] / 2. Inputs are not rounded: the product widens q to their type, adds up in float32 and
-scales the sums. Nothing here is differentiable.
+W[d, f] ≈ s[g, f]·q[d, f] with whole numbers q from -127 to 127, where g is the group of d: `GROUP` inputs in a row, as
+in the blocks of GGUF's Q8_0. s[g, f] = max |W[d, f]| / 127 over the group's inputs d, so that
+|W[d, f] - s[g, f]·q[d, f]| ≤ s[g, f] / 2. Inputs are not rounded, and products are added up in float32. Nothing here is
+differentiable.
 
 An `Int8Weight` stands where the float array stood in a model's params, and has as much of an array's interface as the
 network uses, so that the network does not know.
@@ -22,21 +23,23 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mod_star.model.int8_cpu import MANY_ROWS, in_blocks, one_row
+from mod_star.model.few_rows_cpu import MANY_ROWS, in_blocks, one_row, scaled
 from mod_star.model.precision import precision_of
 
 LARGEST = 127
 """q lies in [-LARGEST, LARGEST]."""
+GROUP = 64
+"""Inputs that share a scale."""
 
 
 @struct.dataclass
 class Int8Weight:
     """A quantised weight. Stacked weights have leading axes in both arrays, which the shapes below leave out."""
 
-    values_FxD: jax.Array
-    """int8 q: F outputs, each with its D inputs beside one another."""
-    scales_F: jax.Array
-    """float32 s."""
+    values_DxF: jax.Array
+    """int8 q, D inputs and F outputs."""
+    scales_GxF: jax.Array
+    """float32 s, of G groups of inputs."""
     inputs: tuple[int, ...] = struct.field(pytree_node=False)
     """Axes of the inputs, whose product is D."""
     outputs: tuple[int, ...] = struct.field(pytree_node=False)
@@ -74,9 +77,9 @@ class Int8Weight:
 
     def widened(self) -> jax.Array:
         """The weight in float32, s·q, in its shape; stacked weights keep their leading axes."""
-        weight = self.values_FxD.astype(jnp.float32) * self.scales_F[..., None]
-        weight = weight if self.outputs_first else jnp.swapaxes(weight, -1, -2)
-        return weight.reshape(*self.scales_F.shape[:-1], *self.shape)
+        weight = scaled(self.values_DxF, self.scales_GxF)
+        weight = jnp.swapaxes(weight, -1, -2) if self.outputs_first else weight
+        return weight.reshape(*self.scales_GxF.shape[:-2], *self.shape)
 
 
 def quantise(weight: jax.Array, inputs: int, *, outputs_first: bool = False, stacked: bool = False) -> Int8Weight:
@@ -92,17 +95,24 @@ def quantise(weight: jax.Array, inputs: int, *, outputs_first: bool = False, sta
     first = len(shape) - inputs if outputs_first else inputs
     before, after = shape[:first], shape[first:]
     matrix = weight.reshape(*weight.shape[: int(stacked)], math.prod(before), math.prod(after))
-    values, scales = _quantised(matrix if outputs_first else jnp.swapaxes(matrix, -1, -2))
+    values, scales = _quantised(jnp.swapaxes(matrix, -1, -2) if outputs_first else matrix)
     return Int8Weight(values, scales, *((after, before) if outputs_first else (before, after)), outputs_first)
 
 
+def groups_of(inputs: int) -> int:
+    """Groups that so many inputs are divided into: of `GROUP`, or 32 or 16 where that divides them, else one."""
+    return next((inputs // size for size in (GROUP, 32, 16) if inputs % size == 0), 1)
+
+
 @jax.jit
-def _quantised(weight_FxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """q and s of a weight whose last axis is that of its inputs; an output without any weight but 0 has the scale 0."""
-    weight_FxD = weight_FxD.astype(jnp.float32)
-    scales_F = jnp.max(jnp.abs(weight_FxD), -1) / LARGEST
-    steps_FxD = weight_FxD / jnp.where(scales_F > 0, scales_F, 1)[..., None]
-    return jnp.clip(jnp.round(steps_FxD), -LARGEST, LARGEST).astype(jnp.int8), scales_F
+def _quantised(weight_DxF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """q and s of a weight, which may have leading axes; a group without any weight but 0 has the scale 0."""
+    *stack, D, F = weight_DxF.shape
+    weight_GxSxF = weight_DxF.astype(jnp.float32).reshape(*stack, groups_of(D), -1, F)
+    scales_GxF = jnp.max(jnp.abs(weight_GxSxF), -2) / LARGEST
+    steps_GxSxF = weight_GxSxF / jnp.where(scales_GxF > 0, scales_GxF, 1)[..., None, :]
+    values = jnp.clip(jnp.round(steps_GxSxF), -LARGEST, LARGEST).astype(jnp.int8)
+    return values.reshape(weight_DxF.shape), scales_GxF
 
 
 def int8_linear(
@@ -119,45 +129,42 @@ def int8_linear(
         raise TypeError(f"linear takes {expected}, got {x_NxD.shape} and {weight.shape} in int8")
     dtype = x_NxD.dtype if dtype is None else dtype
     params = {"precision": precision_of(x_NxD.dtype, precision)}
-    if transposed == weight.outputs_first:
-        sums_NxF = int8_product_p.bind(x_NxD, weight.values_FxD, inner=1, **params)
-        return (sums_NxF * weight.scales_F).astype(dtype)
-    scaled = (x_NxD.astype(jnp.float32) * weight.scales_F).astype(x_NxD.dtype)
-    product: jax.Array = int8_product_p.bind(scaled, weight.values_FxD, inner=0, **params)
+    params["backward"] = transposed != weight.outputs_first
+    product: jax.Array = int8_product_p.bind(x_NxD, weight.values_DxF, weight.scales_GxF, **params)
     return product.astype(dtype)
 
 
 int8_product_p = Primitive("int8_product")
-"""Float32 products of rows and the int8 values alone, contracted over their axis `inner`. A primitive so that `vmap`
-makes more rows of a batch, as of `linear`, and so that each platform has a form of its own."""
+"""Float32 products of rows with int8 values and their scales; `backward`: with the transposed weight, from outputs to
+inputs. A primitive so that `vmap` makes more rows of a batch, as of `linear`, and so that each platform has a form of
+its own."""
 
 
-def _product(x: jax.Array, values: jax.Array, *, inner: int, precision: Any) -> jax.Array:
-    """Widened as a whole to the type of the rows, which both 16-bit types and float32 do exactly."""
-    dimensions = (((1,), (inner,)), ((), ()))
-    wide = values.astype(x.dtype)
+def _product(x: jax.Array, values: jax.Array, scales: jax.Array, *, backward: bool, precision: Any) -> jax.Array:
+    """Widened as a whole to the type of the rows."""
+    dimensions = (((1,), (int(backward),)), ((), ()))
+    wide = scaled(values, scales).astype(x.dtype)
     return jax.lax.dot_general(x, wide, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _product_on_cpu(x: jax.Array, values: jax.Array, *, inner: int, precision: Any) -> jax.Array:
-    if inner == 0 or x.shape[0] >= MANY_ROWS:  # 0: only the mean embedding of a latent thought is such a product
-        return _product(x, values, inner=inner, precision=precision)
-    in_one_pass = one_row(x, values) if x.shape[0] == 1 else None
-    return in_blocks(x, values) if in_one_pass is None else in_one_pass
+def _product_on_cpu(x: jax.Array, values: jax.Array, scales: jax.Array, *, backward: bool, precision: Any) -> jax.Array:
+    if backward or x.shape[0] >= MANY_ROWS:  # only the mean embedding of a latent thought is a backward product
+        return _product(x, values, scales, backward=backward, precision=precision)
+    in_one_pass = one_row(x, values, scales) if x.shape[0] == 1 else None
+    return in_blocks(x, values, scales) if in_one_pass is None else in_one_pass
 
 
-def _shape(x: ShapedArray, values: ShapedArray, *, inner: int, precision: Any) -> ShapedArray:
-    del precision
-    return ShapedArray((x.shape[0], values.shape[1 - inner]), jnp.dtype(jnp.float32))
+def _shape(x: ShapedArray, values: ShapedArray, scales: ShapedArray, *, backward: bool, precision: Any) -> ShapedArray:
+    del scales, precision
+    return ShapedArray((x.shape[0], values.shape[0 if backward else 1]), jnp.dtype(jnp.float32))
 
 
-def _batch(operands: tuple[jax.Array, jax.Array], dims: tuple[Any, Any], **params: Any) -> tuple[jax.Array, int]:
-    (x, values), (x_dim, values_dim) = operands, dims
-    if values_dim is None:
-        x = jnp.moveaxis(x, x_dim, 0)
-        rows = int8_product_p.bind(x.reshape(-1, x.shape[-1]), values, **params)
+def _batch(operands: tuple[jax.Array, ...], dims: tuple[Any, ...], **params: Any) -> tuple[jax.Array, int]:
+    if dims[1:] == (None, None):
+        x = jnp.moveaxis(operands[0], dims[0], 0)
+        rows = int8_product_p.bind(x.reshape(-1, x.shape[-1]), *operands[1:], **params)
         return rows.reshape(*x.shape[:2], -1), 0
-    return jax.vmap(lambda x, values: _product(x, values, **params), (x_dim, values_dim))(x, values), 0
+    return jax.vmap(functools.partial(_product, **params), dims)(*operands), 0
 
 
 def _no_gradient(primals: Any, tangents: Any, **params: Any) -> Any:
@@ -165,7 +172,7 @@ def _no_gradient(primals: Any, tangents: Any, **params: Any) -> Any:
     raise TypeError("int8 weights are for generating and scoring: they have no gradient; load the run without them")
 
 
-int8_product_p.def_impl(functools.partial(jax.jit, static_argnames=("inner", "precision"))(_product))
+int8_product_p.def_impl(functools.partial(jax.jit, static_argnames=("backward", "precision"))(_product))
 int8_product_p.def_abstract_eval(_shape)
 mlir.register_lowering(int8_product_p, mlir.lower_fun(_product, multiple_results=False))
 mlir.register_lowering(int8_product_p, mlir.lower_fun(_product_on_cpu, multiple_results=False), platform="cpu")

@@ -12,6 +12,7 @@ import numpy as np
 
 from mod_star.config import ModelConfig
 from mod_star.distributed.sharding import axis_size, constrain
+from mod_star.model.few_rows_cpu import scaled
 from mod_star.model.int8 import Int8Weight
 from mod_star.model.linear import linear
 
@@ -30,8 +31,11 @@ def lookup(embedding_VxD: jax.Array | Int8Weight, tokens_N: jax.Array) -> jax.Ar
     up: no device ever holds the whole embedding. Rows of an embedding in 8 bits are float32.
     """
     if isinstance(embedding_VxD, Int8Weight):
-        values_NxD = lookup(embedding_VxD.values_FxD, tokens_N).astype(jnp.float32)
-        return values_NxD * lookup(embedding_VxD.scales_F[:, None], tokens_N)
+        values_DxN, scales_GxN = (
+            jnp.take(array, tokens_N, axis=1, mode="clip")
+            for array in (embedding_VxD.values_DxF, embedding_VxD.scales_GxF)
+        )
+        return scaled(values_DxN, scales_GxN).T
     V, D = embedding_VxD.shape
     cuts = axis_size("tensor")
     if cuts == 1:

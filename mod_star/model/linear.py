@@ -21,13 +21,12 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from mod_star.model.few_rows_cpu import one_row
 from mod_star.model.int8 import Int8Weight, int8_linear
 from mod_star.model.lora import Adapted
 from mod_star.model.precision import precision_of
 
 linear_p = Primitive("linear")
-ROWS_AT_LEAST = 2
-"""Rows that a 16-bit product is padded to on a CPU."""
 
 
 def linear(
@@ -88,10 +87,12 @@ def _product(x: jax.Array, weight: jax.Array, *, dtype: Any, transposed: bool, p
 
 def _product_on_cpu(x: jax.Array, weight: jax.Array, **params: Any) -> jax.Array:
     """XLA:CPU multiplies a single 16-bit row by converting the whole weight to float32 first: ten times two rows."""
-    rows = x.shape[0]
-    if x.dtype != jnp.float32 and rows < ROWS_AT_LEAST:
-        x = jnp.pad(x, ((0, ROWS_AT_LEAST - rows), (0, 0)))
-    return _product(x, weight, **params)[:rows]
+    if x.dtype == jnp.float32 or x.shape[0] != 1:
+        return _product(x, weight, **params)
+    in_one_pass = None if params["transposed"] else one_row(x, weight)
+    if in_one_pass is not None:
+        return in_one_pass.astype(params["dtype"])
+    return _product(jnp.pad(x, ((0, 1), (0, 0))), weight, **params)[:1]
 
 
 def _batch(operands: tuple[jax.Array, jax.Array], dims: tuple[Any, Any], **params: Any) -> tuple[jax.Array, int]:
