@@ -70,7 +70,9 @@ def decode_step() -> list[str]:
     decoder, key = Decoder(RUN.model, RUN.routing), jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(lambda: own_params(decoder, initial_params(decoder, RUN, ByteTokenizer())))
     prompts = programs.Prompts(shape(B, 8), shape(B), shape(B, dtype=jnp.uint32), shape(), shape(), key)
-    state = jax.eval_shape(lambda *data: programs.prefill(decoder, None, *data, None, room=4), params, prompts)
+    state = jax.eval_shape(
+        lambda *data: programs.prefill(decoder, None, *data, None, size=programs.Size(8, 4)), params, prompts
+    )
     number = shape(dtype=jnp.float32)
     bounds = programs.Bounds(shape(), number, number, number, number, shape(2))
 

@@ -30,6 +30,8 @@ Options = TypeVar("Options")
 
 LEAST_COLUMNS = 40
 """Of help."""
+LEAST_SECONDS = 0.0
+"""Of compiling a program that is kept; JAX's own choice is 1, which leaves out all that a prompt's length takes."""
 
 
 def parse_options(kind: type[Options], argv: Sequence[str], prog: str, default: Any = None) -> Options:
@@ -122,6 +124,8 @@ def keep_compiled_programs() -> None:
     """
     import jax
 
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX reads it itself
         return
     root = cache_root()

@@ -18,6 +18,7 @@ from mod_star import random_streams
 from mod_star.config import ModelConfig, RoutingConfig, require_network
 from mod_star.distributed.sharding import constrain
 from mod_star.errors import require
+from mod_star.model.attention import KeyValues
 from mod_star.model.experts import Load
 from mod_star.model.grouped import grouped_saveable
 from mod_star.model.layers import fan_in_normal, lookup, rms_norm
@@ -184,31 +185,13 @@ def apply_blocks(
     """
     require_merged(params)
     config = decoder.config
-    names = block_names(decoder.routing)
     call = RoutingCall() if call is None else call
-    positions_N, segment_ids_N = tokens.positions_N, tokens.segment_ids_N
 
     def group(x_NxD: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         params, index, memory, taken, decided_N = inputs
-        keys_values, trace, loads = {}, None, []
-        for name in names:
-            before = () if memory is None else memory[name]
-            if name == "routed":
-                group_key = None if call.key is None else jax.random.fold_in(call.key, index)
-                own_call = replace(call, key=group_key, taken=taken, decided=decided_N)
-                own_tokens = Tokens(x_NxD, positions_N, segment_ids_N)
-                delta, keys_values[name], trace, load = routed_block(
-                    decoder, params[name], own_tokens, own_call, before
-                )
-            else:
-                delta, keys_values[name], load = decoder.parts.compute_block(
-                    params[name]["block"], x_NxD, positions_N, segment_ids_N, segment_ids_N > 0, before, config
-                )
-            # Said once per block, so that tokens stay where they are and weights move: `mod_star.distributed.sharding`.
-            x_NxD = constrain(x_NxD + delta, None, None)
-            if load is not None:
-                loads.append(load)
-        load = jax.tree.map(lambda *each: jnp.stack(each), *loads) if loads else None
+        own_key = None if call.key is None else jax.random.fold_in(call.key, index)
+        own_call = replace(call, key=own_key, taken=taken, decided=decided_N)
+        x_NxD, (trace, keys_values, load) = apply_group(decoder, params, replace(tokens, x_NxD=x_NxD), own_call, memory)
         return x_NxD, (trace, keys_values if keep_keys_values else None, load)
 
     if config.remat != "none":
@@ -236,6 +219,41 @@ def apply_blocks(
             results.append(result)
         trace, keys_values, load = jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
     return Output(rms_norm(x_NxD, params["final_norm"], config.norm_eps), trace, keys_values, load)
+
+
+def apply_group(
+    decoder: Decoder, params: dict[str, Any], tokens: Tokens, call: RoutingCall, memory: dict[str, Any] | None = None
+) -> tuple[jax.Array, tuple[Trace | None, dict[str, KeyValues], Load | None]]:
+    """The blocks of one group.
+
+    Args:
+      decoder: sizes and parts.
+      params: of the group.
+      tokens: the stream before it, positions and documents.
+      call: how its routed block decides; key, `taken` and `decided` are this group's.
+      memory: as for `apply_blocks`, of the group.
+
+    Returns:
+      The stream after it; the routed block's decisions, {block name: keys/values}, and load of the blocks' experts.
+    """
+    x_NxD, keys_values, trace, loads = tokens.x_NxD, {}, None, []
+    positions_N, segment_ids_N = tokens.positions_N, tokens.segment_ids_N
+    for name in block_names(decoder.routing):
+        before = () if memory is None else memory[name]
+        if name == "routed":
+            delta, keys_values[name], trace, load = routed_block(
+                decoder, params[name], replace(tokens, x_NxD=x_NxD), call, before
+            )
+        else:
+            delta, keys_values[name], load = decoder.parts.compute_block(
+                params[name]["block"], x_NxD, positions_N, segment_ids_N, segment_ids_N > 0, before, decoder.config
+            )
+        # Said once per block, so that tokens stay where they are and weights move: `mod_star.distributed.sharding`.
+        x_NxD = constrain(x_NxD + delta, None, None)
+        if load is not None:
+            loads.append(load)
+    load = jax.tree.map(lambda *each: jnp.stack(each), *loads) if loads else None
+    return x_NxD, (trace, keys_values, load)
 
 
 def head_matrix(params: dict[str, Any]) -> jax.Array:
