@@ -30,8 +30,6 @@ Options = TypeVar("Options")
 
 LEAST_COLUMNS = 40
 """Of help."""
-LEAST_SECONDS = 0.0
-"""Of compiling a program that is kept; JAX's own choice is 1, which leaves out all that a prompt's length takes."""
 
 
 def parse_options(kind: type[Options], argv: Sequence[str], prog: str, default: Any = None) -> Options:
@@ -124,8 +122,6 @@ def keep_compiled_programs() -> None:
     """
     import jax
 
-    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX reads it itself
         return
     root = cache_root()
@@ -137,6 +133,9 @@ def keep_compiled_programs() -> None:
     with contextlib.suppress(OSError):  # no cache, then
         directory.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(directory))
+        if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+            # JAX keeps those that took a second, which leaves out all that a prompt of a new length takes.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _processor() -> str:

@@ -35,7 +35,8 @@ ENDS = 8
 
 class Generator:
     """Generates with one model. Batch sizes, prompt lengths and room are rounded up, see `mod_star.decoding.lengths`;
-    for each combination that comes up, one program is compiled for prompts and one for new tokens, for all generators.
+    what comes up is compiled for all generators: a small program for prompts, and one for new tokens, which takes
+    seconds but is the same for prompts of many lengths.
 
     It holds the weights once, unstacked and in memory of its own: what becomes of `model.params` later, it does not
     matter. On a mesh, prompts and their rows are shared out over data and fsdp where their number allows.
@@ -56,11 +57,10 @@ class Generator:
         self.routing_key = model.routing_key_in_force
         self.end_ids = tuple(model.tokenizer.end_ids if end_ids is None else end_ids)
         self._can_think = model.can_think
-        self._given: StackedParams | None = model.params
+        self._given: StackedParams | None = model.params  # until they are taken over
         self._donate = donate
-        self._runs_ahead = not is_on_disk(model.params)
-        if self._runs_ahead:
-            _ = self.params  # taken over now: the model's own may be changed or deleted
+        if not is_on_disk(model.params):
+            _ = self.params  # now: the model's own may be changed or deleted afterwards
         self._ends_E = np.full(-(-max(1, len(self.end_ids)) // ENDS) * ENDS, -1, np.int32)
         self._ends_E[: len(self.end_ids)] = self.end_ids
 
@@ -68,8 +68,9 @@ class Generator:
     def params(self) -> UnstackedParams:
         """The weights, in the form that programs take them."""
         assert self._given is not None
-        given, self._given = self._given, None
-        return own_params(self.decoder, given, self._donate)
+        own = own_params(self.decoder, self._given, self._donate)
+        self._given = None
+        return own
 
     @property
     def _recorded(self) -> ThinkingConfig | None:
@@ -300,24 +301,19 @@ class Generator:
           InputError: as for `start`.
         """
         self.check(config)
-        if self._runs_ahead:
+        if self._given is None:
             jax.block_until_ready(self.advance(self.start(prompts, config), 0, config.drawn, config.think))
             return
         self._check_prompts(prompts, config.new_tokens)
-        model = (self.decoder, self._recorded, self._shapes())
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._given)
+        own_shapes = jax.eval_shape(functools.partial(own_params, self.decoder), shapes)
+        model = (self.decoder, self._recorded, own_shapes)
         padded = self._padded(prompts, config)
         size = self._size(padded, config, self._room(prompts, config))
         state = programs.prefill(*model, padded, self.routing_key, size=size, ahead=True)
         bounds, static = self._advance_inputs(0, config.drawn, config.think)
         programs.advance_program().lower(*model, state, bounds, self.routing_key, **static).compile()
         give_back_freed_memory()
-
-    def _shapes(self) -> Any:
-        """Those of `params`, which are not read for it."""
-        if self._given is None:
-            return self.params
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._given)
-        return jax.eval_shape(functools.partial(own_params, self.decoder), shapes)
 
 
 def _batch(prompts: Sequence[Sequence[int]]) -> int:
