@@ -97,7 +97,7 @@ class StoredArray:
                 file.seek(offset)
                 filled = 0
                 while filled < size:  # the kernel reads at most 2 GiB at a time
-                    count = file.readinto(memoryview(memory)[filled:])
+                    count = file.readinto(memory.data[filled:])
                     if not count:
                         raise OSError("the file has become shorter")
                     filled += count
