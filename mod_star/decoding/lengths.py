@@ -11,7 +11,7 @@ ROOM_OF_MANY = 32
 
 FEW_ROWS = 4
 """Rows of a batch that may have many empty slots."""
-SLOTS_OF_FEW = 256
+SLOTS_OF_FEW = 128
 """The least slots of such a batch, for prompts and for new tokens."""
 
 
@@ -34,7 +34,7 @@ def coarse(slots: int, rows: int, most: int) -> int:
     """How many slots a decoding step has for that many tokens: more where there are few rows.
 
     Every number of slots is a program of its own, which takes seconds to compile. A step of few rows spends its time
-    on reading weights, and hardly any on empty slots: there the number is a power of two, at least 256.
+    on reading weights, and hardly any on empty slots: there the number is a power of two, at least 128.
 
     Args:
       slots: that are needed.
