@@ -9,6 +9,7 @@ loop; a thought is sampled after one place of a text and scored, mixed and learn
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,7 +71,8 @@ def decode_step() -> list[str]:
     decoder, key = Decoder(RUN.model, RUN.routing), jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(lambda: own_params(decoder, initial_params(decoder, RUN, ByteTokenizer())))
     prompts = programs.Prompts(shape(B, 8), shape(B), shape(B, dtype=jnp.uint32), shape(), shape(), key)
-    state = jax.eval_shape(lambda *data: programs.prefill(decoder, None, *data, None, room=4), params, prompts)
+    prefill = functools.partial(programs.prefill, decoder, None, size=programs.Size(8, room=4))
+    state = jax.eval_shape(lambda params, prompts: prefill(params, prompts, None), params, prompts)
     number = shape(dtype=jnp.float32)
     bounds = programs.Bounds(shape(), number, number, number, number, shape(2))
 

@@ -133,6 +133,9 @@ def keep_compiled_programs() -> None:
     with contextlib.suppress(OSError):  # no cache, then
         directory.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(directory))
+        if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+            # JAX keeps those that took a second, which leaves out all that a prompt of a new length takes.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _processor() -> str:

@@ -169,7 +169,11 @@ def _run(options: SampleOptions) -> None:
     prompts = options.prompt or ("",) if options.prompt_file is None else _read_prompts(options.prompt_file)
     keep_compiled_programs()
     mesh = make_small_mesh(options.mesh)
-    loaded = load_run(options.run, options.step, mesh=mesh, capacity=options.capacity, weights=options.weights)
+    # A rule of thresholds takes the place of parameters, which then must be there.
+    loaded = load_run(
+        options.run, options.step, mesh=mesh, capacity=options.capacity, weights=options.weights,
+        on_disk=options.causal_rule is None,
+    )  # fmt: skip
     loaded = with_chosen_rule(loaded, options)
     think = chosen_think(loaded, options)
     _sample(loaded, prompts, decoding, think, options, answering)
@@ -230,6 +234,10 @@ class ThinkOptions(Protocol):
 
 def chosen_think(loaded: LoadedRun, options: ThinkOptions) -> Think:
     """When to think. Raises InputError if the model hasn't learned to, or isn't calibrated."""
+    if options.think == "never":  # what calibrates is not imported: it reads data, which takes a second
+        from mod_star.decoding import Think
+
+        return Think()
     from mod_star.inspection import calibration
 
     def tell(note: str) -> None:

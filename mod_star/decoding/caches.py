@@ -136,6 +136,19 @@ class RoutedCache:
 Cache = FullCache | RoutedCache
 
 
+def with_slots(prompt: KeyValues, slots: int) -> KeyValues:
+    """Prompts' keys/values, leaves with a leading axis Q, with empty slots added so that there are that many."""
+    spare = slots - prompt.positions_M.shape[-1]
+    pad = lambda leaf, axis: jnp.pad(leaf, [(0, spare if i == axis else 0) for i in range(leaf.ndim)])  # noqa: E731
+    return KeyValues(
+        pad(prompt.keys_KxMxE, 2),
+        pad(prompt.values_KxMxE, 2),
+        pad(prompt.positions_M, 1),
+        pad(prompt.segment_ids_M, 1),
+        pad(prompt.valid_M, 1),
+    )
+
+
 def full_cache(prompt: KeyValues, new_tokens: int, branches: int = 1) -> FullCache:
     """Cache of a full block after prefill; `prompt` has leaves with a leading axis Q."""
     Q, K, _, E = prompt.keys_KxMxE.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,14 +15,16 @@ from mod_star.config import ThinkingConfig
 from mod_star.decoding import programs
 from mod_star.decoding.generated import Generated, results_of
 from mod_star.decoding.generation_config import GenerationConfig
-from mod_star.decoding.lengths import PROMPT, ROOM, ROOM_OF_MANY, rounded_up
+from mod_star.decoding.lengths import PROMPT, ROOM, ROOM_OF_MANY, coarse, rounded_up
 from mod_star.decoding.sampling import Sampling, compiled_for
 from mod_star.decoding.state import DecodeState, take_prompts
-from mod_star.decoding.step import own_params
+from mod_star.decoding.step import is_on_disk, own_params
 from mod_star.decoding.think import NEVER, Think
 from mod_star.distributed.sharding import batch_sharding, replicated, use_mesh
 from mod_star.errors import InputError, require
+from mod_star.freed_memory import give_back_freed_memory
 from mod_star.loaded_model import Model
+from mod_star.model.transformer import StackedParams, UnstackedParams
 
 Stop = Callable[[list[Generated]], Sequence[bool]]
 BURST, BURST_OF_MANY = 8, 16
@@ -32,7 +35,8 @@ ENDS = 8
 
 class Generator:
     """Generates with one model. Batch sizes, prompt lengths and room are rounded up, see `mod_star.decoding.lengths`;
-    for each combination that comes up, one program is compiled for prompts and one for new tokens, for all generators.
+    what comes up is compiled for all generators: a small program for prompts, and one for new tokens, which takes
+    seconds but is the same for prompts of many lengths.
 
     It holds the weights once, unstacked and in memory of its own: what becomes of `model.params` later, it does not
     matter. On a mesh, prompts and their rows are shared out over data and fsdp where their number allows.
@@ -42,6 +46,9 @@ class Generator:
       end_ids: tokens that end a row; None: the tokenizer's.
       donate: the model's parameters are given away: their arrays are deleted while they are taken over, so that the
         weights never exist twice.
+
+    Parameters that are on disk, as `mod_star.runs.directory.load_run` can leave them, are read at their first use. Call
+    `warm_up` before: the memory that compiling takes is free again then.
     """
 
     def __init__(self, model: Model, end_ids: Sequence[int] | None = None, donate: bool = False) -> None:
@@ -50,9 +57,20 @@ class Generator:
         self.routing_key = model.routing_key_in_force
         self.end_ids = tuple(model.tokenizer.end_ids if end_ids is None else end_ids)
         self._can_think = model.can_think
-        self.params = own_params(model.decoder, model.params, donate)
+        self._given: StackedParams | None = model.params  # until they are taken over
+        self._donate = donate
+        if not is_on_disk(model.params):
+            _ = self.params  # now: the model's own may be changed or deleted afterwards
         self._ends_E = np.full(-(-max(1, len(self.end_ids)) // ENDS) * ENDS, -1, np.int32)
         self._ends_E[: len(self.end_ids)] = self.end_ids
+
+    @functools.cached_property
+    def params(self) -> UnstackedParams:
+        """The weights, in the form that programs take them."""
+        assert self._given is not None
+        own = own_params(self.decoder, self._given, self._donate)
+        self._given = None
+        return own
 
     @property
     def _recorded(self) -> ThinkingConfig | None:
@@ -76,15 +94,35 @@ class Generator:
             in the model's context.
         """
         self._check_prompts(prompts, config.new_tokens)
-        room = rounded_up(config.new_tokens, ROOM, self.decoder.config.context)
-        batch = rounded_up(len(prompts), 1, 2 * len(prompts))
-        return self._start(prompts, config, range(len(prompts)) if numbers is None else numbers, batch, room)
+        return self._start(self._padded(prompts, config, numbers), config, self._room(prompts, config))
 
-    def _start(
-        self, prompts: Sequence[Sequence[int]], config: GenerationConfig, numbers: Sequence[int], batch: int, room: int
-    ) -> DecodeState:
-        """`start`, in a batch of that many prompts and with that much room; copies of the last prompt fill it up."""
+    def _room(self, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> int:
+        """Slots for new tokens in a batch of these prompts."""
+        room = rounded_up(config.new_tokens, ROOM, self.decoder.config.context)
+        return coarse(room, _batch(prompts) * config.rows_per_prompt, self.decoder.config.context)
+
+    def _start(self, padded: programs.Prompts, config: GenerationConfig, room: int) -> DecodeState:
+        """`start`, with that much room."""
+        with use_mesh(self.mesh):
+            return programs.prefill(
+                self.decoder, self._recorded, self.params, padded, self.routing_key,
+                size=self._size(padded, config, room),
+            )  # fmt: skip
+
+    def _size(self, padded: programs.Prompts, config: GenerationConfig, room: int) -> programs.Size:
+        Q, P = padded.tokens_QxP.shape
         branches = config.rows_per_prompt
+        slots = coarse(P, Q * branches, self.decoder.config.context)
+        return programs.Size(slots, room, branches, config.confidence)
+
+    def _padded(
+        self, prompts: Sequence[Sequence[int]], config: GenerationConfig, numbers: Sequence[int] | None = None,
+        batch: int | None = None,
+    ) -> programs.Prompts:  # fmt: skip
+        """A batch of that many prompts; copies of the last one fill it up. None: the next size that there are programs
+        for."""
+        batch = _batch(prompts) if batch is None else batch
+        numbers = range(len(prompts)) if numbers is None else numbers
         filled = [*prompts, *[prompts[-1]] * (batch - len(prompts))]
         first = np.asarray([*numbers, *[numbers[-1]] * (batch - len(prompts))])
         tokens = np.zeros((batch, rounded_up(max(map(len, filled)), PROMPT, self.decoder.config.context)), np.int32)
@@ -94,12 +132,7 @@ class Generator:
         rows = (first[:, None] * (config.branches or 1) + np.array(config.numbers_of_branches)).reshape(-1)
         tokens_QxP, lengths_Q, rows_B = self._shared_out((tokens, lengths, rows.astype(np.uint32)))
         count, limit = np.int32(len(prompts)), np.int32(config.new_tokens)
-        padded = programs.Prompts(tokens_QxP, lengths_Q, rows_B, count, limit, jax.random.key(config.seed))
-        with use_mesh(self.mesh):
-            return programs.prefill(
-                self.decoder, self._recorded, self.params, padded, self.routing_key, room=room, branches=branches,
-                confidence=config.confidence,
-            )  # fmt: skip
+        return programs.Prompts(tokens_QxP, lengths_Q, rows_B, count, limit, jax.random.key(config.seed))
 
     def _shared_out(self, arrays: Any) -> Any:
         """Arrays with a leading axis of prompts or rows, on the mesh."""
@@ -131,17 +164,21 @@ class Generator:
           InputError: the model is asked to think and can't.
         """
         self.require_thinking(think)
-        fixed = NEVER if think.when == "never" else replace(think, threshold=0.0)
+        bounds, static = self._advance_inputs(until, sampling, think)
+        with use_mesh(self.mesh):
+            advanced: DecodeState = programs.advance_program()(
+                self.decoder, self._recorded, self.params, state, bounds, self.routing_key, **static
+            )
+        return advanced
+
+    def _advance_inputs(self, until: int, sampling: Sampling, think: Think) -> tuple[programs.Bounds, dict[str, Any]]:
+        """What a call of `programs.advance_program()` is told as data, and what it is compiled for."""
         bounds = programs.Bounds(
             np.int32(until), np.float32(think.threshold or 0.0), np.float32(sampling.temperature),
             np.float32(sampling.top_p), np.float32(sampling.min_p), self._ends_E,
         )  # fmt: skip
-        with use_mesh(self.mesh):
-            advanced: DecodeState = programs.advance_program()(
-                self.decoder, self._recorded, self.params, state, bounds, self.routing_key,
-                sampling=compiled_for(sampling), think=fixed,
-            )  # fmt: skip
-        return advanced
+        fixed = NEVER if think.when == "never" else replace(think, threshold=0.0)
+        return bounds, {"sampling": compiled_for(sampling), "think": fixed}
 
     def check(self, config: GenerationConfig) -> None:
         """Raises InputError for what this model can't be asked, before anything is compiled."""
@@ -218,7 +255,8 @@ class Generator:
             batch = order[first : first + at_once]
             drawn = batch if numbers is None else [numbers[i] for i in batch]
             # The last batch is filled up: no program for it alone.
-            state = self._start([prompts[i] for i in batch], config, drawn, at_once, room)
+            padded = self._padded([prompts[i] for i in batch], config, drawn, at_once)
+            state = self._start(padded, config, room)
             yield from self._finish_batch(state, np.array(batch), config, stop)
 
     def _finish_batch(
@@ -255,9 +293,32 @@ class Generator:
                 )
 
     def warm_up(self, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> None:
-        """Compiles what generating with these arguments takes, so that the next call can be timed. Draws no token."""
+        """Compiles what generating with these arguments takes, so that the next call can be timed. Draws no token.
+
+        Parameters that are on disk stay there, see the class.
+
+        Raises:
+          InputError: as for `start`.
+        """
         self.check(config)
-        jax.block_until_ready(self.advance(self.start(prompts, config), 0, config.drawn, config.think))
+        if self._given is None:
+            jax.block_until_ready(self.advance(self.start(prompts, config), 0, config.drawn, config.think))
+            return
+        self._check_prompts(prompts, config.new_tokens)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._given)
+        own_shapes = jax.eval_shape(functools.partial(own_params, self.decoder), shapes)
+        model = (self.decoder, self._recorded, own_shapes)
+        padded = self._padded(prompts, config)
+        size = self._size(padded, config, self._room(prompts, config))
+        state = programs.prefill(*model, padded, self.routing_key, size=size, ahead=True)
+        bounds, static = self._advance_inputs(0, config.drawn, config.think)
+        programs.advance_program().lower(*model, state, bounds, self.routing_key, **static).compile()
+        give_back_freed_memory()
+
+
+def _batch(prompts: Sequence[Sequence[int]]) -> int:
+    """How many prompts a batch of these is filled up to."""
+    return rounded_up(len(prompts), 1, 2 * len(prompts))
 
 
 def _ended(state: DecodeState, finished: Sequence[bool]) -> jax.Array:

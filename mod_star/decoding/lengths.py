@@ -9,6 +9,11 @@ ROOM = 128
 ROOM_OF_MANY = 32
 """For collections of prompts, room is rounded up to a multiple of this: they need one program and run many steps."""
 
+FEW_ROWS = 4
+"""Rows of a batch that may have many empty slots."""
+SLOTS_OF_FEW = 128
+"""The least slots of such a batch, for prompts and for new tokens."""
+
 
 def rounded_up(count: int, least: int, most: int) -> int:
     """The next of `least` times 1, 2, 3, 4, 6, 8, 12, 16, ...: at most half of a larger count is padding.
@@ -22,4 +27,23 @@ def rounded_up(count: int, least: int, most: int) -> int:
     while size < count:
         middle = size // 2 * 3
         size = middle if size > least and count <= middle else size * 2
+    return min(size, most)
+
+
+def coarse(slots: int, rows: int, most: int) -> int:
+    """How many slots a decoding step has for that many tokens: more where there are few rows.
+
+    Every number of slots is a program of its own, which takes seconds to compile. A step of few rows spends its time
+    on reading weights, and hardly any on empty slots: there the number is a power of two, at least 128.
+
+    Args:
+      slots: that are needed.
+      rows: of the batch.
+      most: the largest size, at least `slots`.
+    """
+    if rows > FEW_ROWS:
+        return slots
+    size = SLOTS_OF_FEW
+    while size < slots:
+        size *= 2
     return min(size, most)

@@ -1,31 +1,37 @@
-"""The two compiled programs of generation: `prefill` runs the prompts, `advance` is a loop over a documented state.
+"""The compiled programs of generation: `prefill` runs the prompts, `advance` is a loop over a documented state.
 
-Both belong to no generator: what they are compiled for is static and compared by value (the network, the shapes, how
+`prefill` calls one small program for each group of blocks. All groups share it, so that a new length of prompts takes
+a fraction of a second to compile. `advance` has all blocks in one program, which takes seconds, and so that there are
+few of them its shapes are coarse, see `mod_star.decoding.lengths`.
+
+They belong to no generator: what they are compiled for is static and compared by value (the network, the shapes, how
 tokens are drawn, whether it thinks), everything else is data. So all generators of equal networks share their programs.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from mod_star import random_streams
 from mod_star.config import ThinkingConfig
-from mod_star.decoding.caches import Cache, cached_memory, full_cache, in_place_options, routed_cache
+from mod_star.decoding.caches import Cache, cached_memory, full_cache, in_place_options, routed_cache, with_slots
 from mod_star.decoding.confidence import no_confidence, token_confidence
 from mod_star.decoding.sampling import Sampling, draw, log_prob_and_gap, ranked_tokens
 from mod_star.decoding.state import DecodeState
 from mod_star.decoding.step import NewTokens, decode_step
 from mod_star.decoding.think import LastTokens, Think, ThoughtRecord, empty_record, think_step
+from mod_star.distributed.sharding import constrain
 from mod_star.model import Decoder
-from mod_star.model.layers import lookup
+from mod_star.model.layers import lookup, rms_norm
 from mod_star.model.routing import RoutingCall, Tokens, causal_slots
-from mod_star.model.transformer import UnstackedParams, apply_blocks, block_names, logits_of
+from mod_star.model.transformer import UnstackedParams, apply_group, block_names, logits_of
 
 Data = Any
 """An array, of NumPy outside of programs and of JAX inside."""
@@ -49,6 +55,20 @@ class Prompts:
     """The key that all rows' keys come from."""
 
 
+@dataclass(frozen=True)
+class Size:
+    """The sizes of a batch's state, which programs are compiled for."""
+
+    prompt: int
+    """Slots for a prompt's keys and values, at least as many as prompts are padded to."""
+    room: int
+    """Slots for new tokens (T), at least `Prompts.limit`."""
+    branches: int = 1
+    """Rows per prompt."""
+    confidence: bool = False
+    """Whether the steps measure the confidence in each token."""
+
+
 @struct.dataclass
 class Bounds:
     """What a call of `advance` is told as data."""
@@ -67,7 +87,6 @@ class Bounds:
     """int32 tokens that end a row; -1, which no token is, fills it up."""
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "thinking", "room", "branches", "confidence"))
 def prefill(
     decoder: Decoder,
     thinking: ThinkingConfig | None,
@@ -75,9 +94,8 @@ def prefill(
     prompts: Prompts,
     routing_key: jax.Array | None,
     *,
-    room: int,
-    branches: int = 1,
-    confidence: bool = False,
+    size: Size,
+    ahead: bool = False,
 ) -> DecodeState:
     """Runs prompts and returns the state before the first new token.
 
@@ -87,36 +105,97 @@ def prefill(
       params: from `mod_star.decoding.step.own_params`.
       prompts: the batch.
       routing_key: of stochastic routing, or None.
-      room: slots for new tokens (T), at least as many as `prompts.limit`.
-      branches: rows per prompt.
-      confidence: have the steps measure the confidence in each token.
+      size: of the state.
+      ahead: run nothing, compile what a call would run and return the state's shapes. Then shapes will do as params.
     """
-    Q, P = prompts.tokens_QxP.shape
-    B = Q * branches
-    lengths_Q = prompts.lengths_Q
-    segment_ids_QxP = (jnp.arange(P, dtype=jnp.int32) < lengths_Q[:, None]).astype(jnp.int32)
+
+    def run(program: Any, *args: Any, **static: Any) -> Any:
+        if not ahead:
+            return program(*args, **static)
+        lowered = program.lower(*args, **static)
+        lowered.compile()  # JAX keeps it for calls of these shapes
+        return lowered.out_info
+
+    x_QxPxD = run(_embedded, params["embedding"], prompts.tokens_QxP, dtype=decoder.config.dtype)
+    caches: list[Cache] = []
+    for index, group in enumerate(params["groups"]):
+        arrays = (group, x_QxPxD, prompts.lengths_Q, np.int32(index), routing_key)
+        x_QxPxD, own = run(prefill_group, decoder, *arrays, size=size)
+        caches += own
+    state = run(_first_state, decoder, thinking, params["final_norm"], x_QxPxD, prompts, size=size)
+    return replace(state, caches=tuple(caches))
+
+
+@functools.partial(jax.jit, static_argnames=("dtype",))
+def _embedded(embedding_VxD: Any, tokens_QxP: jax.Array, *, dtype: str) -> jax.Array:
+    return jax.vmap(lambda tokens_P: lookup(embedding_VxD, tokens_P).astype(dtype))(tokens_QxP)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "size"))
+def prefill_group(
+    decoder: Decoder,
+    group: dict[str, Any],
+    x_QxPxD: jax.Array,
+    lengths_Q: jax.Array,
+    index: jax.Array,
+    routing_key: jax.Array | None,
+    *,
+    size: Size,
+) -> tuple[jax.Array, tuple[Cache, ...]]:
+    """The blocks of one group on the prompts.
+
+    Args:
+      decoder: the model.
+      group: the group's params.
+      x_QxPxD: the stream before it.
+      lengths_Q: int32 lengths of the prompts.
+      index: int32 number of the group.
+      routing_key: as for `prefill`.
+      size: of the caches.
+
+    Returns:
+      The stream after it, and the caches of its blocks.
+    """
+    P, branches = x_QxPxD.shape[1], size.branches
     positions_P = jnp.arange(P, dtype=jnp.int32)
+    segment_ids_QxP = (positions_P < lengths_Q[:, None]).astype(jnp.int32)
     # The slots do not depend on how prompts are padded, so neither does what is generated.
     slots = causal_slots(decoder.routing, decoder.config.context)
+    key = None if routing_key is None else jax.random.fold_in(routing_key, index)
 
-    def one(tokens_P: jax.Array, segment_ids_P: jax.Array) -> Any:
-        x_PxD = lookup(params["embedding"], tokens_P).astype(decoder.config.dtype)
-        tokens = Tokens(x_PxD, positions_P, segment_ids_P)
-        return apply_blocks(decoder, params, tokens, RoutingCall(slots=slots, key=routing_key))
+    def one(x_PxD: jax.Array, segment_ids_P: jax.Array) -> Any:
+        tokens = Tokens(constrain(x_PxD, None, None), positions_P, segment_ids_P)
+        return apply_group(decoder, group, tokens, RoutingCall(slots=slots, key=key))
 
-    output = jax.vmap(one)(prompts.tokens_QxP, segment_ids_QxP)
+    x_QxPxD, (trace, keys_values, _) = jax.vmap(one)(x_QxPxD, segment_ids_QxP)
     caches: list[Cache] = []
-    for group, keys_values in enumerate(output.keys_values):
-        for name in block_names(decoder.routing):
-            if name == "routed":
-                overflow_Q = jnp.sum(output.trace.overflow[:, group], -1, dtype=jnp.int32)
-                caches.append(routed_cache(keys_values[name], overflow_Q, slots, room, branches))
-            else:
-                caches.append(full_cache(keys_values[name], room, branches))
-    last_QxD = jnp.take_along_axis(output.hidden, (lengths_Q - 1)[:, None, None], 1)[:, 0]
+    for name in block_names(decoder.routing):
+        if name == "routed":
+            overflow_Q = jnp.sum(trace.overflow, -1, dtype=jnp.int32)
+            prompt = keys_values[name] if branches == 1 else with_slots(keys_values[name], min(size.prompt, slots))
+            caches.append(routed_cache(prompt, overflow_Q, slots, size.room, branches))
+        else:
+            caches.append(full_cache(with_slots(keys_values[name], size.prompt), size.room, branches))
+    return x_QxPxD, tuple(caches)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "thinking", "size"))
+def _first_state(
+    decoder: Decoder,
+    thinking: ThinkingConfig | None,
+    final_norm_D: jax.Array,
+    x_QxPxD: jax.Array,
+    prompts: Prompts,
+    *,
+    size: Size,
+) -> DecodeState:
+    """The state after the last group, but for the caches."""
+    lengths_Q, room, branches = prompts.lengths_Q, size.room, size.branches
+    B = len(lengths_Q) * branches
+    last_QxD = jnp.take_along_axis(x_QxPxD, (lengths_Q - 1)[:, None, None], 1)[:, 0]
     return DecodeState(
-        caches=tuple(caches),
-        hidden_BxD=jnp.repeat(last_QxD, branches, 0),
+        caches=(),
+        hidden_BxD=jnp.repeat(rms_norm(last_QxD, final_norm_D, decoder.config.norm_eps), branches, 0),
         tokens_BxT=jnp.full((B, room), -1, jnp.int32),
         log_probs_BxT=jnp.zeros((B, room), jnp.float32),
         gaps_BxT=jnp.zeros((B, room), jnp.float32),
@@ -126,7 +205,7 @@ def prefill(
         done_B=jnp.arange(B, dtype=jnp.int32) >= prompts.count * branches,
         lengths_B=jnp.repeat(lengths_Q, branches),
         keys_B=jax.vmap(functools.partial(jax.random.fold_in, prompts.seed))(prompts.rows_B),
-        confidence=no_confidence(B, room) if confidence else None,
+        confidence=no_confidence(B, room) if size.confidence else None,
         record=None if thinking is None else empty_record(B, room, thinking),
         branches=branches,
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from mod_star.decoding.caches import Cache, FullCache, RoutedCache, over_rows
@@ -40,7 +41,8 @@ def own_params(decoder: Decoder, params: StackedParams, donate: bool = False) ->
 
     Args:
       decoder: the model.
-      params: as trained.
+      params: as trained; or on disk, see `is_on_disk`. What is on disk is read slice by slice: at no time is there more
+        than the result and a slice.
       donate: delete the arrays of `params` one by one as they have been taken over, so that the weights never exist
         twice. Nobody can use those arrays afterwards.
     """
@@ -62,8 +64,18 @@ def own_params(decoder: Decoder, params: StackedParams, donate: bool = False) ->
     return UnstackedParams({**whole, "groups": groups})
 
 
+def is_on_disk(params: StackedParams) -> bool:
+    """Whether leaves of params are not arrays, but read themselves when they are asked for: as a whole by NumPy, or a
+    slice of the first axis with [i]. `mod_star.runs.params_file.StoredArray` is one."""
+    return not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(params))
+
+
 def _taken_over(leaf: Any, dtype: Any, slices: int | None, donate: bool) -> Any:
     """A copy of an array, or a tuple of copies of its slices; the array itself if it is donated and needs no change."""
+    if not isinstance(leaf, jax.Array | np.ndarray):  # what is read is nobody else's
+        if slices is None:
+            return jax.device_put(np.asarray(leaf, dtype), may_alias=True)
+        return tuple(jax.device_put(np.asarray(leaf[i], dtype), may_alias=True) for i in range(slices))
     source = leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
     if slices is not None:
         own: Any = tuple(source[i].astype(dtype) for i in range(slices))

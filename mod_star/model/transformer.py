@@ -196,35 +196,13 @@ def apply_blocks(
     allowed = "must be sequence for generation and thoughts, which need keys and values of each sequence"
     require(not pooled or (memory is None and not keep_keys_values), "budget_over", decoder.budget_over, allowed)
     config = decoder.config
-    names = block_names(decoder.routing)
     call = RoutingCall() if call is None else call
-    positions_N, segment_ids_N = tokens.positions_N, tokens.segment_ids_N
 
     def group(x_NxD: jax.Array, inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         params, index, memory, taken, decided_N = inputs
-        keys_values: dict[str, KeyValues | None] = {}
-        trace, loads = None, []
-        for name in names:
-            before = () if memory is None else memory[name]
-            if name == "routed":
-                group_key = None if call.key is None else jax.random.fold_in(call.key, index)
-                own_call = replace(call, key=group_key, taken=taken, decided=decided_N)
-                own_tokens = Tokens(x_NxD, positions_N, segment_ids_N)
-                if pooled:
-                    delta, keys_values[name], trace, load = pooled_block(decoder, params[name], own_tokens, own_call)
-                else:
-                    delta, keys_values[name], trace, load = routed_block(
-                        decoder, params[name], own_tokens, own_call, before
-                    )
-            else:
-                delta, keys_values[name], load = decoder.parts.compute_block(
-                    params[name]["block"], x_NxD, positions_N, segment_ids_N, segment_ids_N > 0, before, config
-                )
-            # Said once per block, so that tokens stay where they are and weights move: `mod_star.distributed.sharding`.
-            x_NxD = constrain(x_NxD + delta, None, None)
-            if load is not None:
-                loads.append(load)
-        load = jax.tree.map(lambda *each: jnp.stack(each), *loads) if loads else None
+        own_key = None if call.key is None else jax.random.fold_in(call.key, index)
+        own_call = replace(call, key=own_key, taken=taken, decided=decided_N)
+        x_NxD, (trace, keys_values, load) = apply_group(decoder, params, replace(tokens, x_NxD=x_NxD), own_call, memory)
         return x_NxD, (trace, keys_values if keep_keys_values else None, load)
 
     if config.remat != "none":
@@ -252,6 +230,44 @@ def apply_blocks(
             results.append(result)
         trace, keys_values, load = jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
     return Output(rms_norm(x_NxD, params["final_norm"], config.norm_eps), trace, keys_values, load)
+
+
+def apply_group(
+    decoder: Decoder, params: dict[str, Any], tokens: Tokens, call: RoutingCall, memory: dict[str, Any] | None = None
+) -> tuple[jax.Array, tuple[Trace | None, dict[str, KeyValues | None], Load | None]]:
+    """The blocks of one group.
+
+    Args:
+      decoder: sizes and parts.
+      params: of the group.
+      tokens: the stream before it, positions and documents.
+      call: how its routed block decides; key, `taken` and `decided` are this group's.
+      memory: as for `apply_blocks`, of the group.
+
+    Returns:
+      The stream after it; the routed block's decisions, {block name: keys/values}, and load of the blocks' experts.
+    """
+    x_NxD, trace, loads = tokens.x_NxD, None, []
+    keys_values: dict[str, KeyValues | None] = {}
+    positions_N, segment_ids_N = tokens.positions_N, tokens.segment_ids_N
+    for name in block_names(decoder.routing):
+        before = () if memory is None else memory[name]
+        if name == "routed":
+            own_tokens = replace(tokens, x_NxD=x_NxD)
+            if decoder.budget_over == "batch":
+                delta, keys_values[name], trace, load = pooled_block(decoder, params[name], own_tokens, call)
+            else:
+                delta, keys_values[name], trace, load = routed_block(decoder, params[name], own_tokens, call, before)
+        else:
+            delta, keys_values[name], load = decoder.parts.compute_block(
+                params[name]["block"], x_NxD, positions_N, segment_ids_N, segment_ids_N > 0, before, decoder.config
+            )
+        # Said once per block, so that tokens stay where they are and weights move: `mod_star.distributed.sharding`.
+        x_NxD = constrain(x_NxD + delta, None, None)
+        if load is not None:
+            loads.append(load)
+    load = jax.tree.map(lambda *each: jnp.stack(each), *loads) if loads else None
+    return x_NxD, (trace, keys_values, load)
 
 
 def head_matrix(params: dict[str, Any]) -> jax.Array:

@@ -22,7 +22,6 @@ import dataclasses
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,13 +36,26 @@ from jax.sharding import Mesh
 
 from mod_star.data import merge_states
 from mod_star.distributed.processes import gather
-from mod_star.distributed.sharding import place, placed_shapes, shardings
+from mod_star.distributed.sharding import placed_shapes
 from mod_star.errors import InputError, TrainingError
 from mod_star.runs.disk_errors import disk_errors, silence_disk_errors
-from mod_star.runs.integrity import COMMIT_FILE, SUMS_FILE, find_damage, write_sums
-from mod_star.runs.params_file import PARAMS_NAME, read_params_file, write_params_file
+from mod_star.runs.integrity import write_sums
+from mod_star.runs.params_file import write_params_file
 from mod_star.runs.plain_paths import plain_path
-from mod_star.storage import find_files, is_address, read_file
+from mod_star.runs.saved_checkpoints import choose_checkpoint, restore_params, saved_steps
+from mod_star.storage import is_address
+
+__all__ = [
+    "CheckpointWriter",
+    "choose_checkpoint",
+    "delete_after",
+    "require_training",
+    "restore_params",
+    "restore_params_of_training",
+    "restore_state",
+    "save_params",
+    "saved_steps",
+]
 
 # After which Orbax gives up a save. It goes by the wall clock, which a laptop that slept in the middle of a save, or a
 # machine that has just been told the time, find to have jumped: more than any jump.
@@ -203,47 +215,6 @@ def save_params(directory: Path, params: dict[str, Any]) -> None:
     os.rename(beside, directory / "0")
 
 
-def saved_steps(directory: Path) -> list[int]:
-    """Steps of the checkpoints in RUN/checkpoints, ascending, damaged ones included."""
-    if is_address(directory):  # nothing is renamed when all is there; what a killed save has left is no checkpoint
-        ends = {COMMIT_FILE, SUMS_FILE}
-        complete = {path.parent.name for path in map(epath.Path, find_files(f"{directory}/*/*")) if path.name in ends}
-        return sorted(int(name) for name in complete if name.isdecimal())
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
-
-
-def choose_checkpoint(directory: Path, step: int | None, option: str | None, item: str | None = None) -> int | None:
-    """The checkpoint to load: the one asked for, else the newest; None if there is none at all.
-
-    Args:
-      directory: RUN/checkpoints.
-      step: which one; None: the newest.
-      option: name of the command's option that chooses a step, for the error message; None: it has none.
-      item: what of it will be read, such as `PARAMS_ITEM`; None: everything.
-
-    Raises:
-      InputError: the step doesn't exist, or what will be read of its checkpoint is damaged. An older one is offered,
-        never taken silently.
-    """
-    steps = saved_steps(directory)
-    if step is None and not steps:
-        return None
-    if step is None:
-        step = steps[-1]
-    elif step not in steps:
-        raise InputError(
-            f"{option} = {step}: {directory} has {'checkpoints ' if steps else 'no checkpoints'}{steps or ''}"
-        )
-    if damage := find_damage(directory / str(step), item):
-        older = [earlier for earlier in steps if earlier < step and not find_damage(directory / str(earlier), item)]
-        take = f"{option} {older[-1]} takes" if option and older else "delete it to take"
-        offer = f"{take} the one before it" if older else "there is no intact one before it"
-        raise InputError(f"checkpoint {directory / str(step)} is damaged ({damage}); {offer}")
-    return step
-
-
 def require_training(directory: Path) -> None:
     """Raises InputError if a run was imported or upcycled, not trained: its checkpoint holds parameters alone."""
     steps = saved_steps(directory)
@@ -302,27 +273,9 @@ def restore_state(
     return dataclasses.replace(like, params=items["params"], key=key, **training), items["progress"]
 
 
-def restore_params(directory: Path, step: int, like: Any, mesh: Mesh | None = None) -> dict[str, Any]:
-    """Loads only the parameters. Args and errors as for `restore_state`, with `like` the parameters' shapes."""
-    checkpoint = directory / str(step)
-    if (checkpoint / PARAMS_NAME).is_file():
-        with _here(checkpoint) as local:
-            params = read_params_file(local, like)
-        return params if mesh is None else place(params, shardings(mesh, like))
+def restore_params_of_training(directory: Path, step: int, like: Any, mesh: Mesh | None = None) -> dict[str, Any]:
+    """`restore_params` of a checkpoint that Orbax wrote."""
     return _restore(directory, step, params=ocp.args.StandardRestore(_placed(like, mesh)))["params"]
-
-
-@contextmanager
-def _here(checkpoint: Path) -> Iterator[Path]:
-    """A checkpoint of parameters alone as a directory; one in a bucket is fetched for the time being."""
-    if not is_address(checkpoint):
-        yield checkpoint
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        fetched = Path(folder) / PARAMS_NAME
-        fetched.parent.mkdir()
-        fetched.write_bytes(read_file(str(checkpoint / PARAMS_NAME)))
-        yield Path(folder)
 
 
 def _restore(directory: Path, step: int, **items: Any) -> Any:

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
@@ -31,7 +31,6 @@ from jax.sharding import Mesh
 import mod_star
 from mod_star.atomic_files import UNFINISHED
 from mod_star.config import LoraConfig, RunConfig, to_dict
-from mod_star.data.identity import Identity
 from mod_star.distributed.sharding import all_devices, require_model_fits
 from mod_star.errors import InputError, require
 from mod_star.initial_params import initial_params
@@ -49,10 +48,10 @@ from mod_star.runs.buckets import (
     checkpoints_of,
     working_copy,
 )
-from mod_star.runs.checkpoints import choose_checkpoint, restore_params
 from mod_star.runs.integrity import PARAMS_ITEM
 from mod_star.runs.locks import LOCK_FILE, locked
 from mod_star.runs.plain_paths import require_showable
+from mod_star.runs.saved_checkpoints import choose_checkpoint, restore_params, stored_params
 from mod_star.runs.stored_config import (
     BASE,
     CONFIG_FILE,
@@ -69,6 +68,9 @@ from mod_star.runs.stored_config import (
 from mod_star.stages import at_capacity, config_at
 from mod_star.storage import is_address
 from mod_star.tokenization import Tokenizer, load_saved_tokenizer, load_tokenizer, save_tokenizer
+
+if TYPE_CHECKING:  # importing data takes a second and 30 MB, which sampling need not pay
+    from mod_star.data.identity import Identity
 
 __all__ = [
     "CHECKPOINTS_DIRECTORY",
@@ -127,6 +129,7 @@ def load_run(
     mesh: Mesh | None = None,
     capacity: float | None = None,
     weights: str | None = None,
+    on_disk: bool = False,
 ) -> LoadedRun:
     """Loads a run's model from a checkpoint.
 
@@ -138,6 +141,8 @@ def load_run(
       capacity: one of the run's `routing.budgets` to use the model at; None: its `routing.capacity`.
       weights: int8: quantise the weights of matrix products, for generating and scoring (`mod_star.model.int8`); None:
         as they are stored.
+      on_disk: leave the parameters on disk where they can be read array by array, which those of imported and upcycled
+        models can: `params` are `mod_star.runs.params_file.StoredArray`s then, for a `Generator` alone.
 
     Raises:
       InputError: the directory isn't a run, has no checkpoint, the checkpoint's parameters are damaged (an older one
@@ -163,7 +168,10 @@ def load_run(
     run = config_at(run, chosen)
     decoder = Decoder(run.model, run.routing, load_parts(run.parts))
     like = jax.eval_shape(lambda: initial_params(decoder, run, tokenizer))
-    params = merged(restore_params(checkpoints, chosen, like, mesh), run.lora, donate=True)
+    left_there = on_disk and mesh is None and weights is None and not run.lora.rank
+    params = stored_params(checkpoints, chosen, like) if left_there else None
+    if params is None:
+        params = merged(restore_params(checkpoints, chosen, like, mesh), run.lora, donate=True)
     if weights is not None:
         params = quantised(decoder, params, donate=True)
     return LoadedRun(replace(run, lora=LoraConfig()), tokenizer, decoder, params, chosen, mesh)

@@ -60,9 +60,8 @@ class Counting:
         """Decodes step by step with `shift` added to the logit of the causal rule."""
         self.generator.params = self.params
         prompts = make_prompts((5, 9, 2, 7, 4)[:batch])
-        state = self.generator._start(
-            prompts, GenerationConfig(NEW), range(batch), batch, NEW
-        )  # no row fills the batch up
+        padded = self.generator._padded(prompts, GenerationConfig(NEW), batch=batch)  # no row fills the batch up
+        state = self.generator._start(padded, GenerationConfig(NEW), NEW)
         groups = tuple(
             {"routed": {**group["routed"], "predictor": {**group["routed"]["predictor"], "shift": jnp.float32(shift)}}}
             for group in self.params["groups"]
@@ -140,7 +139,9 @@ def cache_sizes(model: ModelConfig, routing: RoutingConfig, prompt: int) -> tupl
         tokens, rows = jnp.zeros((3, prompt), jnp.int32), jnp.arange(3, dtype=jnp.uint32)
         limits = jnp.int32(3), jnp.int32(new)
         prompts = programs.Prompts(tokens, jnp.full(3, prompt), rows, *limits, jax.random.key(0))
-        return programs.prefill(decoder, None, own_params(decoder, params), prompts, None, room=new)
+        return programs.prefill(
+            decoder, None, own_params(decoder, params), prompts, None, size=programs.Size(prompt, new)
+        )
 
     caches = jax.eval_shape(prefilled, shapes).caches
     assert [type(cache) for cache in caches] == [FullCache, RoutedCache] * (model.layers // 2)

@@ -102,7 +102,8 @@ def test_branches_of_a_thinking_model_think(when: Any) -> None:
 @pytest.mark.slow
 def test_the_prompt_is_held_once_and_never_copied(generator: Generator) -> None:
     prompt, new, branches = make_prompts((31,)), 6, 5  # padded to the context
-    state = jax.eval_shape(lambda: generator._start(prompt, GenerationConfig(new, branches=branches), [0], 1, room=new))
+    generation = GenerationConfig(new, branches=branches)
+    state = jax.eval_shape(lambda: generator._start(generator._padded(prompt, generation), generation, room=new))
     config = generator.decoder.config
     per_token = 2 * config.key_heads * config.head_size * 4
     for cache in state.caches:

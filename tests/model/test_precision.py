@@ -126,7 +126,8 @@ class Programs:
             np.zeros((2, 8), np.int32), lengths, rows, np.int32(2), np.int32(4), jax.random.key(0)
         )  # fmt: skip
         model = (self.decoder, self.run.thinking, self.generator.params)
-        return programs.prefill.trace(*model, prompts, None, room=4, branches=2)  # type: ignore[attr-defined]
+        prefill = jax.jit(programs.prefill, static_argnames=("decoder", "thinking", "size"))
+        return prefill.trace(*model, prompts, None, size=programs.Size(prompt=8, room=4, branches=2))
 
     def _decoding(self, think: Think) -> list[Product]:
         static = ("decoder", "thinking", "sampling", "think")

@@ -111,8 +111,8 @@ def make_generator(
 
 
 def program_counts() -> tuple[int, int]:
-    """How many programs this process has compiled by now, of prefill and of decoding."""
-    prefill: Any = programs.prefill
+    """How many programs this process has compiled by now, of prefill (of a group of blocks) and of decoding."""
+    prefill: Any = programs.prefill_group
     return prefill._cache_size(), programs.advance_program()._cache_size()
 
 
