@@ -218,7 +218,7 @@ def measure_batches(rows: int = 8) -> dict[str, float]:
     generator = Generator(Model(decoder, make_params(run, decoder), ByteTokenizer(), run.thinking), end_ids=())
     room = BURST * BURSTS
     rng = np.random.default_rng(0)
-    figures = {}
+    figures: dict[str, float] = {}
     for kind, prompts in (("alike", 1), ("unlike", rows)):
         asked = rng.integers(0, run.model.vocab_size, (prompts, 100)).tolist() * (rows // prompts)
 

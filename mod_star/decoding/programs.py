@@ -17,7 +17,8 @@ from flax import struct
 from mod_star import random_streams
 from mod_star.config import ThinkingConfig
 from mod_star.decoding.caches import Cache, cached_memory, full_cache, in_place_options, routed_cache
-from mod_star.decoding.choosing import Bounds, Data, choose
+from mod_star.decoding.choosing import Bounds as Bounds  # what a caller of `advance` gives
+from mod_star.decoding.choosing import Data, choose
 from mod_star.decoding.confidence import no_confidence
 from mod_star.decoding.own_pace import advance_at_own_pace
 from mod_star.decoding.sampling import Sampling
