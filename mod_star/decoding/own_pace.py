@@ -5,8 +5,8 @@ in another. A thought's keys and values are written into the row's cache, right 
 are. When it ends they are forgotten: the text's next token is written over its first.
 
 Rows that think more often have their tokens later. When half of the rows have all of theirs, the passes go on with the
-other half alone, and once more with a quarter. With `routing.decoded_rows` fixed, tokens of thoughts may pass by as those of
-the text do.
+other half alone, and once more with a quarter. With `routing.decoded_rows` fixed, tokens of thoughts may pass by as
+those of the text do.
 """
 
 from __future__ import annotations
