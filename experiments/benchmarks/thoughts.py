@@ -2,6 +2,7 @@
 
     python -m experiments.benchmarks.thoughts           # a table
     python -m experiments.benchmarks.thoughts --json    # one flat JSON object
+    python -m experiments.benchmarks.thoughts --only-batches
 
 Batch 4, 128 tokens, width 256, 6 layers, vocabulary 8,192; thoughts of 8 tokens, 4 true tokens, 2 thoughts a place.
 Warm, medians, in turns; compilation apart. Memory is what XLA allots to temporaries (`temp_mb_*`: of the gradient of
@@ -206,18 +207,61 @@ def measure_generation() -> dict[str, float]:
     }
 
 
+def measure_batches(rows: int = 8) -> dict[str, float]:
+    """Generation of some rows that think before a quarter of their tokens, over what counting rows predicts.
+
+    `alike`: one prompt, sampled in all rows. `unlike`: a prompt each, some of which make the model think more often.
+    The seconds are the processor's, of all its cores: they count the same whatever else the machine does.
+    """
+    run = make_run(context=256)
+    decoder, t = Decoder(run.model, run.routing), run.thinking.thought_length
+    generator = Generator(Model(decoder, make_params(run, decoder), ByteTokenizer(), run.thinking), end_ids=())
+    room = BURST * BURSTS
+    rng = np.random.default_rng(0)
+    figures: dict[str, float] = {}
+    for kind, prompts in (("alike", 1), ("unlike", rows)):
+        asked = rng.integers(0, run.model.vocab_size, (prompts, 100)).tolist() * (rows // prompts)
+
+        def generate(way: Think, seed: int, asked: list[list[int]] = asked) -> tuple[float, Any]:
+            state = jax.block_until_ready(generator.start(asked, GenerationConfig(room, seed=seed)))
+            began = time.process_time()
+            state = jax.block_until_ready(generator.advance(state, room, SAMPLING, way))
+            return time.process_time() - began, state.record
+
+        entropies = np.asarray(generate(Think("auto", 1e9), 0)[1].entropies_BxT)[:rows, :room]
+        auto = Think("auto", float(np.quantile(entropies, 0.75)), 0.25)
+        plain, thinking, thoughts = [], [], []
+        for seed in range(ROUNDS + 1):  # the first one compiles
+            plain.append(generate(Think(), seed)[0])
+            seconds, record = generate(auto, seed)
+            thinking.append(seconds)
+            thoughts.append(np.asarray(record.thinks_BxT)[:rows, :room].sum(1))
+        passes = room + (t + 2) * np.array(thoughts[1:])
+        expected = statistics.median(plain[1:]) * passes.mean() / room
+        figures |= {
+            f"generate_auto_efficiency_{rows}_{kind}": expected / statistics.median(thinking[1:]),
+            f"generate_auto_share_{rows}_{kind}": float(np.mean(thoughts[1:]) / room),
+            f"generate_auto_busiest_{rows}_{kind}": float(np.mean(passes.max(1) / passes.mean(1))),
+        }
+    return figures
+
+
 @dataclass(frozen=True)
 class Options:
     """Measures what thinking costs in training and in generation."""
 
     json: bool = False
     """Print one flat JSON object instead of a table."""
+    only_batches: bool = False
+    """Measure generation in batches alone."""
 
 
 def main() -> None:
     """Measures and prints."""
     options = tyro.cli(Options)
-    figures = measure_steps() | measure_generation() | measure_memory()
+    figures = measure_batches()
+    if not options.only_batches:
+        figures |= measure_steps() | measure_generation() | measure_memory()
     figures = {name: float(f"{value:.4g}") for name, value in figures.items()}
     if options.json:
         print(json.dumps(figures))

@@ -35,7 +35,8 @@ class FullCache:
         return (self.prompt,)
 
     def own_key_values(self, lengths_B: jax.Array, step: jax.Array) -> tuple[KeyValues, ...]:
-        """What the token of `step` attends to besides that and itself; leaves have a leading axis B."""
+        """What the token of `step` (one for all rows, or one each) attends to besides that and itself; leaves have a
+        leading axis B."""
         B, _, T, _ = self.keys_BxKxTxE.shape
         slots = jnp.arange(T, dtype=jnp.int32)
         generated = KeyValues(
@@ -43,13 +44,17 @@ class FullCache:
             self.values_BxKxTxE,
             lengths_B[:, None] + slots,
             jnp.ones((B, T), jnp.int32),
-            jnp.broadcast_to(slots < step, (B, T)),
+            jnp.broadcast_to(slots < step[..., None], (B, T)),
         )
         return (generated,)
 
     def append(self, own: KeyValues, step: jax.Array) -> FullCache:
-        """With the keys/values of one token per row (B x K x 1 x E) in slot `step`."""
-        write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, step, 2)  # noqa: E731
+        """With the keys/values of one token per row (B x K x 1 x E) in slot `step`, of each row its own if there are as
+        many."""
+        if step.ndim == 0:
+            write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, step, 2)  # noqa: E731
+        else:
+            write = lambda cache, new: write_rows(cache, new, step)  # noqa: E731
         return replace(
             self,
             keys_BxKxTxE=write(self.keys_BxKxTxE, own.keys_KxMxE),
@@ -78,6 +83,24 @@ class RoutedCache:
     """int32 tokens that the causal rule selected but that passed by because no slot was left."""
     slots: int = struct.field(pytree_node=False)
     """The most tokens that the block may compute of a row, those of the prompt included."""
+    open_B: jax.Array | None = None
+    """int32 slots after `filled_B` that an open thought has taken; None where there can be none, see `open_caches`."""
+
+    def of_turn(self, thought_B: jax.Array) -> RoutedCache:
+        """As it is before the next token of every row, one of a thought in some rows: in the others none is open."""
+        assert self.open_B is not None
+        return replace(self, open_B=jnp.where(thought_B, self.open_B, 0))
+
+    def free(self, thought_B: jax.Array | None, thought_slots: int) -> jax.Array:
+        """bool B; whether the block may compute the next token: of a row's text, or of its open thought."""
+        if thought_B is None:
+            return self.count_B < self.slots
+        return jnp.where(thought_B, self.taken_B - self.filled_B < thought_slots, self.count_B < self.slots)
+
+    @property
+    def taken_B(self) -> jax.Array:
+        """int32 slots that are taken here, without `prompt`."""
+        return self.filled_B if self.open_B is None else self.filled_B + self.open_B
 
     def shared_key_values(self) -> tuple[KeyValues, ...]:
         """As for `FullCache`."""
@@ -86,13 +109,13 @@ class RoutedCache:
     def own_key_values(self, lengths_B: jax.Array, step: jax.Array) -> tuple[KeyValues, ...]:
         """As for `FullCache`; what is cached says itself where it stands."""
         del lengths_B, step
-        valid = jnp.arange(self.positions_BxM.shape[1], dtype=jnp.int32) < self.filled_B[:, None]
+        valid = jnp.arange(self.positions_BxM.shape[1], dtype=jnp.int32) < self.taken_B[:, None]
         ids = jnp.ones_like(self.positions_BxM)
         return (KeyValues(self.keys_BxKxMxE, self.values_BxKxMxE, self.positions_BxM, ids, valid),)
 
     def slots_of(self, computed_B: jax.Array) -> jax.Array:
         """int32, the slot that the next token of each row is written to."""
-        return jnp.where(computed_B, self.filled_B, self.positions_BxM.shape[1] - 1)
+        return jnp.where(computed_B, self.taken_B, self.positions_BxM.shape[1] - 1)
 
     def write(self, own: KeyValues, rows_C: jax.Array, slot_C: jax.Array) -> RoutedCache:
         """With the keys/values of one token of some rows (C x K x 1 x E) in these slots. Nothing is counted.
@@ -107,18 +130,32 @@ class RoutedCache:
             values = jax.lax.dynamic_update_slice(values, own.values_KxMxE[i : i + 1], place)
         return replace(self, keys_BxKxMxE=keys, values_BxKxMxE=values)
 
-    def count(self, positions_B: jax.Array, computed_B: jax.Array, overflow_B: jax.Array) -> RoutedCache:
-        """With the tokens counted whose keys/values have been written."""
+    def count(
+        self,
+        positions_B: jax.Array,
+        computed_B: jax.Array,
+        overflow_B: jax.Array,
+        thought_B: jax.Array | None = None,
+    ) -> RoutedCache:
+        """With the tokens counted whose keys/values have been written; those of thoughts take slots alone."""
         rows = jnp.arange(computed_B.shape[0], dtype=jnp.int32)
+        positions_BxM = self.positions_BxM.at[rows, self.slots_of(computed_B)].set(positions_B)
+        open_B = self.open_B
+        if thought_B is not None:
+            open_B = None if open_B is None else open_B + (computed_B & thought_B)
+            computed_B, overflow_B = computed_B & ~thought_B, overflow_B & ~thought_B
         return replace(
             self,
-            positions_BxM=self.positions_BxM.at[rows, self.slots_of(computed_B)].set(positions_B),
+            positions_BxM=positions_BxM,
+            open_B=open_B,
             filled_B=self.filled_B + computed_B,
             count_B=self.count_B + computed_B,
             overflow_B=self.overflow_B + overflow_B,
         )
 
-    def append(self, own: KeyValues, computed_B: jax.Array, overflow_B: jax.Array) -> RoutedCache:
+    def append(
+        self, own: KeyValues, computed_B: jax.Array, overflow_B: jax.Array, thought_B: jax.Array | None = None
+    ) -> RoutedCache:
         """With the keys/values of one token in each row that computed it, and overflows counted."""
         rows, slot_B = jnp.arange(computed_B.shape[0], dtype=jnp.int32), self.slots_of(computed_B)
         if computed_B.shape[0] == 1:  # a slice is updated in place for certain, and fast
@@ -130,7 +167,7 @@ class RoutedCache:
             keys_BxKxMxE=write(self.keys_BxKxMxE, own.keys_KxMxE),
             values_BxKxMxE=write(self.values_BxKxMxE, own.values_KxMxE),
         )
-        return written.count(own.positions_M[:, 0], computed_B, overflow_B)
+        return written.count(own.positions_M[:, 0], computed_B, overflow_B, thought_B)
 
 
 Cache = FullCache | RoutedCache
@@ -147,6 +184,12 @@ def with_slots(prompt: KeyValues, slots: int) -> KeyValues:
         pad(prompt.segment_ids_M, 1),
         pad(prompt.valid_M, 1),
     )
+
+
+def write_rows(cache_BxKxTxE: jax.Array, new_BxKx1xE: jax.Array, slots_B: jax.Array) -> jax.Array:
+    """A cache with one token's keys or values in a slot of each row, in place."""
+    rows = jnp.arange(slots_B.shape[0], dtype=jnp.int32)
+    return cache_BxKxTxE.at[rows, :, slots_B].set(new_BxKx1xE[:, :, 0], unique_indices=True)
 
 
 def full_cache(prompt: KeyValues, new_tokens: int, branches: int = 1) -> FullCache:
@@ -172,6 +215,46 @@ def routed_cache(
     empty, none = jnp.zeros((B, K, own, E), prompt.keys_KxMxE.dtype), jnp.zeros((B, own), jnp.int32)
     count_B, overflow_B = jnp.repeat(count_B, branches), jnp.repeat(overflow_B, branches)
     return RoutedCache(prompt, empty, empty, none, jnp.zeros_like(count_B), count_B, overflow_B, slots)
+
+
+def open_caches(caches: tuple[Cache, ...], tokens: int, thought_slots: int) -> tuple[Cache, ...]:
+    """The caches with room for an open thought in each row, right after its text. `close_caches` takes it away again.
+
+    Args:
+      caches: without such room.
+      tokens: of a thought, <start> and <end> included.
+      thought_slots: how many of them a routed block may compute.
+    """
+
+    def opened(cache: Cache) -> Cache:
+        more = tokens if isinstance(cache, FullCache) else thought_slots
+        wider = _with_slots(cache, lambda a: jnp.pad(a, [(0, more if i == 2 else 0) for i in range(a.ndim)]))
+        if isinstance(wider, FullCache):
+            return wider
+        positions_BxM = jnp.pad(wider.positions_BxM, ((0, 0), (0, more)))
+        return replace(wider, positions_BxM=positions_BxM, open_B=jnp.zeros_like(wider.filled_B))
+
+    return tuple(map(opened, caches))
+
+
+def close_caches(caches: tuple[Cache, ...], tokens: int, thought_slots: int) -> tuple[Cache, ...]:
+    """What `open_caches` was given, with what has been written since; no thought may be open in an unfinished row."""
+
+    def closed(cache: Cache) -> Cache:
+        if isinstance(cache, FullCache):
+            return _with_slots(cache, lambda a: a[:, :, : a.shape[2] - tokens])
+        slots = cache.positions_BxM.shape[1] - thought_slots
+        narrower = _with_slots(cache, lambda a: a[:, :, :slots])
+        return replace(narrower, positions_BxM=cache.positions_BxM[:, :slots], open_B=None)
+
+    return tuple(map(closed, caches))
+
+
+def _with_slots(cache: Cache, change: Callable[[jax.Array], jax.Array]) -> Any:
+    """The cache with its rows' keys and values changed, whose third axis is slots."""
+    if isinstance(cache, FullCache):
+        return replace(cache, keys_BxKxTxE=change(cache.keys_BxKxTxE), values_BxKxTxE=change(cache.values_BxKxTxE))
+    return replace(cache, keys_BxKxMxE=change(cache.keys_BxKxMxE), values_BxKxMxE=change(cache.values_BxKxMxE))
 
 
 def over_rows(function: Callable[[Any, Any], Any], rows: Any, shared: Any, branches: int) -> Any:
@@ -231,6 +314,12 @@ def reorder_cache(cache: Cache, rows_B: jax.Array) -> Cache:
 def take_prompts_of_cache(cache: Cache, prompts: jax.Array, rows: jax.Array) -> Cache:
     """The cache of some prompts, which have these rows."""
     return replace(reorder_cache(cache, rows), prompt=jax.tree.map(lambda leaf: leaf[prompts], cache.prompt))
+
+
+def put_rows_of_cache(cache: Cache, taken: Cache, put: Callable[[jax.Array, jax.Array], jax.Array]) -> Cache:
+    """The cache with what has become of some rows that were taken from it. Prompts stay as they are."""
+    own, theirs = (replace(each, prompt=None) for each in (cache, taken))  # type: ignore[arg-type]
+    return replace(jax.tree.map(put, own, theirs), prompt=cache.prompt)
 
 
 def in_place_options() -> dict[str, bool] | None:

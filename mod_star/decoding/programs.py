@@ -22,8 +22,11 @@ from flax import struct
 from mod_star import random_streams
 from mod_star.config import ThinkingConfig
 from mod_star.decoding.caches import Cache, cached_memory, full_cache, in_place_options, routed_cache, with_slots
-from mod_star.decoding.confidence import no_confidence, token_confidence
-from mod_star.decoding.sampling import Sampling, draw, log_prob_and_gap, ranked_tokens
+from mod_star.decoding.choosing import Bounds as Bounds  # what a caller of `advance` gives
+from mod_star.decoding.choosing import Data, choose
+from mod_star.decoding.confidence import no_confidence
+from mod_star.decoding.own_pace import advance_at_own_pace
+from mod_star.decoding.sampling import Sampling
 from mod_star.decoding.state import DecodeState
 from mod_star.decoding.step import NewTokens, decode_step
 from mod_star.decoding.think import LastTokens, Think, ThoughtRecord, empty_record, think_step
@@ -32,9 +35,6 @@ from mod_star.model import Decoder
 from mod_star.model.layers import lookup, rms_norm
 from mod_star.model.routing import RoutingCall, Tokens, causal_slots
 from mod_star.model.transformer import UnstackedParams, apply_group, block_names, logits_of
-
-Data = Any
-"""An array, of NumPy outside of programs and of JAX inside."""
 
 
 @struct.dataclass
@@ -67,24 +67,6 @@ class Size:
     """Rows per prompt."""
     confidence: bool = False
     """Whether the steps measure the confidence in each token."""
-
-
-@struct.dataclass
-class Bounds:
-    """What a call of `advance` is told as data."""
-
-    until: Data
-    """int32 tokens per row."""
-    threshold: Data
-    """float32, in place of `Think.threshold`."""
-    temperature: Data
-    """float32, in place of `Sampling.temperature` where that is not 0."""
-    top_p: Data
-    """float32, in place of `Sampling.top_p` where that is not 1."""
-    min_p: Data
-    """float32, in place of `Sampling.min_p` where that is not 0."""
-    ends_E: Data
-    """int32 tokens that end a row; -1, which no token is, fills it up."""
 
 
 def prefill(
@@ -234,6 +216,9 @@ def _advance(
       sampling: how to draw; its numbers are in `bounds`.
       think: when and how to think; its threshold is in `bounds`.
     """
+    if think.when == "auto" and state.done_B.shape[0] > 1:
+        assert thinking is not None
+        return advance_at_own_pace(decoder, thinking, params, state, bounds, sampling, think)
 
     def unfinished(state: DecodeState) -> jax.Array:
         return (state.step < jnp.minimum(bounds.until, state.limit)) & ~jnp.all(state.done_B)
@@ -245,14 +230,11 @@ def _advance(
         else:
             assert thinking is not None
             logits_BxV, thoughts = think_in(decoder, thinking, params, state, think, bounds.threshold)
-        numbers = (bounds.temperature, bounds.top_p, bounds.min_p)
-        tokens_B = jax.vmap(functools.partial(draw, sampling=sampling, numbers=numbers))(keys_B, logits_BxV)
-        if sampling.branch:
-            ranked = functools.partial(ranked_tokens, logits_BxV, state.branches)
-            tokens_B = jax.lax.cond(state.step == 0, ranked, lambda: tokens_B)
-        log_probs_B, gaps_B = log_prob_and_gap(logits_BxV, tokens_B)
-        ends_B = state.done_B | jnp.any(tokens_B[:, None] == bounds.ends_E, -1)
-        new = NewTokens(tokens_B, state.lengths_B, state.step, ~ends_B)
+        chosen = choose(
+            logits_BxV, keys_B, state.step == 0, sampling, bounds, state.branches, state.confidence is not None
+        )
+        ends_B = state.done_B | chosen.ends_B
+        new = NewTokens(chosen.tokens_B, state.lengths_B, state.step, ~ends_B)
         hidden_BxD, caches = decode_step(decoder, params, state.caches, new, state.branches, routing_key)
 
         def write(buffer: jax.Array, values: jax.Array) -> jax.Array:
@@ -263,14 +245,14 @@ def _advance(
 
         confidence = state.confidence
         if confidence is not None:
-            confidence = jax.tree.map(lambda a, b: column(a, b, 0.0), confidence, token_confidence(logits_BxV))
+            confidence = jax.tree.map(lambda a, b: column(a, b, 0.0), confidence, chosen.confidence)
         return replace(
             state,
             caches=caches,
             hidden_BxD=hidden_BxD,
-            tokens_BxT=column(state.tokens_BxT, tokens_B, -1),
-            log_probs_BxT=column(state.log_probs_BxT, log_probs_B, 0.0),
-            gaps_BxT=column(state.gaps_BxT, gaps_B, 0.0),
+            tokens_BxT=column(state.tokens_BxT, chosen.tokens_B, -1),
+            log_probs_BxT=column(state.log_probs_BxT, chosen.log_probs_B, 0.0),
+            gaps_BxT=column(state.gaps_BxT, chosen.gaps_B, 0.0),
             step=state.step + 1,
             done_B=ends_B,
             confidence=confidence,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from flax import struct
 
-from mod_star.decoding.caches import Cache, reorder_cache, take_prompts_of_cache
+from mod_star.decoding.caches import Cache, put_rows_of_cache, reorder_cache, take_prompts_of_cache
 from mod_star.decoding.confidence import TokenConfidence
 from mod_star.decoding.think import ThoughtRecord
 
@@ -71,6 +73,24 @@ def take_prompts(state: DecodeState, prompts: jax.Array | npt.NDArray[np.int32])
     rows = (prompts[:, None] * k + jnp.arange(k, dtype=jnp.int32)).reshape(-1)
     caches = tuple(take_prompts_of_cache(cache, prompts, rows) for cache in state.caches)
     return replace(_take_rows(state, caches, rows), count=jnp.int32(prompts.shape[0]))
+
+
+def put_prompts(
+    state: DecodeState, taken: DecodeState, put: Callable[[jax.Array, jax.Array], jax.Array]
+) -> DecodeState:
+    """The state with what has become of the prompts that `take_prompts` took, which have one branch each.
+
+    Args:
+      state: what they were taken from.
+      taken: they themselves, later.
+      put: writes rows of an array into those of another that they were taken from.
+    """
+    fixed: dict[str, Any] = {"caches": (), **dict.fromkeys(("step", "limit", "count", "lengths_B", "keys_B"))}
+    by_row = jax.tree.map(put, replace(state, **fixed), replace(taken, **fixed))
+    caches = tuple(put_rows_of_cache(old, new, put) for old, new in zip(state.caches, taken.caches, strict=True))
+    kept = {name: getattr(state, name) for name in fixed if name != "caches"}
+    whole: DecodeState = replace(by_row, caches=caches, **kept)
+    return whole
 
 
 def _take_rows(state: DecodeState, caches: tuple[Cache, ...], rows: jax.Array) -> DecodeState:

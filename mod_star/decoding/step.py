@@ -99,9 +99,15 @@ class NewTokens:
     lengths_B: jax.Array
     """int32 prompt lengths; the token's position is this plus `step`."""
     step: jax.Array
-    """int32 scalar; how many tokens each row has generated before."""
+    """int32; how many tokens each row has generated before, those of an open thought included: a scalar, or B."""
     active_B: jax.Array
     """bool; rows that are finished are computed in full blocks but never in routed ones."""
+    inputs_BxD: jax.Array | None = None
+    """What the first block reads; None: the tokens' embeddings."""
+    thought_B: jax.Array | None = None
+    """bool; the token is one of an open thought, see `mod_star.decoding.own_pace`. None: of none."""
+    thought_slots: int = struct.field(pytree_node=False, default=0)
+    """Tokens that a routed block may compute of a thought."""
 
 
 def decode_step(
@@ -126,7 +132,8 @@ def decode_step(
       Hidden states BxD after the final norm, and the caches with the token in them.
     """
     config, routing = decoder.config, decoder.routing
-    x_BxD = lookup(params["embedding"], new.tokens_B).astype(config.dtype)
+    x_BxD = lookup(params["embedding"], new.tokens_B) if new.inputs_BxD is None else new.inputs_BxD
+    x_BxD, thought_B = x_BxD.astype(config.dtype), new.thought_B
     positions_B = new.lengths_B + new.step
     names = block_names(routing)
     updated: list[Cache] = []
@@ -134,6 +141,8 @@ def decode_step(
         group_key = None if key is None else jax.random.fold_in(key, index)
         for name in names:
             cache, block = caches[len(updated)], group[name]
+            if thought_B is not None and isinstance(cache, RoutedCache):
+                cache = cache.of_turn(thought_B)
             own_memory = cache.own_key_values(new.lengths_B, new.step)
             if isinstance(cache, FullCache):
                 full_row = functools.partial(_full_row, decoder, block)
@@ -146,19 +155,19 @@ def decode_step(
                 noise = stochastic_noise(group_key, positions_B)
                 passing_B = causal_logit(decoder, block, x_BxD, scores_B, noise) > 0
                 passing_B &= new.active_B
-                computed_B = passing_B & (cache.count_B < cache.slots)
+                computed_B = passing_B & cache.free(thought_B, new.thought_slots)
                 rows = RoutedRows(x_BxD, scores_B, positions_B, computed_B)
                 if branches == 1 < len(x_BxD):
                     in_place = functools.partial(_in_place, decoder)
                     delta_BxD, cache, computed_B = for_own_rows(in_place, (rows, cache), block)
-                    updated.append(cache.count(positions_B, computed_B, passing_B & ~computed_B))
+                    updated.append(cache.count(positions_B, computed_B, passing_B & ~computed_B, thought_B))
                 else:
                     if routing.decoded_rows == "fixed":
                         rows = replace(rows, computed_B=_within_a_chunk(decoder, rows, branches))
                     routed_row = functools.partial(_routed_row, decoder, block)
                     arrays = (rows, own_memory)
                     delta_BxD, own = over_rows(routed_row, arrays, cache.shared_key_values(), branches)
-                    updated.append(cache.append(own, rows.computed_B, passing_B & ~rows.computed_B))
+                    updated.append(cache.append(own, rows.computed_B, passing_B & ~rows.computed_B, thought_B))
             x_BxD = x_BxD + delta_BxD
     return rms_norm(x_BxD, params["final_norm"], config.norm_eps), tuple(updated)
 

@@ -1,5 +1,7 @@
 """Thinking while generating: one thought after the last token, in the rows that need it, then forgotten.
 
+Here rows are in step. Those of a batch that thinks only before some tokens are not, see `mod_star.decoding.own_pace`.
+
 A thought reads the decoding caches and keeps keys/values of its own; those caches never hold any of it.
 """
 
@@ -38,7 +40,8 @@ class Think:
     threshold: float | None = None
     """In nats; for auto only, which needs it. May be infinite."""
     share: float = 0.25
-    """About how many of the rows auto lets think, in (0, 1]: sizes the chunks they are computed in, not the result."""
+    """About how many of the rows auto lets think, in (0, 1]. Where rows are in step, as of beams and of texts that are
+    scored, it sizes the chunks they are computed in; it never changes the result."""
     temperature: float = 0.0
     """Of the draws of thought tokens; 0: greedy. At least 1e-6 otherwise."""
     by: By = "entropy"
@@ -128,12 +131,8 @@ def think_step(
       InputError: the model has no decider, and is to think by it.
     """
     base_BxV = logits_of(params, last.hidden_BxD)
-    log_p_BxV = jax.nn.log_softmax(base_BxV)
-    entropies_B = -jnp.sum(jnp.exp(log_p_BxV) * log_p_BxV, -1)
-    scores_B = entropies_B
-    if think.when == "auto" and think.by == "decider":
-        scores_B = expected_gain(decider_of(params), last.hidden_BxD)
-    thinks_B = last.active_B if think.when == "always" else last.active_B & (scores_B > threshold)
+    wants_B, entropies_B = to_think(params, think, threshold, last.hidden_BxD, base_BxV)
+    thinks_B = last.active_B & wants_B
     after_thought = functools.partial(_after_thought, decoder, thinking, think.temperature)
 
     def row(row: tuple[Any, ...], shared: Any) -> tuple[jax.Array, ...]:
@@ -156,6 +155,29 @@ def think_step(
         jnp.where(thinks_B, weights_B, 0.0),
     )
     return jnp.where(thinks_B[:, None], logits_BxV, base_BxV), record
+
+
+def to_think(
+    params: UnstackedParams, think: Think, threshold: jax.Array | float, hidden_BxD: jax.Array, logits_BxV: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Whether each row is to think before its next token, bool B; and the entropy of its prediction, float32 B in nats.
+
+    Args:
+      params: the model's.
+      think: always or auto.
+      threshold: float32 scalar, in place of `think.threshold`.
+      hidden_BxD: hidden states without a thought, after the final norm.
+      logits_BxV: of these, float32.
+
+    Raises:
+      InputError: the model has no decider, and is to think by it.
+    """
+    log_p_BxV = jax.nn.log_softmax(logits_BxV)
+    entropies_B = -jnp.sum(jnp.exp(log_p_BxV) * log_p_BxV, -1)
+    if think.when == "always":
+        return jnp.ones_like(entropies_B, bool), entropies_B
+    scores_B = expected_gain(decider_of(params), hidden_BxD) if think.by == "decider" else entropies_B
+    return scores_B > threshold, entropies_B
 
 
 def _after_thought(

@@ -93,8 +93,8 @@ def always(thinker: Thinker) -> list[Generated]:
 
 @pytest.fixture(scope="module")
 def auto(thinker: Thinker, always: list[Generated]) -> Think:
-    """With the median of all entropies as threshold, and chunks too small for some of the steps."""
-    return Think("auto", float(np.median([result.entropies for result in always])), share=0.1)
+    """With the median of all entropies as threshold."""
+    return Think("auto", float(np.median([result.entropies for result in always])))
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +129,8 @@ def test_auto_thinks_where_the_entropy_is_above_the_threshold_and_nowhere_else(
         thought = [thought is not None for thought in result.thoughts]
         assert thought == [entropy > auto.threshold for entropy in result.entropies]
         thinker.check(row, result)
-    at_once = np.sum([[thought is not None for thought in result.thoughts] for result in sometimes], 0)
-    assert min(at_once) <= 2 < max(at_once), "steps of one chunk (of 2 rows) and of several"
+    counts = [sum(thought is not None for thought in result.thoughts) for result in sometimes]
+    assert min(counts) < max(counts), "rows that are not in step"
 
 
 @pytest.mark.slow
@@ -138,6 +138,24 @@ def test_a_row_alone_thinks_as_in_a_batch(thinker: Thinker, auto: Think, sometim
     same(
         thinker.generator.generate(PROMPTS[:1], GenerationConfig(NEW, SAMPLED, seed=SEED, think=auto))[0], sometimes[0]
     )
+
+
+@pytest.mark.slow
+def test_bursts_change_nothing(thinker: Thinker, auto: Think, sometimes: list[Generated]) -> None:
+    """Rows that wait for one another at the end of a burst, and a thought after it."""
+    bursts = list(thinker.generator.stream(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, burst=1, think=auto)))
+    assert len(bursts) == NEW
+    for found, expected in zip(bursts[-1], sometimes, strict=True):
+        same(found, expected)
+
+
+@pytest.mark.slow
+def test_latent_thoughts_at_their_own_pace() -> None:
+    thinker = Thinker(0, ThinkingConfig(thought_length=2, n_true=2, kind="latent", policy_weight=0.0, n_thoughts=1), 1)
+    config = GenerationConfig(NEW, SAMPLED, seed=SEED, think=Think("auto", 3.0))
+    together = thinker.generator.generate(PROMPTS[:2], config)
+    assert 0 < sum(thought == [] for thought in together[0].thoughts) < NEW
+    same(thinker.generator.generate(PROMPTS[:1], config)[0], together[0])
 
 
 @pytest.mark.slow

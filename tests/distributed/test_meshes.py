@@ -58,10 +58,11 @@ def test_the_kernels_of_tpus_equal_one_device(eight: Path) -> None:
             np.testing.assert_allclose(many[name], one[name], atol=1e-5 * max(1.0, np.abs(one[name]).max()))
 
 
+@pytest.mark.parametrize("program", ["decode", "auto"])
 @pytest.mark.slow
-def test_a_decode_step_sends_no_cache(eight: Path) -> None:
-    """Keys and values have four dimensions, with the heads; nothing else of a step has."""
-    text = (eight / "decode-mixed.txt").read_text()
+def test_a_decode_step_sends_no_cache(eight: Path, program: str) -> None:
+    """Keys and values have four dimensions, with the heads; nothing else of a step has. Of rows that think, too."""
+    text = (eight / f"{program}-mixed.txt").read_text()
     sent = re.findall(r"= (\(?[^=]*?\)?) (?:all-[a-z]+|collective-permute|reduce-scatter)(?:-start)?\(", text)
     assert sent and "while(" in text, "rows are pooled, and something is sent"
     sizes = [tuple(map(int, dims.split(","))) for kinds in sent for dims in re.findall(r"\[([\d,]+)\]", kinds)]
@@ -100,11 +101,11 @@ def test_routing_selects_the_same_tokens(eight: Path, mesh: str) -> None:
 @pytest.mark.slow
 def test_sampling_equals_one_device(eight: Path) -> None:
     one, many = (json.loads((eight / f"sample-{mesh}.json").read_text()) for mesh in ("one", "mixed"))
-    for way in ("plain", "thinking"):
+    for way in ("plain", "thinking", "auto"):
         for expected, found in zip(one[way], many[way], strict=True):
             assert found["tokens"] == expected["tokens"] and found["overflow"] == expected["overflow"]
             np.testing.assert_allclose(found["log_probs"], expected["log_probs"], rtol=1e-5, atol=1e-5)
-    assert one["plain"] != one["thinking"]
+    assert one["plain"] != one["thinking"] != one["auto"] != one["plain"]
 
 
 @pytest.mark.parametrize(("kind", "mesh"), CASES)

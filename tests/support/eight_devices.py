@@ -27,7 +27,7 @@ from mod_star.config import (
     ThinkingConfig,
     TrainConfig,
 )
-from mod_star.decoding import GenerationConfig, Generator, Sampling, Think
+from mod_star.decoding import GenerationConfig, Generator, Sampling, Think, programs
 from mod_star.decoding.step import NewTokens, decode_step
 from mod_star.distributed.sharding import batch_sharding, make_mesh, place, placed_shapes, shardings, use_mesh
 from mod_star.loaded_model import Model
@@ -40,6 +40,7 @@ from mod_star.training.objectives.next_token import forward
 from mod_star.training.optimizer import make_optimizer
 from mod_star.training.state import TrainState
 
+AUTO = Think("auto", 0.2)
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
 THINKING = ("quiet_star", "gathered")
 
@@ -121,7 +122,7 @@ def put_together_bytes(program: Any) -> float:
 
 
 def sample(name: str, out: Path) -> None:
-    """Tokens and log-probabilities of four prompts, without thoughts and with one before every token."""
+    """Tokens and log-probabilities of four prompts: without thoughts, with one before every token, and before some."""
     run = make_run("quiet_star")
     decoder, params = Decoder(run.model, run.routing), make_state(run, "quiet_star").params
     mesh = None if name == "one" else make_mesh(MeshConfig(*MESHES[name]))
@@ -130,7 +131,7 @@ def sample(name: str, out: Path) -> None:
     generator = Generator(Model(decoder, params, ByteTokenizer(), run.thinking, mesh), end_ids=())
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11]]
     found = {}
-    for way, think in (("plain", Think()), ("thinking", Think("always"))):
+    for way, think in (("plain", Think()), ("thinking", Think("always")), ("auto", AUTO)):
         results = generator.generate(prompts, GenerationConfig(6, Sampling(1.0), seed=3, think=think))
         found[way] = [{"tokens": r.tokens, "log_probs": r.log_probs, "overflow": r.overflow} for r in results]
     (out / f"sample-{name}.json").write_text(json.dumps(found))
@@ -141,6 +142,14 @@ def sample(name: str, out: Path) -> None:
         with use_mesh(mesh):
             step = jax.jit(functools.partial(decode_step, decoder)).lower(generator.params, state.caches, new)
         (out / f"decode-{name}.txt").write_text(step.compile().as_text() or "")
+        numbers = np.float32(1)
+        bounds = programs.Bounds(np.int32(6), np.float32(0.2), numbers, numbers, numbers, np.full(8, -1, np.int32))
+        with use_mesh(mesh):
+            loop = programs.advance_program().lower(
+                decoder, run.thinking, generator.params, state, bounds, None,
+                sampling=Sampling(1.0), think=replace(AUTO, threshold=0.0),
+            )  # fmt: skip
+        (out / f"auto-{name}.txt").write_text(loop.compile().as_text() or "")
 
 
 def attention(out: Path) -> None:

@@ -1,0 +1,1 @@
+"""Where a thought helps: entropy against a learned decider. README.md has the claim, the command and the results."""
