@@ -89,7 +89,7 @@ def look(run: LoadedRun, documents: Sequence[Document], mode: RoutingMode) -> It
 
     @jax.jit
     def program(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        output = forward(run.decoder, params, batch, jax.random.key(run.config.train.seed), mode)
+        output: Any = forward(run.decoder, params, batch, jax.random.key(run.config.train.seed), mode)
         logp = jax.nn.log_softmax(jax.vmap(lambda hidden: logits_of(params, hidden))(output.hidden))
         return output.trace.selected, -jnp.sum(jnp.exp(logp) * logp, -1)
 

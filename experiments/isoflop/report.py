@@ -23,6 +23,8 @@ from mod_star.views.pictures import as_shipped, save_figure, try_to_draw
 from mod_star.views.plots import COLOURS, DPI, PALE
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
 
 
@@ -182,7 +184,7 @@ def swept(runs: Sequence[Reading], budget: float, arm: str, seed: int) -> list[R
 
 
 @as_shipped
-def plot(runs: Sequence[Reading], path: Any) -> None:
+def plot(runs: Sequence[Reading], path: Path) -> None:
     """Draws loss over parameters, a panel for each budget: a point for each seed, lines through the means."""
     from matplotlib.figure import Figure
 
@@ -198,11 +200,11 @@ def plot(runs: Sequence[Reading], path: Any) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("held-out loss, causally (nats per token)")
-    handles = {}
+    handles: dict[str, Any] = {}
     for axes in figure.axes:
         lines, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, lines, strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
+    figure.legend(list(handles.values()), list(handles), loc="outside right upper", frameon=False)
     save_figure(figure, path)
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from experiments.support.workers import train_all
 from mod_star.config import DataConfig, ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, TrainConfig
 from mod_star.errors import require
-from mod_star.flops import training_step_flops
 
 TEMPLATE = "Q: {question}\nA: {answer}"
 VOCAB = 2048
@@ -119,6 +119,8 @@ def config(options: Options, cell: Cell) -> RunConfig:
     Raises:
       InputError: the smallest budget does not reach for one step.
     """
+    from mod_star.flops import training_step_flops  # imports JAX, which a worker may only after it has its core
+
     arm, run = ARMS[cell.arm], _config(options, cell)
     dense_step = training_step_flops(_config(options, replace(cell, arm="dense")))
     last = max(options.multiples)
@@ -173,8 +175,6 @@ def main() -> None:
     """Trains, unless only the report is asked for, and reports."""
     options = tyro.cli(Options, prog="python -m experiments.isoflop")
     if not options.report:
-        from experiments.support.workers import train_all
-
         runs = {cell.name: config(options, cell) for cell in cells(options)}
         make_tokenizer(options)
         train_all(runs, options.out, options.workers)

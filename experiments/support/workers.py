@@ -10,6 +10,7 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 
 from mod_star.config import RunConfig
+from mod_star.errors import require
 
 
 def train_all(runs: Mapping[str, RunConfig], out: Path, workers: int) -> None:
@@ -18,18 +19,21 @@ def train_all(runs: Mapping[str, RunConfig], out: Path, workers: int) -> None:
     Args:
       runs: by name: a run is kept in `out`/NAME, and what it prints in `out`/NAME.log.
       out: a directory; made if absent.
-      workers: processes at a time, each bound to one core.
+      workers: processes at a time, each bound to one core; at most as many as there are cores.
 
     Raises:
+      InputError: there are no workers.
       SystemExit: a run failed. Runs that were complete are kept.
     """
+    require(workers >= 1, "--workers", workers, "must be at least 1")
     out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")  # a process reads the number of its cores when it imports JAX
     cores: Queue[int] = context.Queue()
-    for core in sorted(os.sched_getaffinity(0))[:workers]:
+    own = sorted(os.sched_getaffinity(0))[:workers]
+    for core in own:
         cores.put(core)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_bind, initargs=(cores,)) as pool:
-        names = {pool.submit(_train_one, run, out, name): name for name, run in runs.items()}
+    with ProcessPoolExecutor(len(own), mp_context=context, initializer=_bind, initargs=(cores,)) as pool:
+        names = {pool.submit(train_one, run, out, name): name for name, run in runs.items()}
         for done in as_completed(names):
             if (error := done.exception()) is not None:
                 pool.shutdown(cancel_futures=True)
@@ -41,7 +45,8 @@ def _bind(cores: Queue[int]) -> None:
     os.sched_setaffinity(0, {cores.get()})
 
 
-def _train_one(run: RunConfig, out: Path, name: str) -> None:
+def train_one(run: RunConfig, out: Path, name: str) -> None:
+    """Trains one run, or goes on with it, in this process; what it prints goes to its log."""
     log = os.open(out / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

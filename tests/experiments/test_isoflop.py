@@ -28,6 +28,7 @@ from experiments.isoflop.choices_report import (
     solution_shares,
 )
 from experiments.isoflop.run import ARMS, SWEPT, Cell, Options, cells, config
+from experiments.support.workers import train_all
 from mod_star.config import to_dict
 from mod_star.errors import InputError
 from mod_star.flops import forward_flops
@@ -177,8 +178,8 @@ def test_shares_are_those_of_a_count_token_by_token() -> None:
 
     prompts = [each.routed_LxN[:, : each.document.prompt].sum() / 3 / each.document.prompt for each in seen]
     expected = [(prompts[0] + prompts[1]) / 2, None, prompts[2], None, (prompts[3] + prompts[4]) / 2]
-    found = [value and value.value for value in by_steps(seen, prompt_shares(seen))]
-    assert len(found) == len(STEPS) and found == pytest.approx(expected)
+    groups = [value and value.value for value in by_steps(seen, prompt_shares(seen))]
+    assert len(groups) == len(STEPS) and groups == pytest.approx(expected)
     whole = [each.routed_LxN.mean() for each in seen]
     parts = [
         (a * each.document.prompt + b * (len(each.document.ids) - each.document.prompt)) / len(each.document.ids)
@@ -210,3 +211,8 @@ def test_padded_batches_are_routed_as_single_texts(trained_run: Path, mode: Rout
         np.testing.assert_array_equal(seen.routed_LxN, alone.routed_LxN)
         assert seen.entropy_N.shape == (len(alone.tokens),)
         assert (seen.entropy_N > 0).all() and (seen.entropy_N <= np.log(run.config.model.vocab_size) + 1e-5).all()
+
+
+def test_runs_need_a_worker(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^--workers = 0: must be at least 1$"):
+        train_all({}, tmp_path, 0)
