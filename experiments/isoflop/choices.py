@@ -46,7 +46,7 @@ class Options:
     """Directory of the run."""
     data: Path = Path("data/gsm8k_test.jsonl")
     """Questions with worked solutions, which the model was not trained on."""
-    documents: int = 400
+    documents: int = 1319
     """How many to read, from the first on; those longer than the model's context are left out."""
     out: Path = Path("runs/isoflop/choices")
     """Where tables and the picture go."""

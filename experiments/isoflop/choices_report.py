@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 KINDS = ("digits", "answer", "white space", "signs", "words", "others")
 """digits: digits alone. answer: all after ####. signs: no letter or digit. words: letters alone. others: mixed."""
-STEPS = {"1 or 2": (1, 2), "3": (3, 3), "4": (4, 4), "5": (5, 5), "6 or more": (6, 99)}
+STEPS = {"1 or 2": (1, 2), "3": (3, 3), "4": (4, 4), "5 or more": (5, 99)}
 """Groups of questions by calculations of their solutions."""
 BINS = 5
 """Of the entropy, with as many tokens each."""
