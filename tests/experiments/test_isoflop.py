@@ -177,7 +177,7 @@ def test_shares_are_those_of_a_count_token_by_token() -> None:
         assert value is not None and value.value == pytest.approx(sum(inside) / len(inside))
 
     prompts = [each.routed_LxN[:, : each.document.prompt].sum() / 3 / each.document.prompt for each in seen]
-    expected = [(prompts[0] + prompts[1]) / 2, None, prompts[2], None, (prompts[3] + prompts[4]) / 2]
+    expected = [(prompts[0] + prompts[1]) / 2, None, prompts[2], (prompts[3] + prompts[4]) / 2]
     groups = [value and value.value for value in by_steps(seen, prompt_shares(seen))]
     assert len(groups) == len(STEPS) and groups == pytest.approx(expected)
     whole = [each.routed_LxN.mean() for each in seen]
