@@ -60,7 +60,7 @@ class Options:
     """Where runs, tables and the picture are kept."""
     budgets: tuple[float, ...] = (1e11, 2e11, 4e11)
     """Training budgets of a run in floating-point operations: multiples of the smallest. One run is read at all."""
-    widths: tuple[int, ...] = (16, 24, 32, 48)
+    widths: tuple[int, ...] = (8, 16, 24, 32, 48)
     """Widths of the models; they have one head, or a head per 16."""
     middle: int = 32
     """The width at which the arms other than dense and MoD are trained."""

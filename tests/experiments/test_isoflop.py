@@ -63,8 +63,8 @@ def test_other_arms_cost_no_more_than_the_dense_model() -> None:
 
 def test_each_seed_begins_with_all_arms() -> None:
     order = list(cells(Options(seeds=(3, 4))))
-    assert [cell.arm for cell in order[: len(ARMS)]] == list(ARMS) and {cell.seed for cell in order[:12]} == {3}
-    assert len(order) == len(set(order)) == 2 * (len(ARMS) + 2 * 3)
+    assert [cell.arm for cell in order[: len(ARMS)]] == list(ARMS) and {cell.seed for cell in order[:14]} == {3}
+    assert len(order) == len(set(order)) == 2 * (len(ARMS) + 2 * 4)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_each_seed_begins_with_all_arms() -> None:
         (Options(budgets=(1e11, 1.5e11)), r"^--budgets = 150000000000\.0: must be a multiple of the smallest, 1e\+11$"),
         (Options(budgets=()), r"^--budgets = \(\): must be above 0$"),
         (Options(budgets=(1e6,)), r"^--budgets = 1000000\.0: must be at least one step's, 9\.31e\+08 at width 32$"),
-        (Options(middle=40), r"^--middle = 40: must be one of --widths \(16, 24, 32, 48\)$"),
+        (Options(middle=40), r"^--middle = 40: must be one of --widths \(8, 16, 24, 32, 48\)$"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(options: Options, message: str) -> None:
