@@ -187,6 +187,7 @@ def swept(runs: Sequence[Reading], budget: float, arm: str, seed: int) -> list[R
 def plot(runs: Sequence[Reading], path: Path) -> None:
     """Draws loss over parameters, a panel for each budget: a point for each seed, lines through the means."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     budgets = sorted({run.budget for run in runs})
     figure = Figure(figsize=(4.2 * len(budgets) + 2, 4.6), dpi=DPI, layout="constrained")
@@ -194,6 +195,9 @@ def plot(runs: Sequence[Reading], path: Path) -> None:
         for arm, colour, marker in zip(ARMS, COLOURS, "osD^vX", strict=False):
             _curve(axes, [run for run in runs if (run.budget, run.cell.arm) == (budget, arm)], colour, marker)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"{short_number(budget)} FLOP", loc="left")
         axes.set_xlabel("parameters")
         axes.grid(color=PALE, linewidth=0.8)
@@ -204,7 +208,8 @@ def plot(runs: Sequence[Reading], path: Path) -> None:
     for axes in figure.axes:
         lines, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, lines, strict=True))
-    figure.legend(list(handles.values()), list(handles), loc="outside right upper", frameon=False)
+    arms = [arm for arm in ARMS if arm in handles]
+    figure.legend([handles[arm] for arm in arms], arms, loc="outside right upper", frameon=False)
     save_figure(figure, path)
 
 
