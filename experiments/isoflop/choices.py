@@ -1,6 +1,6 @@
 """What a model's routers chose: by entropy of the prediction, by kind of token, by difficulty of the question.
 
-    python -m experiments.isoflop.choices runs/isoflop/MoD-32-0 --out runs/isoflop/choices
+    python -m experiments.isoflop.choices runs/isoflop/MoD-16-0 --out runs/isoflop/choices
 
 Reads GSM8K questions with their worked solutions, one document per sequence. Under the causal rule each token is
 decided upon by itself, so that a question's share is free. Under top-k a document's share is fixed, and its tokens
