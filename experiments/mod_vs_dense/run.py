@@ -10,15 +10,12 @@ README.md beside this file has the claim, the data and what was measured.
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
+from experiments.support.workers import train_all
 from mod_star.config import DataConfig, ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, TrainConfig
 
 ARMS = {
@@ -89,43 +86,13 @@ def make_tokenizer(options: Options) -> None:
         train_bpe(texts, 2048, path)
 
 
-def train_one(options: Options, arm: str, seed: int, core: int) -> None:
-    """Trains one run (or goes on with it) in this process, bound to one core; output goes to its log."""
-    os.sched_setaffinity(0, {core})
-    log = os.open(options.out / f"{arm}-{seed}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    from mod_star.training.train import train
-
-    train(config(options, arm, seed), options.out / f"{arm}-{seed}")
-
-
-def run_all(options: Options) -> None:
-    """Trains what is not complete yet, `workers` runs at a time, seed by seed."""
-    context = multiprocessing.get_context("spawn")  # each run reads the number of its cores when it imports JAX
-    waiting = [(arm, seed) for seed in range(options.seeds) for arm in ARMS]
-    free = sorted(os.sched_getaffinity(0))[: options.workers]
-    running: dict[int, tuple[Any, int, str]] = {}
-    while waiting or running:
-        while waiting and free:
-            (arm, seed), core = waiting.pop(0), free.pop()
-            process = context.Process(target=train_one, args=(options, arm, seed, core))
-            process.start()
-            running[process.sentinel] = (process, core, f"{arm}-{seed}")
-        ended = multiprocessing.connection.wait(list(running))
-        for sentinel in [sentinel for sentinel in running if sentinel in ended]:
-            process, core, name = running.pop(sentinel)
-            if process.exitcode:
-                raise SystemExit(f"run {name} failed, see {options.out / name}.log; the others are kept")
-            free.append(core)
-
-
 def main() -> None:
     """Trains, unless only the report is asked for, and reports."""
     options = tyro.cli(Options, prog="python -m experiments.mod_vs_dense")
     if not options.report:
         make_tokenizer(options)
-        run_all(options)
+        runs = {f"{arm}-{seed}": config(options, arm, seed) for seed in range(options.seeds) for arm in ARMS}
+        train_all(runs, options.out, options.workers)
     from experiments.mod_vs_dense.report import report
 
     report(options.out, list(ARMS), options.seeds)

@@ -12,7 +12,8 @@ import pytest
 from fork_server import shared_server
 
 from experiments.mod_vs_dense.report import report
-from experiments.mod_vs_dense.run import Options, train_one
+from experiments.mod_vs_dense.run import Options, config
+from experiments.support.workers import train_one
 
 # The runs' processes are forks, too, which have imported JAX and not begun with it; and their models are small.
 AS_A_FORK = """
@@ -57,8 +58,8 @@ def test_three_arms_and_their_tables(tmp_path: Path, data: Path, capsys: pytest.
     argv = ["mod_vs_dense", "--data", str(data), "--out", str(out), "--flops", "4e8", "--seeds", "1"]
     done = shared_server().run(before=AS_A_FORK.format(argv=argv), environment={"COLUMNS": "100"})
     assert done.code == 0, done.err
-    options = Options(data, out, seeds=1)
-    assert pickle.loads(pickle.dumps((train_one, options))) == (train_one, options), "it can be spawned"
+    task = (train_one, config(Options(data, out), "mod", 0), out)
+    assert pickle.loads(pickle.dumps(task)) == task, "it can be spawned"
     assert "\x1b" not in done.out
     assert "not complete" not in done.out
     runs = json.loads((out / "results.json").read_text())["runs"]
