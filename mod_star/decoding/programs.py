@@ -110,7 +110,10 @@ def prefill(
         for name in block_names(decoder.routing):
             if name == "routed":
                 overflow_Q = jnp.sum(output.trace.overflow[:, group], -1, dtype=jnp.int32)
-                caches.append(routed_cache(keys_values[name], overflow_Q, slots, room, branches))
+                computed_Q = None
+                if decoder.routing.keep_key_values:
+                    computed_Q = jnp.sum(output.trace.selected[:, group], -1, dtype=jnp.int32)
+                caches.append(routed_cache(keys_values[name], overflow_Q, slots, room, branches, computed_Q))
             else:
                 caches.append(full_cache(keys_values[name], room, branches))
     last_QxD = jnp.take_along_axis(output.hidden, (lengths_Q - 1)[:, None, None], 1)[:, 0]
