@@ -51,6 +51,8 @@ class Flops:
     """The mixing head and the decider of a thinking model."""
     adapters: float = 0.0
     """Low-rank adapters of blocks in training."""
+    skip: float = 0.0
+    """Adapters of the skip path, which compute every token: shapes are static."""
 
     @property
     def total(self) -> float:
@@ -77,7 +79,10 @@ def forward_flops(model: ModelConfig, routing: RoutingConfig, tokens: int, parts
     group = Flops()
     for name in block_names(routing):
         if name == "routed":
-            group += _block_flops(model, parts, capacity_of(routing, tokens))
+            computed = capacity_of(routing, tokens)
+            kept = tokens * routing.keep_key_values
+            group += _block_flops(model, parts, computed, computed + kept) + _skip_flops(model, routing, parts, tokens)
+            group += Flops(projections=kept * _key_value_flops(model))
             group += Flops(router=_router_flops(model, parts, tokens) + _selection_flops(routing, parts, tokens))
             group += Flops(predictor=_rule_flops(model, routing, parts, tokens))
         else:
@@ -218,7 +223,8 @@ def _groups_flops(
     for name in block_names(routing):
         if name == "routed":
             one = _block_flops(model, parts, 1, routed_keys)
-            group += one * routed + Flops(router=_router_flops(model, parts, 1) * tokens)
+            group += one * routed + _skip_flops(model, routing, parts, 1) * tokens
+            group += Flops(router=_router_flops(model, parts, 1) * tokens)
             group += Flops(predictor=_rule_flops(model, routing, parts, 1) * tokens)
         else:
             group += _block_flops(model, parts, 1, keys) * tokens
@@ -266,6 +272,23 @@ def _block_flops(model: ModelConfig, parts: Parts, tokens: int, keys: int | None
         attention=2.0 * 2 * tokens * (tokens if keys is None else keys) * H * E,
         mlp=mlp,
     )
+
+
+def _key_value_flops(model: ModelConfig) -> float:
+    """Keys and values of one token in one block."""
+    return 2.0 * model.width * model.head_size * 2 * model.key_heads
+
+
+def _skip_flops(model: ModelConfig, routing: RoutingConfig, parts: Parts, tokens: int) -> Flops:
+    """The adapter of the skip path, if there is one."""
+    part = parts.adapter_of(routing)
+    if part is None:
+        return Flops()
+    if part.flops is not None:
+        return Flops(skip=part.flops(model, tokens, routing))
+    params = jax.eval_shape(lambda key: part.init(key, model, routing), jax.random.key(0))
+    x = jax.ShapeDtypeStruct((tokens, model.width), model.dtype)
+    return Flops(skip=function_flops("parts.adapter", part.apply, params, x))
 
 
 def _own_block_flops(model: ModelConfig, parts: Parts, tokens: int, keys: int) -> float:

@@ -134,12 +134,22 @@ class RoutingConfig:
 
     every: Annotated[int, at_least(0, "0: dense")] = 2
     """Every n-th block is routed (2: every other, 1: all). 0: none, a dense model."""
+    first: Annotated[int | None, at_least(1)] = None
+    """The first routed block, counted from 1, at most every: blocks first, first + every, ... are routed. None: every,
+    so that the last block is routed, too."""
     capacity: Annotated[float, between(0, 1, "(]")] = 0.125
     """Share of a sequence's tokens, padding left out, that a routed block computes."""
     capacity_tokens: Annotated[int | None, at_least(1)] = None
     """The same as an absolute count, whatever the length of the sequence; overrides capacity."""
     gate: Literal["sigmoid", "identity", "tanh"] = "sigmoid"
     """What scales a routed block's output: sigmoid(r), r (the paper), or 1 + 0.2 tanh(r)."""
+    router_norm: bool = False
+    """The router reads the stream at unit RMS, as the predictor does; else as it is."""
+    keep_key_values: bool = False
+    """Tokens that pass by a routed block give keys and values in it, which the tokens that it computes attend to."""
+    adapter_rank: Annotated[int, at_least(0, "0: none")] = 0
+    """Rank of a linear map that is added to tokens that pass by a routed block, of these tokens; zero at first. 0:
+    none."""
     causal_rule: Literal["predictor", "router"] = "predictor"
     """Who decides without seeing the future: a small MLP on the detached stream, or the router's own logit > 0."""
     predictor_width: Annotated[int, at_least(1)] = 64
@@ -171,6 +181,9 @@ class RoutingConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "routing")
+        if self.every and self.first is not None:
+            allowed = f"must be at most routing.every = {self.every}"
+            require(self.first <= self.every, "routing.first", self.first, allowed)
         for name in ("noise", "explore"):
             allowed = "must be 0 with routing.selection = 'stochastic', which selects by noise alone"
             value = getattr(self, name)
@@ -210,8 +223,12 @@ def require_network(model: ModelConfig, routing: RoutingConfig) -> None:
 
 def require_thinkable(routing: RoutingConfig) -> None:
     """Raises InputError if a model that is routed so cannot think."""
+    if routing.every == 0:
+        return
+    allowed = "must be False to think: the slots of a thought count the keys and values of computed tokens alone"
+    require(not routing.keep_key_values, "routing.keep_key_values", routing.keep_key_values, allowed)
     require(
-        routing.every == 0 or routing.selection == "learned",
+        routing.selection == "learned",
         "routing.selection",
         routing.selection,
         "must be learned (or routing.every 0) to think: chance must not decide whether a thought is computed",

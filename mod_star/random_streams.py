@@ -35,3 +35,5 @@ EXPLORATION = np.uint32(2**32 - 7)
 """Of a routed block in training: which tokens it computes besides those that its router has chosen."""
 DECIDER = np.uint32(2**32 - 8)
 """Of thinking's parameters: those of the decider."""
+SKIP_PATH = np.uint32(2**32 - 9)
+"""Of a routed block's parameters: the adapter's."""

@@ -18,7 +18,7 @@ from flax.traverse_util import unflatten_dict
 from mod_star.config import RunConfig
 from mod_star.errors import InputError
 
-NEW = ("router", "predictor", "thinking")
+NEW = ("router", "predictor", "adapter", "thinking")
 """What a pretrained model lacks: trained beside adapters if nothing else is asked for."""
 Names = tuple[str, ...]
 """The path of a parameter: names from the root of the tree on."""

@@ -87,7 +87,8 @@ def _kind(names: Names, run: RunConfig, parts: Parts) -> str | None:
         if parts.block is not DEFAULT_PARTS.block or "feed_forward" in names:
             return "mlp"
         return "projections" if names[-1] in ("query", "key", "value", "output") else None
-    for name, kind in (("router", "router"), ("predictor", "predictor"), ("mixing", "mixing"), ("decider", "mixing")):
+    kinds = {"adapter": "skip", "router": "router", "predictor": "predictor", "mixing": "mixing", "decider": "mixing"}
+    for name, kind in kinds.items():
         if name in names:
             return kind
     return "head" if names == ("embedding" if run.model.tie_embeddings else "head",) else None

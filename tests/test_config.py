@@ -74,6 +74,10 @@ INVALID: dict[str, list[Any]] = {
     "model.remat": ["some"],
     "model.scan": [None],
     "routing.every": [-1, 1.5],
+    "routing.first": [0, 3, 1.5],
+    "routing.router_norm": [1],
+    "routing.keep_key_values": [1],
+    "routing.adapter_rank": [-1, 1.5],
     "routing.capacity": [0.0, -0.1, 1.01, float("nan"), "0.5"],
     "routing.capacity_tokens": [0, 3.0],
     "routing.gate": ["relu"],
@@ -257,6 +261,11 @@ def test_chance_explores_where_scores_select_and_the_next_token_is_the_objective
     with pytest.raises(InputError, match=rf"^routing\.{name} = 0\.5: must be 0 with train\.objective = 'quiet_star'"):
         RunConfig(routing=RoutingConfig(**fields), train=TrainConfig(objective="quiet_star"))
     RunConfig(routing=RoutingConfig(every=0, **fields), train=TrainConfig(objective="quiet_star"))
+
+
+def test_a_model_that_keeps_key_values_does_not_learn_to_think() -> None:
+    with pytest.raises(InputError, match=r"^routing\.keep_key_values = True: must be False to think"):
+        RunConfig(routing=RoutingConfig(keep_key_values=True), train=TrainConfig(objective="quiet_star"))
 
 
 def test_sizes_that_follow_from_others() -> None:

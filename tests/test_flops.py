@@ -44,6 +44,7 @@ S = 128
 # Unscanned: XLA counts the body of a loop once. Wide enough for elementwise work to be small beside matrix products.
 MODEL = ModelConfig(vocab_size=512, width=128, layers=2, heads=4, kv_heads=2, context=S, scan=False)
 DENSE, MOD = RoutingConfig(every=0), RoutingConfig(predictor_width=96)
+KEPT = RoutingConfig(capacity=0.5, first=1, keep_key_values=True, adapter_rank=16)
 GELU = Part(
     lambda key, config: {"up": fan_in_normal(key, (config.width, 512), 128), "down": jnp.zeros((512, config.width))},
     lambda params, x: linear(jax.nn.gelu(linear(x, params["up"])), params["down"]),
@@ -72,7 +73,7 @@ def compiled_flops(model: ModelConfig, routing: RoutingConfig, parts: Parts, *, 
     return float(analysis["flops"])
 
 
-@pytest.mark.parametrize("routing", [DENSE, MOD], ids=["dense", "mod"])
+@pytest.mark.parametrize("routing", [DENSE, MOD, KEPT], ids=["dense", "mod", "kept"])
 @pytest.mark.slow
 def test_forward_agrees_with_the_compiled_program_within_5_percent(routing: RoutingConfig) -> None:
     ours = forward_flops(MODEL, routing, S).total

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fork_server import succeed
 
-from mod_star.config import RoutingConfig, RunConfig
+from mod_star.config import ModelConfig, RoutingConfig, RunConfig
 from mod_star.errors import InputError
 from mod_star.flops import forward_flops
 from mod_star.model import Decoder
@@ -98,6 +98,42 @@ def test_a_gate_and_a_block_of_ones_own_are_used(
     )  # two full blocks, and the routed ones that computed it
     expected = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * params["final_norm"]
     np.testing.assert_allclose(output.hidden, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_of_ones_own_is_added_to_the_tokens_that_pass_by(
+    routed_run: RunConfig, tiny_batch: dict[str, jax.Array], random_params: Callable[..., Any]
+) -> None:
+    def weight(key: jax.Array, model: ModelConfig, routing: RoutingConfig) -> Any:
+        return {"weight": jnp.full(model.width, 3.0)}
+
+    def no_delta(params: Any, x: jax.Array, *arrays: Any) -> Any:
+        delta, own = DEFAULT_PARTS.block.apply(params, x, *arrays)
+        return 0 * delta, own
+
+    parts = Parts(
+        adapter=Part(weight, lambda params, x: 0 * x + params["weight"]), block=Part(DEFAULT_PARTS.block.init, no_delta)
+    )
+    decoder = Decoder(routed_run.model, routed_run.routing, parts)
+    params = random_params(routed_run.model, routed_run.routing, parts)
+    output: Any = jax.jit(lambda p, t: decoder.apply({"params": p}, t))(params, tiny_batch["tokens"][0])
+    x = np.asarray(params["embedding"])[tiny_batch["tokens"][0]]
+    passed = ~np.asarray(output.trace.selected[0])
+    x = x + passed[:, None] * np.asarray(params["groups"]["routed"]["adapter"]["weight"][0])
+    expected = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * params["final_norm"]
+    np.testing.assert_allclose(output.hidden, expected, rtol=1e-4, atol=1e-5)
+    assert 0 < passed.sum() < len(passed)
+    narrow = replace(parts, adapter=Part(weight, lambda params, x: x[:, 1:]))
+    with pytest.raises(InputError, match=r"^parts\.adapter = float32\[24, 15\]: must be float32\[24, 16\]"):
+        jax.eval_shape(lambda p, t: Decoder(routed_run.model, routed_run.routing, narrow).apply({"params": p}, t),
+                       params, tiny_batch["tokens"][0])  # fmt: skip
+
+
+def test_keys_cannot_be_kept_in_a_block_of_ones_own(routed_run: RunConfig) -> None:
+    parts = Parts(block=Part(DEFAULT_PARTS.block.init, lambda *arrays: DEFAULT_PARTS.block.apply(*arrays)))
+    decoder = Decoder(routed_run.model, replace(routed_run.routing, keep_key_values=True), parts)
+    message = r"^routing\.keep_key_values = True: must be False with parts\.block of your own"
+    with pytest.raises(InputError, match=message):
+        jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros(2, jnp.int32))
 
 
 def test_none_means_the_built_in_parts() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mod_star.config import RunConfig
+    from mod_star.pretrained.upcycle import Skipping
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,13 @@ class UpcycleOptions:
     Examples:
       mod-star upcycle runs/dense runs/upcycled --capacity 0.125
       mod-star train runs/mod --init-from runs/upcycled --optimizer.learning-rate 1e-4
+      mod-star upcycle runs/dense runs/kept --capacity 0.25 --every 3 --text 'notes/*.txt' --blocks least-changed
+        --keep-key-values --adapter-rank 32
 
     RUN2 computes what RUN computes: its routed blocks take every token, until training lowers their capacity in stages
     (1, then halved, in the first half of the steps), which the second command does. --routing.stages and
-    --routing.stage-fraction set another plan there.
+    --routing.stage-fraction set another plan there. With a text, the third command, RUN2 starts at the capacity at
+    once: its routers and adapters are fitted to what the blocks of RUN do to the text.
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -38,6 +42,19 @@ class UpcycleOptions:
     """Share of the tokens that routed blocks are to compute in the end, in (0, 1]."""
     every: int = 2
     """Every n-th block is routed; a divisor of the number of blocks."""
+    blocks: Literal["last", "least-changed"] = "last"
+    """Which block of each n. last: the last one. least-changed: of the places that leave out the first and the last
+    block of the model, the one whose blocks change the text the least (1 - cos of input and output)."""
+    keep_key_values: bool = False
+    """Tokens that pass by a routed block still give keys and values in it."""
+    adapter_rank: int = 0
+    """Rank of a linear map that stands in for a routed block where tokens pass by; 0: none."""
+    text: tuple[str, ...] = ()
+    """Text to fit routers and adapters to: files, patterns or names as for data.source. None: they start at zero."""
+    template: str | None = None
+    """What makes a text of a record, as data.template, if the text is of records. That of RUN if not given."""
+    tokens: int = 8192
+    """Tokens of the text to read."""
     step: int | None = None
     """Step of the checkpoint to load. The newest if not given."""
 
@@ -54,7 +71,7 @@ def _run(options: UpcycleOptions) -> None:
     from mod_star.pretrained.upcycle import upcycle
 
     keep_compiled_programs()
-    config = upcycle(options.run, options.run2, options.capacity, options.every, options.step)
+    config = upcycle(options.run, options.run2, options.capacity, options.every, options.step, skipping_of(options))
     console = Console(highlight=False)
     console.print(stage_table(config))
     console.print(
@@ -62,6 +79,20 @@ def _run(options: UpcycleOptions) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def skipping_of(options: UpcycleOptions) -> Skipping:
+    """What the options say of tokens that pass by; the text is read as data of the dense run."""
+    from dataclasses import replace
+
+    from mod_star.pretrained.upcycle import Skipping
+    from mod_star.runs.directory import read_config
+
+    text = None
+    if options.text:
+        text = replace(read_config(options.run).data, source=options.text, weights=())
+        text = text if options.template is None else replace(text, template=options.template)
+    return Skipping(options.blocks, options.keep_key_values, options.adapter_rank, text, options.tokens)
 
 
 def stage_table(run: RunConfig) -> Table:
@@ -86,5 +117,6 @@ def stage_table(run: RunConfig) -> Table:
         for at, part in zip(configs, shares, strict=True)
     ]
     routed = run.model.layers // run.routing.every
-    title = f"{routed} of {run.model.layers} blocks are routed; training lowers their capacity"
+    title = f"{routed} of {run.model.layers} blocks are routed"
+    title += "; training lowers their capacity" if run.routing.stages else ""
     return result_table(title, ("capacity", "of the steps", "FLOP per token, forward", "of the dense model's"), rows)

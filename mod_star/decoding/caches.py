@@ -66,6 +66,8 @@ class FullCache:
 class RoutedCache:
     """Keys/values of the tokens that a routed block computed, in M slots and one more that is never read.
 
+    With `routing.keep_key_values` those of all tokens.
+
     The spare slot takes the writes of rows that have nothing to write, which keeps the update free of branches.
     """
 
@@ -113,9 +115,9 @@ class RoutedCache:
         ids = jnp.ones_like(self.positions_BxM)
         return (KeyValues(self.keys_BxKxMxE, self.values_BxKxMxE, self.positions_BxM, ids, valid),)
 
-    def slots_of(self, computed_B: jax.Array) -> jax.Array:
+    def slots_of(self, stored_B: jax.Array) -> jax.Array:
         """int32, the slot that the next token of each row is written to."""
-        return jnp.where(computed_B, self.taken_B, self.positions_BxM.shape[1] - 1)
+        return jnp.where(stored_B, self.taken_B, self.positions_BxM.shape[1] - 1)
 
     def write(self, own: KeyValues, rows_C: jax.Array, slot_C: jax.Array) -> RoutedCache:
         """With the keys/values of one token of some rows (C x K x 1 x E) in these slots. Nothing is counted.
@@ -133,31 +135,37 @@ class RoutedCache:
     def count(
         self,
         positions_B: jax.Array,
+        stored_B: jax.Array,
         computed_B: jax.Array,
         overflow_B: jax.Array,
         thought_B: jax.Array | None = None,
     ) -> RoutedCache:
         """With the tokens counted whose keys/values have been written; those of thoughts take slots alone."""
         rows = jnp.arange(computed_B.shape[0], dtype=jnp.int32)
-        positions_BxM = self.positions_BxM.at[rows, self.slots_of(computed_B)].set(positions_B)
+        positions_BxM = self.positions_BxM.at[rows, self.slots_of(stored_B)].set(positions_B)
         open_B = self.open_B
         if thought_B is not None:
-            open_B = None if open_B is None else open_B + (computed_B & thought_B)
-            computed_B, overflow_B = computed_B & ~thought_B, overflow_B & ~thought_B
+            open_B = None if open_B is None else open_B + (stored_B & thought_B)
+            stored_B, computed_B, overflow_B = (each & ~thought_B for each in (stored_B, computed_B, overflow_B))
         return replace(
             self,
             positions_BxM=positions_BxM,
             open_B=open_B,
-            filled_B=self.filled_B + computed_B,
+            filled_B=self.filled_B + stored_B,
             count_B=self.count_B + computed_B,
             overflow_B=self.overflow_B + overflow_B,
         )
 
     def append(
-        self, own: KeyValues, computed_B: jax.Array, overflow_B: jax.Array, thought_B: jax.Array | None = None
+        self,
+        own: KeyValues,
+        stored_B: jax.Array,
+        computed_B: jax.Array,
+        overflow_B: jax.Array,
+        thought_B: jax.Array | None = None,
     ) -> RoutedCache:
-        """With the keys/values of one token in each row that computed it, and overflows counted."""
-        rows, slot_B = jnp.arange(computed_B.shape[0], dtype=jnp.int32), self.slots_of(computed_B)
+        """With the keys/values of one token in each row that stores them, computed tokens and overflows counted."""
+        rows, slot_B = jnp.arange(computed_B.shape[0], dtype=jnp.int32), self.slots_of(stored_B)
         if computed_B.shape[0] == 1:  # a slice is updated in place for certain, and fast
             write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, slot_B[0], 2)  # noqa: E731
         else:
@@ -167,7 +175,7 @@ class RoutedCache:
             keys_BxKxMxE=write(self.keys_BxKxMxE, own.keys_KxMxE),
             values_BxKxMxE=write(self.values_BxKxMxE, own.values_KxMxE),
         )
-        return written.count(own.positions_M[:, 0], computed_B, overflow_B, thought_B)
+        return written.count(own.positions_M[:, 0], stored_B, computed_B, overflow_B, thought_B)
 
 
 Cache = FullCache | RoutedCache
@@ -200,18 +208,35 @@ def full_cache(prompt: KeyValues, new_tokens: int, branches: int = 1) -> FullCac
 
 
 def routed_cache(
-    prompt: KeyValues, overflow_Q: jax.Array, slots: int, new_tokens: int, branches: int = 1
+    prompt: KeyValues,
+    overflow_Q: jax.Array,
+    slots: int,
+    new_tokens: int,
+    branches: int = 1,
+    computed_Q: jax.Array | None = None,
 ) -> RoutedCache:
-    """Cache of a routed block after prefill: the computed tokens of the prompt come first, then free slots."""
-    count_B, overflow_B = jnp.sum(prompt.valid_M, -1, dtype=jnp.int32), overflow_Q
+    """Cache of a routed block after prefill: the stored tokens of the prompt come first, then free slots.
+
+    Args:
+      prompt: keys/values of the prompts; leaves have a leading axis Q.
+      overflow_Q: int32, tokens that passed by for want of a slot.
+      slots: see `RoutedCache`.
+      new_tokens: that may be generated.
+      branches: rows per prompt.
+      computed_Q: int32, tokens of each prompt that were computed, if all tokens are stored. None: those are stored.
+    """
+    filled_B, overflow_B = jnp.sum(prompt.valid_M, -1, dtype=jnp.int32), overflow_Q
+    count_B = filled_B if computed_Q is None else computed_Q
+    room = min(new_tokens, slots) if computed_Q is None else new_tokens
     if branches == 1:
-        spare = slots + 1 - prompt.positions_M.shape[1]
+        stored = prompt.positions_M.shape[1]
+        spare = 1 + (slots - stored if computed_Q is None else new_tokens)
         pad = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, spare), (0, 0)))  # noqa: E731
         keys, values = pad(prompt.keys_KxMxE), pad(prompt.values_KxMxE)
         positions = jnp.pad(prompt.positions_M, ((0, 0), (0, spare)))
-        return RoutedCache(None, keys, values, positions, count_B, count_B, overflow_B, slots)
+        return RoutedCache(None, keys, values, positions, filled_B, count_B, overflow_B, slots)
     Q, K, _, E = prompt.keys_KxMxE.shape
-    B, own = Q * branches, min(new_tokens, slots) + 1
+    B, own = Q * branches, room + 1
     empty, none = jnp.zeros((B, K, own, E), prompt.keys_KxMxE.dtype), jnp.zeros((B, own), jnp.int32)
     count_B, overflow_B = jnp.repeat(count_B, branches), jnp.repeat(overflow_B, branches)
     return RoutedCache(prompt, empty, empty, none, jnp.zeros_like(count_B), count_B, overflow_B, slots)

@@ -154,8 +154,13 @@ def prefill_group(
     for name in block_names(decoder.routing):
         if name == "routed":
             overflow_Q = jnp.sum(trace.overflow, -1, dtype=jnp.int32)
-            prompt = keys_values[name] if branches == 1 else with_slots(keys_values[name], min(size.prompt, slots))
-            caches.append(routed_cache(prompt, overflow_Q, slots, size.room, branches))
+            kept, computed_Q = decoder.routing.keep_key_values, None
+            if kept:
+                computed_Q = jnp.sum(trace.selected, -1, dtype=jnp.int32)
+            prompt = keys_values[name]
+            if branches > 1 or kept:
+                prompt = with_slots(prompt, size.prompt if kept else min(size.prompt, slots))
+            caches.append(routed_cache(prompt, overflow_Q, slots, size.room, branches, computed_Q))
         else:
             caches.append(full_cache(with_slots(keys_values[name], size.prompt), size.room, branches))
     return x_QxPxD, tuple(caches)

@@ -151,23 +151,31 @@ def decode_step(
                 )
                 updated.append(cache.append(own, new.step))
             else:
-                scores_B = decoder.parts.score(block["router"], x_BxD)
+                scores_B = decoder.parts.score(block["router"], x_BxD, routing)
                 noise = stochastic_noise(group_key, positions_B)
                 passing_B = causal_logit(decoder, block, x_BxD, scores_B, noise) > 0
                 passing_B &= new.active_B
                 computed_B = passing_B & cache.free(thought_B, new.thought_slots)
-                rows = RoutedRows(x_BxD, scores_B, positions_B, computed_B)
+                rows = RoutedRows(x_BxD, scores_B, positions_B, computed_B, new.active_B)
                 if branches == 1 < len(x_BxD):
                     in_place = functools.partial(_in_place, decoder)
                     delta_BxD, cache, computed_B = for_own_rows(in_place, (rows, cache), block)
-                    updated.append(cache.count(positions_B, computed_B, passing_B & ~computed_B, thought_B))
+                    stored_B = new.active_B if routing.keep_key_values else computed_B
+                    overflow_B = passing_B & ~computed_B
+                    updated.append(cache.count(positions_B, stored_B, computed_B, overflow_B, thought_B))
                 else:
                     if routing.decoded_rows == "fixed":
                         rows = replace(rows, computed_B=_within_a_chunk(decoder, rows, branches))
                     routed_row = functools.partial(_routed_row, decoder, block)
                     arrays = (rows, own_memory)
                     delta_BxD, own = over_rows(routed_row, arrays, cache.shared_key_values(), branches)
-                    updated.append(cache.append(own, rows.computed_B, passing_B & ~rows.computed_B, thought_B))
+                    computed_B, stored_B = rows.computed_B, rows.computed_B
+                    if routing.keep_key_values:
+                        own, stored_B = kept_rows(decoder, block, rows), new.active_B
+                    updated.append(cache.append(own, stored_B, computed_B, passing_B & ~computed_B, thought_B))
+                adapted_BxD = decoder.parts.adapt(block.get("adapter", {}), x_BxD, routing)
+                if adapted_BxD is not None:
+                    delta_BxD += jnp.where(computed_B[:, None], 0, adapted_BxD)
             x_BxD = x_BxD + delta_BxD
     return rms_norm(x_BxD, params["final_norm"], config.norm_eps), tuple(updated)
 
@@ -196,6 +204,18 @@ class RoutedRows:
     """int32."""
     computed_B: jax.Array
     """bool; whether the block computes the row."""
+    active_B: jax.Array
+    """bool; rows that are not finished."""
+
+
+def kept_rows(decoder: Decoder, block: dict[str, Any], rows: RoutedRows) -> KeyValues:
+    """Keys/values of one token per row, computed or not; leaves have a leading axis B."""
+
+    def one(x_D: jax.Array, position: jax.Array) -> KeyValues:
+        token = Tokens(x_D[None], position[None], jnp.ones(1, jnp.int32))
+        return decoder.parts.keys_values(block["block"], token, decoder.config)
+
+    return jax.vmap(one)(rows.x_BxD, rows.positions_B)
 
 
 def _within_a_chunk(decoder: Decoder, rows: RoutedRows, branches: int) -> jax.Array:
@@ -216,10 +236,10 @@ def _in_place(
     """
     rows, cache = rows_and_cache
     share = routed_share(decoder.routing, decoder.config.context)
-    fixed = decoder.routing.decoded_rows == "fixed"
+    fixed, keeps = decoder.routing.decoded_rows == "fixed", decoder.routing.keep_key_values
     if fixed:
         rows = replace(rows, computed_B=within_a_chunk(rows.computed_B, rows.scores_B, share))
-    slot_B = cache.slots_of(rows.computed_B)
+    slot_B = cache.slots_of(rows.active_B if keeps else rows.computed_B)
 
     def chunk(picked: Picked, carry: tuple[jax.Array, RoutedCache]) -> tuple[jax.Array, RoutedCache]:
         delta_BxD, cache = carry
@@ -231,10 +251,16 @@ def _in_place(
         new_CxD, own = jax.vmap(one)(picked.of(rows), jnp.where(picked.needed_C, picked.rows_C, -1))
         # Written when all has been read: else XLA would have to keep what was there.
         new_CxD, own = jax.lax.optimization_barrier((new_CxD, own))
-        slot_C = jnp.where(picked.needed_C, picked.of(slot_B), cache.positions_BxM.shape[1] - 1)
-        return picked.put(delta_BxD, new_CxD), cache.write(own, picked.rows_C, slot_C)
+        if not keeps:
+            slot_C = jnp.where(picked.needed_C, picked.of(slot_B), cache.positions_BxM.shape[1] - 1)
+            cache = cache.write(own, picked.rows_C, slot_C)
+        return picked.put(delta_BxD, new_CxD), cache
 
     delta_BxD, cache = in_chunks(chunk, rows.computed_B, (jnp.zeros_like(rows.x_BxD), cache), share, fixed)
+    if keeps:
+        own = kept_rows(decoder, block, rows)
+        delta_BxD, own = jax.lax.optimization_barrier((delta_BxD, own))
+        cache = cache.write(own, jnp.arange(len(slot_B), dtype=jnp.int32), slot_B)
     return delta_BxD, cache, rows.computed_B
 
 

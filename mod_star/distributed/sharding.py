@@ -45,6 +45,8 @@ RULES = (
     (r"feed_forward/experts/(gate|up)$", "XDI"),
     (r"feed_forward/experts/down$", "XID"),
     (r"(predictor|decider)/hidden$", "DP"),
+    (r"adapter/down$", "DR"),
+    (r"adapter/up$", "RD"),
     (r"mixing/(first|second)$", "DW"),
     (r"lora/.*(query|key|value|gate|up)/a$", "DR"),
     (r"lora/.*(query|key|value|gate|up)/b$", "RF"),

@@ -54,7 +54,7 @@ def routes_of(run: LoadedRun, text: str, mode: RoutingMode = "causal") -> Routes
         return output.trace.selected, output.trace.overflow
 
     routed_LxN, overflow_LxN = jax.device_get(jax.jit(trace)(run.params, jnp.array(ids, jnp.int32)))
-    names = [f"block {routing.every * (layer + 1)}" for layer in range(len(routed_LxN))]
+    names = [f"block {routing.every * layer + (routing.first or routing.every)}" for layer in range(len(routed_LxN))]
     return Routes(token_pieces(run.tokenizer, ids), routed_LxN, names, int(overflow_LxN.sum()))
 
 

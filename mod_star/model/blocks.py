@@ -76,22 +76,10 @@ def block(
     """
     dtype = x_NxD.dtype
     N, D = x_NxD.shape
-
-    def project(name: str) -> jax.Array:
-        weight = params[name].astype(dtype)
-        projected = linear(h, weight.reshape(D, -1), precision=config.precision).reshape(N, *weight.shape[1:])
-        return projected + params[f"{name}_bias"].astype(dtype) if config.qkv_bias else projected
-
-    def position(name: str) -> jax.Array:
-        unturned = project(name)
-        if config.qk_norm:
-            unturned = rms_norm(unturned, params[f"{name}_norm"], config.norm_eps)
-        return rotate(unturned, angles)
-
     h = rms_norm(x_NxD, params["attention_norm"], config.norm_eps)
     angles = rotary_angles(positions_N, config)
-    query_NxHxE, key_NxKxE, value_NxKxE = position("query"), position("key"), project("value")
-    own = KeyValues(jnp.swapaxes(key_NxKxE, 0, 1), jnp.swapaxes(value_NxKxE, 0, 1), positions_N, segment_ids_N, valid_N)
+    query_NxHxE = _positioned(params, "query", h, angles, config)
+    own = _keys_values(params, h, angles, (positions_N, segment_ids_N, valid_N), config)
     attended = attend(
         query_NxHxE, positions_N, segment_ids_N, (*memory, own),
         window=config.sliding_window, precision=config.precision, plain=config.attention == "plain",
@@ -108,3 +96,44 @@ def block(
         result_NxD, choice = result
         return delta + result_NxD, own, load_of(choice, valid_N)
     return delta + result, own
+
+
+def block_keys_values(
+    params: dict[str, Any],
+    x_NxD: jax.Array,
+    positions_N: jax.Array,
+    segment_ids_N: jax.Array,
+    valid_N: jax.Array,
+    config: ModelConfig,
+) -> KeyValues:
+    """The keys/values that `block` gives for the same arguments, without the rest of it."""
+    h = rms_norm(x_NxD, params["attention_norm"], config.norm_eps)
+    angles = rotary_angles(positions_N, config)
+    return _keys_values(params, h, angles, (positions_N, segment_ids_N, valid_N), config)
+
+
+def _keys_values(
+    params: dict[str, Any], h_NxD: jax.Array, angles: tuple[jax.Array, jax.Array], tokens: Any, config: ModelConfig
+) -> KeyValues:
+    """Of the normalised stream; `tokens`: positions, segment ids and validity."""
+    key_NxKxE = _positioned(params, "key", h_NxD, angles, config)
+    value_NxKxE = _projected(params, "value", h_NxD, config)
+    return KeyValues(jnp.swapaxes(key_NxKxE, 0, 1), jnp.swapaxes(value_NxKxE, 0, 1), *tokens)
+
+
+def _projected(params: dict[str, Any], name: str, h_NxD: jax.Array, config: ModelConfig) -> jax.Array:
+    """Query, key or value of each head, with a bias where the model has such."""
+    N, D = h_NxD.shape
+    weight = params[name].astype(h_NxD.dtype)
+    projected = linear(h_NxD, weight.reshape(D, -1), precision=config.precision).reshape(N, *weight.shape[1:])
+    return projected + params[f"{name}_bias"].astype(h_NxD.dtype) if config.qkv_bias else projected
+
+
+def _positioned(
+    params: dict[str, Any], name: str, h_NxD: jax.Array, angles: tuple[jax.Array, jax.Array], config: ModelConfig
+) -> jax.Array:
+    """Query or key of each head, normalised where the model does so, and rotated."""
+    unturned = _projected(params, name, h_NxD, config)
+    if config.qk_norm:
+        unturned = rms_norm(unturned, params[f"{name}_norm"], config.norm_eps)
+    return rotate(unturned, angles)

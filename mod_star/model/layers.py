@@ -53,6 +53,12 @@ def rms_norm(x_NxD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return (x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * scale_D).astype(x_NxD.dtype)
 
 
+def unit_rms(x_NxD: jax.Array) -> jax.Array:
+    """x in float32, each row scaled to a root mean square of 1."""
+    x = x_NxD.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+
+
 def rotary_frequencies(config: ModelConfig) -> np.ndarray:
     """Radians per position of each pair, float32 E/2, scaled as `config.rope_scaling` says.
 

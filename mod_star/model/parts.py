@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.errors import InputError, require
 from mod_star.model.attention import KeyValues
-from mod_star.model.blocks import block, block_init
+from mod_star.model.blocks import block, block_init, block_keys_values
 from mod_star.model.experts import Load, experts, experts_flops, experts_init
 from mod_star.model.exploration import explored_scores
-from mod_star.model.layers import swiglu, swiglu_init
+from mod_star.model.layers import swiglu, swiglu_init, unit_rms
 from mod_star.model.lora import with_merged
 from mod_star.model.moves import Selection
 from mod_star.model.precision import highest_products, products_of
@@ -29,6 +29,7 @@ from mod_star.model.routing import (
     GATES,
     Noise,
     RoutingCall,
+    Tokens,
     capacity_of,
     expert_choice,
     linear_router,
@@ -44,6 +45,7 @@ from mod_star.model.routing import (
     stochastic_noise,
     stochastic_rule,
 )
+from mod_star.model.skip_path import adapter, adapter_flops, adapter_init
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class LatentInput:
 
 
 SWIGLU = Part(swiglu_init, swiglu)
+ADAPTER = Part(adapter_init, adapter, adapter_flops)
+"""Of the skip path, with `RoutingConfig.adapter_rank`."""
 
 
 @functools.cache
@@ -128,6 +132,10 @@ class Parts:
     balanced and logged. `model.experts` puts experts in the place of the default; a block asks `feed_forward_of`."""
     block: Part = Part(block_init, block)
     """apply as `mod_star.model.blocks.block`: (params, x, positions, segment_ids, valid, memory, config, parts)."""
+    adapter: Part | None = None
+    """What is added to tokens that pass by a routed block. init(key, ModelConfig, RoutingConfig) -> pytree;
+    apply(params, x_NxD) -> NxD, token by token, in x's type. flops gets the `RoutingConfig` as third argument. None:
+    nothing, or a linear map of rank `RoutingConfig.adapter_rank`."""
     selection: Callable[..., Selection] | None = None
     """(scores_S, valid_S, RoutingConfig, noise) -> `Selection` of `capacity_of(RoutingConfig, S)` slots: the tokens
     that a routed block computes in top_k mode. `noise()`: float32 S. Where training explores, the scores have noise,
@@ -161,8 +169,10 @@ class Parts:
     think, `thinking.think_fraction` of them. Arrays of `batch` are BxC; at most `chunk` positions' logits are to exist
     at one time. None: what `thinking.think_where` names."""
 
-    def score(self, params: Any, x_SxD: jax.Array) -> jax.Array:
-        """The router's float32 scores S."""
+    def score(self, params: Any, x_SxD: jax.Array, routing: RoutingConfig) -> jax.Array:
+        """The router's float32 scores S, of the stream as it is or at unit RMS (`RoutingConfig.router_norm`)."""
+        if routing.router_norm:
+            x_SxD = unit_rms(x_SxD)
         with highest_products():
             scores_S: jax.Array = self.router.apply(params, x_SxD)
         return scores_S.astype(jnp.float32)
@@ -257,6 +267,33 @@ class Parts:
         with products_of(arrays[-1]):
             delta_NxD, keys_values, *load = self.block.apply(params, x_NxD, *arrays, self)
         return delta_NxD, keys_values, load[0] if load else None
+
+    def keys_values(self, params: Any, tokens: Tokens, config: ModelConfig) -> KeyValues:
+        """The keys/values of all tokens in a block.
+
+        Args:
+          params: the block's.
+          tokens: the stream before the block.
+          config: sizes.
+
+        Raises:
+          InputError: the block is a user's own.
+        """
+        allowed = "must be False with parts.block of your own"
+        require(self.block.apply is block, "routing.keep_key_values", True, allowed)
+        ids_N = tokens.segment_ids_N
+        return block_keys_values(params, tokens.x_NxD, tokens.positions_N, ids_N, ids_N > 0, config)
+
+    def adapter_of(self, routing: RoutingConfig) -> Part | None:
+        """The adapter of the skip path in force; None: tokens pass by unchanged."""
+        return ADAPTER if self.adapter is None and routing.adapter_rank else self.adapter
+
+    def adapt(self, params: Any, x_NxD: jax.Array, routing: RoutingConfig) -> jax.Array | None:
+        """What is added to tokens that pass by, NxD in x's type; None: nothing. `params` are the adapter's."""
+        part = self.adapter_of(routing)
+        if part is None:
+            return None
+        return require_array("adapter", part.apply(params, x_NxD), x_NxD.shape, x_NxD.dtype)
 
     def gate_of(self, routing: RoutingConfig) -> Callable[[jax.Array], jax.Array]:
         """The gate in force."""

@@ -56,6 +56,8 @@ def require_poolable(routing: RoutingConfig, name: str, value: str) -> None:
     require(routing.selection == "learned", name, value, allowed)
     allowed = "must be left out: routing.capacity_tokens is a count of each sequence"
     require(routing.capacity_tokens is None, name, value, allowed)
+    kept = routing.keep_key_values or routing.adapter_rank > 0
+    require(not kept, name, value, "must be left out: the model computes something for tokens that pass by")
 
 
 def pooled_slots(routing: RoutingConfig, tokens: int) -> npt.NDArray[np.int32]:
@@ -92,7 +94,7 @@ def pooled_block(
     Returns:
       The gated delta, SxD, zero where tokens pass by, and the decisions; neither keys/values nor experts' load.
     """
-    scores_S = decoder.parts.score(params["router"], tokens.x_NxD)
+    scores_S = decoder.parts.score(params["router"], tokens.x_NxD, decoder.routing)
     noise = stochastic_noise(None, tokens.positions_N)
     judged = Judged(tokens, scores_S, causal_logit(decoder, params, tokens.x_NxD, scores_S, noise))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -25,7 +26,7 @@ from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.errors import InputError
 from mod_star.model.attention import KeyValues
 from mod_star.model.experts import Load
-from mod_star.model.layers import Params, fan_in_normal
+from mod_star.model.layers import Params, fan_in_normal, unit_rms
 from mod_star.model.linear import linear
 from mod_star.model.moves import Selection, combine, dispatch, dispatch_ids
 from mod_star.model.precision import HIGHEST
@@ -211,8 +212,7 @@ def predict(params: Params, x_SxD: jax.Array, budget: int | None = None) -> jax.
     output_P, shift = params["output"], params["shift"]
     if budget is not None:
         output_P, shift = output_P[:, budget], shift[budget]
-    x = jax.lax.stop_gradient(x_SxD).astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+    x = unit_rms(jax.lax.stop_gradient(x_SxD))
     hidden = jax.nn.relu(linear(x, params["hidden"], precision="highest") + params["bias"])
     return jnp.matmul(hidden, output_P, precision=HIGHEST) + shift
 
@@ -339,7 +339,10 @@ def routed_block(
     call: RoutingCall,
     memory: tuple[KeyValues, ...] = (),
 ) -> tuple[jax.Array, KeyValues, Trace, Load | None]:
-    """The gated delta of a routed block, SxD, zero where tokens pass by; its keys/values, decisions, and experts' load.
+    """What a routed block adds to the stream, SxD; its keys/values, decisions, and experts' load.
+
+    To the tokens that it computes it adds their gated delta, to those that pass by the adapter's output, or nothing.
+    The keys/values are those of the C slots, or with `routing.keep_key_values` those of all tokens.
 
     Args:
       decoder: sizes and parts.
@@ -351,7 +354,7 @@ def routed_block(
     config, routing, parts = decoder.config, decoder.routing, decoder.parts
     x_SxD, S = tokens.x_NxD, tokens.x_NxD.shape[0]
     valid_S = tokens.segment_ids_N > 0
-    scores_S = parts.score(params["router"], x_SxD)
+    scores_S = parts.score(params["router"], x_SxD, routing)
     noise = stochastic_noise(call.key, jnp.arange(S, dtype=jnp.int32))
     logits_S = causal_logit(decoder, params, x_SxD, scores_S, noise)
     by_score_S = None
@@ -369,18 +372,26 @@ def routed_block(
         selection = select_first(passing_S & (jnp.cumsum(passing_S, dtype=jnp.int32) <= room), min(S, slots))
         overflow_S = rule_S & ~selection.mask_S  # also where a repeated decision was that no slot was left
 
+    kept, before = None, memory
+    if routing.keep_key_values:
+        kept = parts.keys_values(params["block"], tokens, config)
+        before = (*memory, replace(kept, valid_M=kept.valid_M & ~selection.mask_S))
     rows = functools.partial(routed_rows, decoder)
     x_CxD, scores_C = dispatch(x_SxD, selection), dispatch(scores_S, selection)
     positions_C = dispatch_ids(tokens.positions_N, selection)
     selected = Tokens(x_CxD, positions_C, dispatch_ids(tokens.segment_ids_N, selection))
-    arrays = (params, selected, scores_C, selection.filled_C, memory)
+    arrays = (params, selected, scores_C, selection.filled_C, before)
     if memory and S == 1 and not call.with_gradient:
         share = routed_share(routing, config.context)
         gated_CxD, gates_C, own, load = compute_if(selection.filled_C[0], rows, arrays, share)
     else:
         gated_CxD, gates_C, own, load = rows(*arrays)
     trace = Trace(scores_S, selection.mask_S, combine(gates_C, selection), logits_S, overflow_S, by_score_S)
-    return combine(gated_CxD, selection), own, trace, load
+    delta_SxD = combine(gated_CxD, selection)
+    passing_SxD = parts.adapt(params.get("adapter", {}), x_SxD, routing)
+    if passing_SxD is not None:
+        delta_SxD += jnp.where(selection.mask_S[:, None], 0, passing_SxD)
+    return delta_SxD, own if kept is None else kept, trace, load
 
 
 def routed_rows(

@@ -51,10 +51,12 @@ class Output:
 
 
 def block_names(routing: RoutingConfig) -> tuple[str, ...]:
-    """Names of the blocks of one group, in order: full_0, ..., routed."""
+    """Names of the blocks of one group, in order: full_0, ..., and routed in the place of `routing.first`."""
     if routing.every == 0:
         return ("full_0",)
-    return (*(f"full_{i}" for i in range(routing.every - 1)), "routed")
+    names = [f"full_{i}" for i in range(routing.every - 1)]
+    names.insert((routing.first or routing.every) - 1, "routed")
+    return tuple(names)
 
 
 def group_count(config: ModelConfig, routing: RoutingConfig) -> int:
@@ -78,6 +80,12 @@ def group_init(key: jax.Array, config: ModelConfig, routing: RoutingConfig, part
             rule = parts.causal_rule_of(routing).init(predictor, config, routing)
             if jax.tree.leaves(rule):
                 params[name]["predictor"] = rule
+            adapter = parts.adapter_of(routing)
+            if adapter is not None:
+                skip = jax.random.fold_in(block_key, random_streams.SKIP_PATH)
+                own = adapter.init(skip, config, routing)
+                if jax.tree.leaves(own):
+                    params[name]["adapter"] = own
     # A user's own initialiser may have left the type to a default, which JAX_ENABLE_X64 makes float64.
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 

@@ -19,7 +19,16 @@ MODEL_FIELDS: tuple[str, ...] = ("vocab_size", "width", "layers", "heads", "norm
 MODEL_FIELDS += ("rope_theta", "rope_scaling", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor")
 MODEL_FIELDS += ("rope_original_context", "sliding_window", "qkv_bias", "qk_norm", "experts")
 EXPERT_FIELDS = ("experts_active", "experts_null", "experts_null_kind", "experts_balance")
-ROUTED_FIELDS = ("gate", "causal_rule", "selection", "predictor_width")
+ROUTED_FIELDS: tuple[str, ...] = (
+    "gate",
+    "causal_rule",
+    "selection",
+    "predictor_width",
+    "first",
+    "router_norm",
+    "keep_key_values",
+)
+ROUTED_FIELDS += ("adapter_rank",)
 
 
 def load_base(run: RunConfig, tokenizer: Tokenizer | None = None, mesh: Mesh | None = None) -> LoadedRun | None:

@@ -44,7 +44,7 @@ def test_the_rows_with_the_lowest_scores_pass_by(models: dict[str, Model], branc
     generator = model.generator()
     state = generator.start(PROMPTS[: ROWS // branches], GenerationConfig(4, branches=branches))
     router = generator.params["groups"][0]["routed"]["router"]
-    of_token = np.asarray(model.decoder.parts.score(router, generator.params["embedding"]))
+    of_token = np.asarray(model.decoder.parts.score(router, generator.params["embedding"], model.routing))
     order = np.argsort(-of_token)
     tokens_B = np.array([order[-1] if row % 4 == 3 else order[(5 * row) % 11] for row in range(ROWS)], np.int32)
     wanted, room = of_token[tokens_B] > 0, rows_at_once(branches if branches > 1 else ROWS, 3 / CONTEXT)

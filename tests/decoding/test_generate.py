@@ -76,6 +76,7 @@ VARIANTS = {
     "every block": Model({"every": 1, "gate": "tanh", "causal_rule": "router"}),
     "thresholds": Model({"headroom": 1.0}, replace(DEFAULT_PARTS, causal_rule=THRESHOLD_RULE), layers=4),
     "one in three": Model({"every": 3, "gate": "identity", "headroom": 4.0}, layers=3),
+    "kept keys": Model({"first": 1, "keep_key_values": True, "adapter_rank": 2, "router_norm": True, "headroom": 1.0}),
     "dense, untied head": Model({"every": 0}, tie_embeddings=False, kv_heads=4),
 }
 
@@ -93,6 +94,15 @@ def test_every_kind_of_routing_decodes_as_it_is_taught(name: str) -> None:
         check(model, prompt, result, SAMPLED, row)
     fractions = [fraction for result in results for fraction in result.routed_fraction]
     assert name.startswith("dense") or any(0 < fraction < 1 for fraction in fractions)
+
+
+@pytest.mark.slow
+def test_a_row_alone_keeps_the_keys_of_tokens_that_pass_by() -> None:
+    """Its block is a branch of the program: what is kept must be computed beside it."""
+    model = VARIANTS["kept keys"]
+    (result,) = model.generator().generate(PROMPTS[1:2], GenerationConfig(NEW, SAMPLED, seed=SEED))
+    check(model, PROMPTS[1], result, SAMPLED, 0)
+    assert 0 < result.routed_fraction[0] < 1
 
 
 @pytest.mark.slow

@@ -28,7 +28,10 @@ BRANCHING, SAMPLED = Sampling(0, branch=True), Sampling(3.0)
 
 @pytest.fixture(scope="module", params=["dense", "routed"])
 def model(request: pytest.FixtureRequest) -> Model:
-    return Model({"every": 0} if request.param == "dense" else {"headroom": 1.0, "capacity": 0.15}, layers=2)
+    routing: dict[str, Any] = {"every": 0} if request.param == "dense" else {"headroom": 1.0, "capacity": 0.15}
+    if request.param == "kept":
+        routing |= {"keep_key_values": True, "adapter_rank": 2}
+    return Model(routing, layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,7 @@ def same(one: Generated, other: Generated) -> None:
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=3e-5)
 
 
+@pytest.mark.parametrize("model", ["dense", "routed", "kept"], indirect=True)
 @pytest.mark.slow
 def test_branches_are_greedy_after_the_most_probable_first_tokens(model: Model, branched: list[Generated]) -> None:
     overflow = 0
@@ -208,7 +212,7 @@ def test_a_full_routed_cache_keeps_all_that_it_has_computed(branches: int) -> No
             new, new, jnp.full((branches, 1), number), jnp.ones((branches, 1), jnp.int32), new[:, 0, :, 0] > 0
         )
         computed = jnp.full(branches, computes)
-        cache = cache.append(own, computed, ~computed)
+        cache = cache.append(own, computed, computed, ~computed)
     (held,) = cache.own_key_values(jnp.ones(branches, jnp.int32), jnp.int32(3))
     for row in range(branches):
         assert held.positions_M[row][held.valid_M[row]].tolist() == [1, 2]

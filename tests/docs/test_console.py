@@ -74,7 +74,7 @@ def only_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(tyro, "cli", read)
     monkeypatch.chdir(tmp_path)
-    for name in ("mine", "smollm2", "upcycled"):
+    for name in ("mine", "smollm2", "upcycled", "kept"):
         with created(tmp_path / "runs" / name, RunConfig(), ByteTokenizer()):
             pass
 

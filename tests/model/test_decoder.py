@@ -62,6 +62,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tanh, every third": ({"layers": 3}, {"gate": "tanh", "every": 3, "capacity_tokens": 5}),
     "every block, router's own rule": ({"layers": 2}, {"every": 1, "causal_rule": "router", "headroom": 1.2}),
     "stochastic": ({}, {"selection": "stochastic"}),
+    "kept keys, first of two, normed router, adapter": (
+        {"qkv_bias": True, "qk_norm": True},
+        {"first": 1, "keep_key_values": True, "router_norm": True, "adapter_rank": 3, "headroom": 1.0},
+    ),
+    "second of three, adapter, kept keys, window": (
+        {"layers": 3, "sliding_window": 5},
+        {"every": 3, "first": 2, "adapter_rank": 2, "keep_key_values": True, "capacity_tokens": 5, "gate": "tanh"},
+    ),
     "dense, window, biases, norms, linear": (
         {"layers": 2, "sliding_window": 5, "qkv_bias": True, "qk_norm": True, "norm_eps": 0.1}
         | {"rope_scaling": "linear", "rope_factor": 3.0},

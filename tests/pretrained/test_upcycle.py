@@ -24,7 +24,14 @@ from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.model.transformer import head_matrix
 from mod_star.pretrained.params_run import write_params_run
-from mod_star.pretrained.upcycle import default_stages, upcycle, upcycled_config, upcycled_params
+from mod_star.pretrained.upcycle import (
+    NO_SKIPPING,
+    Skipping,
+    default_stages,
+    upcycle,
+    upcycled_config,
+    upcycled_params,
+)
 from mod_star.runs.directory import load_run, read_config
 from mod_star.runs.metrics import read_metrics
 from mod_star.thinking.objective import predicted
@@ -47,6 +54,8 @@ own_router = Parts(router=Part(linear_router_init, lambda params, x: 1 + linear_
 own_gate = Parts(gate=jax.nn.sigmoid)
 own_selection = Parts(selection=expert_choice)
 own_causal_rule = Parts(causal_rule=Part(no_parameters, router_rule, no_flops))
+own_adapter = Parts(adapter=Part(no_parameters, lambda params, x: x))
+own_block = Parts(block=Part(Parts().block.init, lambda *arrays: Parts().block.apply(*arrays)))
 own_auxiliary_loss = Parts(auxiliary_loss=rule_cross_entropy)
 """
 
@@ -72,16 +81,22 @@ def logits(run: RunConfig, params: Any, batch: dict[str, jax.Array], mode: Any) 
     return np.asarray(jax.jit(jax.vmap(one))(batch["tokens"], batch["positions"], batch["segment_ids"]))
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(
+    ("every", "skipping"),
+    [(1, NO_SKIPPING), (2, NO_SKIPPING), (2, Skipping(keep_key_values=True, adapter_rank=3))],
+    ids=["all", "half", "kept"],
+)
 @pytest.mark.slow
 def test_at_capacity_1_the_logits_are_the_dense_models(
-    every: int, dense_params: Any, tiny_batch: dict[str, jax.Array]
+    every: int, skipping: Skipping, dense_params: Any, tiny_batch: dict[str, jax.Array]
 ) -> None:
-    run = upcycled_config(DENSE, 0.25, every)
+    run = upcycled_config(DENSE, 0.25, every, skipping)
     params = upcycled_params(dense_params, run)
     expected = logits(DENSE, dense_params, tiny_batch, "top_k")
+    # Attention to keys in two sets, the kept ones and the block's own, adds them up in another order.
+    atol = 2e-5 if skipping.keep_key_values else 0
     for mode in ("top_k", "causal"):
-        np.testing.assert_array_equal(logits(at_capacity_1(run), params, tiny_batch, mode), expected)
+        np.testing.assert_allclose(logits(at_capacity_1(run), params, tiny_batch, mode), expected, rtol=0, atol=atol)
     # It is routing that makes the difference as soon as the capacity falls.
     assert np.abs(logits(replace(run, routing=replace(run.routing, stages=())), params, tiny_batch, "top_k")
                   - expected).max() > 0.01  # fmt: skip
@@ -223,7 +238,7 @@ def test_what_is_refused(dense_run: Path, trained_run: Path, tmp_path: Path) -> 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("part", ["router", "gate", "selection", "causal_rule"])
+@pytest.mark.parametrize("part", ["router", "gate", "selection", "causal_rule", "adapter"])
 def test_decisions_of_ones_own_are_refused(part: str, tmp_path: Path) -> None:
     """They need not take every token at capacity 1, and may need other parameters than the built-in ones."""
     (tmp_path / "parts.py").write_text(PARTS)
@@ -232,6 +247,13 @@ def test_decisions_of_ones_own_are_refused(part: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"^parts = .*: has its own {part}; only with the built-in ones"):
         upcycle(dense, tmp_path / "free", 0.25)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_keys_are_not_kept_in_a_block_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "parts.py").write_text(PARTS)
+    dense = make_dense(tmp_path / "dense", f"{tmp_path}/parts.py:own_block")
+    with pytest.raises(InputError, match=r"^--keep-key-values = True: cannot be given with parts\.block of your own$"):
+        upcycle(dense, tmp_path / "free", 0.25, skipping=Skipping(keep_key_values=True))
 
 
 @pytest.mark.parametrize("parts", ["own_layer", "own_auxiliary_loss"])

@@ -95,6 +95,7 @@ def swiglu(params: Any, h: Array) -> Array:
 
 
 def block_delta(params: Any, x: Array, rows: list[tuple[int, int]], config: ModelConfig) -> Array:
+    """Of all tokens of x, each of which sees the others."""
     delta = attention(params, rms_norm(x, params["attention_norm"], config.norm_eps), rows, config)
     return delta + swiglu(params["feed_forward"], rms_norm(x + delta, params["feed_forward_norm"], config.norm_eps))
 
@@ -150,7 +151,10 @@ def decode(
     x = params["embedding"][tokens]
     rows = [(int(p), int(d)) for p, d in zip(positions, segment_ids, strict=True)]
     valid = np.asarray(segment_ids) > 0
-    names = [*(f"full_{i}" for i in range(routing.every - 1)), "routed"] if routing.every else ["full_0"]
+    names = [f"full_{i}" for i in range(routing.every - 1)] if routing.every else ["full_0"]
+    if routing.every:
+        place = routing.every if routing.first is None else routing.first
+        names = [*names[: place - 1], "routed", *names[place - 1 :]]
     traces = []
     for group in range(config.layers // len(names)):
         for name in names:
@@ -158,7 +162,8 @@ def decode(
             if name != "routed":
                 x = x + block_delta(own["block"], x, rows, config)
                 continue
-            scores = x @ own["router"]["weight"]
+            unit = rms_norm(x, np.ones(x.shape[1]), 1e-6)
+            scores = (unit if routing.router_norm else x) @ own["router"]["weight"]
             if noise is not None:
                 ranked, logits = noise[group], noise[group] - threshold
             elif thresholds is not None:
@@ -168,12 +173,19 @@ def decode(
                 logits = predictor_logits(own["predictor"], x) if routing.causal_rule == "predictor" else scores
             wanted = (logits > 0) & valid
             chosen = top_tokens(ranked, valid, capacity) if mode == "top_k" else first_tokens(wanted, slots)
-            delta = block_delta(own["block"], x[chosen], [rows[i] for i in chosen], config) if chosen else np.zeros(0)
+            if routing.keep_key_values:  # all tokens are there to be seen
+                delta = block_delta(own["block"], x, rows, config)[chosen]
+            elif chosen:
+                delta = block_delta(own["block"], x[chosen], [rows[i] for i in chosen], config)
+            else:
+                delta = np.zeros(0)
             gates = GATES[routing.gate](scores)
             selected = np.zeros(len(x), bool)
             selected[chosen] = True
             x = x.copy()
             for i, change in zip(chosen, delta, strict=True):
                 x[i] = x[i] + gates[i] * change
+            for passing in np.flatnonzero(~selected) if "adapter" in own else ():
+                x[passing] = x[passing] + unit[passing] @ own["adapter"]["down"] @ own["adapter"]["up"]
             traces.append({"scores": scores, "logits": logits, "selected": selected, "gates": gates * selected})
     return rms_norm(x, params["final_norm"], config.norm_eps), traces
