@@ -21,7 +21,7 @@ from mod_star.config import (
     ThinkingConfig,
     TrainConfig,
 )
-from mod_star.decoding.programs import Prompts, prefill
+from mod_star.decoding.programs import Prompts, Size, prefill
 from mod_star.decoding.step import NewTokens, decode_step, unstack
 from mod_star.distributed.sharding import make_mesh, use_mesh
 from mod_star.flops import training_step_flops
@@ -126,7 +126,7 @@ def decoding_program(run: RunConfig) -> str:
     def step(params: Any) -> Any:
         own, ids_B = unstack(decoder, params), jnp.ones(2, jnp.int32)
         prompts = Prompts(ids_B[:, None], ids_B, jnp.uint32(ids_B), 2, 4, jax.random.key(0))
-        caches = prefill(decoder, None, own, prompts, None, room=4).caches
+        caches = prefill(decoder, None, own, prompts, None, size=Size(1, room=4)).caches
         return decode_step(decoder, own, caches, NewTokens(ids_B, ids_B, jnp.int32(0), ids_B > 0))
 
     return jax.jit(step).lower(shapes(run)[0]).as_text()
