@@ -118,9 +118,13 @@ def require_share(share: float) -> None:
 
 def write_calibration(directory: Path, calibration: Calibration) -> Path:
     """Writes RUN/thinking.json, or leaves what was there. Raises InputError if it can't be written."""
-    path = directory / CALIBRATION_FILE
+    return write_record(directory / CALIBRATION_FILE, dataclasses.asdict(calibration))
+
+
+def write_record(path: Path, record: dict[str, Any]) -> Path:
+    """Writes a file of JSON, or leaves what was there. Raises InputError if it can't be written."""
     try:
-        write_atomically(path, json.dumps(dataclasses.asdict(calibration), indent=2) + "\n")
+        write_atomically(path, json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     return path

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from mod_star.atomic_files import write_atomically
 from mod_star.data import Batch
 from mod_star.distributed.sharding import replicated
 from mod_star.errors import InputError, require
+from mod_star.inspection.calibration import write_record
 from mod_star.model import Decoder
 from mod_star.model.routing import routed_share
 from mod_star.model.threshold import with_thresholds
@@ -137,12 +137,7 @@ def _traced(
 
 def write_routing(directory: Path, calibration: RoutingCalibration) -> Path:
     """Writes RUN/routing.json, or leaves what was there. Raises InputError if it can't be written."""
-    path = directory / ROUTING_FILE
-    try:
-        write_atomically(path, json.dumps(dataclasses.asdict(calibration), indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    return path
+    return write_record(directory / ROUTING_FILE, dataclasses.asdict(calibration))
 
 
 def read_routing(directory: Path) -> RoutingCalibration | None:
