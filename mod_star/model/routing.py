@@ -138,12 +138,12 @@ def select_top(scores_S: jax.Array, valid_S: jax.Array, slots: int, most: jax.Ar
     """
     # -inf puts pads after every real score; a real -inf or NaN loses to real scores but never lets a pad in.
     ranks_S = jnp.where(valid_S, jnp.nan_to_num(scores_S, nan=-3e38, neginf=-3e38), -jnp.inf)
-    best_C = jax.lax.top_k(ranks_S, slots)[0]  # the best first
-    count = jnp.minimum(jnp.sum(valid_S, dtype=jnp.int32), slots if most is None else most)
-    last = best_C[jnp.maximum(count - 1, 0)]
-    above_S, equal_S = ranks_S > last, (ranks_S == last) & valid_S
-    left = count - jnp.sum(above_S, dtype=jnp.int32)  # for those as good as the last one
-    return in_order(above_S & (count > 0) | equal_S & (jnp.cumsum(equal_S, dtype=jnp.int32) <= left), slots)
+    best_S = jnp.argsort(jnp.where(ranks_S == 0, 0.0, ranks_S), descending=True)  # stable
+    # By places and not by comparing with the last score: XLA may compute scores twice, with other rounding.
+    place_S = jnp.argsort(best_S)
+    taken_S = place_S < jnp.minimum(jnp.sum(valid_S, dtype=jnp.int32), slots if most is None else most)
+    chosen = in_order(place_S < slots, slots)
+    return replace(chosen, filled_C=taken_S[chosen.indices_C], mask_S=taken_S)
 
 
 def select_first(passing_S: jax.Array, slots: int) -> Selection:
