@@ -81,8 +81,9 @@ def _traced_prefill(run: RunConfig, batch: int, device: jax.Device) -> tuple[Any
     prompts = programs.Prompts(tokens, rows, jax.ShapeDtypeStruct((batch,), jnp.uint32), number, number, key)
     params = _decoding_params(decoder, run, device)
     thinking = run.thinking if run.thinks else None
-    program: Any = programs.prefill
-    return program.trace(decoder, thinking, params, placed(prompts, device), None, room=ROOM), params
+    program: Any = jax.jit(programs.prefill, static_argnames=("decoder", "thinking", "size"))  # all groups in one
+    size = programs.Size(length, ROOM)
+    return program.trace(decoder, thinking, params, placed(prompts, device), None, size=size), params
 
 
 def prefill(run: RunConfig, batch: int, device: jax.Device) -> jax.stages.Lowered:
