@@ -165,11 +165,11 @@ class RoutedCache:
         thought_B: jax.Array | None = None,
     ) -> RoutedCache:
         """With the keys/values of one token in each row that stores them, computed tokens and overflows counted."""
-        rows, slot_B = jnp.arange(computed_B.shape[0], dtype=jnp.int32), self.slots_of(stored_B)
+        slot_B = self.slots_of(stored_B)
         if computed_B.shape[0] == 1:  # a slice is updated in place for certain, and fast
             write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, slot_B[0], 2)  # noqa: E731
         else:
-            write = lambda cache, new: cache.at[rows, :, slot_B].set(new[:, :, 0], unique_indices=True)  # noqa: E731
+            write = lambda cache, new: write_rows(cache, new, slot_B)  # noqa: E731
         written = replace(
             self,
             keys_BxKxMxE=write(self.keys_BxKxMxE, own.keys_KxMxE),

@@ -21,8 +21,8 @@ from mod_star.model import Decoder
 from mod_star.model.attention import KeyValues
 from mod_star.model.layers import lookup, rms_norm
 from mod_star.model.product_weights import narrow_types
-from mod_star.model.routing import Tokens, causal_logit, routed_rows, routed_share, stochastic_noise
-from mod_star.model.rows import Picked, compute_if, in_chunks, within_a_chunk
+from mod_star.model.routing import Tokens, causal_logit, routed_rows, routed_share, select_top, stochastic_noise
+from mod_star.model.rows import Picked, compute_if, in_chunks, rows_at_once
 from mod_star.model.transformer import StackedParams, UnstackedParams, block_names, group_count
 
 
@@ -216,6 +216,17 @@ def kept_rows(decoder: Decoder, block: dict[str, Any], rows: RoutedRows) -> KeyV
         return decoder.parts.keys_values(block["block"], token, decoder.config)
 
     return jax.vmap(one)(rows.x_BxD, rows.positions_B)
+
+
+def within_a_chunk(wanted_R: jax.Array, scores_R: jax.Array, share: float) -> jax.Array:
+    """bool R: of the wanted rows as many as a chunk holds, those with the highest scores, of equal ones the first.
+
+    Args:
+      wanted_R: bool.
+      scores_R: float32.
+      share: as for `mod_star.model.rows.compute_rows`.
+    """
+    return select_top(scores_R, wanted_R, rows_at_once(len(wanted_R), share)).mask_S
 
 
 def _within_a_chunk(decoder: Decoder, rows: RoutedRows, branches: int) -> jax.Array:

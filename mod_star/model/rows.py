@@ -23,20 +23,6 @@ def rows_at_once(rows: int, share: float) -> int:
     return min(rows, math.ceil(1.5 * share * rows) + 1)
 
 
-def within_a_chunk(wanted_R: jax.Array, scores_R: jax.Array, share: float) -> jax.Array:
-    """bool R: of the wanted rows as many as a chunk holds, those with the highest scores, of equal ones the first.
-
-    Args:
-      wanted_R: bool.
-      scores_R: float32.
-      share: as for `compute_rows`.
-    """
-    R = len(wanted_R)
-    order_R = jnp.argsort(jnp.where(wanted_R, -scores_R, jnp.inf))  # stable
-    rank_R = jnp.zeros(R, jnp.int32).at[order_R].set(jnp.arange(R, dtype=jnp.int32), unique_indices=True)
-    return wanted_R & (rank_R < rows_at_once(R, share))
-
-
 def compute_rows(
     function: Callable[..., Any], needed_R: jax.Array, rows: Any, share: float, one_chunk: bool = False
 ) -> Any:
@@ -101,7 +87,7 @@ def in_chunks(
       needed_R: bool.
       carry: before the first chunk.
       share: as for `compute_rows`.
-      one_chunk: never more rows are wanted than a chunk holds (`within_a_chunk`). Then it is computed in any case, and
+      one_chunk: never more rows are wanted than a chunk holds (`rows_at_once`). Then it is computed in any case, and
         nothing depends on data: a GPU would ask its host after each chunk whether there is another.
     """
     R = needed_R.shape[0]

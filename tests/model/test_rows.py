@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mod_star.model.rows import compute_if, compute_rows, rows_at_once, within_a_chunk
+from mod_star.decoding.step import within_a_chunk
+from mod_star.model.rows import compute_if, compute_rows, rows_at_once
 
 calls: Counter[str] = Counter()
 SIZES = (4, 3, 2)
