@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from mod_star.errors import InputError
 from mod_star.model.routing import RoutingMode, causal_slots
+from mod_star.model.transformer import routed_blocks
 from mod_star.runs.directory import LoadedRun
 from mod_star.tokenization.tokenizers import StreamDecoder, Tokenizer, begin
 
@@ -54,7 +55,7 @@ def routes_of(run: LoadedRun, text: str, mode: RoutingMode = "causal") -> Routes
         return output.trace.selected, output.trace.overflow
 
     routed_LxN, overflow_LxN = jax.device_get(jax.jit(trace)(run.params, jnp.array(ids, jnp.int32)))
-    names = [f"block {routing.every * layer + (routing.first or routing.every)}" for layer in range(len(routed_LxN))]
+    names = [f"block {number + 1}" for number in routed_blocks(run.config.model, routing)]
     return Routes(token_pieces(run.tokenizer, ids), routed_LxN, names, int(overflow_LxN.sum()))
 
 

@@ -59,6 +59,11 @@ def block_names(routing: RoutingConfig) -> tuple[str, ...]:
     return tuple(names)
 
 
+def routed_blocks(config: ModelConfig, routing: RoutingConfig) -> range:
+    """Numbers of a routed model's routed blocks among all of its blocks, counted from 0."""
+    return range(block_names(routing).index("routed"), config.layers, routing.every)
+
+
 def group_count(config: ModelConfig, routing: RoutingConfig) -> int:
     """Number of groups that the blocks are stacked over.
 

@@ -32,7 +32,7 @@ from mod_star.errors import InputError, require
 from mod_star.model.parts import DEFAULT_PARTS
 from mod_star.model.routing import predictor_init
 from mod_star.model.skip_path import adapter_init
-from mod_star.model.transformer import block_names, group_count
+from mod_star.model.transformer import block_names, group_count, routed_blocks
 from mod_star.parts import load_parts
 from mod_star.pretrained.calibration import block_changes, fit_block, fitted_params, least_changed, read_streams
 from mod_star.pretrained.params_run import require_free, write_params_run
@@ -207,7 +207,6 @@ def with_fitted(params: dict[str, Any], run: RunConfig, streams: npt.NDArray[np.
       streams: of the dense model, from `mod_star.pretrained.calibration.read_streams`.
     """
     routing, routed = run.routing, params["groups"]["routed"]
-    blocks = range((routing.first or routing.every) - 1, run.model.layers, routing.every)
-    rank = routing.adapter_rank
+    blocks, rank = routed_blocks(run.model, routing), routing.adapter_rank
     fits = [fit_block(streams[block], streams[block + 1], routing.capacity, rank) for block in blocks]
     return params | {"groups": params["groups"] | {"routed": routed | fitted_params(fits, routed, rank)}}
