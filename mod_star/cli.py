@@ -9,9 +9,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 import mod_star
@@ -47,11 +51,13 @@ example:
 Every command explains itself: mod-star COMMAND --help
 """
 
+ABORTED = "aborted; what was saved before is kept"
+
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs `mod-star` with these arguments (None: the process's own) and exits."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    with usable_streams() as output:
+    with usable_streams() as output, _noticed_interrupts() as interrupts:
         try:
             try:
                 _run(argv)
@@ -64,14 +70,40 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         except OSError as error:  # of a file that nobody has said more about
             _leave(1, f"error: {_with_addresses(_described(error))}")
         except KeyboardInterrupt:
-            _leave(130, "aborted; what was saved before is kept")
+            _leave(130, ABORTED)
         except Exception as error:
+            if interrupts:  # what it interrupted made another error of it
+                _leave(130, ABORTED)
             if reason := _out_of_memory(error):
                 _leave(1, f"error: out of memory: {reason}; mod-star plan says what a training step needs")
             if isinstance(error, ValueError) and _raised_in(error).endswith("jax/_src/config.py"):
                 _leave(2, f"error: {error}")  # a variable of JAX's, such as JAX_ENABLE_X64=maybe
             raise
         sys.exit(0)
+
+
+@contextmanager
+def _noticed_interrupts() -> Iterator[list[int]]:
+    """Yields a list that each Ctrl-C adds its signal to, besides raising KeyboardInterrupt as ever.
+
+    Compiled code that calls Python, such as JAX's comparison of arguments, may turn that into an error of its own.
+    Where Ctrl-C has another effect (or none, as with nohup), it keeps it.
+    """
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> NoReturn:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _run(argv: Sequence[str]) -> None:

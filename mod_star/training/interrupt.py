@@ -39,6 +39,8 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and received:
+            if callable(usual := before[number]):
+                usual(number, frame)
             raise KeyboardInterrupt
         received.append(number)
         if number == signal.SIGINT:  # someone is watching. Not print: a handler may interrupt one.

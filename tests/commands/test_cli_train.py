@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import chex
+import jax
+import jax.numpy as jnp
 import pytest
 from fork_server import succeed
 
@@ -251,3 +253,30 @@ def test_ctrl_c_outside_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         main(["train"])
     assert left.value.code == 130
     assert capsys.readouterr().err == "aborted; what was saved before is kept\n"
+
+
+def test_ctrl_c_that_jax_makes_an_error_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupting:
+        """Compares to another as if someone pressed Ctrl-C meanwhile."""
+
+        def __hash__(self) -> int:
+            return 0
+
+        def __eq__(self, other: object) -> bool:
+            signal.raise_signal(signal.SIGINT)
+            return True
+
+    def compare(*_: object) -> None:
+        program = jax.jit(lambda _: jnp.zeros(()), static_argnums=0)
+        for _ in range(3):  # the first compiles, later ones compare
+            program(Interrupting())
+
+    usual = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("mod_star.commands.train.run", compare)
+    with pytest.raises(SystemExit) as left:
+        main(["train"])
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "aborted; what was saved before is kept\n"
+    assert signal.getsignal(signal.SIGINT) is usual
