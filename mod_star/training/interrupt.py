@@ -50,7 +50,7 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
     numbers = [signal.SIGTERM, signal.SIGINT]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it: the terminal may go
         numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, handle) for number in numbers}
+    before = {int(number): signal.signal(number, handle) for number in numbers}
     try:
         yield lambda: received[0] if received else None
     finally:

@@ -270,7 +270,7 @@ def test_ctrl_c_that_jax_makes_an_error_of_its_own(
 
     def compare(*_: object) -> None:
         program = jax.jit(lambda _: jnp.zeros(()), static_argnums=0)
-        for _ in range(3):  # the first compiles, later ones compare
+        for _number in range(3):  # the first compiles, later ones compare
             program(Interrupting())
 
     usual = signal.getsignal(signal.SIGINT)
