@@ -123,6 +123,7 @@ def compute_if(
       one_chunk: as for `in_chunks`, of each pool of rows: those that share what isn't batched.
     """
     leaves, tree = jax.tree.flatten(args)
+    function = jax.jit(function)  # traced once, for all the programs below that contain it
 
     @jax.custom_batching.custom_vmap
     def one(needed: jax.Array, *leaves: jax.Array) -> Any:

@@ -140,7 +140,11 @@ def sample_thought(
         x_D = embed_tokens(used, params, token[None], jax.tree.map(lambda leaf: leaf[None], extra))[0]
         return (x_D, cache), (token, log_prob_of(log_p, token), entropy, decided, extra)
 
-    first = (own["start"], empty_cache(memory, t + 2 if finish else t))
+    cache = empty_cache(memory, t + 2 if finish else t)
+    # Before the first step these are the same for all thoughts, and after it not: `vmap` would trace the body once more.
+    alike = own["start"], cache["blocks"]
+    start_D, blocks = jax.tree.map(lambda leaf: jnp.where(position >= 0, leaf, leaf), alike)
+    first = (start_D, {**cache, "blocks": blocks})
     last, drawn = jax.lax.scan(think, first, jnp.arange(t, dtype=jnp.int32))
     if isinstance(used, LatentInput):
         thought = latent_thought(t)
