@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mod_star.config import (
@@ -44,8 +46,8 @@ GROUPS: dict[str, Any] = {
     "lora": LoraConfig,
 }
 RUN = RunConfig(
-    ModelConfig(vocab_size=13, width=8, layers=2, heads=2, mlp_width=6, context=12),
-    RoutingConfig(capacity=0.25, predictor_width=4),
+    ModelConfig(vocab_size=13, width=8, layers=1, heads=2, mlp_width=6, context=12),
+    RoutingConfig(every=1, capacity=0.25, predictor_width=4),
     optimizer=OptimizerConfig(warmup_steps=2),
     train=TrainConfig(batch_size=2, loss_chunk=12),
     thinking=ThinkingConfig(thought_length=3, n_true=2, chunk=4),
@@ -66,31 +68,36 @@ def loss_of(run: RunConfig) -> Callable[[Any, Any], Any]:
     return lambda params, batch: loss(params, batch, jax.random.key(0), one, one)[0]
 
 
+def text_of(program: jax.extend.core.ClosedJaxpr) -> str:
+    """A program with its constants, and without addresses, with which it would never equal another."""
+    return re.sub(r" at 0x[0-9a-f]+", "", f"{program} {[np.asarray(values).tolist() for values in program.consts]}")
+
+
 def program(run: RunConfig) -> str:
-    """The loss, as XLA gets it."""
-    return jax.jit(loss_of(run)).lower(*shapes(run)).as_text()
+    """The loss."""
+    return text_of(jax.make_jaxpr(loss_of(run))(*shapes(run)))
 
 
 def long_program(run: RunConfig) -> str:
     """A forward pass over enough tokens for attention in blocks."""
     decoder = Decoder(run.model, run.routing)
-    hidden = jax.jit(lambda params, tokens: decoder.apply({"params": params}, tokens).hidden)  # type: ignore[union-attr]
-    return hidden.lower(shapes(run)[0], jax.ShapeDtypeStruct((256,), jnp.int32)).as_text()
+    hidden = lambda params, tokens: decoder.apply({"params": params}, tokens).hidden  # type: ignore[union-attr] # noqa: E731
+    return text_of(jax.make_jaxpr(hidden)(shapes(run)[0], jax.ShapeDtypeStruct((256,), jnp.int32)))
 
 
 def gradient_program(run: RunConfig) -> str:
-    return jax.jit(jax.grad(loss_of(run))).lower(*shapes(run)).as_text()
+    return text_of(jax.make_jaxpr(jax.grad(loss_of(run)))(*shapes(run)))
 
 
 def causal_program(run: RunConfig) -> str:
     decoder = Decoder(run.model, run.routing)
-    return jax.jit(lambda p, b: forward(decoder, p, b, None, "causal").hidden).lower(*shapes(run)).as_text()
+    return text_of(jax.make_jaxpr(lambda p, b: forward(decoder, p, b, None, "causal").hidden)(*shapes(run)))
 
 
 def step_program(run: RunConfig) -> str:
     decoder = Decoder(run.model, run.routing)
     state = jax.eval_shape(lambda: init_state(decoder, run, 10, initial_params(decoder, run, ByteTokenizer())))
-    return jax.jit(make_train_step(decoder, run, 10)).lower(state, shapes(run)[1]).as_text()
+    return text_of(jax.make_jaxpr(make_train_step(decoder, run, 10))(state, shapes(run)[1]))
 
 
 def updates(run: RunConfig) -> list[float]:
@@ -114,9 +121,7 @@ def objective_program(run: RunConfig) -> str:
         lambda embedding: thinking_init(jax.random.key(0), run.model, embedding, [1], [1], thinking=run.thinking),
         params["embedding"],
     )
-    loss = jax.make_jaxpr(objective_of(decoder, run).loss)(params, batch, jax.random.key(0), 1.0, 1.0)
-    # A program with an address in it would never equal another.
-    return re.sub(r" at 0x[0-9a-f]+", "", str(loss))
+    return text_of(jax.make_jaxpr(objective_of(decoder, run).loss)(params, batch, jax.random.key(0), 1.0, 1.0))
 
 
 def decoding_program(run: RunConfig) -> str:
@@ -129,7 +134,7 @@ def decoding_program(run: RunConfig) -> str:
         caches = prefill(decoder, None, own, prompts, None, size=Size(4, 4)).caches
         return decode_step(decoder, own, caches, NewTokens(ids_B, ids_B, jnp.int32(0), ids_B > 0))
 
-    return jax.jit(step).lower(shapes(run)[0]).as_text()
+    return text_of(jax.make_jaxpr(step)(shapes(run)[0]))
 
 
 def thinking_program(run: RunConfig) -> str:
@@ -156,8 +161,8 @@ def adapted_program(run: RunConfig) -> str:
     """The loss of the run's objective with its adapters, if it has any."""
     decoder = Decoder(run.model, run.routing)
     params = jax.eval_shape(lambda: initial_params(decoder, run, ByteTokenizer()))
-    loss = jax.make_jaxpr(objective_of(decoder, run).loss)(params, shapes(run)[1], jax.random.key(0), 1.0, 1.0)
-    return re.sub(r" at 0x[0-9a-f]+", "", str(loss))
+    batch = shapes(run)[1]
+    return text_of(jax.make_jaxpr(objective_of(decoder, run).loss)(params, batch, jax.random.key(0), 1.0, 1.0))
 
 
 def optimizer_state(run: RunConfig) -> str:
@@ -211,8 +216,8 @@ ALIVE: dict[str, tuple[Any, Observed, dict[str, Any]]] = {
     "model.attention": ("plain", long_program, {}),
     "model.remat": ("dots", gradient_program, {}),
     "model.scan": (False, program, {}),
-    "routing.every": (1, program, {}),
-    "routing.first": (1, program, {}),
+    "routing.every": (2, program, {"model": {"layers": 2}}),
+    "routing.first": (1, program, {"model": {"layers": 2}, "routing": {"every": 2}}),
     "routing.router_norm": (True, program, {}),
     "routing.keep_key_values": (True, program, {}),
     "routing.adapter_rank": (2, program, {}),
