@@ -141,7 +141,7 @@ def sample_thought(
         return (x_D, cache), (token, log_prob_of(log_p, token), entropy, decided, extra)
 
     cache = empty_cache(memory, t + 2 if finish else t)
-    # Before the first step these are the same for all thoughts, and after it not: `vmap` would trace the body once more.
+    # Before the first step these are the same for all thoughts, and after it not: `vmap` would trace the body again.
     alike = own["start"], cache["blocks"]
     start_D, blocks = jax.tree.map(lambda leaf: jnp.where(position >= 0, leaf, leaf), alike)
     first = (start_D, {**cache, "blocks": blocks})
