@@ -36,12 +36,11 @@ from jax.sharding import Mesh
 
 from mod_star.data import merge_states
 from mod_star.distributed.processes import gather
-from mod_star.distributed.sharding import placed_shapes
 from mod_star.errors import InputError, TrainingError
 from mod_star.runs.disk_errors import disk_errors, silence_disk_errors
 from mod_star.runs.integrity import write_sums
+from mod_star.runs.orbax_files import orbax_path, placed_like, restore_items
 from mod_star.runs.params_file import write_params_file
-from mod_star.runs.plain_paths import plain_path
 from mod_star.runs.saved_checkpoints import choose_checkpoint, restore_params, saved_steps
 from mod_star.storage import is_address
 
@@ -51,7 +50,6 @@ __all__ = [
     "delete_after",
     "require_training",
     "restore_params",
-    "restore_params_of_training",
     "restore_state",
     "save_params",
     "saved_steps",
@@ -107,7 +105,7 @@ class CheckpointWriter:
         if not is_address(directory):
             self._directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
-            _orbax_path(directory),
+            orbax_path(directory),
             item_handlers={
                 # Trained weights hardly get smaller; compressing them takes twice the time of writing them.
                 "params": ocp.PyTreeCheckpointHandler(use_compression=False),
@@ -257,8 +255,8 @@ def restore_state(
     Raises:
       InputError: the checkpoint can't be read or doesn't fit.
     """
-    saved = _placed(jax.eval_shape(_to_saved, like), mesh)
-    items = _restore(
+    saved = placed_like(jax.eval_shape(_to_saved, like), mesh)
+    items = restore_items(
         directory,
         step,
         params=ocp.args.StandardRestore(saved["params"]),
@@ -273,29 +271,9 @@ def restore_state(
     return dataclasses.replace(like, params=items["params"], key=key, **training), items["progress"]
 
 
-def restore_params_of_training(directory: Path, step: int, like: Any, mesh: Mesh | None = None) -> dict[str, Any]:
-    """`restore_params` of a checkpoint that Orbax wrote."""
-    return _restore(directory, step, params=ocp.args.StandardRestore(_placed(like, mesh)))["params"]
-
-
-def _restore(directory: Path, step: int, **items: Any) -> Any:
-    checkpoint = directory / str(step)
-    place = _orbax_path(directory) / str(step)
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            return reader.restore(place, args=ocp.args.Composite(**items))
-    except Exception as error:  # Orbax, tensorstore and JSON each have their own
-        raise _not_loaded(checkpoint if is_address(checkpoint) else checkpoint.absolute(), error) from error
-
-
-def _orbax_path(directory: Path) -> Path:
-    """RUN/checkpoints as Orbax is told of it."""
-    return directory if is_address(directory) else plain_path(directory)
-
-
 def _require_opened(directory: Path, step: int, small: dict[str, Any]) -> None:
     """Reads a little of everything in a checkpoint, as `restore_state` reads all of it. InputError if that can't be."""
-    items = _restore(
+    items = restore_items(
         directory,
         step,
         data=ocp.args.JsonRestore(),
@@ -321,20 +299,7 @@ def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))
 
 
-def _not_loaded(checkpoint: Path, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200]
-    return InputError(f"checkpoint {checkpoint} cannot be loaded: {type(error).__name__}: {reason}")
-
-
 def _to_saved(state: State) -> dict[str, Any]:
     """The state as two pytrees that Orbax can write: parameters, and the rest with the key as plain numbers."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}
     return {"params": state.params, "training": rest | {"key": jax.random.key_data(state.key)}}
-
-
-def _placed(like: Any, mesh: Mesh | None) -> Any:
-    """Shapes with their places; without them Orbax would look for the devices that saved them."""
-    if mesh is None:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), like)
-    return placed_shapes(mesh, like)

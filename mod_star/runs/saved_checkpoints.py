@@ -90,7 +90,7 @@ def restore_params(directory: Path, step: int, like: Any, mesh: Mesh | None = No
         with _here(checkpoint) as local:
             params = read_params_file(local, like)
         return params if mesh is None else place(params, shardings(mesh, like))
-    from mod_star.runs.checkpoints import restore_params_of_training
+    from mod_star.runs.orbax_files import restore_params_of_training
 
     return restore_params_of_training(directory, step, like, mesh)
 

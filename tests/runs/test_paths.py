@@ -83,7 +83,7 @@ def test_addresses_that_are_patterns_or_climb_are_refused() -> None:
 def test_saved_is_not_said_of_what_cannot_be_opened(tmp_path: Path) -> None:
     """The link that gives Orbax a plain path is taken away: it then writes what nobody can read."""
     run = tmp_path / "a[1]"
-    done = stopped_at_2(run, "from mod_star.runs import checkpoints; checkpoints.plain_path = lambda path: path\n")
+    done = stopped_at_2(run, "from mod_star.runs import orbax_files; orbax_files.plain_path = lambda path: path\n")
     name = re.escape(f"{run}/checkpoints/2")
     said = rf"error: checkpoint {name} cannot be loaded: [^\n]+, right after it was written; there is no other"
     assert done.code == 1 and re.fullmatch(said, done.err.splitlines()[-1]), done.err
