@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from mod_star.config import RunConfig
 from mod_star.errors import InputError
 from mod_star.runs.buckets import working_copy
-from mod_star.runs.directory import TOKENIZER_DIRECTORY, LoadedRun, load_run, read_config, same_parts
+from mod_star.runs.directory import TOKENIZER_DIRECTORY, LoadedRun, load_run, read_config
+from mod_star.runs.resuming import same_parts
 from mod_star.runs.stored_config import read_starting_config
 from mod_star.tokenization import Tokenizer, load_tokenizer
 

@@ -19,6 +19,7 @@ from mod_star.runs import directory as run_dir
 from mod_star.runs.base_run import load_base
 from mod_star.runs.buckets import bring_back, checkpoints_of, copied_from, working_copy
 from mod_star.runs.plain_paths import plain_path
+from mod_star.runs.resuming import differences, resumed_config
 from mod_star.runs.stored_config import change_config, read_data, write_data
 from mod_star.runs.summary import SUMMARY_FILE, TrainSummary, describe, read_summary
 from mod_star.standard_streams import lasting_output
@@ -83,7 +84,7 @@ def train(
         if decide_first(lambda: run_dir.is_run(path)):
             decide_first(lambda: stack.enter_context(run_dir.locked(path)))
             checkpoints.require_training(checkpoints_of(path))
-            before, stored = run_dir.read_config(path), run_dir.resumed_config(path, run)
+            before, stored = run_dir.read_config(path), resumed_config(path, run)
             _require_moved(path, before, stored)
             same_length = before.train == stored.train
             if same_length and resume_from is None and decide_first(lambda: (path / SUMMARY_FILE).is_file()):
@@ -167,7 +168,7 @@ def _require_moved(path: Path, stored: RunConfig, run: RunConfig) -> None:
             return
     except InputError:  # they are not there
         pass
-    differing = "; ".join(run_dir.differences(asdict(stored.data), asdict(run.data), "data."))
+    differing = "; ".join(differences(asdict(stored.data), asdict(run.data), "data."))
     raise InputError(f"{path}: holds a run of another configuration: {differing}")
 
 

@@ -26,6 +26,7 @@ from mod_star.runs import directory as run_dir
 from mod_star.runs.base_run import load_base
 from mod_star.runs.checkpoints import CheckpointWriter, restore_state, saved_steps
 from mod_star.runs.metrics import MetricsWriter, read_metrics
+from mod_star.runs.resuming import resumed_config
 from mod_star.tokenization import load_tokenizer, train_bpe
 from mod_star.training.interrupt import Interrupted
 from mod_star.training.loop import TrainingLoop
@@ -294,10 +295,10 @@ def test_parts_must_have_the_same_content(base: Path, tmp_path: Path) -> None:
         pass
     # Whatever becomes of them there, this run has its own.
     (with_parts / "parts.py").write_text(PARTS + "# changed\n")
-    assert run_dir.resumed_config(path, run).parts == f"{path}/parts.py:mine"
+    assert resumed_config(path, run).parts == f"{path}/parts.py:mine"
     assert run_dir.read_base_config(path) == replace(kept, parts=f"{path}/parts.py:mine")
     with pytest.raises(InputError, match=r"parts: .*parts.py:mine → .*other.py:mine"):
-        run_dir.resumed_config(path, replace(run, parts=f"{other}:mine"))
+        resumed_config(path, replace(run, parts=f"{other}:mine"))
 
 
 @pytest.mark.slow
@@ -335,7 +336,7 @@ def test_the_tokenizer_is_the_other_runs(base: Path, tmp_path: Path) -> None:
     with run_dir.created(path, run, loaded.tokenizer, loaded.config):
         pass
     shutil.copy(other, spec)
-    assert run_dir.resumed_config(path, run) == run
+    assert resumed_config(path, run) == run
     # A run that has been made has a tokenizer already: the base must still be one with the same.
     with pytest.raises(InputError, match=r"must be that of init_from"):
         load_base(run, load_tokenizer(other))

@@ -23,6 +23,7 @@ from mod_star.errors import InputError
 from mod_star.model import Decoder
 from mod_star.runs import directory as run_dir
 from mod_star.runs.checkpoints import CheckpointWriter
+from mod_star.runs.resuming import resumed_config
 from mod_star.tokenization import load_tokenizer
 from mod_star.training.state import init_state
 
@@ -53,9 +54,9 @@ def test_config_survives_and_names_its_versions(tmp_path: Path) -> None:
 def test_every_difference_is_shown(tmp_path: Path) -> None:
     run = make_run()
     create(tmp_path / "run", run)
-    assert run_dir.resumed_config(tmp_path / "run", run) == run
+    assert resumed_config(tmp_path / "run", run) == run
     from_tokenizer = replace(run, model=replace(run.model, vocab_size=0))
-    assert run_dir.resumed_config(tmp_path / "run", from_tokenizer) == run
+    assert resumed_config(tmp_path / "run", from_tokenizer) == run
     other = replace(
         presets.dense(run), train=replace(run.train, steps=30), data=replace(run.data, source=("a.txt", "b.txt"))
     )
@@ -64,7 +65,7 @@ def test_every_difference_is_shown(tmp_path: Path) -> None:
         r"train.steps: 20 → 30$"
     )
     with pytest.raises(InputError, match=expected):
-        run_dir.resumed_config(tmp_path / "run", other)
+        resumed_config(tmp_path / "run", other)
 
 
 def test_a_run_has_its_own_copy_of_the_users_parts(tmp_path: Path) -> None:
@@ -75,16 +76,16 @@ def test_a_run_has_its_own_copy_of_the_users_parts(tmp_path: Path) -> None:
     create(path, run)
     shutil.move(path, tmp_path / "moved")  # nothing in it depends on where it is
     path = tmp_path / "moved"
-    stored = run_dir.resumed_config(path, run)
+    stored = resumed_config(path, run)
     assert stored.parts == f"{path}/parts.py:mine"
     assert (path / "parts.py").read_text() == PARTS
     with pytest.raises(InputError, match=r"parts: .*parts.py:mine → .*my.py:other"):
-        run_dir.resumed_config(path, replace(run, parts=f"{mine}:other"))
+        resumed_config(path, replace(run, parts=f"{mine}:other"))
     mine.write_text(PARTS + "# changed\n")
     with pytest.raises(InputError, match=r"parts: .*parts.py:mine → .*my.py:mine"):
-        run_dir.resumed_config(path, run)
+        resumed_config(path, run)
     mine.unlink()
-    assert run_dir.resumed_config(path, run) == stored
+    assert resumed_config(path, run) == stored
 
 
 def test_refuses_what_is_no_place_for_a_run(tmp_path: Path) -> None:
