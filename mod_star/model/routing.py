@@ -21,7 +21,6 @@ import numpy.typing as npt
 import optax
 from flax import struct
 
-from mod_star import random_streams
 from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.errors import InputError
 from mod_star.model.attention import KeyValues
@@ -29,6 +28,7 @@ from mod_star.model.experts import Load
 from mod_star.model.layers import Params, fan_in_normal, unit_rms
 from mod_star.model.linear import linear
 from mod_star.model.moves import Selection, combine, dispatch, dispatch_ids
+from mod_star.model.noise import noise_threshold, position_noise
 from mod_star.model.precision import HIGHEST
 from mod_star.model.rows import compute_if
 
@@ -217,26 +217,6 @@ def predict(params: Params, x_SxD: jax.Array, budget: int | None = None) -> jax.
     return jnp.matmul(hidden, output_P, precision=HIGHEST) + shift
 
 
-def noise_threshold(routing: RoutingConfig, tokens: int) -> jax.Array:
-    """What noise must exceed for a token to be routed with probability C/S: stochastic routing's causal rule."""
-    share = routed_share(routing, tokens)
-    # Finite at C = S too: an infinite logit would make the routing entropy NaN.
-    return jnp.maximum(-jax.scipy.special.ndtri(jnp.float32(share)), -1e9)
-
-
-def position_noise(key: jax.Array, positions_S: jax.Array) -> jax.Array:
-    """Standard normal float32 per position, the same for a position however the sequence is cut up.
-
-    From a stream of its own: whatever else is drawn from `key`, or from a key of the same seed, tells nothing of it.
-    """
-    key = jax.random.fold_in(key, random_streams.ROUTING_NOISE)
-
-    def noise(position: jax.Array) -> jax.Array:
-        return jax.random.normal(jax.random.fold_in(key, position), (), jnp.float32)
-
-    return jax.vmap(noise)(positions_S)
-
-
 def stochastic_noise(key: jax.Array | None, positions_S: jax.Array) -> Noise:
     """The noise of these positions, drawn when something asks for it.
 
@@ -290,7 +270,7 @@ def stochastic_rule(
 ) -> jax.Array:
     """Causal rule of stochastic routing: noise above the threshold that the configured share of a context passes."""
     del params, x_SxD, scores_S
-    return noise() - noise_threshold(routing, context)
+    return noise() - noise_threshold(routed_share(routing, context))
 
 
 def no_parameters(key: jax.Array, config: ModelConfig, routing: RoutingConfig) -> Params:

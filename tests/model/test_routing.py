@@ -12,13 +12,13 @@ from numpy_decoder import first_tokens, top_tokens
 
 from mod_star.config import RoutingConfig
 from mod_star.model.moves import Selection, combine, dispatch
+from mod_star.model.noise import noise_threshold, position_noise
 from mod_star.model.routing import (
     capacities,
     capacity_of,
     causal_slots,
     linear_router,
-    noise_threshold,
-    position_noise,
+    routed_share,
     select_first,
     select_share,
     select_top,
@@ -197,9 +197,9 @@ def test_stochastic_noise_is_standard_normal_by_position_and_its_threshold_route
     np.testing.assert_array_equal(jax.jit(position_noise)(key, jnp.arange(100, 200)), noise[100:200])
     assert abs(noise.mean()) < 0.06 and abs(noise.std() - 1) < 0.05
     for share in (0.125, 0.5):
-        routed = np.mean(noise > noise_threshold(RoutingConfig(capacity=share), 4000))
+        routed = np.mean(noise > noise_threshold(routed_share(RoutingConfig(capacity=share), 4000)))
         assert abs(routed - share) < 4 * np.sqrt(share * (1 - share) / 4000)
-    everyone = noise_threshold(RoutingConfig(capacity=1.0), 4000)
+    everyone = noise_threshold(routed_share(RoutingConfig(capacity=1.0), 4000))
     assert np.all(noise > everyone) and np.isfinite(everyone)
 
 
