@@ -1,5 +1,7 @@
 """The loops that read narrow weights on a CPU give the product, and widen no weight outside of them."""
 
+import math
+import re
 from typing import Any
 
 import jax
@@ -69,7 +71,8 @@ def test_several_rows_are_the_product_in_float64(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(few_rows_cpu, "BLOCK_BYTES", block * 4)  # of that many weights
     weight = int8(96, outputs, 6)
     x = jnp.asarray(RNG.standard_normal((3, 96)), jnp.float32).at[0, 0].set(np.nan)
-    near(jax.jit(in_blocks)(x, *weight), np.asarray(x, np.float64) @ widened(*weight))
+    product = jax.jit(lambda *arrays: in_blocks(*arrays))(x, *weight)  # not the program of another block size
+    near(product, np.asarray(x, np.float64) @ widened(*weight))
 
 
 def test_stacked_weights_are_scaled_each_for_itself() -> None:
@@ -104,3 +107,19 @@ def test_a_loop_over_tokens_holds_no_widened_weight(rows: int, dtype: str) -> No
     lowered = jax.jit(tokens).lower(jnp.ones((rows, D), "float32" if dtype == "int8" else dtype), weight, 4)
     held = lowered.compile(AS_SHIPPED).memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]
     assert held < 0.8 * D * D * (4 if rows > 1 else 1), held  # one of three blocks, or the partial sums
+
+
+def test_a_weight_that_is_one_block_is_not_widened_before_the_loop_over_tokens() -> None:
+    D = 256
+    weight: Any = quantise(jnp.asarray(RNG.standard_normal((D, D)), jnp.float32), 1)
+    assert D * D * 4 <= few_rows_cpu.BLOCK_BYTES
+
+    def tokens(x_2xD: jax.Array, weight: Any, count: int) -> jax.Array:
+        return jax.lax.fori_loop(0, count, lambda _, x_2xD: jnp.tanh(linear(x_2xD, weight)), x_2xD)
+
+    program = jax.jit(tokens).lower(jnp.ones((2, D)), weight, 4).compile(AS_SHIPPED).as_text()
+    loops = [line for line in (program or "").splitlines() if " while(" in line]
+    carried = [
+        math.prod(map(int, shape.split(","))) for line in loops for shape in re.findall(r"f32\[([\d,]+)\]", line)
+    ]
+    assert loops and max(carried) < D * D

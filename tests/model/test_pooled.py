@@ -132,6 +132,8 @@ def test_what_cannot_share_slots_is_refused(tiny_run: RunConfig, random_params: 
         ({"every": 0}, "the model is dense"),
         ({"selection": "stochastic"}, r"routing\.selection is stochastic"),
         ({"capacity_tokens": 3}, r"routing\.capacity_tokens is a count of each sequence"),
+        ({"keep_key_values": True}, "the model computes something for tokens that pass by"),
+        ({"adapter_rank": 2}, "the model computes something for tokens that pass by"),
     ):
         with pytest.raises(InputError, match=rf"^budget_over = 'batch': must be left out: {said}"):
             Decoder(tiny_run.model, replace(tiny_run.routing, **fields), budget_over="batch")
@@ -139,3 +141,6 @@ def test_what_cannot_share_slots_is_refused(tiny_run: RunConfig, random_params: 
     params = random_params(tiny_run.model, tiny_run.routing)
     with pytest.raises(InputError, match=r"^budget_over = 'batch': must be sequence for generation and thoughts, "):
         decoder.apply({"params": params}, jnp.zeros(4, jnp.int32), keep_keys_values=True)
+    each = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
+    with pytest.raises(NotImplementedError, match=r"^sequences with parameters of their own cannot share the slots"):
+        jax.eval_shape(jax.vmap(lambda p, t: decoder.apply({"params": p}, t)), each, jnp.zeros((2, 4), jnp.int32))

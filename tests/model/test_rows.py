@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mod_star.decoding.step import within_a_chunk
-from mod_star.model.rows import compute_if, compute_rows, rows_at_once
+from mod_star.model.rows import Picked, compute_if, compute_rows, in_chunks, rows_at_once
 
 calls: Counter[str] = Counter()
 SIZES = (4, 3, 2)
@@ -67,6 +67,16 @@ def test_one_chunk_is_computed_whatever_is_wanted() -> None:
         assert count == rows_at_once(7, 0.25) == 4
         assert_equal_where(wanted, result, everything)
     assert "while" not in some.lower(np.ones(7, bool), *args).as_text()
+
+
+def test_the_chunks_hold_each_wanted_row_once_and_say_which_others_fill_them_up() -> None:
+    def count(picked: Picked, counts_R: jax.Array) -> jax.Array:
+        return counts_R.at[picked.rows_C].add(picked.needed_C.astype(jnp.int32))
+
+    some = jax.jit(lambda wanted: in_chunks(count, wanted, jnp.zeros(7, jnp.int32), 0.25))
+    for picked in ([], [6], [0, 2, 4, 6], [1, 2, 3, 4, 5], range(7)):  # chunks of 4
+        wanted = np.isin(np.arange(7), list(picked))
+        np.testing.assert_array_equal(some(wanted), wanted)
 
 
 def test_of_the_wanted_rows_a_chunk_holds_those_with_the_highest_scores() -> None:

@@ -97,6 +97,21 @@ def test_a_router_takes_the_tokens_that_the_adapter_cannot_stand_in_for() -> Non
     assert none.down_DxR.shape == (12, 0) and np.all(unit @ none.router_D > none.threshold)
 
 
+def test_a_router_is_the_regression_with_a_ridge_of_the_logarithm_of_what_is_left() -> None:
+    """By least squares with a row more for each input, which pulls its weight to zero."""
+    before, after, _ = planted(300, 8)
+    for rank, capacity in ((0, 0.25), (2, 0.125)):
+        fit = fit_block(before, after, capacity, rank)
+        rms = np.sqrt(np.mean(before**2, -1, keepdims=True) + 1e-6)
+        unit, relative = before / rms, (after - before) / rms
+        down, up = fit_adapter(unit, relative, rms, rank)
+        target = np.log(np.mean((relative - (unit / rms) @ down @ up) ** 2, -1) + 1e-12)
+        target -= np.quantile(target, 1 - capacity)
+        pull = np.sqrt(calibration.RIDGE * np.sum(unit**2) / 8) * np.eye(8)
+        router = np.linalg.lstsq(np.concatenate([unit, pull]), np.concatenate([target, np.zeros(8)]), rcond=None)[0]
+        np.testing.assert_allclose(fit.router_D, router * calibration.ROUTER_SPREAD / np.std(unit @ router), rtol=1e-8)
+
+
 def test_a_fitted_predictor_says_whether_the_score_passes_the_threshold() -> None:
     before, after, _ = planted(400, 8)
     fits = [fit_block(before, after, capacity, 2) for capacity in (0.25, 0.5)]
