@@ -168,16 +168,20 @@ def test_a_model_upcycled_with_a_text(dense_run: Path, tmp_path: Path) -> None:
 
 
 def test_streams_are_those_of_the_decoder(dense_run: Path) -> None:
-    """After the last block and the final norm they are its hidden states, row by row."""
-    dense, text = load_run(dense_run), text_of(dense_run)
+    """After the last block and the final norm they are its hidden states: of documents apart, and of no padding."""
+    dense, short = load_run(dense_run), dense_run.parent / "short.txt"
+    short.write_text("\n\n".join("abcdefghi"[: 3 + number % 6] for number in range(60)))
     decoder: Decoder = dense.decoder
-    batch = next(iter(train_batches(text, dense.tokenizer, 16, 4)))
-    arrays = [jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids")]
     apply: Any = jax.jit(jax.vmap(lambda *each: decoder.apply({"params": dense.params}, *each).hidden))  # type: ignore[union-attr]
-    streams = calibration.read_streams(dense, text, 64)
-    found = rms_norm(jnp.asarray(streams[-1]), dense.params["final_norm"], decoder.config.norm_eps)
-    valid = batch["segment_ids"] > 0
-    np.testing.assert_allclose(found[: valid.sum()], np.asarray(apply(*arrays))[valid], rtol=1e-4, atol=1e-5)
+    for pack in (True, False):
+        text = replace(text_of(dense_run), source=(str(short),), pack=pack)
+        batch = next(iter(train_batches(text, dense.tokenizer, 16, 4)))
+        valid = batch["segment_ids"] > 0
+        assert batch["segment_ids"].max() > 1 if pack else not valid.all()
+        streams = calibration.read_streams(dense, text, 64)
+        found = rms_norm(jnp.asarray(streams[-1]), dense.params["final_norm"], decoder.config.norm_eps)
+        expected = np.asarray(apply(*(jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids"))))
+        np.testing.assert_allclose(found[: valid.sum()], expected[valid], rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_refused(dense_run: Path, tmp_path: Path) -> None:
