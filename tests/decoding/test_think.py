@@ -211,6 +211,9 @@ def test_thoughts_that_weigh_nothing_change_nothing_not_even_what_is_drawn() -> 
         assert found.mixing_weights == [0.0] * NEW
     again = generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, think=drawn))
     assert [r.thoughts for r in again] == [r.thoughts for r in results]
+    own_pace = Think("auto", -math.inf, temperature=1.0)
+    apart = generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, think=own_pace))
+    assert [r.thoughts for r in apart] == [r.thoughts for r in results], "each at its own pace, the same are drawn"
     other = generator.generate([PROMPTS[0]] * 4, GenerationConfig(NEW, SAMPLED, seed=SEED, think=drawn))
     assert other[0].thoughts == results[0].thoughts, "a row's draws are its own"
     assert len({str(result.thoughts) for result in other}) == 4

@@ -98,7 +98,7 @@ def test_a_router_takes_the_tokens_that_the_adapter_cannot_stand_in_for() -> Non
 
 
 def test_a_router_is_the_regression_with_a_ridge_of_the_logarithm_of_what_is_left() -> None:
-    """By least squares with a row more for each input, which pulls its weight to zero."""
+    """By least squares with a row more for each input. The adapter is that of the tokens that pass by."""
     before, after, _ = planted(300, 8)
     for rank, capacity in ((0, 0.25), (2, 0.125)):
         fit = fit_block(before, after, capacity, rank)
@@ -110,6 +110,9 @@ def test_a_router_is_the_regression_with_a_ridge_of_the_logarithm_of_what_is_lef
         pull = np.sqrt(calibration.RIDGE * np.sum(unit**2) / 8) * np.eye(8)
         router = np.linalg.lstsq(np.concatenate([unit, pull]), np.concatenate([target, np.zeros(8)]), rcond=None)[0]
         np.testing.assert_allclose(fit.router_D, router * calibration.ROUTER_SPREAD / np.std(unit @ router), rtol=1e-8)
+        passing = unit @ fit.router_D <= fit.threshold
+        down, up = fit_adapter(unit[passing], relative[passing], rms[passing], rank)
+        np.testing.assert_allclose(fit.down_DxR @ fit.up_RxD, down @ up, rtol=1e-8, atol=1e-12)
 
 
 def test_a_fitted_predictor_says_whether_the_score_passes_the_threshold() -> None:
