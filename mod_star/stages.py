@@ -119,12 +119,12 @@ def plan_stages(run: RunConfig) -> StagePlan:
         for config, before, last, cost in zip(configs, [0, *ends], ends, flops, strict=False)
     ]
     if short := [stage for stage in stages if stage.last < stage.first]:
-        asked = f"train.steps = {steps}" if budget is None else f"train.flops = {budget!r}"
+        length = f"train.steps = {steps}" if budget is None else f"train.flops = {budget!r}"
         group, changes = _staged_group(run)
         values, fraction = getattr(run, group).stages, getattr(run, group).stage_fraction
         value = getattr(getattr(short[0].run, group), changes)
         raise InputError(
-            f"{asked}: leaves no step for {changes} {value} of {group}.stages = {values}, with "
+            f"{length}: leaves no step for {changes} {value} of {group}.stages = {values}, with "
             f"{group}.stage_fraction = {fraction}"
         )
     return StagePlan(tuple(stages), _staged_group(run)[1] if len(stages) > 1 else None)

@@ -196,19 +196,19 @@ def read_branches(
         said = continue_texts(generator, ids, completions, reading.continuation, config)
         ends = [min((at for stop in config.stop if (at := text.find(stop)) >= 0), default=None) for text in said]
         continued = [text[:end] for text, end in zip(said, ends, strict=True)]
-    asked = ConfidenceConfig() if reading.confidence is None else reading.confidence
+    confidence = ConfidenceConfig() if reading.confidence is None else reading.confidence
     read = [
         read_branch(
             each, tokenizer.token_text(each.tokens[0]) if each.tokens else "", finder, reading.skip_first, rest,
-            asked.window,
+            confidence.window,
         )
         for each, rest in zip(completions, continued, strict=True)
     ]  # fmt: skip
-    if asked.p_true is not None:
+    if confidence.p_true is not None:
         places = [place for place, branch in enumerate(read) if branch.dropped is None]
         prompts = [encoded[place // branches] for place in places]
         texts = [completions[place] for place in places]
-        for place, share in zip(places, p_true(generator, prompts, texts, asked.p_true, config.rows), strict=True):
+        for place, share in zip(places, p_true(generator, prompts, texts, confidence.p_true, config.rows), strict=True):
             read[place] = replace(read[place], p_true=share)
     firsts = range(0, len(read), branches)
     return [Branches(completions[first].prompt, read[first : first + branches]) for first in firsts]

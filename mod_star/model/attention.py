@@ -73,15 +73,15 @@ def attend(
     after_N = jnp.full(N, jnp.iinfo(jnp.int32).min) if window is None else positions_N - window
     queries = Queries(query_KxGxNxE[None], segment_ids_N[None], after_N[None])
     mesh = jax.sharding.get_abstract_mesh()
-    asked = precision_of(query_NxHxE.dtype, precision)
+    product_precision = precision_of(query_NxHxE.dtype, precision)
     pieces = [
-        attention_to_entry(queries, _memory(each, positions_N), each.entry, asked)
+        attention_to_entry(queries, _memory(each, positions_N), each.entry, product_precision)
         for each in key_values
         if each.entry is not None
     ]
     memories = [_memory(each, positions_N) for each in key_values if each.entry is None]
     if memories:
-        pieces.append(attention(queries, memories, asked, None if mesh.empty else mesh, plain))
+        pieces.append(attention(queries, memories, product_precision, None if mesh.empty else mesh, plain))
     mixed = pieces[0][0] if len(pieces) == 1 else union(pieces)[0].astype(query_NxHxE.dtype)
     return mixed[0].transpose(2, 0, 1, 3).reshape(N, H, E)
 
