@@ -221,6 +221,21 @@ def test_thoughts_that_weigh_nothing_change_nothing_not_even_what_is_drawn() -> 
 
 
 @pytest.mark.slow
+def test_rows_at_their_own_pace_go_on_from_where_they_are_when_one_has_ended() -> None:
+    thinker = Thinker(0, layers=1)
+    config = GenerationConfig(NEW, SAMPLED, seed=SEED, think=Think("auto", -math.inf, temperature=1.0))
+    wholes = thinker.generator.generate(PROMPTS, config)
+    end = wholes[0].tokens[2]
+    generator = make_generator(thinker.model.decoder, thinker.params, (end,), thinking=THINKING)
+    *_, last = generator.stream(PROMPTS, replace(config, burst=4))
+    lengths = [len(result.tokens) for result in last]
+    assert lengths == [whole.tokens.index(end) if end in whole.tokens else NEW for whole in wholes]
+    assert min(lengths) < 4 and max(lengths) == NEW
+    for result, whole, length in zip(last, wholes, lengths, strict=True):
+        assert (result.tokens, result.thoughts) == (whole.tokens[:length], whole.thoughts[:length])
+
+
+@pytest.mark.slow
 def test_pauses() -> None:
     thinker = Thinker(0, ThinkingConfig(thought_length=2, n_true=2, kind="pause", policy_weight=0.0, n_thoughts=1), 1)
     for row, result in enumerate(
