@@ -49,14 +49,14 @@ def shape(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
 
 
 def files_of(function: Callable[..., Any], *arguments: Any) -> list[str]:
-    """Files of the package whose functions run while `function` is traced and lowered, in order."""
-    seen: set[str] = set()
-    sys.setprofile(lambda frame, event, argument: seen.add(frame.f_code.co_filename))
+    """Files of the package whose functions run while `function` is traced and lowered, as they come."""
+    seen: dict[str, None] = {}
+    sys.setprofile(lambda frame, event, argument: seen.setdefault(frame.f_code.co_filename))
     try:
         jax.jit(function).lower(*arguments)
     finally:
         sys.setprofile(None)
-    return sorted(str(Path(name).relative_to(PACKAGE)) for name in seen if Path(name).is_relative_to(PACKAGE))
+    return [str(Path(name).relative_to(PACKAGE)) for name in seen if Path(name).is_relative_to(PACKAGE)]
 
 
 def training_step() -> list[str]:

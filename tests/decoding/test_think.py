@@ -141,12 +141,20 @@ def test_a_row_alone_thinks_as_in_a_batch(thinker: Thinker, auto: Think, sometim
 
 
 @pytest.mark.slow
-def test_bursts_change_nothing(thinker: Thinker, auto: Think, sometimes: list[Generated]) -> None:
-    """Rows that wait for one another at the end of a burst, and a thought after it."""
-    bursts = list(thinker.generator.stream(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, burst=1, think=auto)))
-    assert len(bursts) == NEW
-    for found, expected in zip(bursts[-1], sometimes, strict=True):
-        same(found, expected)
+def test_bursts_change_nothing(thinker: Thinker, auto: Think, always: list[Generated]) -> None:
+    """Rows that wait for one another at the end of a burst, and a thought after it; one that waits for three."""
+    often = replace(auto, threshold=float(np.quantile([result.entropies for result in always], 0.25)))
+    thinking_rows: set[int] = set()
+    for think in (auto, often):
+        whole = thinker.generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, think=think))
+        bursts = list(
+            thinker.generator.stream(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, burst=1, think=think))
+        )
+        assert len(bursts) == NEW
+        for found, expected in zip(bursts[-1], whole, strict=True):
+            same(found, expected)
+        thinking_rows |= {sum(result.thoughts[step] is not None for result in whole) for step in range(NEW)}
+    assert thinking_rows >= {2, 3}
 
 
 @pytest.mark.slow
@@ -221,21 +229,6 @@ def test_thoughts_that_weigh_nothing_change_nothing_not_even_what_is_drawn() -> 
 
 
 @pytest.mark.slow
-def test_rows_at_their_own_pace_go_on_from_where_they_are_when_one_has_ended() -> None:
-    thinker = Thinker(0, layers=1)
-    config = GenerationConfig(NEW, SAMPLED, seed=SEED, think=Think("auto", -math.inf, temperature=1.0))
-    wholes = thinker.generator.generate(PROMPTS, config)
-    end = wholes[0].tokens[2]
-    generator = make_generator(thinker.model.decoder, thinker.params, (end,), thinking=THINKING)
-    *_, last = generator.stream(PROMPTS, replace(config, burst=4))
-    lengths = [len(result.tokens) for result in last]
-    assert lengths == [whole.tokens.index(end) if end in whole.tokens else NEW for whole in wholes]
-    assert min(lengths) < 4 and max(lengths) == NEW
-    for result, whole, length in zip(last, wholes, lengths, strict=True):
-        assert (result.tokens, result.thoughts) == (whole.tokens[:length], whole.thoughts[:length])
-
-
-@pytest.mark.slow
 def test_pauses() -> None:
     thinker = Thinker(0, ThinkingConfig(thought_length=2, n_true=2, kind="pause", policy_weight=0.0, n_thoughts=1), 1)
     for row, result in enumerate(
@@ -261,6 +254,10 @@ def test_a_stream_with_an_end(thinker: Thinker, always: list[Generated]) -> None
             assert burst[row].thoughts == whole.thoughts[:count]
             assert len(burst[row].entropies) == len(burst[row].mixing_weights) == count, "the end token has no entry"
     assert bursts[-1][0].finished and not all(result.finished for result in bursts[-1])
+    own_pace = Think("auto", -math.inf)
+    *_, apart = generator.stream(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, burst=4, think=own_pace))
+    for found, expected in zip(apart, bursts[-1], strict=True):
+        same(found, expected)
     state = generator.advance(generator.start(PROMPTS, GenerationConfig(NEW, seed=SEED)), NEW, SAMPLED, ALWAYS)
     assert state.record is not None
     first = always[0].tokens.index(end)
