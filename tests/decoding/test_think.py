@@ -229,6 +229,18 @@ def test_thoughts_that_weigh_nothing_change_nothing_not_even_what_is_drawn() -> 
 
 
 @pytest.mark.slow
+def test_branches_at_their_own_pace_begin_with_the_most_probable_tokens() -> None:
+    generator = Thinker(0, layers=1).generator
+    config = GenerationConfig(3, Sampling(0.0, branch=True), branches=3, think=ALWAYS)
+    in_step = generator.generate(PROMPTS[:1], config)
+    assert len({result.tokens[0] for result in in_step}) == 3
+    for found, expected in zip(
+        generator.generate(PROMPTS[:1], replace(config, think=Think("auto", -math.inf))), in_step, strict=True
+    ):
+        same(found, expected)
+
+
+@pytest.mark.slow
 def test_pauses() -> None:
     thinker = Thinker(0, ThinkingConfig(thought_length=2, n_true=2, kind="pause", policy_weight=0.0, n_thoughts=1), 1)
     for row, result in enumerate(
