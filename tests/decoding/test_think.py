@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoding_models import VOCAB, Model, draw_naively, log_softmax, make_generator, make_prompts, program_counts
-from numpy_decoder import decode, float64
+from numpy_decoder import decode, float64, one_document
 from thinking_models import thinking_params
 
 from mod_star.config import RunConfig, ThinkingConfig
@@ -41,11 +41,8 @@ class Thinker:
 
     def hidden(self, ids: list[int]) -> Any:
         """The plain model's hidden states of one document, routed causally."""
-        N = len(ids)
-        return decode(
-            self._naive, np.asarray(ids), np.arange(N), np.ones(N), self.model.config, self.model.routing,
-            mode="causal", capacity=N, slots=N,
-        )[0]  # fmt: skip
+        model = self.model
+        return decode(self._naive, one_document(ids), model.config, model.routing, mode="causal", most=len(ids))[0]
 
     def logits(self, hidden: Any) -> Any:
         return hidden @ self._naive["head"].T

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import random_params
-from numpy_decoder import decode, float64
+from numpy_decoder import decode, float64, one_document
 from sentence_piece import sentence_piece
 
 from mod_star.config import ModelConfig, RoutingConfig
@@ -71,10 +71,7 @@ class Naive:
         """Log-probabilities MxV at each byte of `after`, behind bos and `before`; and the bytes."""
         params = float64(self.params)
         ids = np.array([256, *(before + after).encode()])
-        N = len(ids)
-        hidden = decode(
-            params, ids, np.arange(N), np.ones(N), CONFIG, ROUTING, mode="causal", capacity=N, slots=N
-        )[0]  # fmt: skip
+        hidden = decode(params, one_document(ids), CONFIG, ROUTING, mode="causal", most=len(ids))[0]
         logits = hidden @ params["head"].T
         logits = logits - logits.max(-1, keepdims=True)
         M = len(after.encode())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import AS_SHIPPED, random_params
 from decoding_models import make_generator, make_model
-from numpy_decoder import decode, float64
+from numpy_decoder import decode, float64, one_document
 from thinking_models import thinking_params
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig
@@ -68,11 +68,8 @@ class Model:
         return {**params, "embedding": np.concatenate([params["embedding"], [own["start"], own["end"]]])}
 
     def hidden(self, ids: list[int]) -> Any:
-        N = len(ids)
-        return decode(
-            self.naive, np.asarray(ids), np.arange(N), np.ones(N), self.config, self.routing,
-            mode="causal", capacity=N, slots=causal_slots(self.routing, CONTEXT),
-        )[0]  # fmt: skip
+        most = causal_slots(self.routing, CONTEXT)
+        return decode(self.naive, one_document(ids), self.config, self.routing, mode="causal", most=most)[0]
 
     def predictions(self, ids: list[int]) -> Any:
         """Log-probabilities of what follows each token."""

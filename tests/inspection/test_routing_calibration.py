@@ -56,8 +56,8 @@ def in_numpy(loaded: LoadedRun, batch: Any, capacity: float, thresholds: list[fl
     for row in range(len(batch["tokens"])):
         tokens, positions, ids = (batch[name][row] for name in ("tokens", "positions", "segment_ids"))
         _, traces = numpy_decoder.decode(
-            loaded.params, tokens, positions, ids, loaded.config.model, routing, mode="causal", capacity=0,
-            slots=causal_slots(routing, 24), thresholds=np.array(thresholds),
+            loaded.params, (tokens, positions, ids), loaded.config.model, routing, mode="causal",
+            most=causal_slots(routing, 24), thresholds=np.array(thresholds),
         )  # fmt: skip
         valid = ids > 0
         scores.append(np.stack([trace["scores"][valid] for trace in traces], 1))

@@ -93,11 +93,11 @@ def test_equals_the_decoder_in_float64_numpy(
     params = random_params(model, routing, seed=1)
     S = model.context
     key = jax.random.key(3) if routing.selection == "stochastic" else None
-    options: dict[str, Any] = {"slots": causal_slots(routing, S)}
+    options: dict[str, Any] = {}
     if key is not None:
         folded = [jax.random.fold_in(key, group) for group in range(2)]
-        options["noise"] = np.array([position_noise(k, jnp.arange(S)) for k in folded], np.float64)
-        options["threshold"] = float(noise_threshold(routed_share(routing, S)))
+        noise = np.array([position_noise(k, jnp.arange(S)) for k in folded], np.float64)
+        options["noise"] = noise, float(noise_threshold(routed_share(routing, S)))
     decoder = Decoder(model, routing)
     modes = ("top_k", "causal") if routing.every else ("top_k",)
     run = jax.jit(lambda p, b: [apply(decoder, p, b, mode=mode, key=key) for mode in modes])
@@ -109,8 +109,9 @@ def test_equals_the_decoder_in_float64_numpy(
         for row in range(len(valid)):
             tokens, positions, ids = (batch[name][row] for name in ("tokens", "positions", "segment_ids"))
             capacity = capacity_of(routing, int(valid[row].sum()))
+            most = capacity if mode == "top_k" else causal_slots(routing, S)
             hidden, traces = numpy_decoder.decode(
-                params, tokens, positions, ids, model, routing, mode=mode, capacity=capacity, **options
+                params, (tokens, positions, ids), model, routing, mode=mode, most=most, **options
             )
             np.testing.assert_allclose(output.hidden[row][valid[row]], hidden[valid[row]], rtol=2e-4, atol=2e-4)
             for group, trace in enumerate(traces):

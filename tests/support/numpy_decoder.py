@@ -128,25 +128,29 @@ GATES: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def one_document(ids: Any) -> tuple[Array, Array, Array]:
+    """Tokens, positions and segment ids of a row with one document and no padding."""
+    return np.asarray(ids), np.arange(len(ids)), np.ones(len(ids))
+
+
 def decode(
     params: Any,
-    tokens: Array,
-    positions: Array,
-    segment_ids: Array,
+    row: tuple[Array, Array, Array],
     config: ModelConfig,
     routing: RoutingConfig,
     *,
     mode: str,
-    capacity: int,
-    slots: int,
-    noise: Array | None = None,
-    threshold: float = 0.0,
+    most: int,
+    noise: tuple[Array, float] | None = None,
     thresholds: Array | None = None,
 ) -> tuple[Array, list[dict[str, Array]]]:
     """Hidden states SxD and what each routed block decided: scores, logits, selected and gates.
 
-    `noise` [groups, S] and `threshold` are those of stochastic routing, `thresholds` [groups] of the threshold rule.
+    `row` has tokens, positions and segment ids. `most` is how many tokens a routed block takes: the capacity, or the
+    slots of the causal rule. `noise` is that of stochastic routing, [groups, S], and its threshold; `thresholds`
+    [groups] are those of the threshold rule.
     """
+    tokens, positions, segment_ids = row
     params = float64(params)
     x = params["embedding"][tokens]
     rows = [(int(p), int(d)) for p, d in zip(positions, segment_ids, strict=True)]
@@ -165,14 +169,14 @@ def decode(
             unit = rms_norm(x, np.ones(x.shape[1]), 1e-6)
             scores = (unit if routing.router_norm else x) @ own["router"]["weight"]
             if noise is not None:
-                ranked, logits = noise[group], noise[group] - threshold
+                ranked, logits = noise[0][group], noise[0][group] - noise[1]
             elif thresholds is not None:
                 ranked, logits = scores, scores - thresholds[group]
             else:
                 ranked = scores
                 logits = predictor_logits(own["predictor"], x) if routing.causal_rule == "predictor" else scores
             wanted = (logits > 0) & valid
-            chosen = top_tokens(ranked, valid, capacity) if mode == "top_k" else first_tokens(wanted, slots)
+            chosen = top_tokens(ranked, valid, most) if mode == "top_k" else first_tokens(wanted, most)
             if routing.keep_key_values:  # all tokens are there to be seen
                 delta = block_delta(own["block"], x, rows, config)[chosen]
             elif chosen:

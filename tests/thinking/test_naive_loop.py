@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from numpy_decoder import decode, float64
+from numpy_decoder import decode, float64, one_document
 from thinking_models import Thinker
 
 from mod_star.thinking.objective import Places, Talk
@@ -22,11 +22,8 @@ def plain(thinker: Thinker, ids: list[int]) -> tuple[Any, list[Any]]:
     params = float64(thinker.params)
     own = params["thinking"]
     extended = {**params, "embedding": np.concatenate([params["embedding"], [own["start"], own["end"]]])}
-    N = len(ids)
-    return decode(
-        extended, np.asarray(ids), np.arange(N), np.ones(N), thinker.run.model, thinker.run.routing,
-        mode="causal", capacity=N, slots=N,
-    )  # fmt: skip
+    run = thinker.run
+    return decode(extended, one_document(ids), run.model, run.routing, mode="causal", most=len(ids))
 
 
 def mixing(params: Any, base: Any, thought: Any) -> Any:
