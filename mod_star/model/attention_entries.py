@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mod_star.model.attention_whole import FEWEST_ON_TPUS, HIDDEN, Memory, Queries, over_seen, seen
+from mod_star.model.attention_whole import HIDDEN, Memory, Queries, over_seen, seen
+from mod_star.model.linear import FEWEST_ON_TPUS
 
 Results = tuple[jax.Array, jax.Array]
 
