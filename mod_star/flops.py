@@ -103,7 +103,7 @@ def training_flops(
     once, too.
     """
     forward = _with_adapters(forward_flops(model, routing, tokens, parts), trained)
-    again = _recomputed(model, routing, parts, forward)
+    again = _recomputed(model, parts, forward, _share_of_full(routing, tokens, capacity_of(routing, tokens)))
     return _forward_and_backward(forward, parts, trained) + again * trained.through_blocks
 
 
@@ -157,7 +157,8 @@ def scoring_flops(run: RunConfig, tokens: int, parts: Parts = DEFAULT_PARTS) -> 
         step += Flops(mixing=(1 + trained.of("mixing")) * deciding)
     if model.dtype != "float32":  # two products' logits are mixed, see `mod_star.thinking.mixing`
         step += Flops(head=2.0 * thoughts * n_true * D * V)
-    again = steps + _recomputed(model, routing, parts, forward)  # a backward pass computes the steps again
+    share = _share_of_full(routing, thoughts * N + tokens, thoughts * slots + text_slots)
+    again = steps + _recomputed(model, parts, forward, share)  # a backward pass computes the steps again
     return step + again * trained.through_blocks
 
 
@@ -198,14 +199,28 @@ def _with_adapters(forward: Flops, trained: TrainedShare) -> Flops:
     return dataclasses.replace(forward, adapters=trained.adapters * (forward.projections + forward.mlp))
 
 
-def _recomputed(model: ModelConfig, routing: RoutingConfig, parts: Parts, forward: Flops) -> Flops:
+def _share_of_full(routing: RoutingConfig, rows: float, routed_rows: float) -> float:
+    """Share of the rows that full blocks compute, of those of all blocks.
+
+    Args:
+      routing: of the model.
+      rows: of a full block.
+      routed_rows: of a routed block.
+    """
+    names = block_names(routing)
+    routed = names.count("routed")
+    full = (len(names) - routed) * rows
+    return full / (full + routed * routed_rows)
+
+
+def _recomputed(model: ModelConfig, parts: Parts, forward: Flops, share_of_full: float) -> Flops:
     """What the backward pass computes a second time of this forward pass, by `model.remat`."""
     if model.remat == "full":
         again = dataclasses.replace(forward, head=0.0, mixing=0.0)
         own = parts.block is not DEFAULT_PARTS.block or parts.feed_forward_of(model) is not DEFAULT_PARTS.feed_forward
-        if routing.every == 0 and not own:
-            # The last product of a group is not needed again, but for a gate's gradient: here, every block's down.
-            again += Flops(mlp=-forward.mlp / 3)
+        if not own:
+            # The last product of a block, down, is not needed again, but for a routed block's gate.
+            again += Flops(mlp=-share_of_full * forward.mlp / 3)
         return again
     return Flops(attention=forward.attention) if model.remat == "dots" else Flops()
 

@@ -77,7 +77,7 @@ class ModelConfig:
     """auto: block by block, on TPUs and on NVIDIA GPUs in kernels (compute capability 8.0 or newer). plain: products of
     some queries with all keys, one after the other; for older GPUs, and to compare with."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing; all but matrix products; everything but each group's input."""
+    """What the backward pass recomputes: nothing; all but matrix products; everything but each block's input."""
     scan: bool = True
     """Scan over groups of blocks (compile time independent of depth). False: a Python loop, for debugging."""
 

@@ -89,12 +89,15 @@ def test_training_agrees_with_the_compiled_program_within_5_percent(remat: Any, 
     assert ours == pytest.approx(compiled_flops(model, routing, DEFAULT_PARTS, training=True), rel=0.05)
 
 
+@pytest.mark.parametrize(("routing", "layers"), [(DENSE, 1), (MOD, 2)], ids=["dense", "mod"])
 @pytest.mark.slow
-def test_rematerialisation_of_a_dense_block_does_not_repeat_its_last_product() -> None:
+def test_rematerialisation_of_a_full_block_does_not_repeat_its_last_product(
+    routing: RoutingConfig, layers: int
+) -> None:
     """Where the feed-forward layer is nearly everything, counting it would be 8 % too much."""
-    model = replace(MODEL, remat="full", layers=1, vocab_size=64, mlp_width=1024)
-    ours = training_flops(model, DENSE, S).total
-    assert ours == pytest.approx(compiled_flops(model, DENSE, DEFAULT_PARTS, training=True), rel=0.03)
+    model = replace(MODEL, remat="full", layers=layers, vocab_size=64, mlp_width=1024)
+    ours = training_flops(model, routing, S).total
+    assert ours == pytest.approx(compiled_flops(model, routing, DEFAULT_PARTS, training=True), rel=0.03)
 
 
 @pytest.mark.slow

@@ -141,8 +141,8 @@ class RoutedCache:
         thought_B: jax.Array | None = None,
     ) -> RoutedCache:
         """With the tokens counted whose keys/values have been written; those of thoughts take slots alone."""
-        rows = jnp.arange(computed_B.shape[0], dtype=jnp.int32)
-        positions_BxM = self.positions_BxM.at[rows, self.slots_of(stored_B)].set(positions_B)
+        at_BxM = jnp.arange(self.positions_BxM.shape[1], dtype=jnp.int32) == self.slots_of(stored_B)[:, None]
+        positions_BxM = jnp.where(at_BxM, positions_B[:, None], self.positions_BxM)
         open_B = self.open_B
         if thought_B is not None:
             open_B = None if open_B is None else open_B + (stored_B & thought_B)

@@ -98,9 +98,13 @@ def log_prob_and_gap(logits_BxV: jax.Array, tokens_B: jax.Array) -> tuple[jax.Ar
 
     The gap is CoT-decoding's confidence in one token (section 2.2 of the paper).
     """
-    V = logits_BxV.shape[-1]
-    log_p_BxV = jax.nn.log_softmax(logits_BxV.astype(jnp.float32))
-    best_B = jnp.argmax(log_p_BxV, -1).astype(jnp.int32)
-    others_BxV = jnp.where(jnp.arange(V, dtype=jnp.int32) == best_B[:, None], -jnp.inf, log_p_BxV)
-    gaps_B = jnp.exp(jnp.max(log_p_BxV, -1)) - jnp.exp(jnp.max(others_BxV, -1))
-    return jnp.take_along_axis(log_p_BxV, tokens_B[:, None], 1)[:, 0], gaps_B
+    logits_BxV = logits_BxV.astype(jnp.float32)
+    numbers = jnp.arange(logits_BxV.shape[-1], dtype=jnp.int32)
+    highest_B = jnp.max(logits_BxV, -1)
+    best_B = jnp.argmax(logits_BxV, -1).astype(jnp.int32)
+    second_B = jnp.max(jnp.where(numbers == best_B[:, None], -jnp.inf, logits_BxV), -1)
+    own_B = jnp.max(jnp.where(numbers == tokens_B[:, None], logits_BxV, -jnp.inf), -1)
+    # log_softmax of three entries alone: that of all would be written to memory and read again.
+    log_sum_B = jnp.log(jnp.sum(jnp.exp(logits_BxV - highest_B[:, None]), -1))
+    own_B, best_B, second_B = (each_B - highest_B - log_sum_B for each_B in (own_B, highest_B, second_B))
+    return own_B, jnp.exp(best_B) - jnp.exp(second_B)

@@ -1,21 +1,28 @@
 """Attention of each row of a batch to one entry of a memory that all rows share, such as to its own row of a cache.
 
-A `vmap` over rows whose keys were gathered first would copy them. A TPU reads them where they lie, row after row. Other
-platforms gather the entries that are asked for.
+A `vmap` over rows whose keys were gathered first would copy them. A TPU reads them where they lie, row after row. Only
+where they are few does it copy them: there, starting an instruction takes longer than a copy. Other platforms gather
+the entries that are asked for.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mod_star.model.attention_whole import FEWEST_ON_TPUS, HIDDEN, Memory, Queries, over_seen, seen
+from mod_star.model.attention_whole import HIDDEN, Memory, Queries, over_seen, seen
+from mod_star.model.linear import FEWEST_ON_TPUS
 
 Results = tuple[jax.Array, jax.Array]
+
+FEW_BYTES = 2**21
+"""Of an entry's keys and values. By XLA's estimates a TPU v5e copies so many for each row of a chunk in the time that
+the ten instructions take to start which read a wanted row in turn."""
 
 
 def attention_to_entry(queries: Queries, memory: Memory, entry: jax.Array, precision: Any) -> Results:
@@ -46,7 +53,7 @@ def attention_to_entry(queries: Queries, memory: Memory, entry: jax.Array, preci
         queries, until = jax.tree.map(lambda leaf: leaf[:, 0], (queries, until))
         result = jax.lax.platform_dependent(
             queries, until, entry_R, whole,
-            tpu=functools.partial(_in_turn, precision=precision),
+            tpu=functools.partial(_on_tpu, precision=precision),
             default=functools.partial(_gathered, precision=precision),
         )  # fmt: skip
         return jax.tree.map(lambda leaf: leaf[:, None], result), (True, True)
@@ -71,6 +78,21 @@ def _gathered(
     """All rows at once, of copies of their entries."""
     entry_R, seen_RxNxM = _seen(queries, until_RxN, entry_R, whole)
     return over_seen(queries.query_BxKxGxNxE, [(whole[0][entry_R], whole[1][entry_R], seen_RxNxM)], precision)
+
+
+def _on_tpu(
+    queries: Queries, until_RxN: jax.Array, entry_R: jax.Array, whole: Sequence[jax.Array], precision: Any
+) -> Results:
+    """With slices of the memory: those of all rows together if they are small, else row after row."""
+    if sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in whole[:2]) > FEW_BYTES:
+        return _in_turn(queries, until_RxN, entry_R, whole, precision)
+    entry_R, seen_RxNxM = _seen(queries, until_RxN, entry_R, whole)
+    # Slices leave the memory in its layout; a gather may want another, and copy all of it.
+    keys, values = (
+        jnp.concatenate([jax.lax.dynamic_slice_in_dim(leaf, entry_R[i], 1) for i in range(len(entry_R))])
+        for leaf in whole[:2]
+    )
+    return over_seen(queries.query_BxKxGxNxE, [(keys, values, seen_RxNxM)], precision, FEWEST_ON_TPUS)
 
 
 def _in_turn(

@@ -28,7 +28,8 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh
 
 from mod_star.model import attention_blocks, attention_shards, attention_whole
-from mod_star.model.attention_whole import FEWEST_ON_TPUS, Memory, Queries
+from mod_star.model.attention_whole import Memory, Queries
+from mod_star.model.linear import FEWEST_ON_TPUS
 
 attention_p = Primitive("attention")
 tangent_p = Primitive("attention_tangent")

@@ -26,9 +26,6 @@ AT_ONCE = 2**18
 QUERY_BLOCK = 128
 FEW_KEYS = 128
 """Of fewer keys a product need not be filled up: it is little work in any form."""
-FEWEST_ON_TPUS = 8
-"""Rows that XLA for TPUs needs in a product to write it as one. It writes fewer as elementwise work, which it expects
-to take several times as long."""
 
 
 @struct.dataclass

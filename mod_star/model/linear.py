@@ -28,6 +28,10 @@ from mod_star.model.precision import precision_of
 
 linear_p = Primitive("linear")
 
+FEWEST_ON_TPUS = 8
+"""Rows that XLA for TPUs needs in a product to write it as one. It writes fewer as elementwise work, which it expects
+to take several times as long."""
+
 
 def linear(
     x_NxD: jax.Array,
@@ -95,6 +99,13 @@ def _product_on_cpu(x: jax.Array, weight: jax.Array, **params: Any) -> jax.Array
     return _product(jnp.pad(x, ((0, 1), (0, 0))), weight, **params)[:1]
 
 
+def _product_on_tpu(x: jax.Array, weight: jax.Array, **params: Any) -> jax.Array:
+    """XLA:TPU multiplies a single row as elementwise work on the vector units: rows of zeros fill it up."""
+    if x.shape[0] != 1:
+        return _product(x, weight, **params)
+    return _product(jnp.pad(x, ((0, FEWEST_ON_TPUS - 1), (0, 0))), weight, **params)[:1]
+
+
 def _batch(operands: tuple[jax.Array, jax.Array], dims: tuple[Any, Any], **params: Any) -> tuple[jax.Array, int]:
     (x, weight), (x_dim, weight_dim) = operands, dims
     if weight_dim is None:
@@ -131,6 +142,7 @@ linear_p.def_impl(functools.partial(jax.jit, static_argnames=("dtype", "transpos
 linear_p.def_abstract_eval(_shape)
 mlir.register_lowering(linear_p, mlir.lower_fun(_product, multiple_results=False))
 mlir.register_lowering(linear_p, mlir.lower_fun(_product_on_cpu, multiple_results=False), platform="cpu")
+mlir.register_lowering(linear_p, mlir.lower_fun(_product_on_tpu, multiple_results=False), platform="tpu")
 batching.primitive_batchers[linear_p] = _batch
 ad.defbilinear(linear_p, _gradient_of_x, _gradient_of_weight)
 

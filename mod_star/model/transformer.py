@@ -6,6 +6,7 @@ and applied by `lax.scan`, so that compile time does not grow with depth.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, NewType, TypeAlias
 
@@ -215,13 +216,10 @@ def apply_blocks(
         params, index, memory, taken, decided_N = inputs
         own_key = None if call.key is None else jax.random.fold_in(call.key, index)
         own_call = replace(call, key=own_key, taken=taken, decided=decided_N)
-        x_NxD, (trace, keys_values, load) = apply_group(decoder, params, replace(tokens, x_NxD=x_NxD), own_call, memory)
+        own_tokens = replace(tokens, x_NxD=x_NxD)
+        x_NxD, (trace, keys_values, load) = apply_group(decoder, params, own_tokens, own_call, memory, recompute=True)
         return x_NxD, (trace, keys_values if keep_keys_values else None, load)
 
-    if config.remat != "none":
-        products = jax.checkpoint_policies.save_from_both_policies(linear_saveable, grouped_saveable)
-        policies = {"dots": products, "full": None}
-        group = jax.checkpoint(group, policy=policies[config.remat], prevent_cse=not config.scan)
     groups = params["groups"]
     count = group_count(config, decoder.routing)
     x_NxD = constrain(tokens.x_NxD, None, None)
@@ -246,7 +244,13 @@ def apply_blocks(
 
 
 def apply_group(
-    decoder: Decoder, params: dict[str, Any], tokens: Tokens, call: RoutingCall, memory: dict[str, Any] | None = None
+    decoder: Decoder,
+    params: dict[str, Any],
+    tokens: Tokens,
+    call: RoutingCall,
+    memory: dict[str, Any] | None = None,
+    *,
+    recompute: bool = False,
 ) -> tuple[jax.Array, tuple[Trace | None, dict[str, KeyValues | None], Load | None]]:
     """The blocks of one group.
 
@@ -256,31 +260,58 @@ def apply_group(
       tokens: the stream before it, positions and documents.
       call: how its routed block decides; key, `taken` and `decided` are this group's.
       memory: as for `apply_blocks`, of the group.
+      recompute: whether the backward pass recomputes of each block what `model.remat` says.
 
     Returns:
       The stream after it; the routed block's decisions, {block name: keys/values}, and load of the blocks' experts.
     """
     x_NxD, trace, loads = tokens.x_NxD, None, []
     keys_values: dict[str, KeyValues | None] = {}
-    positions_N, segment_ids_N = tokens.positions_N, tokens.segment_ids_N
     for name in block_names(decoder.routing):
+
+        def block(params: dict[str, Any], x_NxD: jax.Array, memory: Any, name: str = name) -> Any:
+            return _apply_block(decoder, name, params, replace(tokens, x_NxD=x_NxD), call, memory)
+
+        if recompute:
+            block = _recomputed(block, decoder.config)
         before = () if memory is None else memory[name]
-        if name == "routed":
-            own_tokens = replace(tokens, x_NxD=x_NxD)
-            if decoder.budget_over == "batch":
-                delta, keys_values[name], trace, load = pooled_block(decoder, params[name], own_tokens, call)
-            else:
-                delta, keys_values[name], trace, load = routed_block(decoder, params[name], own_tokens, call, before)
-        else:
-            delta, keys_values[name], load = decoder.parts.compute_block(
-                params[name]["block"], x_NxD, positions_N, segment_ids_N, segment_ids_N > 0, before, decoder.config
-            )
-        # Said once per block, so that tokens stay where they are and weights move: `mod_star.distributed.sharding`.
-        x_NxD = constrain(x_NxD + delta, None, None)
+        x_NxD, own_trace, keys_values[name], load = block(params[name], x_NxD, before)
+        trace = trace if own_trace is None else own_trace
         if load is not None:
             loads.append(load)
     load = jax.tree.map(lambda *each: jnp.stack(each), *loads) if loads else None
     return x_NxD, (trace, keys_values, load)
+
+
+def _recomputed(block: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
+    """A block of which the backward pass recomputes what `model.remat` says.
+
+    Block by block, not group by group: at no time are the weights of two blocks put together on a device.
+    """
+    if config.remat == "none":
+        return block
+    products = jax.checkpoint_policies.save_from_both_policies(linear_saveable, grouped_saveable)
+    policies = {"dots": products, "full": None}
+    return jax.checkpoint(block, policy=policies[config.remat], prevent_cse=not config.scan)
+
+
+def _apply_block(
+    decoder: Decoder, name: str, params: dict[str, Any], tokens: Tokens, call: RoutingCall, memory: tuple[Any, ...]
+) -> tuple[jax.Array, Trace | None, KeyValues | None, Load | None]:
+    """The stream after a block; its decisions if it is routed, its keys/values, its experts' load."""
+    x_NxD, trace = tokens.x_NxD, None
+    own: KeyValues | None
+    if name == "routed" and decoder.budget_over == "batch":
+        delta_NxD, own, trace, load = pooled_block(decoder, params, tokens, call)
+    elif name == "routed":
+        delta_NxD, own, trace, load = routed_block(decoder, params, tokens, call, memory)
+    else:
+        positions_N, ids_N = tokens.positions_N, tokens.segment_ids_N
+        delta_NxD, own, load = decoder.parts.compute_block(
+            params["block"], x_NxD, positions_N, ids_N, ids_N > 0, memory, decoder.config
+        )
+    # Said once per block, so that tokens stay where they are and weights move: `mod_star.distributed.sharding`.
+    return constrain(x_NxD + delta_NxD, None, None), trace, own, load
 
 
 def head_matrix(params: dict[str, Any]) -> jax.Array:

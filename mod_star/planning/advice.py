@@ -24,7 +24,7 @@ def advice(plan: Plan) -> tuple[str, ...]:
             f"per chip instead of {size(state)}, for more communication"
         )
     if run.model.remat != "full":
-        changes.append("--model.remat full: keeps one input per group of blocks, for a quarter to a third more FLOPs")
+        changes.append("--model.remat full: keeps one input per block, for a quarter to a third more FLOPs")
     chunk = min(run.train.loss_chunk, run.model.context)
     logits = 4.0 * rows * chunk * run.model.vocab_size / mesh["tensor"]
     if chunk > 32 and logits > 0.02 * limit:

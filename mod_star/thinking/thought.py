@@ -55,15 +55,19 @@ def draw_token(key: jax.Array, logits_V: jax.Array, temperature: float) -> jax.A
     ends = jnp.cumsum(sums)
     target = jax.random.uniform(key, (), jnp.float32) * ends[-1]
     block = _first((ends > target) & (sums > 0), sums)
-    inside = blocks[block]
-    before = jnp.where(block > 0, ends[block - 1], 0.0)
+    # By sums of which one term is not zero: on an accelerator a gather takes several steps, each as long as a sum.
+    numbers = jnp.arange(sums.shape[0], dtype=jnp.int32)
+    inside = jnp.sum(jnp.where(numbers[:, None] == block, blocks, 0.0), 0)
+    before = jnp.sum(jnp.where(numbers == block - 1, ends, 0.0))
     token = _first((before + jnp.cumsum(inside) > target) & (inside > 0), inside)
-    return (block * DRAW_BLOCK + token).astype(jnp.int32)
+    return block * DRAW_BLOCK + token
 
 
 def _first(candidates: jax.Array, weights: jax.Array) -> jax.Array:
-    """Index of the first candidate; should rounding leave none, of the largest weight."""
-    return jnp.where(jnp.any(candidates), jnp.argmax(candidates), jnp.argmax(weights))
+    """Index of the first candidate, int32; should rounding leave none, of the largest weight."""
+    count = candidates.shape[0]
+    first = jnp.min(jnp.where(candidates, jnp.arange(count, dtype=jnp.int32), count))
+    return jnp.where(first < count, first, jnp.argmax(weights).astype(jnp.int32))
 
 
 def embed_thought(params: dict[str, Any], tokens_N: jax.Array, extra: None = None) -> jax.Array:

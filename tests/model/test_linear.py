@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import AS_SHIPPED
 
-from mod_star.model.linear import linear, linear_saveable
+from mod_star.model.linear import _product_on_tpu, linear, linear_saveable
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(2, 3, 4, 5)), jnp.float32)
@@ -37,6 +37,17 @@ def test_under_nested_vmap_there_is_one_two_dimensional_product_forward_and_two_
     found = dots(jax.jit(jax.grad(loss, (0, 1))).lower(X, W).as_text())
     assert len(found) == 3 and not any("batching_dims" in dot for dot in found)
     assert sum("(tensor<24x5xf32>, tensor<24x6xf32>) -> tensor<5x6xf32>" in dot for dot in found) == 1
+
+
+@pytest.mark.parametrize(("rows", "multiplied"), [(1, 8), (2, 2), (4, 4)])
+def test_on_tpus_a_single_row_is_filled_up_to_a_product(rows: int, multiplied: int) -> None:
+    x = X[0, 0, :rows]
+    lowered = jax.jit(linear).trace(x, W).lower(lowering_platforms=("tpu",))
+    (dot,) = dots(lowered.as_text())
+    assert f"(tensor<{multiplied}x5xf32>, tensor<5x6xf32>)" in dot
+    assert f"-> (tensor<{rows}x6xf32>" in lowered.as_text()
+    by_tpu = _product_on_tpu(x, W, dtype=jnp.float32, transposed=False, precision=None, kept=True)
+    np.testing.assert_allclose(by_tpu, np.asarray(x, np.float64) @ np.asarray(W, np.float64), rtol=1e-5, atol=1e-6)
 
 
 def compositions() -> dict[str, Callable[[jax.Array, jax.Array, Product], jax.Array]]:
