@@ -1,4 +1,4 @@
-"""What the composition experiments share: batches of symbols, and a small dense model that is taught them once."""
+"""What the composition experiments share: batches of symbols, and a small model that is taught them once."""
 
 from __future__ import annotations
 
@@ -54,8 +54,9 @@ def pretrained(
     seed: int,
     title: str,
     make_batch: Callable[[np.random.Generator], dict[str, Any]],
+    routing: RoutingConfig = DENSE,
 ) -> dict[str, Any]:
-    """Parameters of a dense model: those that are in the file `path`, or else trained and written there.
+    """Parameters of a small model: those that are in the file `path`, or else trained and written there.
 
     Args:
       path: a .msgpack file.
@@ -65,13 +66,14 @@ def pretrained(
       seed: of the parameters and of the batches.
       title: of the progress bar.
       make_batch: the next batch.
+      routing: of the model; dense by default.
     """
-    decoder = Decoder(model, DENSE)
+    decoder = Decoder(model, routing)
     if path.exists():
         params: dict[str, Any] = from_bytes(jax.eval_shape(lambda: init_params(decoder, seed)), path.read_bytes())
         return params
     run = RunConfig(
-        model, DENSE,
+        model, routing,
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100, weight_decay=0.01, final_fraction=0.03),
         train=TrainConfig(steps=steps, batch_size=batch_size, loss_chunk=model.context, seed=seed),
     )  # fmt: skip

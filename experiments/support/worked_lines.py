@@ -15,7 +15,7 @@ probability of any one worked line is small.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,24 +59,29 @@ def question(number: int) -> Question:
     return Question(f"Q{start}{''.join('abcd'[i] for i in operations)}=", tuple(states))
 
 
-def make_line(rng: np.random.Generator) -> str:
-    """A question that is not held out, with an opening, perhaps working, the right answer and a newline."""
+def make_line(rng: np.random.Generator, openings: Mapping[str, float] = OPENINGS) -> str:
+    """A question that is not held out, with an opening, perhaps working, the right answer and a newline.
+
+    Args:
+      rng: of the question, the opening and the separators.
+      openings: of one symbol or several, with their shares; the last symbol says what working follows.
+    """
     line_question = question(int(rng.choice(TAUGHT)))
-    opening = str(rng.choice(list(OPENINGS), p=list(OPENINGS.values())))
-    working = ""
-    if opening in CLOSINGS:
-        shown = line_question.states[1:-1] if opening == "(" else line_question.states[:1] * (OPERATIONS_PER_LINE - 1)
-        working = "".join(f"{state}{rng.choice(list(SEPARATORS))}" for state in shown) + CLOSINGS[opening]
+    opening = str(rng.choice(list(openings), p=list(openings.values())))
+    working, bracket = "", opening[-1]
+    if bracket in CLOSINGS:
+        shown = line_question.states[1:-1] if bracket == "(" else line_question.states[:1] * (OPERATIONS_PER_LINE - 1)
+        working = "".join(f"{state}{rng.choice(list(SEPARATORS))}" for state in shown) + CLOSINGS[bracket]
     return f"{line_question.text}{opening}{working}{line_question.answer}\n"
 
 
-def make_batch(rng: np.random.Generator, sequences: int) -> dict[str, Any]:
+def make_batch(rng: np.random.Generator, sequences: int, openings: Mapping[str, float] = OPENINGS) -> dict[str, Any]:
     """Sequences of LENGTH symbols, each beginning with a line; in the form of `mod_star.data`'s batches."""
     rows = []
     for _ in range(sequences):
         text = "^"
         while len(text) <= LENGTH:
-            text += make_line(rng)
+            text += make_line(rng, openings)
         rows.append(TOKENIZER.encode(text[: LENGTH + 1]))
     return symbol_batch(rows)
 
