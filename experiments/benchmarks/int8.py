@@ -4,7 +4,8 @@
 
 Steps at batch 1 and 10 are timed warm and in turns, compilation apart; the perplexity is that of GSM8K's questions and
 answers as published, and greedy answers to the first questions stand side by side. Nothing else should run beside it;
-`--no-speed` leaves the times out. Prints one JSON object.
+where something does, `--processor-time` tells more than the clock. `--no-speed` leaves the times out. Prints one JSON
+object.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import tyro
 
 from experiments.benchmarks.decode import BURST, CASES, CONTEXT, QUESTION, step_calls, weight_bytes
-from experiments.support.timing import in_turns
+from experiments.support.timing import in_turns, seconds
 from mod_star import GenerationConfig, Generator, Model, Sampling
 from mod_star.errors import require
 from mod_star.evaluation.scoring import ScoringConfig, score
@@ -50,6 +51,8 @@ class Options:
     """Times that steps are measured."""
     speed: bool = True
     """Measure times."""
+    processor_time: bool = False
+    """Measure seconds of processors instead of the clock's."""
     quality: bool = True
     """Measure perplexities and generate answers."""
 
@@ -59,7 +62,7 @@ def chat(model: Model, question: str) -> list[int]:
     return model.tokenizer.encode(model.tokenizer.apply_chat([{"role": "user", "content": question}]))
 
 
-def times(models: dict[str, Model], rounds: int) -> dict[str, float]:
+def times(models: dict[str, Model], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
     """Milliseconds of a step, seconds of the first calls, and bytes of the weights."""
     figures: dict[str, float] = {}
     calls = {}
@@ -68,11 +71,9 @@ def times(models: dict[str, Model], rounds: int) -> dict[str, float]:
         figures[f"weight_bytes_{name}"] = weight_bytes(generator)
         for case in ("one", "ten"):
             calls[case, name] = step_calls(generator, chat(model, QUESTION), CASES[case])
-            began = time.perf_counter()
-            jax.block_until_ready(calls[case, name]())
-            figures[f"first_call_s_{case}_{name}"] = time.perf_counter() - began
+            figures[f"first_call_s_{case}_{name}"] = seconds(calls[case, name], clock)
     for case in ("one", "ten"):
-        taken = in_turns({name: calls[case, name] for name in models}, rounds)
+        taken = in_turns({name: calls[case, name] for name in models}, rounds, clock)
         figures |= {f"step_ms_{case}_{name}": taken[name] / BURST * 1e3 for name in models}
         figures |= {f"float32_over_{name}_{case}": taken["float32"] / taken[name] for name in ("int8", "bfloat16")}
     return figures
@@ -127,7 +128,8 @@ def main() -> None:
         import_model(open_source(str(options.gguf)), run, CONTEXT, "float32")
         models = {name: Model.load(run, weights=weights) for name, weights in WEIGHTS.items()}
     if options.speed:
-        figures |= times({**models, "bfloat16": in_bfloat16(models["float32"])}, options.rounds)
+        clock = time.process_time if options.processor_time else time.perf_counter
+        figures |= times({**models, "bfloat16": in_bfloat16(models["float32"])}, options.rounds, clock)
     if options.quality:
         figures |= quality(models, options)
     rounded = {name: float(f"{v:.5g}") if isinstance(v, float) else v for name, v in figures.items()}

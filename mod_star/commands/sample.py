@@ -279,6 +279,9 @@ class RuleOptions(Protocol):
 
 def with_chosen_rule(loaded: LoadedRun, options: RuleOptions) -> LoadedRun:
     """The model with the causal rule that was chosen. Raises InputError if it cannot have it, or isn't calibrated."""
+    if options.causal_rule is None:  # what calibrates is not imported: Orbax and Grain take a second and 35 MB
+        return loaded
+
     from mod_star.inspection.routing_calibration import with_causal_rule
 
     def tell(note: str) -> None:

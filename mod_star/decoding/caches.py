@@ -40,8 +40,8 @@ class FullCache:
         B, _, T, _ = self.keys_BxKxTxE.shape
         slots = jnp.arange(T, dtype=jnp.int32)
         generated = KeyValues(
-            self.keys_BxKxTxE,
-            self.values_BxKxTxE,
+            _read(self.keys_BxKxTxE),
+            _read(self.values_BxKxTxE),
             lengths_B[:, None] + slots,
             jnp.ones((B, T), jnp.int32),
             jnp.broadcast_to(slots < step[..., None], (B, T)),
@@ -57,8 +57,8 @@ class FullCache:
             write = lambda cache, new: write_rows(cache, new, step)  # noqa: E731
         return replace(
             self,
-            keys_BxKxTxE=write(self.keys_BxKxTxE, own.keys_KxMxE),
-            values_BxKxTxE=write(self.values_BxKxTxE, own.values_KxMxE),
+            keys_BxKxTxE=write(self.keys_BxKxTxE, _kept_as(self.keys_BxKxTxE, own.keys_KxMxE)),
+            values_BxKxTxE=write(self.values_BxKxTxE, _kept_as(self.values_BxKxTxE, own.values_KxMxE)),
         )
 
 
@@ -113,7 +113,8 @@ class RoutedCache:
         del lengths_B, step
         valid = jnp.arange(self.positions_BxM.shape[1], dtype=jnp.int32) < self.taken_B[:, None]
         ids = jnp.ones_like(self.positions_BxM)
-        return (KeyValues(self.keys_BxKxMxE, self.values_BxKxMxE, self.positions_BxM, ids, valid),)
+        keys, values = _read(self.keys_BxKxMxE), _read(self.values_BxKxMxE)
+        return (KeyValues(keys, values, self.positions_BxM, ids, valid),)
 
     def slots_of(self, stored_B: jax.Array) -> jax.Array:
         """int32, the slot that the next token of each row is written to."""
@@ -124,12 +125,12 @@ class RoutedCache:
 
         One row after the other: a slice is updated in place, whatever the layout.
         """
-
         keys, values = self.keys_BxKxMxE, self.values_BxKxMxE
+        new_keys, new_values = _kept_as(keys, own.keys_KxMxE), _kept_as(values, own.values_KxMxE)
         for i in range(rows_C.shape[0]):
             place = (rows_C[i], 0, slot_C[i], 0)
-            keys = jax.lax.dynamic_update_slice(keys, own.keys_KxMxE[i : i + 1], place)
-            values = jax.lax.dynamic_update_slice(values, own.values_KxMxE[i : i + 1], place)
+            keys = jax.lax.dynamic_update_slice(keys, new_keys[i : i + 1], place)
+            values = jax.lax.dynamic_update_slice(values, new_values[i : i + 1], place)
         return replace(self, keys_BxKxMxE=keys, values_BxKxMxE=values)
 
     def count(
@@ -172,8 +173,8 @@ class RoutedCache:
             write = lambda cache, new: write_rows(cache, new, slot_B)  # noqa: E731
         written = replace(
             self,
-            keys_BxKxMxE=write(self.keys_BxKxMxE, own.keys_KxMxE),
-            values_BxKxMxE=write(self.values_BxKxMxE, own.values_KxMxE),
+            keys_BxKxMxE=write(self.keys_BxKxMxE, _kept_as(self.keys_BxKxMxE, own.keys_KxMxE)),
+            values_BxKxMxE=write(self.values_BxKxMxE, _kept_as(self.values_BxKxMxE, own.values_KxMxE)),
         )
         return written.count(own.positions_M[:, 0], stored_B, computed_B, overflow_B, thought_B)
 
@@ -198,6 +199,30 @@ def write_rows(cache_BxKxTxE: jax.Array, new_BxKx1xE: jax.Array, slots_B: jax.Ar
     """A cache with one token's keys or values in a slot of each row, in place."""
     rows = jnp.arange(slots_B.shape[0], dtype=jnp.int32)
     return cache_BxKxTxE.at[rows, :, slots_B].set(new_BxKx1xE[:, :, 0], unique_indices=True)
+
+
+def in_bits(caches: tuple[Cache, ...]) -> tuple[Cache, ...]:
+    """The caches with the rows' own bfloat16 keys and values as the uint16 that have their bits; others as they are.
+
+    XLA's CPU compiler updates a slice of these in place. It writes the whole of a bfloat16 array anew, in float32.
+    """
+    bits = lambda a: jax.lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a  # noqa: E731
+    return tuple(_with_slots(cache, bits) for cache in caches)
+
+
+def in_values(caches: tuple[Cache, ...]) -> tuple[Cache, ...]:
+    """What `in_bits` was given, with what has been written since."""
+    return tuple(_with_slots(cache, _read) for cache in caches)
+
+
+def _read(cache: jax.Array) -> jax.Array:
+    """Keys or values of a cache, which may be `in_bits`."""
+    return jax.lax.bitcast_convert_type(cache, jnp.bfloat16) if cache.dtype == jnp.uint16 else cache
+
+
+def _kept_as(cache: jax.Array, new: jax.Array) -> jax.Array:
+    """Keys or values as a cache keeps them."""
+    return jax.lax.bitcast_convert_type(new, jnp.uint16) if cache.dtype == jnp.uint16 else new
 
 
 def full_cache(prompt: KeyValues, new_tokens: int, branches: int = 1) -> FullCache:

@@ -21,7 +21,16 @@ from flax import struct
 
 from mod_star import random_streams
 from mod_star.config import ThinkingConfig
-from mod_star.decoding.caches import Cache, cached_memory, full_cache, in_place_options, routed_cache, with_slots
+from mod_star.decoding.caches import (
+    Cache,
+    cached_memory,
+    full_cache,
+    in_bits,
+    in_place_options,
+    in_values,
+    routed_cache,
+    with_slots,
+)
 from mod_star.decoding.choosing import Bounds as Bounds  # what a caller of `advance` gives
 from mod_star.decoding.choosing import Data, choose
 from mod_star.decoding.confidence import no_confidence
@@ -267,11 +276,20 @@ def _advance(
     return jax.lax.while_loop(unfinished, one_token, state)
 
 
+@functools.wraps(_advance)
+def _advance_in_bits(*args: Any, **static: Any) -> DecodeState:
+    """`_advance` with caches that XLA's CPU compiler can update in place."""
+    decoder, thinking, params, state, *data = args
+    state = replace(state, caches=in_bits(state.caches))
+    state = _advance(decoder, thinking, params, state, *data, **static)
+    return replace(state, caches=in_values(state.caches))
+
+
 @functools.cache
 def advance_program() -> Any:
     """`_advance` under jit; consumes the state. Made at its first use: only then may JAX look for devices."""
     return jax.jit(
-        _advance,
+        _advance_in_bits if jax.default_backend() == "cpu" else _advance,
         static_argnames=("decoder", "thinking", "sampling", "think"),
         donate_argnames=("state",),
         compiler_options=in_place_options(),

@@ -100,6 +100,33 @@ def scaled(values_DxF: jax.Array, scales_GxF: jax.Array) -> jax.Array:
     return weight.reshape(values_DxF.shape)
 
 
+def rows_of(matrix_VxD: jax.Array, index_N: jax.Array) -> jax.Array:
+    """Rows NxD of a matrix. An index beyond its last row gets that one, a negative one the first.
+
+    XLA's CPU compiler widens the whole of a 16-bit floating type to gather rows of it, and in a loop keeps that copy;
+    so a CPU gathers its bits. A barrier keeps a loop from copying these, too.
+    """
+    if matrix_VxD.dtype.itemsize != 2:
+        return _gathered(matrix_VxD, index_N)
+    return jax.lax.platform_dependent(matrix_VxD, index_N, cpu=_gathered_bits, default=_gathered)
+
+
+def _gathered(matrix_VxD: jax.Array, index_N: jax.Array) -> jax.Array:
+    return jnp.take(matrix_VxD, index_N, axis=0, mode="clip")
+
+
+@jax.custom_jvp
+def _gathered_bits(matrix_VxD: jax.Array, index_N: jax.Array) -> jax.Array:
+    matrix_VxD, index_N = jax.lax.optimization_barrier((matrix_VxD, index_N))
+    bits = jax.lax.bitcast_convert_type(matrix_VxD, jnp.uint16)
+    return jax.lax.bitcast_convert_type(_gathered(bits, index_N), matrix_VxD.dtype)
+
+
+@_gathered_bits.defjvp
+def _gathered_bits_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    return _gathered_bits(*primals), _gathered(tangents[0], primals[1])
+
+
 def _bits(weight: jax.Array) -> jax.Array:
     """A weight as XLA:CPU can slice it: it widens the whole of a 16-bit floating type to do so."""
     return weight if weight.dtype == jnp.int8 else jax.lax.bitcast_convert_type(weight, jnp.uint16)

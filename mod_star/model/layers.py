@@ -12,7 +12,7 @@ import numpy as np
 
 from mod_star.config import ModelConfig
 from mod_star.distributed.sharding import axis_size, constrain
-from mod_star.model.few_rows_cpu import scaled
+from mod_star.model.few_rows_cpu import rows_of, scaled
 from mod_star.model.int8 import Int8Weight
 from mod_star.model.linear import linear
 
@@ -39,7 +39,7 @@ def lookup(embedding_VxD: jax.Array | Int8Weight, tokens_N: jax.Array) -> jax.Ar
     V, D = embedding_VxD.shape
     cuts = axis_size("tensor")
     if cuts == 1:
-        return jnp.take(constrain(embedding_VxD, None, None), tokens_N, axis=0, mode="clip")
+        return rows_of(constrain(embedding_VxD, None, None), tokens_N)
     own_TxVxD = constrain(embedding_VxD.reshape(cuts, V // cuts, D), "tensor", None, None)
     index_TxN = jnp.clip(tokens_N, 0, V - 1) - jnp.arange(0, V, V // cuts, dtype=jnp.int32)[:, None]
     here_TxN = (index_TxN >= 0) & (index_TxN < V // cuts)

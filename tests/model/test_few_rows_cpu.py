@@ -11,7 +11,7 @@ import pytest
 from conftest import AS_SHIPPED
 
 from mod_star.model import few_rows_cpu
-from mod_star.model.few_rows_cpu import in_blocks, largest_divisor, one_row, scaled
+from mod_star.model.few_rows_cpu import in_blocks, largest_divisor, one_row, rows_of, scaled
 from mod_star.model.int8 import quantise
 from mod_star.model.linear import linear
 
@@ -123,3 +123,25 @@ def test_a_weight_that_is_one_block_is_not_widened_before_the_loop_over_tokens()
         math.prod(map(int, shape.split(","))) for line in loops for shape in re.findall(r"f32\[([\d,]+)\]", line)
     ]
     assert loops and max(carried) < D * D
+
+
+def test_rows_of_a_16_bit_matrix_and_their_gradient() -> None:
+    matrix, index = jnp.asarray(RNG.standard_normal((9, 4)), jnp.bfloat16), np.array([[3, -2], [30, 3]])
+    weight, taken = RNG.integers(-9, 9, (2, 2, 4)), index.clip(0, 8)
+    rows = lambda matrix: jax.vmap(lambda index: rows_of(matrix, index))(jnp.asarray(index))  # noqa: E731
+    np.testing.assert_array_equal(jax.jit(rows)(matrix), np.asarray(matrix)[taken])
+    expected = np.zeros((9, 4))
+    np.add.at(expected, taken, weight)
+    np.testing.assert_array_equal(jax.grad(lambda m: jnp.sum(rows(m) * weight))(matrix), expected)
+
+
+def test_a_loop_over_tokens_copies_no_matrix_that_it_takes_rows_of() -> None:
+    def tokens(matrix_VxD: jax.Array, token: jax.Array, count: int) -> jax.Array:
+        def body(_: int, token: jax.Array) -> jax.Array:
+            return token + jnp.sum(rows_of(matrix_VxD, token[None])).astype(jnp.int32)
+
+        return jax.lax.fori_loop(0, count, body, token)
+
+    matrix = jnp.zeros((1000, 64), jnp.bfloat16)
+    held = jax.jit(tokens).lower(matrix, jnp.int32(0), 4).compile(AS_SHIPPED).memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]
+    assert held < 0.1 * matrix.nbytes, held

@@ -113,7 +113,9 @@ def test_nothing_is_compiled_after_warm_up_and_nothing_read_before(
 def test_sampling_imports_neither_data_nor_orbax() -> None:
     program = (
         "import sys, mod_star.commands.sample, mod_star.commands.sample_branches, mod_star.decoding.cot, "
-        "mod_star.runs.directory; print(*{'grain', 'orbax', 'tensorstore', 'mod_star.data'} & set(sys.modules))"
+        "mod_star.runs.directory; from mod_star.commands.sample import *; options = SampleOptions(Path('run')); "
+        "with_chosen_rule(None, options), chosen_think(None, options); "
+        "print(*{'grain', 'orbax', 'tensorstore', 'mod_star.data'} & set(sys.modules))"
     )
     shown = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     assert shown == "\n"
