@@ -1,12 +1,12 @@
 """Asking a model many questions in several wordings, with branches and samples of each: what the experiments on
-CoT-decoding of pretrained models share. What was asked is kept; interrupted, it goes on."""
+CoT-decoding of pretrained models share. What was asked is kept; interrupted or out of time, it goes on later."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +14,11 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from experiments.support.small_records import small, with_texts
 from mod_star.decoding.confidence import ConfidenceConfig
 from mod_star.errors import require
 from mod_star.evaluation.prompts import PLAIN, Prompts, subset
-from mod_star.evaluation.records import open_records
+from mod_star.evaluation.records import Record, Records, open_records
 from mod_star.evaluation.tasks import CustomTask, Item, Task, load_task
 
 ROWS = 10
@@ -62,6 +63,9 @@ class Study:
     wordings: Mapping[str, Wording]
     """By the names that records and tables know them by."""
     confidence: ConfidenceConfig | None = None
+    with_texts: int | None = None
+    """Records are small, and hold texts for so many questions alone: the first where greedy and CoT-decoding answer
+    differently. None: records are those of `mod_star.evaluation`, with all texts."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,10 @@ class Asking:
     """Directory of the files of questions, see experiments.get_data."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of the model; logits, Δ and log-probabilities are float32 whatever it is."""
+    weights: Literal["int8"] | None = None
+    """int8: quantise the weights of matrix products when loading; not given: as they are stored."""
+    minutes: float | None = None
+    """Begin no question after this time, loading included; not given: ask all."""
     questions: int = 8
     """Questions at a time, ten rows each; changes speed and memory."""
     limit: int | None = None
@@ -137,6 +145,8 @@ def settings(study: Study, options: Asking) -> dict[str, Any]:
         "rows": [ROWS, ROWS],
         "temperature": TEMPERATURE,
     }
+    if options.weights is not None:
+        described["weights"] = options.weights
     if study.confidence is not None:
         described["confidence"] = dataclasses.asdict(study.confidence)
     return described
@@ -147,7 +157,7 @@ def ask(study: Study, options: Asking, console: Console, depends_on: Mapping[str
 
     Args:
       study: what to ask.
-      options: of which model, and where records are kept.
+      options: of which model, for how long, and where records are kept.
       console: gets a progress bar, or lines with the time.
       depends_on: the `settings` of the study that the records belong to, of which this one may be a part.
     """
@@ -157,31 +167,64 @@ def ask(study: Study, options: Asking, console: Console, depends_on: Mapping[str
     from mod_star.runs.directory import load_run
     from mod_star.runs.integrity import params_digest
 
+    began = time.monotonic()
     todo = list(turns(study, options))
     keep_compiled_programs()
-    loaded = load_run(options.run)
+    loaded = load_run(options.run, weights=options.weights)
     decoder = loaded.decoder.clone(config=dataclasses.replace(loaded.decoder.config, dtype=options.dtype))
     generator = Generator(dataclasses.replace(loaded.model, decoder=decoder))
     config = {**depends_on, "checkpoint_sha256": params_digest(checkpoints_of(options.run), loaded.step)}
+
+    def answered(turn: Turn) -> list[Record]:
+        wording = study.wordings[turn.wording]
+        prompts = Prompts(loaded.tokenizer, wording.template, chat=wording.chat, step_by_step=wording.step_by_step)
+        return answer(generator, prompts, turn, study.confidence)
+
+    end = None if options.minutes is None else began + 60 * options.minutes
+    with open_records(options.out, config) as records:
+        if not ask_missing(todo, records, answered, study.with_texts, console, end):
+            console.print(f"{options.minutes:g} minutes are over; the same command goes on")
+
+
+def ask_missing(
+    todo: Sequence[Turn],
+    records: Records,
+    answered: Callable[[Turn], list[Record]],
+    texts: int | None,
+    console: Console,
+    end: float | None,
+) -> bool:
+    """Asks the questions that have no record, in order, and keeps their records.
+
+    Args:
+      todo: all questions of the study.
+      records: those that were made.
+      answered: makes the records of a turn.
+      texts: as `Study.with_texts`.
+      console: gets a progress bar, or lines with the time.
+      end: no turn begins after this time of `time.monotonic`; None: no limit.
+
+    Returns:
+      Whether all questions have a record.
+    """
     total = sum(len(turn.items) for turn in todo)
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    )
-    with open_records(options.out, config) as records, bar:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
         line = bar.add_task("questions", total=total)
         for turn in todo:
-            if any(turn.id_of(item) not in records.by_id for item in turn.items):
-                wording = study.wordings[turn.wording]
-                prompts = Prompts(
-                    loaded.tokenizer, wording.template, chat=wording.chat, step_by_step=wording.step_by_step
-                )
-                for record in answer(generator, prompts, turn, study.confidence):
-                    if record["id"] not in records.by_id:
-                        records.add(record)
             name = f"{turn.part.task}, {turn.wording}"
+            if any(turn.id_of(item) not in records.by_id for item in turn.items):
+                if end is not None and time.monotonic() > end:
+                    return False
+                for record in answered(turn):
+                    if record["id"] not in records.by_id:
+                        if texts is not None:
+                            record = small(record, sum(map(with_texts, records.by_id.values())) < texts)
+                        records.add(record)
+                if not console.is_terminal:
+                    print(f"{time.strftime('%H:%M:%S')} {name}: {len(records.by_id)} of {total}", flush=True)
             bar.update(line, advance=len(turn.items), description=name)
-            if not console.is_terminal:
-                print(f"{time.strftime('%H:%M:%S')} {name}: {len(records.by_id)} of {total}", flush=True)
+    return True
 
 
 def _described(part: Part, data: Path) -> dict[str, Any]:

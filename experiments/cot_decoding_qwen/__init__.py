@@ -1,0 +1,1 @@
+"""CoT-decoding on a pretrained model that can do arithmetic: see README.md."""
