@@ -30,7 +30,7 @@ EVEN_OR_ODD = CustomTask("{question}", "{answer}", "choice", ("even", "odd"))
 STUDY = Study(
     parts=(
         Part("multiarith", "multiarith.json", 200, 256),
-        Part("gsm8k", "gsm8k_test.jsonl", 200, 256),
+        Part("gsm8k", "gsm8k_test.jsonl", 200, 400),
         Part("coin_flip", "coin_flip.json", 100, 256),
         Part("year_parity", year_parity.FILE, 100, 256, EVEN_OR_ODD),
     ),

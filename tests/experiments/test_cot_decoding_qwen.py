@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,14 @@ def test_year_parity(tmp_path: Path) -> None:
 
 
 def test_the_stored_records_give_the_table_of_the_readme() -> None:
+    """Which has one as soon as every task has twenty questions under every prompt."""
     marks, records = read(FOLDER / "records", REPORT)
     (_, *columns), rows = overview(marks, REPORT)
     tables = read_tables((FOLDER / "README.md").read_text(encoding="utf-8"))
-    (table,) = (table for table in tables if "greedy" in table)
-    assert table == {name: dict(zip(columns, map(read_cell, cells), strict=True)) for name, *cells in rows}
+    asked = Counter((each["task"], each["prompt"]) for each in records)
+    wanted = [(part.task, wording) for part in STUDY.parts for wording in STUDY.wordings]
+    expected = {name: dict(zip(columns, map(read_cell, cells), strict=True)) for name, *cells in rows}
+    enough = all(asked[each] >= 20 for each in wanted)
+    assert [table for table in tables if "greedy" in table] == ([expected] if enough else [])
     assert len({each["id"] for each in records}) == len(records) > 0
     assert sum("texts" in each for each in records) <= 20
