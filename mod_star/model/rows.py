@@ -17,6 +17,9 @@ from flax import struct
 
 from mod_star.distributed.sharding import most_of_all
 
+FEW_ROWS = 256
+"""So many rows at most are compared in pairs to find those of a chunk: work that grows as their square."""
+
 
 def rows_at_once(rows: int, share: float) -> int:
     """Rows of a chunk: a little above the number of wanted rows to expect, so that one chunk mostly does."""
@@ -48,7 +51,7 @@ def compute_rows(
 
 @struct.dataclass
 class Picked:
-    """Rows of a chunk, C of R: wanted ones, and row 0 again where too few are left."""
+    """Rows of a chunk, C of R: wanted ones, and any others where too few are left."""
 
     rows_C: jax.Array
     """int32 numbers of them."""
@@ -92,18 +95,21 @@ def in_chunks(
     """
     R = needed_R.shape[0]
     chunk = rows_at_once(R, share)
-    numbers_R = jnp.arange(R, dtype=jnp.int32)
     place_R = jnp.cumsum(needed_R, dtype=jnp.int32) - 1  # of a needed row among those
     count = place_R[-1] + 1
+    numbers_C = jnp.arange(chunk, dtype=jnp.int32)
+    order_R = None if R <= FEW_ROWS else jnp.pad(jnp.argsort(~needed_R).astype(jnp.int32), (0, chunk))  # needed first
 
     def body(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         start, carry = state
         slot_R = jnp.clip(place_R - start, 0, chunk - 1)
         here_R = needed_R & (place_R - start == slot_R)
-        at_CxR = here_R & (slot_R == jnp.arange(chunk, dtype=jnp.int32)[:, None])
-        # No sort, and no gather: an accelerator takes longer to start either than to compare all pairs.
-        rows_C = jnp.sum(jnp.where(at_CxR, numbers_R, 0), -1, dtype=jnp.int32)
-        picked = Picked(rows_C, jnp.any(at_CxR, -1), here_R, slot_R)
+        if order_R is None:  # an accelerator takes longer to start a sort or a gather than to compare all pairs
+            at_CxR = here_R & (slot_R == numbers_C[:, None])
+            rows_C = jnp.sum(jnp.where(at_CxR, jnp.arange(R, dtype=jnp.int32), 0), -1, dtype=jnp.int32)
+        else:
+            rows_C = jax.lax.dynamic_slice(order_R, (start,), (chunk,))
+        picked = Picked(rows_C, start + numbers_C < count, here_R, slot_R)
         return start + chunk, function(picked, carry)
 
     if one_chunk:

@@ -69,11 +69,17 @@ def test_one_chunk_is_computed_whatever_is_wanted() -> None:
     assert "while" not in some.lower(np.ones(7, bool), *args).as_text()
 
 
-def test_the_chunks_hold_each_wanted_row_once_and_say_which_others_fill_them_up() -> None:
+@pytest.mark.parametrize("few", [7, 6], ids=["by pairs", "sorted"])
+def test_the_chunks_hold_each_wanted_row_once_and_say_which_others_fill_them_up(
+    few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mod_star.model.rows.FEW_ROWS", few)
+
     def count(picked: Picked, counts_R: jax.Array) -> jax.Array:
         return counts_R.at[picked.rows_C].add(picked.needed_C.astype(jnp.int32))
 
     some = jax.jit(lambda wanted: in_chunks(count, wanted, jnp.zeros(7, jnp.int32), 0.25))
+    assert ("stablehlo.sort" in some.lower(np.zeros(7, bool)).as_text()) == (few < 7)
     for picked in ([], [6], [0, 2, 4, 6], [1, 2, 3, 4, 5], range(7)):  # chunks of 4
         wanted = np.isin(np.arange(7), list(picked))
         np.testing.assert_array_equal(some(wanted), wanted)
