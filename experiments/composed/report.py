@@ -160,10 +160,8 @@ def plot(results: Results, path: Path) -> None:
             seeds = results[trunk, way]
             rights = 100 * np.array([seed["right"][ANSWERS[answer]] for seed in seeds])
             flops = np.array([seed["flops"] for seed in seeds]).mean(0) / MEGA
-            mean, look = (
-                rights.mean(0),
-                {"color": COLOURS[TRUNKS.index(trunk)], "marker": "o" if way == "none" else "s"},
-            )
+            mean = rights.mean(0)
+            look = {"color": COLOURS[TRUNKS.index(trunk)], "marker": "o" if way == "none" else "s"}
             panel.errorbar(
                 flops, mean, (mean - rights.min(0), rights.max(0) - mean), linestyle="-" if way == "none" else "--",
                 markersize=4, linewidth=1.4, elinewidth=0.8, capsize=1.5, label=f"{trunk}, {ARMS[way]}", **look,

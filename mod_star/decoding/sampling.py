@@ -106,5 +106,7 @@ def log_prob_and_gap(logits_BxV: jax.Array, tokens_B: jax.Array) -> tuple[jax.Ar
     own_B = jnp.max(jnp.where(numbers == tokens_B[:, None], logits_BxV, -jnp.inf), -1)
     # log_softmax of three entries alone: that of all would be written to memory and read again.
     log_sum_B = jnp.log(jnp.sum(jnp.exp(logits_BxV - highest_B[:, None]), -1))
-    own_B, best_B, second_B = (each_B - highest_B - log_sum_B for each_B in (own_B, highest_B, second_B))
-    return own_B, jnp.exp(best_B) - jnp.exp(second_B)
+    log_p_own_B, log_p_best_B, log_p_second_B = (
+        each_B - highest_B - log_sum_B for each_B in (own_B, highest_B, second_B)
+    )
+    return log_p_own_B, jnp.exp(log_p_best_B) - jnp.exp(log_p_second_B)

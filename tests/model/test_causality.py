@@ -9,21 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mod_star.config import ModelConfig, RoutingConfig, RunConfig
+from mod_star.config import RunConfig
 from mod_star.model import Decoder
 
 Batch = dict[str, jax.Array]
 RandomParams = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_run: RunConfig) -> ModelConfig:
-    return tiny_run.model
-
-
-@pytest.fixture(scope="module")
-def routing(tiny_run: RunConfig) -> RoutingConfig:
-    return tiny_run.routing
 
 
 def changed_by_later_tokens(decoder: Decoder, params: Any, tokens: Any, **options: Any) -> np.ndarray:
@@ -38,19 +28,19 @@ def changed_by_later_tokens(decoder: Decoder, params: Any, tokens: Any, **option
 
 @pytest.mark.parametrize("rule", ["predictor", "router"])
 def test_under_the_causal_rule_no_token_changes_an_earlier_hidden_state(
-    rule: Any, model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
+    rule: Any, tiny_run: RunConfig, tiny_batch: Batch, random_params: RandomParams
 ) -> None:
-    routing = replace(routing, causal_rule=rule, headroom=1.0)
-    decoder, params = Decoder(model, routing), random_params(model, routing, seed=2)
+    routing = replace(tiny_run.routing, causal_rule=rule, headroom=1.0)
+    decoder, params = Decoder(tiny_run.model, routing), random_params(tiny_run.model, routing, seed=2)
     changed = changed_by_later_tokens(decoder, params, tiny_batch["tokens"][0], mode="causal")
     assert not np.any(np.tril(changed, -1))
     assert np.all(np.diag(changed)) and np.mean(changed[np.triu_indices(24, 1)]) > 0.9
 
 
 def test_under_top_k_later_tokens_do_change_earlier_hidden_states(
-    model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
+    tiny_run: RunConfig, tiny_batch: Batch, random_params: RandomParams
 ) -> None:
-    decoder, params = Decoder(model, routing), random_params(model, routing, seed=2)
+    decoder, params = Decoder(tiny_run.model, tiny_run.routing), random_params(tiny_run.model, tiny_run.routing, seed=2)
     changed = changed_by_later_tokens(decoder, params, tiny_batch["tokens"][0], mode="top_k")
     assert np.any(np.tril(changed, -1)), "they compete for capacity"
 
@@ -58,11 +48,11 @@ def test_under_top_k_later_tokens_do_change_earlier_hidden_states(
 @pytest.mark.parametrize("mode", ["top_k", "causal"])
 @pytest.mark.slow
 def test_no_gradient_flows_from_a_hidden_state_to_a_later_embedding(
-    mode: Any, model: ModelConfig, routing: RoutingConfig, random_params: RandomParams
+    mode: Any, tiny_run: RunConfig, random_params: RandomParams
 ) -> None:
     """Under top-k neither: what later tokens change is who is selected, and that has no gradient."""
-    model = replace(model, tie_embeddings=False)
-    decoder, params = Decoder(model, routing), random_params(model, routing, seed=2)
+    model = replace(tiny_run.model, tie_embeddings=False)
+    decoder, params = Decoder(model, tiny_run.routing), random_params(model, tiny_run.routing, seed=2)
     tokens = jnp.arange(24)  # token i reads row i of the embedding
     direction = jnp.asarray(np.random.default_rng(0).normal(size=model.width), jnp.float32)
 
@@ -78,11 +68,11 @@ def test_no_gradient_flows_from_a_hidden_state_to_a_later_embedding(
 
 @pytest.mark.slow
 def test_it_is_causal_unless_told_otherwise_with_the_slots_of_generation_whatever_the_texts_length(
-    model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, random_params: RandomParams
+    tiny_run: RunConfig, tiny_batch: Batch, random_params: RandomParams
 ) -> None:
     """A library user's perplexity must not see the future, not even how long the text is."""
-    routing = replace(routing, capacity=1 / 12, headroom=1.0)  # two slots; of 12 tokens it would be one
-    decoder, params = Decoder(model, routing), random_params(model, routing, seed=2)
+    routing = replace(tiny_run.routing, capacity=1 / 12, headroom=1.0)  # two slots; of 12 tokens it would be one
+    decoder, params = Decoder(tiny_run.model, routing), random_params(tiny_run.model, routing, seed=2)
     tokens = tiny_batch["tokens"][0]
     changed = changed_by_later_tokens(decoder, params, tokens)
     assert not np.any(np.tril(changed, -1))
