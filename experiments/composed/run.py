@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
@@ -24,8 +23,9 @@ from experiments.composed.report import report
 from experiments.cot_decoding_composition.run import BRANCHES, NEW_TOKENS, accuracies, openings
 from experiments.support.pretraining import DENSE, pretrained
 from experiments.support.reporting import write_aside
+from experiments.support.teaching import begin_teaching, teaching_run
 from experiments.support.worked_lines import HELD_OUT, LENGTH, SYMBOLS, TOKENIZER, make_batch, question
-from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
+from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.decoding import GenerationConfig, Generator, Think
 from mod_star.decoding.branches import Branches
 from mod_star.decoding.cot import cot_decode
@@ -36,11 +36,8 @@ from mod_star.model import Decoder
 from mod_star.model.cross_entropy import token_entropy
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.decider import decider_flops, decider_of, expected_gain
-from mod_star.thinking.parameters import thinking_init
 from mod_star.thinking.sample import thought_slots
 from mod_star.training.objectives.next_token import forward
-from mod_star.training.state import init_state
-from mod_star.training.step import make_train_step
 
 MODEL = ModelConfig(
     vocab_size=TOKENIZER.vocab_size, width=64, layers=2, heads=4, context=LENGTH, mlp_width=256, rope_theta=1000.0
@@ -97,25 +94,10 @@ def taught(options: Options, trunk: str, thinks: bool, seed: int) -> tuple[RunCo
     def next_batch(rng: np.random.Generator) -> dict[str, Any]:
         return make_batch(rng, BATCH, OPENINGS)
 
-    params = dict(pretrained(path, MODEL, options.pretraining_steps, BATCH, seed, title, next_batch, routing))
-    run = RunConfig(
-        MODEL, routing,
-        optimizer=OptimizerConfig(
-            learning_rate=LEARNING_RATE, schedule="constant", warmup_steps=0, weight_decay=0.0, b2=0.999
-        ),
-        train=TrainConfig(
-            steps=options.steps, batch_size=TEACH_BATCH, loss_chunk=512, seed=seed,
-            objective="quiet_star" if thinks else "next_token",
-        ),
-        thinking=THINKING if thinks else ThinkingConfig(),
-    )  # fmt: skip
-    decoder = Decoder(MODEL, routing)
-    if thinks:
-        key, embedding = jax.random.key(seed + 5), jnp.asarray(params["embedding"])
-        first, last = [SYMBOLS.index("(")], [SYMBOLS.index(")")]
-        params["thinking"] = thinking_init(key, MODEL, embedding, first, last, thinking=THINKING)
-    state = init_state(decoder, run, options.steps, params)
-    step = jax.jit(make_train_step(decoder, run, options.steps), donate_argnums=0)
+    params = pretrained(path, MODEL, options.pretraining_steps, BATCH, seed, title, next_batch, routing)
+    train = TrainConfig(steps=options.steps, batch_size=TEACH_BATCH, loss_chunk=512, seed=seed)
+    run = teaching_run(MODEL, routing, THINKING if thinks else None, LEARNING_RATE, train)
+    state, step = begin_teaching(run, params, [SYMBOLS.index("(")], [SYMBOLS.index(")")])
     rng = np.random.default_rng(seed + 1000)
     for _ in track(range(options.steps), f"teaching, {trunk}, {'thoughts' if thinks else 'none'}, seed {seed}"):
         state, _ = step(state, make_batch(rng, TEACH_BATCH, OPENINGS))

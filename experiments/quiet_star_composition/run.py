@@ -26,18 +26,16 @@ from experiments.quiet_star_composition.report import report
 from experiments.support.composition_task import CLOSE, LENGTH, OPEN, STATES, VOCAB, is_answer, make_batch, spell
 from experiments.support.pretraining import DENSE, pretrained
 from experiments.support.reporting import write_aside
-from mod_star.config import ModelConfig, OptimizerConfig, RunConfig, ThinkingConfig, TrainConfig
+from experiments.support.teaching import begin_teaching, teaching_run
+from mod_star.config import ModelConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.flops import training_step_flops
 from mod_star.model import Decoder
 from mod_star.model.cross_entropy import cross_entropy_by_token, token_entropy
 from mod_star.model.routing import select_top
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.objective import choose_places, place_count, sample_thoughts, talk_loss
-from mod_star.thinking.parameters import thinking_init
 from mod_star.thinking.sample import ThinkingDecoder
 from mod_star.training.objectives.next_token import forward
-from mod_star.training.state import init_state
-from mod_star.training.step import make_train_step
 
 MODEL = ModelConfig(vocab_size=VOCAB, width=128, layers=2, heads=4, context=LENGTH, mlp_width=512, rope_theta=1000.0)
 PRETRAIN_STEPS, PRETRAIN_BATCH = 1500, 48
@@ -123,26 +121,11 @@ def teach(options: Options, name: str, seed: int) -> None:
     if path.exists():
         return
     arm = ARMS[name]
-    params = dict(base_params(options, arm.truthful, seed))
+    params = base_params(options, arm.truthful, seed)
     steps = arm.steps or options.steps
-    run = RunConfig(
-        MODEL, DENSE,
-        optimizer=OptimizerConfig(
-            learning_rate=options.learning_rate, schedule="constant", warmup_steps=0, weight_decay=0.0, b2=0.999
-        ),
-        train=TrainConfig(
-            steps=steps, batch_size=TEACH_BATCH, loss_chunk=1024, seed=seed,
-            objective="quiet_star" if arm.thinking else "next_token",
-        ),
-        thinking=arm.thinking or ThinkingConfig(),
-    )  # fmt: skip
-    decoder = Decoder(MODEL, DENSE)
-    if arm.thinking:
-        embedding = jnp.asarray(params["embedding"])
-        key = jax.random.key(seed + 5)
-        params["thinking"] = thinking_init(key, MODEL, embedding, [OPEN], [CLOSE], thinking=arm.thinking)
-    state = init_state(decoder, run, steps, params)
-    step = jax.jit(make_train_step(decoder, run, steps), donate_argnums=0)
+    train = TrainConfig(steps=steps, batch_size=TEACH_BATCH, loss_chunk=1024, seed=seed)
+    run = teaching_run(MODEL, DENSE, arm.thinking, options.learning_rate, train)
+    state, step = begin_teaching(run, params, [OPEN], [CLOSE])
     evaluate = make_evaluation(run)
     rng = np.random.default_rng(seed + 1000)
     held_out = make_batch(np.random.default_rng(999), EVAL_BATCH, 0.0, arm.truthful)

@@ -27,17 +27,15 @@ from experiments.quiet_star_length.task import CLOSE, LENGTH, OPEN, PLACES, VOCA
 from experiments.support.composition_task import STATES
 from experiments.support.pretraining import DENSE, pretrained
 from experiments.support.reporting import write_aside
-from mod_star.config import ModelConfig, OptimizerConfig, RunConfig, ThinkingConfig, TrainConfig
+from experiments.support.teaching import begin_teaching, teaching_run
+from mod_star.config import ModelConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.flops import training_step_flops
 from mod_star.model import Decoder
 from mod_star.model.cross_entropy import cross_entropy_by_token
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.objective import Places, sample_thoughts, talk_loss
-from mod_star.thinking.parameters import thinking_init
 from mod_star.thinking.sample import ThinkingDecoder
 from mod_star.training.objectives.next_token import forward
-from mod_star.training.state import init_state
-from mod_star.training.step import make_train_step
 
 MODEL = ModelConfig(vocab_size=VOCAB, width=128, layers=2, heads=4, context=LENGTH, mlp_width=512, rope_theta=1000.0)
 PRETRAIN_STEPS, PRETRAIN_BATCH = 2000, 48
@@ -86,25 +84,11 @@ def teach(options: Options, name: str, seed: int) -> None:
     base_path = options.out / f"base-{seed}.msgpack"
     title = f"pretraining, seed {seed}"
     next_batch = functools.partial(make_batch, sequences=PRETRAIN_BATCH, brackets=BRACKETS)
-    params = dict(pretrained(base_path, MODEL, PRETRAIN_STEPS, PRETRAIN_BATCH, seed, title, next_batch))
+    params = pretrained(base_path, MODEL, PRETRAIN_STEPS, PRETRAIN_BATCH, seed, title, next_batch)
     thinking, began = ARMS[name], time.perf_counter()
-    run = RunConfig(
-        MODEL, DENSE,
-        optimizer=OptimizerConfig(
-            learning_rate=options.learning_rate, schedule="constant", warmup_steps=0, weight_decay=0.0, b2=0.999
-        ),
-        train=TrainConfig(
-            steps=options.steps, batch_size=TEACH_BATCH, loss_chunk=512, seed=seed,
-            objective="quiet_star" if thinking else "next_token",
-        ),
-        thinking=thinking or ThinkingConfig(),
-    )  # fmt: skip
-    decoder = Decoder(MODEL, DENSE)
-    if thinking:
-        key, embedding = jax.random.key(seed + 5), jnp.asarray(params["embedding"])
-        params["thinking"] = thinking_init(key, MODEL, embedding, [OPEN], [CLOSE], thinking=thinking)
-    state = init_state(decoder, run, options.steps, params)
-    step = jax.jit(make_train_step(decoder, run, options.steps), donate_argnums=0)
+    train = TrainConfig(steps=options.steps, batch_size=TEACH_BATCH, loss_chunk=512, seed=seed)
+    run = teaching_run(MODEL, DENSE, thinking, options.learning_rate, train)
+    state, step = begin_teaching(run, params, [OPEN], [CLOSE])
     evaluate = make_evaluation(run)
     rng, held_out_rng = np.random.default_rng(seed + 1000), np.random.default_rng(999)
     held_out = [make_batch(held_out_rng, EVAL_BATCH, 0.0) for _ in range(EVAL_BATCHES)]

@@ -26,8 +26,9 @@ from experiments.quiet_star_composition.run import QUIET_STAR
 from experiments.support.composition_task import CLOSE, LENGTH, OPEN, STATES, VOCAB, is_answer, make_batch
 from experiments.support.pretraining import DENSE, pretrained
 from experiments.support.reporting import write_aside
+from experiments.support.teaching import begin_teaching, teaching_run
 from experiments.think_at_hard.report import SHARES, report
-from mod_star.config import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from mod_star.config import ModelConfig, RunConfig, TrainConfig
 from mod_star.flops import training_step_flops
 from mod_star.inspection.calibration import calibrated
 from mod_star.model import Decoder
@@ -35,11 +36,8 @@ from mod_star.model.cross_entropy import cross_entropy_by_token, token_entropy
 from mod_star.model.transformer import head_matrix
 from mod_star.thinking.decider import decider_of, expected_gain
 from mod_star.thinking.objective import choose_places, sample_thoughts, talk_loss
-from mod_star.thinking.parameters import thinking_init
 from mod_star.thinking.sample import ThinkingDecoder
 from mod_star.training.objectives.next_token import forward
-from mod_star.training.state import init_state
-from mod_star.training.step import make_train_step
 
 MODEL = ModelConfig(vocab_size=VOCAB, width=64, layers=2, heads=4, context=LENGTH, mlp_width=256, rope_theta=1000.0)
 PRETRAIN_STEPS, PRETRAIN_BATCH = 1000, 32
@@ -73,23 +71,11 @@ def teach(options: Options, seed: int) -> None:
     began = time.perf_counter()
     base_path, title = options.out / f"base-{seed}.msgpack", f"pretraining, seed {seed}"
     next_batch = functools.partial(make_batch, sequences=PRETRAIN_BATCH, brackets=BRACKETS, truthful=TRUTHFUL)
-    params = dict(pretrained(base_path, MODEL, PRETRAIN_STEPS, PRETRAIN_BATCH, seed, title, next_batch))
+    params = pretrained(base_path, MODEL, PRETRAIN_STEPS, PRETRAIN_BATCH, seed, title, next_batch)
     pretrained_after = time.perf_counter() - began
-    run = RunConfig(
-        MODEL, DENSE,
-        optimizer=OptimizerConfig(
-            learning_rate=options.learning_rate, schedule="constant", warmup_steps=0, weight_decay=0.0, b2=0.999
-        ),
-        train=TrainConfig(
-            steps=options.steps, batch_size=TEACH_BATCH, loss_chunk=1024, seed=seed, objective="quiet_star"
-        ),
-        thinking=THINKING,
-    )  # fmt: skip
-    decoder = Decoder(MODEL, DENSE)
-    key, embedding = jax.random.key(seed + 5), jnp.asarray(params["embedding"])
-    params["thinking"] = thinking_init(key, MODEL, embedding, [OPEN], [CLOSE], thinking=THINKING)
-    state = init_state(decoder, run, options.steps, params)
-    step = jax.jit(make_train_step(decoder, run, options.steps), donate_argnums=0)
+    train = TrainConfig(steps=options.steps, batch_size=TEACH_BATCH, loss_chunk=1024, seed=seed)
+    run = teaching_run(MODEL, DENSE, THINKING, options.learning_rate, train)
+    state, step = begin_teaching(run, params, [OPEN], [CLOSE])
     rng = np.random.default_rng(seed + 1000)
     for _ in track(range(options.steps), f"teaching, seed {seed}"):
         state, _ = step(state, make_batch(rng, TEACH_BATCH, 0.0, TRUTHFUL))
