@@ -202,6 +202,7 @@ def _serve() -> None:
 
     import matplotlib.backends.backend_agg
     import matplotlib.pyplot  # noqa: F401
+    import one_mlir_context
     import shared_steps  # noqa: F401
 
     import mod_star.cli
@@ -214,6 +215,7 @@ def _serve() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)  # as in conftest.py
+    one_mlir_context.keep_contexts()
     libc = ctypes.CDLL(None, use_errno=True)
     living: set[int] = set()
     for line in sys.stdin:
