@@ -47,6 +47,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from curves import draw_where_asked
 from thinking_models import Thinker, scores, thinking_params, thinks
 
 from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
@@ -68,6 +69,7 @@ from mod_star.training.train import train
 gc.collect()
 gc.freeze()
 gc.set_threshold(100_000, 50, 50)
+draw_where_asked()
 
 AS_SHIPPED: dict[str, str | bool] = (
     {"xla_cpu_use_fusion_emitters": True} if "emitters=false" in os.environ["XLA_FLAGS"] else {}
