@@ -47,6 +47,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from curves import draw_where_asked
 from one_mlir_context import keep_contexts
 from thinking_models import Thinker, scores, thinking_params, thinks
 
@@ -70,6 +71,7 @@ gc.collect()
 gc.freeze()
 gc.set_threshold(100_000, 50, 50)
 keep_contexts()
+draw_where_asked()
 
 AS_SHIPPED: dict[str, str | bool] = (
     {"xla_cpu_use_fusion_emitters": True} if "emitters=false" in os.environ["XLA_FLAGS"] else {}

@@ -204,6 +204,7 @@ def _serve() -> None:
     import matplotlib.pyplot  # noqa: F401
     import one_mlir_context
     import shared_steps  # noqa: F401
+    from curves import draw_where_asked
 
     import mod_star.cli
 
@@ -211,6 +212,7 @@ def _serve() -> None:
         if not module.name.endswith(".__main__"):
             with contextlib.suppress(ImportError):  # what an extra would bring
                 importlib.import_module(module.name)
+    draw_where_asked()
     warnings.filterwarnings("ignore", message=".*fork")  # JAX's threads aren't there yet
     gc.collect()
     gc.freeze()

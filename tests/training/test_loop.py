@@ -12,6 +12,7 @@ from typing import Any
 import chex
 import jax
 import pytest
+from curves import CURVES
 
 from mod_star import presets
 from mod_star.config import RunConfig
@@ -40,7 +41,9 @@ def make_run(**fields: Any) -> RunConfig:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainSummary]:
     path = tmp_path_factory.mktemp("runs") / "straight"
-    return path, train(make_run(), path, quiet=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(CURVES, "1")
+        return path, train(make_run(), path, quiet=True)
 
 
 def load_state(path: Path) -> Any:
