@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def init_params(decoder: Decoder, seed: int) -> dict[str, Any]:
     """Initial float32 parameters, a plain nested dict."""
-    # `setup` makes all of them: what is called after it need not be the whole network, which would be traced for nothing.
+    # `setup` makes all of them; the whole network, called after it, would be traced for nothing.
     return decoder.init(jax.random.key(seed), jnp.zeros(2, jnp.int32), method=Decoder.embed)["params"]
 
 

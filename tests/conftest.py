@@ -49,6 +49,7 @@ import numpy as np
 import pytest
 from curves import draw_where_asked
 from one_mlir_context import keep_contexts
+from shared_steps import LOWER, key_of
 from thinking_models import Thinker, scores, thinking_params, thinks
 
 from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
@@ -59,8 +60,6 @@ from mod_star.presets import tiny
 from mod_star.runs.directory import read_config
 from mod_star.thinking.objective import Places, Talk
 from mod_star.thinking.thought import Thought
-from mod_star.training import loop
-from mod_star.training.lowering import lower_eval_step, lower_train_step
 from mod_star.training.optimizer import make_optimizer
 from mod_star.training.state import TrainState
 from mod_star.training.train import train
@@ -86,8 +85,7 @@ def each_step_compiled_once() -> Iterator[dict[str, Any]]:
 
     def once(lower: Callable[..., Any]) -> Callable[..., Any]:
         def lowered(*args: Any, **options: Any) -> Any:
-            # The objective follows from the decoder and the run.
-            key = repr((lower.__name__, args, {name: options[name] for name in options if name != "objective"}))
+            key = key_of(lower.__name__, args, options)
             if key not in known:  # with its arguments: as long as they live, nothing else has the ids in the key
                 known[key] = args, SimpleNamespace(compile=functools.cache(lower(*args, **options).compile))
             return known[key][1]
@@ -95,8 +93,8 @@ def each_step_compiled_once() -> Iterator[dict[str, Any]]:
         return lowered
 
     with pytest.MonkeyPatch.context() as patched:
-        for lower in (lower_train_step, lower_eval_step):
-            patched.setattr(loop, lower.__name__, once(lower))
+        for module, name in LOWER:
+            patched.setattr(module, name, once(getattr(module, name)))
         yield known
 
 

@@ -80,8 +80,7 @@ def test_skipped_and_counted(server: Server, words: list[str], breaking: list[se
     # No checkpoint within a streak: it would be no good one to go back to. The last step's is always there.
     good = [step for step in range(1, STEPS + 1) if not bad[step - 1] or step == STEPS]
     assert saved_steps(run / "checkpoints") == good
-    for before, after in itertools.pairwise(good):
-        old, new = arrays(run, before), arrays(run, after)
+    for (_, old), (after, new) in itertools.pairwise((step, arrays(run, step)) for step in good):
         same = {name for name in old if name.startswith("params") and old[name] == new[name]}
         assert bool(same) == (after == STEPS and bad[-1]), "a good step moves all parameters, a bad one none"
 
