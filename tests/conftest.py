@@ -47,6 +47,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick_pictures import draw_quickly
+from shared_steps import sharing, step_key
 from thinking_models import Thinker, scores, thinking_params, thinks
 
 from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
@@ -69,6 +71,8 @@ gc.collect()
 gc.freeze()
 gc.set_threshold(100_000, 50, 50)
 
+draw_quickly()
+
 AS_SHIPPED: dict[str, str | bool] = (
     {"xla_cpu_use_fusion_emitters": True} if "emitters=false" in os.environ["XLA_FLAGS"] else {}
 )
@@ -77,22 +81,28 @@ AS_SHIPPED: dict[str, str | bool] = (
 
 @pytest.fixture(scope="session", autouse=True)
 def each_step_compiled_once() -> Iterator[dict[str, Any]]:
-    """A run that goes on in this process, or is compared with another, gets the programs of the first one: these."""
+    """A run that goes on in this process, or is compared with another, gets the programs of the first one: these.
+
+    And other processes get them: see shared_steps.py.
+    """
     known: dict[str, Any] = {}
 
     def once(lower: Callable[..., Any]) -> Callable[..., Any]:
-        def lowered(*args: Any, **options: Any) -> Any:
+        def lowered(decoder: Decoder, run: RunConfig, *args: Any, **options: Any) -> Any:
             # The objective follows from the decoder and the run.
-            key = repr((lower.__name__, args, {name: options[name] for name in options if name != "objective"}))
+            told = {name: options[name] for name in options if name != "objective"}
+            key = step_key(lower.__name__, decoder, run, args, told)
             if key not in known:  # with its arguments: as long as they live, nothing else has the ids in the key
-                known[key] = args, SimpleNamespace(compile=functools.cache(lower(*args, **options).compile))
+                step = lower(decoder, run, *args, **options)
+                known[key] = (decoder, run, args, options), SimpleNamespace(compile=functools.cache(step.compile))
             return known[key][1]
 
         return lowered
 
+    programs = Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / "steps"
     with pytest.MonkeyPatch.context() as patched:
         for lower in (lower_train_step, lower_eval_step):
-            patched.setattr(loop, lower.__name__, once(lower))
+            patched.setattr(loop, lower.__name__, once(sharing(lower, programs)))
         yield known
 
 

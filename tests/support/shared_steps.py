@@ -10,12 +10,15 @@ import hashlib
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
 
+from mod_star.config import OptimizerConfig, RunConfig
+from mod_star.model.parts import DEFAULT_PARTS
 from mod_star.training import loop
 from mod_star.training.lowering import batch_shapes
 
@@ -25,30 +28,57 @@ _HITS: list[str] = []
 
 
 def share_steps(directory: Path) -> None:
-    """From now on this process takes its training steps from `directory`, and leaves there what it compiles.
+    """From now on this process takes its training steps from `directory`, and leaves there what it compiles."""
+    for name in ("lower_train_step", "lower_eval_step"):
+        setattr(loop, name, sharing(getattr(loop, name), directory))
+
+
+def sharing(lower: Lower, directory: Path) -> Lower:
+    """`lower_train_step` or `lower_eval_step` whose steps come from `directory`, and are left there.
 
     Only steps of built-in functions on one device without frozen arrays: those follow from what the key is made of.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    jax.monitoring.register_event_listener(
-        lambda event, **_: _HITS.append(event) if event == "/jax/compilation_cache/cache_hits" else None
-    )
-    for name in ("lower_train_step", "lower_eval_step"):
-        setattr(loop, name, _sharing(getattr(loop, name), directory))
+    _listen()
 
-
-def _sharing(lower: Lower, directory: Path) -> Lower:
     @functools.wraps(lower)
     def lowered(decoder: Any, run: Any, *args: Any, **options: Any) -> Any:
         objective = options["objective"].objective
-        if run.parts is not None or objective.frozen or jax.device_count() > 1 or args[-1] is not None:
+        if not _built_in(decoder, run) or objective.frozen or jax.device_count() > 1 or args[-1] is not None:
             return lower(decoder, run, *args, **options)
         told = {name: value for name, value in options.items() if name != "objective"}
-        key = (lower.__name__, decoder.config, decoder.routing, run, args, told, os.environ.get("XLA_FLAGS"))
+        key = (step_key(lower.__name__, decoder, run, args, told), os.environ.get("XLA_FLAGS"))
         path = directory / hashlib.sha256(repr(key).encode()).hexdigest()
         return _Step(lambda: lower(decoder, run, *args, **options), path, _arguments(lower.__name__, run, args, told))
 
     return lowered
+
+
+def step_key(name: str, decoder: Any, run: RunConfig, args: tuple[Any, ...], told: dict[str, Any]) -> str:
+    """What a step follows from, which is less than its run: other data, other seeds and longer runs have the same."""
+    if not _built_in(decoder, run):  # a user's functions may look at all of it
+        return repr((name, decoder, run, args, told))
+    train = replace(
+        run.train, steps=1, flops=None, seed=0, log_every=1, eval_every=0, eval_batches=1, checkpoint_every=0,
+        keep_checkpoints=1, max_skipped=1,
+    )  # fmt: skip
+    less = replace(run, data=RunConfig().data, init_from=None, train=train)
+    if name == "lower_eval_step":
+        less = replace(less, optimizer=OptimizerConfig())
+    elif run.optimizer.schedule == "constant":  # of the run's length, its rate knows half: the longest warm-up
+        args = (min(args[0] // 2, run.optimizer.warmup_steps), *args[1:])
+    return repr((name, decoder.config, decoder.routing, less, args, told))
+
+
+def _built_in(decoder: Any, run: RunConfig) -> bool:
+    return run.parts is None and bool(decoder.parts == DEFAULT_PARTS)
+
+
+@functools.cache
+def _listen() -> None:
+    jax.monitoring.register_event_listener(
+        lambda event, **_: _HITS.append(event) if event == "/jax/compilation_cache/cache_hits" else None
+    )
 
 
 def _arguments(name: str, run: Any, args: tuple[Any, ...], told: dict[str, Any]) -> Any:
