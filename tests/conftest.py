@@ -50,6 +50,7 @@ import pytest
 from quick_pictures import draw_quickly
 from shared_steps import sharing, step_key
 from thinking_models import Thinker, scores, thinking_params, thinks
+from untrained_runs import write_thinking_run
 
 from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.initial_params import init_params
@@ -247,7 +248,10 @@ def trained_run(made_once: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def thinking_run(trained_run: Path, made_once: Callable[..., Path]) -> Path:
-    """Directory of a complete run that taught `trained_run` to think for 3 steps. Tests leave it as it is."""
+    """Directory of a run of 3 steps that thinks, made from `trained_run` without training. Tests leave it as it is.
+
+    Quiet-STaR is trained, and what it trained is sampled from, elsewhere.
+    """
     base = read_config(trained_run)
     run = replace(
         base,
@@ -255,7 +259,7 @@ def thinking_run(trained_run: Path, made_once: Callable[..., Path]) -> Path:
         train=replace(base.train, objective="quiet_star", steps=3, batch_size=2, checkpoint_every=0),
         thinking=ThinkingConfig(thought_length=3, n_true=2, n_thoughts=2, chunk=40, decider_width=4),
     )
-    return made_once("thinking", lambda path: train(run, path, quiet=True))
+    return made_once("thinking", lambda path: write_thinking_run(path, run))
 
 
 @pytest.fixture(scope="session", params=["dense", "routed"])
