@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow
 import pytest
 from bucket_server import Bucket, bucket_server
-from curves import CURVES
 from etils import epath
 from fork_server import succeed
 from pyarrow import parquet
@@ -86,7 +85,7 @@ def test_a_run_in_a_bucket_is_the_run_of_a_directory_on_any_machine(
         main(["train", str(local), *OPTIONS, "--data.source", f"{tmp_path}/data/*.txt"])
     train_there = ("train", RUN, *OPTIONS, "--data.source", "gs://bucket/data/*.txt")
 
-    out = command(*train_there, machine=tmp_path / "a", environment=environment | {CURVES: "1"})
+    out = command(*train_there, machine=tmp_path / "a", environment=environment)
     assert f"{RUN} starts" in out and f"curves: {RUN}/curves.png" in out
     found = files_of(bucket, "runs/mine/")
     assert {"config.json", "metrics.jsonl", "summary.json", "curves.png"} <= found.keys()

@@ -1,5 +1,8 @@
-"""One context of MLIR for many programs. JAX makes a new one, with all dialects, for every program that it lowers, which
-takes as long as lowering and compiling the smallest programs together."""
+"""One context of MLIR for many programs.
+
+JAX makes a new one, with all dialects, for every program that it lowers. That takes as long as lowering and compiling
+the smallest programs together.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 from jax._src.interpreters import mlir
 
 PROGRAMS = 200
-"""Whatever is said in a context, constants too, stays as long as the context: after so many programs comes a new one."""
+"""Whatever is said in a context, constants too, stays as long as the context. So a new one comes after so many."""
 
 
 def keep_contexts() -> None:

@@ -10,12 +10,15 @@ import hashlib
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
 
+from mod_star.config import OptimizerConfig, RunConfig
+from mod_star.model.parts import DEFAULT_PARTS
 from mod_star.training import loop, session
 from mod_star.training.lowering import batch_shapes
 
@@ -27,39 +30,67 @@ _HITS: list[str] = []
 
 
 def share_steps(directory: Path) -> None:
-    """From now on this process takes its training steps from `directory`, and leaves there what it compiles.
+    """From now on this process takes these programs from `directory`, and leaves there what it compiles."""
+    for module, name in LOWER:
+        setattr(module, name, sharing(getattr(module, name), directory))
 
-    Only steps of built-in functions on one device without frozen arrays: those follow from what the key is made of.
+
+def sharing(lower: Lower, directory: Path) -> Lower:
+    """One of `LOWER` whose programs come from `directory`, and are left there.
+
+    Only those of built-in functions on one device without frozen arrays: they follow from what the key is made of.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    jax.monitoring.register_event_listener(
-        lambda event, **_: _HITS.append(event) if event == "/jax/compilation_cache/cache_hits" else None
-    )
-    for module, name in LOWER:
-        setattr(module, name, _sharing(getattr(module, name), directory))
+    _listen()
 
-
-def key_of(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> str:
-    """What a program follows from. The objective follows from decoder and run; of arrays only shapes matter."""
-    told = {name: value for name, value in options.items() if name != "objective"}
-    if "base" in told:
-        told["base"] = jax.eval_shape(lambda: told["base"])
-    return repr((name, [getattr(each, "fingerprint", each) for each in args], told))
-
-
-def _sharing(lower: Lower, directory: Path) -> Lower:
     @functools.wraps(lower)
     def lowered(decoder: Any, run: Any, *args: Any, **options: Any) -> Any:
         frozen = "objective" in options and options["objective"].objective.frozen
-        if run.parts is not None or frozen or jax.device_count() > 1 or args[-1] is not None:
+        if not _built_in(decoder, run) or frozen or jax.device_count() > 1 or args[-1] is not None:
             return lower(decoder, run, *args, **options)
-        key = key_of(lower.__name__, (decoder.config, decoder.routing, run, *args), options)
+        key = program_key(lower.__name__, decoder, run, args, options)
         path = directory / hashlib.sha256(f"{key} {os.environ.get('XLA_FLAGS')}".encode()).hexdigest()
         arguments = _arguments(lower.__name__, run, args, options)
         state = jax.tree.structure(args[-2]) if lower.__name__ != "lower_eval_step" else None
         return _Step(lambda: lower(decoder, run, *args, **options), path, arguments, state)
 
     return lowered
+
+
+def program_key(name: str, decoder: Any, run: RunConfig, args: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """What a program follows from: of arrays the shapes; an objective follows from decoder and run.
+
+    A step follows from less than its run: other data, other seeds and longer runs have the same.
+    """
+    told = {name: value for name, value in options.items() if name != "objective"}
+    if "base" in told:
+        told["base"] = jax.eval_shape(lambda: told["base"])
+    args = tuple(getattr(each, "fingerprint", each) for each in args)
+    if not _built_in(decoder, run):  # a user's functions may look at all of it
+        return repr((name, decoder, run, args, told))
+    if name == "lower_first_state":
+        return repr((name, decoder.config, decoder.routing, run, args, told))
+    train = replace(
+        run.train, steps=1, flops=None, seed=0, log_every=1, eval_every=0, eval_batches=1, checkpoint_every=0,
+        keep_checkpoints=1, max_skipped=1,
+    )  # fmt: skip
+    less = replace(run, data=RunConfig().data, init_from=None, train=train)
+    if name == "lower_eval_step":
+        less = replace(less, optimizer=OptimizerConfig())
+    elif run.optimizer.schedule == "constant":  # of the run's length, its rate knows half: the longest warm-up
+        args = (min(args[0] // 2, run.optimizer.warmup_steps), *args[1:])
+    return repr((name, decoder.config, decoder.routing, less, args, told))
+
+
+def _built_in(decoder: Any, run: RunConfig) -> bool:
+    return run.parts is None and bool(decoder.parts == DEFAULT_PARTS)
+
+
+@functools.cache
+def _listen() -> None:
+    jax.monitoring.register_event_listener(
+        lambda event, **_: _HITS.append(event) if event == "/jax/compilation_cache/cache_hits" else None
+    )
 
 
 def _arguments(name: str, run: Any, args: tuple[Any, ...], told: dict[str, Any]) -> Any:
