@@ -1,7 +1,7 @@
 """One context of MLIR for many programs.
 
-JAX makes a new one, with all dialects, for every program that it lowers. That takes as long as lowering and compiling
-the smallest programs together.
+JAX 0.10 makes a new one, with all dialects, for every program that it lowers. That takes as long as lowering and
+compiling the smallest programs together. JAX 0.12 keeps contexts itself.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ PROGRAMS = 200
 
 
 def keep_contexts() -> None:
-    """From now on a thread of this process lowers `PROGRAMS` programs in one context."""
-    mlir.make_ir_context = _kept(mlir.make_ir_context)
+    """From now on a thread of this process lowers `PROGRAMS` programs in one context, unless JAX does so itself."""
+    if not hasattr(mlir, "_thread_local_context"):
+        mlir.make_ir_context = _kept(mlir.make_ir_context)
 
 
 def _kept(make: Callable[[], Any]) -> Callable[[], Any]:
