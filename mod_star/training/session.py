@@ -111,8 +111,7 @@ class TrainingSession:
             stop = SharedStop(stack.enter_context(stop_signals()), mesh)
             batches = iter(prefetch_to_device(inputs.batches, None if mesh is None else batch_sharding(mesh)))
             stack.callback(batches.close)
-            shapes = state_shapes(inputs.decoder, run, inputs.tokenizer, inputs.plan.steps, mesh)
-            state, earlier_seconds = self._first_state(shapes, batches)
+            state, shapes, earlier_seconds = self._first_state(batches)
             saver = Saver(path, run.train.keep_checkpoints, batches, self._data, self._resume_step)
             stack.callback(saver.close)
             recorder = Recorder(inputs, path, self._resume_step, earlier_seconds, self._console)
@@ -153,19 +152,24 @@ class TrainingSession:
         self._finish(summary, recorder)
         return summary
 
-    def _first_state(self, shapes: TrainState, batches: grain.DatasetIterator) -> tuple[TrainState, float]:
-        """The state to go on from, `batches` set to its place, and the time in training steps that went before."""
+    def _first_state(self, batches: grain.DatasetIterator) -> tuple[TrainState, TrainState, float]:
+        """The state to go on from, `batches` set to its place; its shapes; the time in steps that went before."""
         inputs, run, mesh = self._inputs, self._run, self._inputs.mesh
         decoder, total = inputs.decoder, inputs.plan.steps
 
         def first(base: dict[str, Any] | None) -> TrainState:
             return init_state(decoder, run, total, initial_params(decoder, run, inputs.tokenizer, base))
 
+        base = None if self._base is None else self._base.params
+        if self._resume_step is None and mesh is None:
+            state = jax.jit(first, donate_argnums=0)(base)
+            return state, jax.eval_shape(lambda: state), 0.0  # without tracing `first` for its shapes alone
+        shapes = state_shapes(decoder, run, inputs.tokenizer, total, mesh)
         if self._resume_step is None:
-            places = None if mesh is None else shardings(mesh, shapes)
+            assert mesh is not None
             with use_mesh(mesh):
-                make = jax.jit(first, donate_argnums=0, out_shardings=places)
-                return make(None if self._base is None else self._base.params), 0.0
+                state = jax.jit(first, donate_argnums=0, out_shardings=shardings(mesh, shapes))(base)
+            return state, shapes, 0.0
         state, saved = checkpoints.restore_state(
             self._checkpoints, self._resume_step, shapes, batches, mesh, self._data
         )
@@ -174,7 +178,7 @@ class TrainingSession:
             (self._path / SUMMARY_FILE).unlink(missing_ok=True)
             bring_back(self._path)
             checkpoints.delete_after(self._checkpoints, self._resume_step)
-        return state, saved["seconds"]
+        return state, shapes, saved["seconds"]
 
     def _announce(self, recorder: Recorder, parameters: int, trained: int) -> None:
         begun = "starts" if self._resume_step is None else f"goes on from step {self.start}"
