@@ -210,7 +210,7 @@ def test_bad_input_is_one_line_and_writes_nothing(capsys: pytest.CaptureFixture[
 
 @pytest.mark.slow
 def test_sigterm_and_the_same_command_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = options(**{"steps": 300, "log-every": 20, "eval-every": 100, "checkpoint-every": 100})
+    given = options(**{"steps": 300, "log-every": 20, "eval-every": 100, "checkpoint-every": 200})
     words = {name: ["train", str(tmp_path / name), *given] for name in ("straight", "stopped")}
     assert succeed(*words["straight"]).err == ""  # first, so that its steps are there for the others
 
