@@ -64,8 +64,8 @@ def make_run(kind: str) -> RunConfig:
     )
     if kind in ("routed", "sampled"):
         run = replace(run, routing=replace(run.routing, every=2))
-    if kind == "quiet_star":
-        run = replace(run, model=replace(run.model, layers=1), routing=replace(run.routing, every=1))
+    if kind == "quiet_star":  # as wide as vectors, which stay whole, may count
+        run = replace(run, model=replace(run.model, layers=1, mlp_width=64), routing=replace(run.routing, every=1))
     if kind == "experts":
         return replace(run, model=replace(run.model, experts=4, experts_null=1, experts_balance="bias"))
     if kind == "accumulated":
