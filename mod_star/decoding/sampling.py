@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from mod_star.decoding.largest import argmax, largest
+from mod_star.decoding.largest import MANY, argmax, largest
 from mod_star.errors import require
 from mod_star.thinking.thought import draw_token
 
@@ -101,9 +101,12 @@ def log_prob_and_gap(logits_BxV: jax.Array, tokens_B: jax.Array) -> tuple[jax.Ar
     """
     logits_BxV = logits_BxV.astype(jnp.float32)
     highest_B = jnp.max(logits_BxV, -1)
-    second_B, own_B = jax.lax.platform_dependent(
-        logits_BxV, tokens_B, cpu=_second_and_own_gathered, default=_second_and_own
-    )
+    if logits_BxV.shape[-1] < MANY:
+        second_B, own_B = _second_and_own(logits_BxV, tokens_B)
+    else:
+        second_B, own_B = jax.lax.platform_dependent(
+            logits_BxV, tokens_B, cpu=_second_and_own_gathered, default=_second_and_own
+        )
     # log_softmax of three entries alone: that of all would be written to memory and read again.
     log_sum_B = jnp.log(jnp.sum(jnp.exp(logits_BxV - highest_B[:, None]), -1))
     log_p_own_B, log_p_best_B, log_p_second_B = (
