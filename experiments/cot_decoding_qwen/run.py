@@ -57,7 +57,7 @@ class Options(Asking):
     """Where tables and the picture are written."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type of the model; logits, Δ and log-probabilities are float32 whatever it is."""
-    questions: int = 20
+    questions: int = 10
     """Questions at a time, ten rows each; changes speed and memory."""
 
 
