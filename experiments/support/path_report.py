@@ -295,7 +295,8 @@ def plot(marks: Marks, path: Path, about: Report) -> None:
     from matplotlib.figure import Figure
 
     columns = (ALL_TASKS,) if about.pool else tuple(about.tasks.values())
-    panels = [(prompt, title) for prompt in about.prompts for title in columns]
+    asked = {prompt for _, prompt in marks}
+    panels = [(prompt, title) for prompt in about.prompts if prompt in asked for title in columns]
     width = 2 if about.pool else len(columns)
     height = -(-len(panels) // width)
     figure = Figure(figsize=(1.0 + 3.3 * width, 1.2 + 2.5 * height))
