@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from mod_star.config import DataConfig, RunConfig
 from mod_star.flops import forward_flops
@@ -15,6 +16,43 @@ LAYOUTS = ((3, 2), (2, 2))
 """(every, first) of the layouts, the one that routes fewest blocks first."""
 PARTS = 128
 """Capacities are multiples of 1 / PARTS."""
+
+
+SMALL = ("router", "predictor", "adapter")
+"""What is new in an upcycled model."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained."""
+
+    start: str | None
+    """The arm that it starts from; None: the dense model."""
+    trainable: tuple[str, ...] = ()
+    """Parameters, as for `train.trainable`; empty: all."""
+    distilled: bool = False
+    """Whether it learns the dense model's predictions, too."""
+    lora_rank: int = 0
+    stages: bool = False
+    """Whether its capacity is 1, 1/2, ... before, as `mod-star upcycle` plans."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Of all weights less than of a few."""
+        return 1e-3 if self.trainable else 3e-4
+
+
+RECIPES: dict[str, Recipe] = {
+    "dense": Recipe(None),
+    "+ LoRA": Recipe("+ adapter", SMALL, distilled=True, lora_rank=16),
+    "all weights": Recipe("+ adapter", distilled=True),
+    "+ distillation": Recipe("+ adapter", SMALL, distilled=True),
+    "+ adapter": Recipe("+ adapter", SMALL),
+    "+ kept keys/values": Recipe("+ kept keys/values", SMALL[:2]),
+    "routers only": Recipe("fitted routers", SMALL[:2]),
+    "old recipe": Recipe("cut", stages=True),
+}
+"""By name, in the order in which they are trained: what matters most comes first."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +77,22 @@ class Options:
     """Sequences per step, and per batch of an evaluation."""
     eval_batches: int = 8
     """Batches of a held-out evaluation."""
-    steps: int = 16
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products of all arms; parameters are float32."""
+    steps: int = 64
     """Steps of each trained arm."""
     trained_share: float = 0.8
     """Forward FLOPs of the trained arms."""
-    trained: tuple[str, ...] = ("dense", "all", "small", "lora")
+    trained: tuple[str, ...] = tuple(RECIPES)
     """Trained arms, in this order."""
+    best: str = "+ LoRA"
+    """The trained arm that is trained at the other shares, too, and whose decoding is measured."""
     new_tokens: int = 64
     """Tokens that a measurement of decoding generates."""
     rounds: int = 5
     """Rounds of measuring decoding, the models in turns."""
+    parts: tuple[Literal["untrained", "trained", "decoding"], ...] = ("untrained", "trained", "decoding")
+    """What to measure. Decoding is that of trained arms."""
     seed: int = 0
     """Seed of the data's order and split, and of the predictors."""
     report: bool = False
