@@ -135,6 +135,7 @@ def _panel(axes: Axes, measured: dict[str, Any], colours: dict[str, str], title:
     axes.set_ylabel("held-out loss, routed causally (nats per token)")
     axes.set_ylim(bottom=0)
     axes.set_title(title, loc="left", fontweight="bold")
-    axes.legend(frameon=False, fontsize="small")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize="small")
     axes.grid(color=PALE, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
