@@ -133,7 +133,7 @@ def _panel(axes: Axes, measured: dict[str, Any], colours: dict[str, str], title:
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("forward FLOPs, of the dense model's")
     axes.set_ylabel("held-out loss, routed causally (nats per token)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     axes.set_title(title, loc="left", fontweight="bold")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize="small")
