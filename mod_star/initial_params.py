@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 def init_params(decoder: Decoder, seed: int) -> dict[str, Any]:
     """Initial float32 parameters, a plain nested dict."""
-    tokens_S = jnp.zeros(2, jnp.int32)
-    return decoder.init(jax.random.key(seed), tokens_S, key=jax.random.key(0))["params"]
+    # `setup` makes all of them; the whole network, called after it, would be traced for nothing.
+    return decoder.init(jax.random.key(seed), jnp.zeros(2, jnp.int32), method=Decoder.embed)["params"]
 
 
 def initial_params(

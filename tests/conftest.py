@@ -47,7 +47,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_mlir_context import keep_contexts
+from quick_pictures import draw_quickly
+from shared_steps import LOWER, program_key, sharing
 from thinking_models import Thinker, scores, thinking_params, thinks
+from untrained_runs import write_thinking_run
 
 from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.initial_params import init_params
@@ -57,8 +61,6 @@ from mod_star.presets import tiny
 from mod_star.runs.directory import read_config
 from mod_star.thinking.objective import Places, Talk
 from mod_star.thinking.thought import Thought
-from mod_star.training import loop
-from mod_star.training.lowering import lower_eval_step, lower_train_step
 from mod_star.training.optimizer import make_optimizer
 from mod_star.training.state import TrainState
 from mod_star.training.train import train
@@ -68,6 +70,8 @@ from mod_star.training.train import train
 gc.collect()
 gc.freeze()
 gc.set_threshold(100_000, 50, 50)
+keep_contexts()
+draw_quickly()
 
 AS_SHIPPED: dict[str, str | bool] = (
     {"xla_cpu_use_fusion_emitters": True} if "emitters=false" in os.environ["XLA_FLAGS"] else {}
@@ -77,22 +81,26 @@ AS_SHIPPED: dict[str, str | bool] = (
 
 @pytest.fixture(scope="session", autouse=True)
 def each_step_compiled_once() -> Iterator[dict[str, Any]]:
-    """A run that goes on in this process, or is compared with another, gets the programs of the first one: these."""
+    """A run that goes on in this process, or is compared with another, gets the programs of the first one: these.
+
+    And other processes get them: see shared_steps.py.
+    """
     known: dict[str, Any] = {}
 
     def once(lower: Callable[..., Any]) -> Callable[..., Any]:
-        def lowered(*args: Any, **options: Any) -> Any:
-            # The objective follows from the decoder and the run.
-            key = repr((lower.__name__, args, {name: options[name] for name in options if name != "objective"}))
+        def lowered(decoder: Decoder, run: RunConfig, *args: Any, **options: Any) -> Any:
+            key = program_key(lower.__name__, decoder, run, args, options)
             if key not in known:  # with its arguments: as long as they live, nothing else has the ids in the key
-                known[key] = args, SimpleNamespace(compile=functools.cache(lower(*args, **options).compile))
+                step = lower(decoder, run, *args, **options)
+                known[key] = (decoder, run, args, options), SimpleNamespace(compile=functools.cache(step.compile))
             return known[key][1]
 
         return lowered
 
+    programs = Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / "steps"
     with pytest.MonkeyPatch.context() as patched:
-        for lower in (lower_train_step, lower_eval_step):
-            patched.setattr(loop, lower.__name__, once(lower))
+        for module, name in LOWER:
+            patched.setattr(module, name, once(sharing(getattr(module, name), programs)))
         yield known
 
 
@@ -237,7 +245,10 @@ def trained_run(made_once: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def thinking_run(trained_run: Path, made_once: Callable[..., Path]) -> Path:
-    """Directory of a complete run that taught `trained_run` to think for 3 steps. Tests leave it as it is."""
+    """Directory of a run of 3 steps that thinks, made from `trained_run` without training. Tests leave it as it is.
+
+    Quiet-STaR is trained, and what it trained is sampled from, elsewhere.
+    """
     base = read_config(trained_run)
     run = replace(
         base,
@@ -245,7 +256,7 @@ def thinking_run(trained_run: Path, made_once: Callable[..., Path]) -> Path:
         train=replace(base.train, objective="quiet_star", steps=3, batch_size=2, checkpoint_every=0),
         thinking=ThinkingConfig(thought_length=3, n_true=2, n_thoughts=2, chunk=40, decider_width=4),
     )
-    return made_once("thinking", lambda path: train(run, path, quiet=True))
+    return made_once("thinking", lambda path: write_thinking_run(path, run))
 
 
 @pytest.fixture(scope="session", params=["dense", "routed"])

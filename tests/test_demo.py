@@ -27,12 +27,12 @@ def test_both_models_the_result_and_the_pictures(
 
     def small(flops: float) -> RunConfig:
         run = mod_run(flops)
-        model = replace(run.model, width=16, heads=1, context=64)
+        model = replace(run.model, width=16, layers=4, heads=1, context=64)
         return replace(run, model=model, train=replace(run.train, eval_batches=1, loss_chunk=64))
 
     monkeypatch.setattr(demo, "mod_run", small)
     monkeypatch.setattr(demo, "room", lambda *_: 32)  # tokens of each text
-    argv = ["--directory", str(tmp_path / "demo"), "--flops", "6.5e7"]
+    argv = ["--directory", str(tmp_path / "demo"), "--flops", "5e7"]
     main(argv)
     first = capsys.readouterr().out
     main(argv)
@@ -46,8 +46,8 @@ def test_both_models_the_result_and_the_pictures(
             "the same under causal routing  ",
             "decoded tokens/s, one text  ",
             "When a function is called,",
-            "computed by  0   1   2   3  of 3 routed blocks",
-            "block 6  ",
+            "computed by  0   1   2  of 2 routed blocks",
+            "block 4  ",
         ):
             assert any(line.startswith(start) for line in lines), start
     assert "steps," in first and "is complete already" not in first
@@ -57,9 +57,9 @@ def test_both_models_the_result_and_the_pictures(
     assert 1 <= dense.step < mod.step, "equal FLOPs are more steps of the cheaper model"
 
     with pytest.raises(SystemExit) as left:
-        main([*argv[:-1], "9e7"])
+        main([*argv[:-1], "6.5e7"])
     assert left.value.code == 2
-    assert capsys.readouterr().err.startswith("error: train.flops = 9e+07: the run was begun with 3 steps, and ")
+    assert capsys.readouterr().err.startswith("error: train.flops = 6.5e+07: the run was begun with 3 steps, and ")
 
 
 def test_the_verdict_says_which_is_worse() -> None:

@@ -73,18 +73,18 @@ def compiled_flops(model: ModelConfig, routing: RoutingConfig, parts: Parts, *, 
     return float(analysis["flops"])
 
 
-@pytest.mark.parametrize("routing", [DENSE, MOD, KEPT], ids=["dense", "mod", "kept"])
+@pytest.mark.parametrize("routing", [MOD, KEPT], ids=["mod", "kept"])
 @pytest.mark.slow
 def test_forward_agrees_with_the_compiled_program_within_5_percent(routing: RoutingConfig) -> None:
     ours = forward_flops(MODEL, routing, S).total
     assert ours == pytest.approx(compiled_flops(MODEL, routing, DEFAULT_PARTS, training=False), rel=0.05)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize("routing", [DENSE, MOD], ids=["dense", "mod"])
+@pytest.mark.parametrize(("remat", "routing"), [("none", DENSE), ("none", MOD), ("dots", MOD), ("full", MOD)])
 @pytest.mark.slow
 def test_training_agrees_with_the_compiled_program_within_5_percent(remat: Any, routing: RoutingConfig) -> None:
-    model = replace(MODEL, remat=remat)
+    """A model with routing has a full block too; one of full blocks alone shows that their counts don't even out."""
+    model = replace(MODEL, remat=remat, layers=2 if routing.every else 1)
     ours = training_flops(model, routing, S).total
     assert ours == pytest.approx(compiled_flops(model, routing, DEFAULT_PARTS, training=True), rel=0.05)
 

@@ -1,5 +1,6 @@
 """A user's own router, feed-forward, gate, block and routing, from a file outside the package."""
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from fork_server import succeed
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig
 from mod_star.errors import InputError
 from mod_star.flops import forward_flops
+from mod_star.initial_params import init_params
 from mod_star.model import Decoder
 from mod_star.model.routing import capacity_of, select_first, select_share
 from mod_star.parts import DEFAULT_PARTS, Part, Parts, load_parts
@@ -198,8 +200,13 @@ def test_documented_routing_of_ones_own_trains_and_samples_by_the_command_line(n
 
 def outputs_with(parts: Parts, run: RunConfig, batch: dict[str, jax.Array], mode: str) -> tuple[Decoder, Any, Any]:
     decoder = Decoder(run.model, run.routing, parts)
-    params = jax.jit(decoder.init)(jax.random.key(5), batch["tokens"][0])["params"]
-    return decoder, params, jax.vmap(lambda row: decoder.apply({"params": params}, row, mode=mode))(batch["tokens"])
+    params = jax.jit(lambda: init_params(decoder, 5))()
+    return decoder, params, computed(decoder, params, batch, mode)
+
+
+def computed(decoder: Decoder, params: Any, batch: dict[str, jax.Array], mode: str) -> Any:
+    program = jax.jit(jax.vmap(lambda params, row: decoder.apply({"params": params}, row, mode=mode), (None, 0)))
+    return jax.device_get(program(params, batch["tokens"]))
 
 
 def of_file(name: str, tmp_path: Path) -> Parts:
@@ -238,7 +245,7 @@ def test_threshold_selection_equals_a_loop_and_decides_alike_without_the_future(
         assert np.flatnonzero(selected).tolist() == chosen
         numbers.add(len(chosen))
     assert max(numbers) > 0
-    causal: Any = jax.vmap(lambda row: decoder.apply({"params": params}, row, mode="causal"))(tiny_batch["tokens"])
+    causal = computed(decoder, params, tiny_batch, "causal")
     np.testing.assert_array_equal(causal.trace.selected, output.trace.selected)
     np.testing.assert_array_equal(causal.hidden, output.hidden)
 
@@ -259,7 +266,7 @@ def test_a_causal_rule_of_ones_own_has_its_parameters_is_trained_by_ones_own_los
     state = random_state(tiny_run, parts)
     assert set(state.params["groups"]["routed"]["predictor"]) == {"weight"}
     decoder = Decoder(tiny_run.model, tiny_run.routing, parts)
-    output: Any = forward(decoder, state.params, tiny_batch, None, "top_k")
+    output: Any = jax.jit(functools.partial(forward, decoder, key=None, mode="top_k"))(state.params, tiny_batch)
     _, metrics = jax.jit(make_train_step(decoder, tiny_run, 10))(state, tiny_batch)
     valid = np.asarray(tiny_batch["segment_ids"] > 0)[:, None]
     errors = (np.asarray(output.trace.logits, np.float64) - np.asarray(output.trace.selected)) ** 2
@@ -278,8 +285,9 @@ def test_a_selection_with_another_number_of_slots_than_the_capacity_is_refused(
     parts = replace(DEFAULT_PARTS, selection=lambda scores, valid, routing, noise: select_first(valid, slots))
     assert capacity_of(tiny_run.routing, tiny_batch["tokens"].shape[1]) == 6
     message = f"parts.selection = '{slots} slots': must have as many as the capacity, 6"
+    decoder = Decoder(tiny_run.model, tiny_run.routing, parts)
     with pytest.raises(InputError, match=message):
-        outputs_with(parts, tiny_run, tiny_batch, "top_k")
+        jax.eval_shape(functools.partial(decoder.init, mode="top_k"), jax.random.key(5), tiny_batch["tokens"][0])
 
 
 def test_matrix_products_of_a_selection_are_counted(tiny_run: RunConfig) -> None:

@@ -55,9 +55,9 @@ class Options(Asking):
     """Where records are kept, and gone on from."""
     tables: Path = Path("runs/cot_decoding_qwen")
     """Where tables and the picture are written."""
-    weights: Literal["int8"] | None = "int8"
-    """int8: quantise the weights of matrix products when loading; None: as they are stored."""
-    questions: int = 1
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute type of the model; logits, Δ and log-probabilities are float32 whatever it is."""
+    questions: int = 10
     """Questions at a time, ten rows each; changes speed and memory."""
 
 

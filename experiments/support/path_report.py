@@ -295,7 +295,8 @@ def plot(marks: Marks, path: Path, about: Report) -> None:
     from matplotlib.figure import Figure
 
     columns = (ALL_TASKS,) if about.pool else tuple(about.tasks.values())
-    panels = [(prompt, title) for prompt in about.prompts for title in columns]
+    asked = {prompt for _, prompt in marks}
+    panels = [(prompt, title) for prompt in about.prompts if prompt in asked for title in columns]
     width = 2 if about.pool else len(columns)
     height = -(-len(panels) // width)
     figure = Figure(figsize=(1.0 + 3.3 * width, 1.2 + 2.5 * height))
@@ -326,13 +327,14 @@ def plot(marks: Marks, path: Path, about: Report) -> None:
             level = 100 * sum(part[name]) / len(part[name])
             panel.axhline(level, color=GREY, linestyle=style, linewidth=1.2, label=name)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.set_ylim(bottom=0)
         if row == height - 1:
             panel.set_xlabel("branches k")
         if column == 0:
             panel.set_ylabel("right, %")
+    for panel in axes.flat:  # when all have been drawn: panels that share a scale would keep that of the first
+        panel.set_ylim(bottom=0)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=3, frameon=False)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.tight_layout(rect=(0, max(0.09, 0.5 / figure.get_figheight()), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path, dpi=130)

@@ -100,7 +100,8 @@ class Turn:
 
     part: Part
     wording: str
-    number: int
+    first: int
+    """Number of its first question among those of the task."""
     items: Sequence[Item]
 
     def id_of(self, item: Item) -> str:
@@ -109,7 +110,8 @@ class Turn:
 
 
 def turns(study: Study, options: Asking) -> Iterator[Turn]:
-    """All that is asked; tasks and wordings take turns by their sizes, so that an early report is fair.
+    """All that is asked; tasks and wordings take turns by their sizes, so that an early report is fair. Of the turns of
+    one time those of one wording come together.
 
     Raises:
       InputError: `only` names something else than a task, or a task and a wording.
@@ -124,13 +126,12 @@ def turns(study: Study, options: Asking) -> Iterator[Turn]:
         items = list(subset(part.load(options.data).items, part.items, seed=0))
         random.Random(0).shuffle(items)  # so that what there is early is a fair sample, too
         items = items[: options.limit]
-        count = -(-len(items) // options.questions)
-        for wording in study.wordings:
+        for place, wording in enumerate(study.wordings):
             if options.only and not {part.task, f"{part.task}, {wording}"} & {*options.only}:
                 continue
-            for number in range(count):
-                some = items[number * options.questions : (number + 1) * options.questions]
-                placed.append(((number + 0.5) / count, Turn(part, wording, number, some)))
+            for first in range(0, len(items), options.questions):
+                some = items[first : first + options.questions]
+                placed.append((((first + options.questions / 2) / len(items), place), Turn(part, wording, first, some)))
     for _, turn in sorted(placed, key=lambda each: each[0]):
         yield turn
 
@@ -170,7 +171,7 @@ def ask(study: Study, options: Asking, console: Console, depends_on: Mapping[str
     began = time.monotonic()
     todo = list(turns(study, options))
     keep_compiled_programs()
-    loaded = load_run(options.run, weights=options.weights)
+    loaded = load_run(options.run, weights=options.weights, on_disk=True)
     decoder = loaded.decoder.clone(config=dataclasses.replace(loaded.decoder.config, dtype=options.dtype))
     generator = Generator(dataclasses.replace(loaded.model, decoder=decoder))
     config = {**depends_on, "checkpoint_sha256": params_digest(checkpoints_of(options.run), loaded.step)}
@@ -235,7 +236,8 @@ def _described(part: Part, data: Path) -> dict[str, Any]:
 
 
 def answer(generator: Any, prompts: Prompts, turn: Turn, confidence: ConfidenceConfig | None) -> list[dict[str, Any]]:
-    """The records of some questions; ten branches and ten samples each. The same questions give the same samples."""
+    """The records of some questions; ten branches and ten samples each. What is drawn for a
+    question does not depend on those beside it."""
     from mod_star.decoding import GenerationConfig
     from mod_star.decoding.cot import Reading, read_branches
     from mod_star.decoding.sampling import BRANCHING, Sampling
@@ -245,7 +247,8 @@ def answer(generator: Any, prompts: Prompts, turn: Turn, confidence: ConfidenceC
     part, items = turn.part, turn.items
     texts = [prompts.text(item) for item in items]
     encoded = [prompts.encode(item) for item in items]
-    seed = random.Random(f"{part.task} {turn.wording} {turn.number}").getrandbits(31)
+    seed = random.Random(f"{part.task} {turn.wording}").getrandbits(31)
+    numbers = range(turn.first, turn.first + len(items))
     reading = Reading(confidence=confidence)
     began = time.perf_counter()
     rows: dict[str, dict[int, list[dict[str, Any]]]] = {}
@@ -255,7 +258,7 @@ def answer(generator: Any, prompts: Prompts, turn: Turn, confidence: ConfidenceC
             part.new_tokens, sampling, STOP, branches=ROWS, seed=seed, rows=ROWS * len(items),
             confidence=confidence is not None,
         )  # fmt: skip
-        for index, completions in complete_many(generator, texts, config, encoded):
+        for index, completions in complete_many(generator, texts, config, encoded, numbers):
             finder = items[index].finder
             (result,) = read_branches(generator, completions, config, finder, [encoded[index]], reading)
             rows[name][index] = [branch_record(branch) for branch in result.branches]

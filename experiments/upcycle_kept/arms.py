@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from mod_star.config import DataConfig, RunConfig
 from mod_star.flops import forward_flops
@@ -15,6 +16,40 @@ LAYOUTS = ((3, 2), (2, 2))
 """(every, first) of the layouts, the one that routes fewest blocks first."""
 PARTS = 128
 """Capacities are multiples of 1 / PARTS."""
+
+
+SMALL = ("router", "predictor", "adapter")
+"""What is new in an upcycled model."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained."""
+
+    start: str | None
+    """The arm that it starts from; None: the dense model."""
+    trainable: tuple[str, ...] = ()
+    """Parameters, as for `train.trainable`; empty: all."""
+    distilled: bool = False
+    """Whether it learns the dense model's predictions, too."""
+    lora_rank: int = 0
+    stages: bool = False
+    """Whether its capacity is 1, 1/2, ... before, as `mod-star upcycle` plans."""
+    learning_rate: float = 2e-4
+    """Of arms whose few weights are fitted, low: at 1e-3 their divergence from the dense model did not fall."""
+
+
+RECIPES: dict[str, Recipe] = {
+    "dense": Recipe(None, learning_rate=3e-4),
+    "+ LoRA": Recipe("+ adapter", SMALL, distilled=True, lora_rank=16),
+    "+ distillation": Recipe("+ adapter", SMALL, distilled=True),
+    "+ adapter": Recipe("+ adapter", SMALL),
+    "+ kept keys/values": Recipe("+ kept keys/values", SMALL[:2]),
+    "routers only": Recipe("fitted routers", SMALL[:2]),
+    "old recipe": Recipe("cut", stages=True, learning_rate=3e-4),
+    "all weights": Recipe("+ adapter", distilled=True),
+}
+"""By name, in the order in which they are trained: what matters most comes first."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +66,7 @@ class Options:
     """Forward FLOPs of the arms, as shares of the dense model's."""
     rank: int = 32
     """Rank of the adapters."""
-    tokens: int = 4096
+    tokens: int = 16384
     """Tokens that routers and adapters are fitted to."""
     context: int = 256
     """Tokens per sequence."""
@@ -39,16 +74,22 @@ class Options:
     """Sequences per step, and per batch of an evaluation."""
     eval_batches: int = 8
     """Batches of a held-out evaluation."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products of all arms; parameters are float32."""
     steps: int = 16
     """Steps of each trained arm."""
     trained_share: float = 0.8
     """Forward FLOPs of the trained arms."""
-    trained: tuple[str, ...] = ("dense", "all", "small", "lora")
+    trained: tuple[str, ...] = tuple(RECIPES)
     """Trained arms, in this order."""
+    best: str = "+ LoRA"
+    """The trained arm that is trained at the other shares, too, and whose decoding is measured."""
     new_tokens: int = 64
     """Tokens that a measurement of decoding generates."""
     rounds: int = 5
     """Rounds of measuring decoding, the models in turns."""
+    parts: tuple[Literal["untrained", "trained", "decoding"], ...] = ("untrained", "trained", "decoding")
+    """What to measure. Decoding is that of trained arms."""
     seed: int = 0
     """Seed of the data's order and split, and of the predictors."""
     report: bool = False

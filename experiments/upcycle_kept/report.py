@@ -11,13 +11,33 @@ from rich.console import Console
 from experiments.support.reporting import Table, show_tables
 from mod_star.errors import InputError
 from mod_star.views.pictures import as_shipped, save_figure
-from mod_star.views.plots import COLOURS, DPI, GREY, PALE
+from mod_star.views.plots import COLOURS, DPI, GREY, INK, PALE
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from experiments.upcycle_kept.arms import Options
 
 AT = " at "
 """Between the name of an arm and its share of the FLOPs."""
+BEFORE = {
+    "cut": COLOURS[0],
+    "fitted routers": COLOURS[1],
+    "+ kept keys/values": COLOURS[2],
+    "adapter alone": COLOURS[3],
+    "+ adapter": COLOURS[4],
+}
+"""Arms before training, with the colours of their lines."""
+AFTER = {
+    "old recipe": COLOURS[0],
+    "routers only": COLOURS[1],
+    "+ kept keys/values": COLOURS[2],
+    "+ adapter": COLOURS[4],
+    "+ distillation": COLOURS[5],
+    "+ LoRA": INK,
+    "all weights": COLOURS[3],
+}
+"""The same after training."""
 
 
 def report(options: Options) -> None:
@@ -50,24 +70,29 @@ def untrained_table(measured: dict[str, Any]) -> Table:
 
 
 def trained_table(measured: dict[str, Any]) -> Table:
-    """Held-out losses after training."""
-    rows = [
-        [name, f"{each['tokens']:,}", f"{each['trained_parameters'] / 1e6:.1f}M", *_losses(each),
-         f"{each['seconds'] / 60:.1f}"]
-        for name, each in measured.items()
-    ]  # fmt: skip
-    return "After training, held-out nats per token", ["", "tokens", "trained", "top-k", "causal", "minutes"], rows
+    """Held-out losses after training, and what they are above the dense model's that was trained on the same tokens."""
+    reference = measured["dense"]["eval_loss"] if "dense" in measured else None
+    rows = []
+    for name, each in measured.items():
+        above = "–" if reference is None or name == "dense" else f"{each['eval_loss_causal'] - reference:+.3f}"
+        rows.append([
+            name, f"{each['share']:.1%}", f"{each['trained_parameters'] / 1e6:.1f}M", *_losses(each), above,
+            f"{each['cpu_seconds'] / 60:.1f}",
+        ])  # fmt: skip
+    columns = ["", "forward FLOPs", "trained", "top-k", "causal", "causal less dense", "CPU minutes"]
+    return "After training, held-out nats per token", columns, rows
 
 
 def decoding_table(measured: dict[str, Any]) -> Table:
     """Decoding speed of one row."""
     rows = [
-        [share, *(f"{statistics.median(each[name]):.1f}" for name in ("dense", "upcycled")), f"{each['ratio']:.2f}",
+        [share, *(f"{statistics.median(each[name]):.1f}" for name in ("dense", "upcycled")),
+         f"{statistics.median(each['ratios']):.2f}", f"{min(each['ratios']):.2f} to {max(each['ratios']):.2f}",
          f"{each['routed']:.1%}"]
         for share, each in measured.items()
     ]  # fmt: skip
-    columns = ["forward FLOPs", "dense, tokens/s", "upcycled, tokens/s", "ratio", "tokens computed"]
-    return "Decoding one row, in turns with the dense model", columns, rows
+    columns = ["forward FLOPs", "dense, tokens/s", "upcycled, tokens/s", "ratio", "ratios of the rounds"]
+    return "Decoding one row, in turns with the dense model", [*columns, "tokens computed"], rows
 
 
 def _losses(each: dict[str, Any]) -> list[str]:
@@ -77,31 +102,40 @@ def _losses(each: dict[str, Any]) -> list[str]:
 
 @as_shipped
 def plot(results: dict[str, Any], options: Options) -> None:
-    """Held-out loss, routed causally, over forward FLOPs: a line for each arm, the dense model as a level."""
+    """Held-out loss, routed causally, over forward FLOPs, before and after training; the dense model is a level."""
     from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4.4), dpi=DPI, layout="constrained")
+    before, after = figure.subplots(1, 2)
+    _panel(before, results.get("untrained", {}), BEFORE, "before training")
+    _panel(after, results.get("trained", {}), AFTER, "after training")
+    save_figure(figure, options.out / "figure.png")
+
+
+def _panel(axes: Axes, measured: dict[str, Any], colours: dict[str, str], title: str) -> None:
     from matplotlib.ticker import MultipleLocator, PercentFormatter
 
-    figure = Figure(figsize=(7.5, 4.2), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    untrained = results.get("untrained", {})
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for name, each in untrained.items():
-        if AT in name:
-            lines.setdefault(name.split(AT)[0], []).append((each["share"], each["eval_loss_causal"]))
-    for (name, points), colour in zip(lines.items(), COLOURS, strict=False):
-        shares, losses = zip(*sorted(points), strict=True)
-        axes.plot(shares, losses, color=colour, marker="o", label=name)
-    if "dense" in untrained:
-        axes.axhline(untrained["dense"]["eval_loss"], color=GREY, linewidth=1)
-        axes.annotate("dense", (1.0, untrained["dense"]["eval_loss"]), ha="right", va="top", color=GREY,
-                      xycoords=("axes fraction", "data"))  # fmt: skip
+    for name, colour in colours.items():
+        points = [
+            (each["share"], each["eval_loss_causal"])
+            for full, each in measured.items()
+            if full.split(AT)[0] == name
+        ]  # fmt: skip
+        if points:
+            shares, losses = zip(*sorted(points), strict=True)
+            axes.plot(shares, losses, color=colour, marker="o", label=name)
+    if "dense" in measured:
+        level = measured["dense"]["eval_loss"]
+        axes.axhline(level, color=GREY, linewidth=1)
+        axes.annotate("dense", (1.0, level), ha="right", va="top", color=GREY, xycoords=("axes fraction", "data"))
+    axes.set_xlim(0.65, 0.95)
     axes.xaxis.set_major_locator(MultipleLocator(0.1))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("forward FLOPs, of the dense model's")
     axes.set_ylabel("held-out loss, routed causally (nats per token)")
-    axes.set_ylim(bottom=0)
-    axes.set_title("SmolLM2-135M made cheaper without training", loc="left", fontweight="bold")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+    axes.set_title(title, loc="left", fontweight="bold")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize="small")
     axes.grid(color=PALE, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, options.out / "figure.png")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -26,22 +25,20 @@ import numpy as np
 import tyro
 
 from experiments.support.reporting import write_aside
-from experiments.upcycle_kept.arms import TEMPLATE, Arm, Options, arms, config_of
+from experiments.upcycle_kept.arms import RECIPES, TEMPLATE, Arm, Options, Recipe, arms, config_of
 from experiments.upcycle_kept.report import report
 from mod_star.atomic_files import write_atomically
 from mod_star.commands import keep_compiled_programs
 from mod_star.config import DataConfig, LoraConfig, OptimizerConfig, RunConfig, TrainConfig
 from mod_star.data import held_out_batches
 from mod_star.decoding import GenerationConfig, Generator, Sampling
-from mod_star.errors import InputError
+from mod_star.errors import InputError, require
 from mod_star.flops import forward_flops
-from mod_star.loaded_model import Model
 from mod_star.model import Decoder
 from mod_star.pretrained.calibration import block_changes, read_streams
 from mod_star.pretrained.params_run import write_params_run
-from mod_star.pretrained.upcycle import upcycled_params, with_fitted
-from mod_star.runs.checkpoints import saved_steps
-from mod_star.runs.directory import LoadedRun, load_run
+from mod_star.pretrained.upcycle import default_stages, upcycled_params, with_fitted
+from mod_star.runs.directory import LoadedRun, load_run, read_config
 from mod_star.runs.metrics import read_metrics
 from mod_star.runs.stored_config import SUMMARY_FILE, is_run
 from mod_star.training.objectives.next_token import make_eval_step, summarise_eval
@@ -55,24 +52,27 @@ class Experiment:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        path = options.model if is_run(options.model) else options.out / "imported"
+        path = options.out / "imported"
         if not is_run(path):
             from mod_star.pretrained.importing import import_model, open_source
 
-            import_model(open_source(str(options.model)), path, context=options.context)
+            if is_run(options.model):
+                path.symlink_to(options.model.resolve())
+            else:
+                import_model(open_source(str(options.model)), path, context=options.context)
         dense = load_run(path)
         data = DataConfig(
             source=(str(options.data / "gsm8k_train.jsonl"),), template=TEMPLATE,
             tokenizer=dense.config.data.tokenizer, seed=options.seed,
         )  # fmt: skip
-        model = replace(dense.config.model, context=options.context)
+        model = replace(dense.config.model, context=options.context, dtype=options.dtype, remat="full")
         train_config = TrainConfig(
             steps=options.steps, batch_size=options.batch_size, seed=options.seed, loss_chunk=options.context,
-            log_every=1, eval_every=0, eval_batches=options.eval_batches, keep_checkpoints=1, checkpoint_every=4,
+            log_every=1, eval_every=0, eval_batches=options.eval_batches, keep_checkpoints=1, checkpoint_every=0,
         )  # fmt: skip
         optimizer = OptimizerConfig(learning_rate=3e-4, warmup_steps=2, weight_decay=0.01)
         config = replace(dense.config, model=model, data=data, train=train_config, optimizer=optimizer)
-        self.dense: LoadedRun = replace(dense, config=config)
+        self.dense: LoadedRun = replace(dense, config=config, decoder=Decoder(model, config.routing))
         self.path = path
         self.file = options.out / "results.json"
         self.results: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {}
@@ -134,67 +134,87 @@ class Experiment:
     def _untrained(self, arm: Arm, run: RunConfig) -> dict[str, Any]:
         return self.held_out(run, self.params_of(arm, run))
 
-    def start(self) -> Path:
-        """The run that trained arms start from: the last arm at the share that is trained."""
-        path = self.options.out / "upcycled"
+    def start(self, recipe: Recipe, share: float) -> Path:
+        """The run that a recipe starts from; made at the first use."""
+        if recipe.start is None:
+            return self.path
+        name = f"{recipe.start} at {share:.0%}, {'distilled' if recipe.distilled else 'plain'}"
+        path = self.options.out / name.replace("/", " and ")
         if not is_run(path):
-            arm = arms(self.options, self.dense.config.data)[-1]
-            run = config_of(self.dense.config, arm, self.options.trained_share)
+            (arm,) = (arm for arm in arms(self.options, self.dense.config.data) if arm.name == recipe.start)
+            run = config_of(self.dense.config, arm, share)
+            require(run is not None, "--shares", share, "must be one that a layout can reach")
             assert run is not None
-            write_params_run(path, run, self.dense.tokenizer, self.params_of(arm, run))
+            params = self.params_of(arm, run)
+            if recipe.stages:
+                run = replace(run, routing=replace(run.routing, stages=default_stages(run.routing.capacity)))
+            if recipe.distilled:  # parts must be those of the run that is started from
+                run = replace(run, parts=f"{Path(__file__).parent / 'distil.py'}:parts")
+            write_params_run(path, run, self.dense.tokenizer, params)
         return path
 
-    def train(self, name: str) -> dict[str, Any]:
-        """Trains an arm to its end, or goes on with it, and returns its last evaluation."""
-        path = self.options.out / name
-        if not (path / SUMMARY_FILE).is_file():
-            train(self.trained_run(name), path)
-        records = read_metrics(path)
-        last = [record for record in records if "eval_loss" in record][-1]
-        for step in saved_steps(path / "checkpoints"):
-            shutil.rmtree(path / "checkpoints" / str(step))
-        summary = json.loads((path / SUMMARY_FILE).read_text())
-        return last | {name: summary[name] for name in ("tokens", "flops", "seconds", "trained_parameters")}
+    def measure_trained(self) -> None:
+        """Every recipe at the share that is trained, then the best at the others."""
+        options = self.options
+        for name in options.trained:
+            self.once("trained", name, functools.partial(self.train, name, options.trained_share))
+        for share in options.shares:
+            if share != options.trained_share:
+                name = f"{options.best} at {share:.0%}"
+                self.once("trained", name, functools.partial(self.train, options.best, share))
 
-    def trained_run(self, name: str) -> RunConfig:
-        """The configuration of a trained arm."""
-        dense, start = self.dense.config, str(self.path if name == "dense" else self.start())
-        run = replace(dense if name == "dense" else load_run(Path(start)).config, init_from=start)
-        if name in ("dense", "all"):
-            return run
-        run = replace(run, optimizer=replace(run.optimizer, learning_rate=1e-3))
-        distilled = f"{Path(__file__).parent / 'distil.py'}:parts"
-        small = replace(run, train=replace(run.train, trainable=("router", "predictor", "adapter")), parts=distilled)
-        return small if name == "small" else replace(small, lora=LoraConfig(rank=16))
+    def run_of(self, name: str, share: float) -> Path:
+        """The directory of a trained arm."""
+        return self.options.out / f"{name} at {share:.0%}, trained".replace("/", " and ")
+
+    def train(self, name: str, share: float) -> dict[str, Any]:
+        """Trains an arm to its end, and returns its last evaluation."""
+        recipe, path = RECIPES[name], self.run_of(name, share)
+        start = self.start(recipe, share)
+        run = self.dense.config if recipe.start is None else read_config(start)
+        run = replace(
+            run,
+            init_from=str(start),
+            optimizer=replace(run.optimizer, learning_rate=recipe.learning_rate),
+            train=replace(run.train, trainable=recipe.trainable),
+            lora=LoraConfig(rank=recipe.lora_rank),
+        )
+        began = time.process_time()
+        train(run, path)
+        last = [record for record in read_metrics(path) if "eval_loss" in record][-1]
+        summary = json.loads((path / SUMMARY_FILE).read_text())
+        measured = {name: summary[name] for name in ("tokens", "flops", "seconds", "trained_parameters")}
+        return last | measured | {"cpu_seconds": time.process_time() - began, "share": self.cost(run)}
 
     def measure_decoding(self) -> None:
-        """Tokens per second of one row, of the dense model and of the last arm at each share, in turns."""
-        arm, options = arms(self.options, self.dense.config.data)[-1], self.options
-        for share in sorted(options.shares, reverse=True):
-            run = config_of(self.dense.config, arm, share)
-            if run is not None:
-                self.once("decoding", f"{share:.0%}", functools.partial(self._decoding, arm, run))
+        """Tokens per second of one row, of the dense model and of the best trained arm at each share, in turns."""
+        for share in sorted(self.options.shares, reverse=True):
+            path = self.run_of(self.options.best, share)
+            if (path / SUMMARY_FILE).is_file():
+                self.once("decoding", f"{share:.0%}", functools.partial(self._decoding, path))
 
-    def _decoding(self, arm: Arm, run: RunConfig) -> dict[str, Any]:
-        params = self.params_of(arm, run)
-        config = GenerationConfig(self.options.new_tokens, Sampling(0))
+    def _decoding(self, path: Path) -> dict[str, Any]:
+        """Every round generates one token and many: the difference is what the other tokens take."""
+        lengths = (1, self.options.new_tokens)
         prompts = [self.dense.tokenizer.encode(PROMPT)]
-        speeds: dict[str, list[float]] = {"dense": [], "upcycled": []}
-        pairs = {"dense": (self.dense.config, self.dense.params), "upcycled": (run, params)}
-        generators = {
-            name: Generator(Model(Decoder(each.model, each.routing), own, self.dense.tokenizer))
-            for name, (each, own) in pairs.items()
-        }
-        for generator in generators.values():
-            generator.generate(prompts, config)
+        models = {"dense": self.dense.model, "upcycled": load_run(path).model}
+        seconds: dict[str, list[list[float]]] = {name: [] for name in models}
+        generators = {name: Generator(model, end_ids=()) for name, model in models.items()}
         routed: list[float] = []
-        for _, (name, generator) in itertools.product(range(self.options.rounds), generators.items()):
-            began = time.perf_counter()
-            (result,) = generator.generate(prompts, config)
-            speeds[name].append(len(result.tokens) / (time.perf_counter() - began))
+        for turn, (name, generator) in itertools.product(range(self.options.rounds + 1), generators.items()):
+            taken = []
+            for length in lengths:
+                began = time.process_time()
+                (result,) = generator.generate(prompts, GenerationConfig(length, Sampling(0)))
+                taken.append(time.process_time() - began)
+            if turn:  # the first one compiles
+                seconds[name].append(taken)
             routed = result.routed_fraction or routed
+        speeds = {
+            name: [(lengths[1] - lengths[0]) / (whole - one) for one, whole in each] for name, each in seconds.items()
+        }
         ratios = [fast / slow for fast, slow in zip(speeds["upcycled"], speeds["dense"], strict=True)]
-        return speeds | {"ratio": statistics.median(ratios), "routed": statistics.mean(routed)}
+        return speeds | {"ratios": ratios, "seconds": seconds, "routed": statistics.mean(routed)}
 
 
 def main() -> None:
@@ -205,10 +225,12 @@ def main() -> None:
             keep_compiled_programs()
             options.out.mkdir(parents=True, exist_ok=True)
             experiment = Experiment(options)
-            experiment.measure_untrained()
-            experiment.measure_decoding()
-            for name in options.trained:
-                experiment.once("trained", name, functools.partial(experiment.train, name))
+            if "untrained" in options.parts:
+                experiment.measure_untrained()
+            if "trained" in options.parts:
+                experiment.measure_trained()
+            if "decoding" in options.parts:
+                experiment.measure_decoding()
         report(options)
     except InputError as error:
         raise SystemExit(f"error: {error}") from error

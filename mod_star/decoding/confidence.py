@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from flax import struct
 
+from mod_star.decoding.largest import largest
 from mod_star.decodings import WINDOW
 from mod_star.errors import require
 
@@ -44,9 +45,15 @@ def no_confidence(rows: int, new_tokens: int) -> TokenConfidence:
 def token_confidence(logits_BxV: jax.Array) -> TokenConfidence:
     """The step's numbers, float32 B each; of fewer than 20 tokens all are candidates."""
     V = logits_BxV.shape[-1]
-    log_p_BxV = jax.nn.log_softmax(logits_BxV.astype(jnp.float32))
-    best_BxK, _ = jax.lax.top_k(log_p_BxV, min(CANDIDATES, V))
-    return TokenConfidence(-jnp.mean(best_BxK, -1), -jnp.mean(log_p_BxV, -1) - jnp.log(jnp.float32(V)))
+    logits_BxV = logits_BxV.astype(jnp.float32)
+    highest_B = jnp.max(logits_BxV, -1)
+    # Of the differences: the means of large logits would lose digits. No log-probability is written to memory.
+    below_BxV = logits_BxV - highest_B[:, None]
+    log_sum_B = jnp.log(jnp.sum(jnp.exp(below_BxV), -1))
+    best_BxK = largest(logits_BxV, min(CANDIDATES, V)) - highest_B[:, None]
+    return TokenConfidence(
+        log_sum_B - jnp.mean(best_BxK, -1), log_sum_B - jnp.mean(below_BxV, -1) - jnp.log(jnp.float32(V))
+    )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
+from mod_star.decoding.largest import MANY, argmax, largest
 from mod_star.errors import require
 from mod_star.thinking.thought import draw_token
 
@@ -82,7 +83,7 @@ def draw(key: jax.Array, logits_V: jax.Array, sampling: Sampling, numbers: Numbe
     `numbers` as for `restrict`.
     """
     if sampling.temperature == 0:
-        return jnp.argmax(logits_V).astype(jnp.int32)
+        return argmax(logits_V[None])[0]
     return draw_token(key, restrict(logits_V, sampling, numbers), 1.0)
 
 
@@ -99,14 +100,29 @@ def log_prob_and_gap(logits_BxV: jax.Array, tokens_B: jax.Array) -> tuple[jax.Ar
     The gap is CoT-decoding's confidence in one token (section 2.2 of the paper).
     """
     logits_BxV = logits_BxV.astype(jnp.float32)
-    numbers = jnp.arange(logits_BxV.shape[-1], dtype=jnp.int32)
     highest_B = jnp.max(logits_BxV, -1)
-    best_B = jnp.argmax(logits_BxV, -1).astype(jnp.int32)
-    second_B = jnp.max(jnp.where(numbers == best_B[:, None], -jnp.inf, logits_BxV), -1)
-    own_B = jnp.max(jnp.where(numbers == tokens_B[:, None], logits_BxV, -jnp.inf), -1)
+    if logits_BxV.shape[-1] < MANY:
+        second_B, own_B = _second_and_own(logits_BxV, tokens_B)
+    else:
+        second_B, own_B = jax.lax.platform_dependent(
+            logits_BxV, tokens_B, cpu=_second_and_own_gathered, default=_second_and_own
+        )
     # log_softmax of three entries alone: that of all would be written to memory and read again.
     log_sum_B = jnp.log(jnp.sum(jnp.exp(logits_BxV - highest_B[:, None]), -1))
     log_p_own_B, log_p_best_B, log_p_second_B = (
         each_B - highest_B - log_sum_B for each_B in (own_B, highest_B, second_B)
     )
     return log_p_own_B, jnp.exp(log_p_best_B) - jnp.exp(log_p_second_B)
+
+
+def _second_and_own(logits_BxV: jax.Array, tokens_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The second largest logit of each row, and the token's own. By maxima: a gather takes an accelerator long."""
+    numbers = jnp.arange(logits_BxV.shape[-1], dtype=jnp.int32)
+    best_B = argmax(logits_BxV)
+    second_B = jnp.max(jnp.where(numbers == best_B[:, None], -jnp.inf, logits_BxV), -1)
+    return second_B, jnp.max(jnp.where(numbers == tokens_B[:, None], logits_BxV, -jnp.inf), -1)
+
+
+def _second_and_own_gathered(logits_BxV: jax.Array, tokens_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same on a CPU, where a maximum under a condition is no loop of vectors."""
+    return largest(logits_BxV, 2)[:, 1], jnp.take_along_axis(logits_BxV, tokens_B[:, None], 1)[:, 0]

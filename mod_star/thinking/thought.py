@@ -55,12 +55,24 @@ def draw_token(key: jax.Array, logits_V: jax.Array, temperature: float) -> jax.A
     ends = jnp.cumsum(sums)
     target = jax.random.uniform(key, (), jnp.float32) * ends[-1]
     block = _first((ends > target) & (sums > 0), sums)
-    # By sums of which one term is not zero: on an accelerator a gather takes several steps, each as long as a sum.
-    numbers = jnp.arange(sums.shape[0], dtype=jnp.int32)
-    inside = jnp.sum(jnp.where(numbers[:, None] == block, blocks, 0.0), 0)
-    before = jnp.sum(jnp.where(numbers == block - 1, ends, 0.0))
+    inside, before = jax.lax.platform_dependent(blocks, ends, block, cpu=_inside_gathered, default=_inside)
     token = _first((before + jnp.cumsum(inside) > target) & (inside > 0), inside)
     return block * DRAW_BLOCK + token
+
+
+def _inside(blocks: jax.Array, ends: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The weights in a block, and the sum of those before it.
+
+    By sums of which one term is not zero: on an accelerator a gather takes several steps, each as long as a sum.
+    """
+    numbers = jnp.arange(ends.shape[0], dtype=jnp.int32)
+    inside = jnp.sum(jnp.where(numbers[:, None] == block, blocks, 0.0), 0)
+    return inside, jnp.sum(jnp.where(numbers == block - 1, ends, 0.0))
+
+
+def _inside_gathered(blocks: jax.Array, ends: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same on a CPU, where those sums take as long as all the rest."""
+    return blocks[block], jnp.where(block > 0, ends[block - 1], 0.0)
 
 
 def _first(candidates: jax.Array, weights: jax.Array) -> jax.Array:

@@ -86,6 +86,36 @@ def state_shapes(
     return shapes if mesh is None else placed_shapes(mesh, shapes)
 
 
+def lower_first_state(
+    decoder: Decoder,
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    total_steps: int,
+    state: TrainState,
+    mesh: Mesh | None = None,
+    base: dict[str, Any] | None = None,
+) -> jax.stages.Lowered:
+    """The program that makes the state before the first step, `(base) -> state`; it consumes what it is given.
+
+    Args:
+      decoder: the model.
+      run: its configuration.
+      tokenizer: as for `mod_star.initial_params.initial_params`.
+      total_steps: length of the learning-rate schedule.
+      state: from `state_shapes`.
+      mesh: None: one device.
+      base: parameters of the run to start from, arrays or shapes; None: random ones.
+    """
+
+    def first(base: dict[str, Any] | None) -> TrainState:
+        return init_state(decoder, run, total_steps, initial_params(decoder, run, tokenizer, base))
+
+    places = None if mesh is None else shardings(mesh, state)
+    with use_mesh(mesh):
+        lowered: jax.stages.Lowered = jax.jit(first, donate_argnums=0, out_shardings=places).lower(base)
+    return lowered
+
+
 def batch_shapes(run: RunConfig, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
     """The same of a global batch, see `mod_star.data.pipeline`."""
     where = None if mesh is None else batch_sharding(mesh)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -17,10 +16,9 @@ from rich.console import Console
 from mod_star.data import prefetch_to_device
 from mod_star.data.identity import fingerprint
 from mod_star.distributed.processes import SharedStop, decide_first, is_first
-from mod_star.distributed.sharding import batch_sharding, shardings, use_mesh
+from mod_star.distributed.sharding import batch_sharding
 from mod_star.errors import TrainingError
 from mod_star.flops import parameter_count
-from mod_star.initial_params import initial_params
 from mod_star.runs import checkpoints
 from mod_star.runs.buckets import bring_back, checkpoints_of, copied_from
 from mod_star.runs.directory import LoadedRun
@@ -29,10 +27,10 @@ from mod_star.trainable import trained_part
 from mod_star.training.inputs import Inputs
 from mod_star.training.interrupt import LostProcess, stop_signals
 from mod_star.training.loop import TrainingLoop
-from mod_star.training.lowering import state_shapes
+from mod_star.training.lowering import lower_first_state, state_shapes
 from mod_star.training.recorder import Recorder
 from mod_star.training.saver import Saver, last_good
-from mod_star.training.state import TrainState, init_state
+from mod_star.training.state import TrainState
 from mod_star.units import short_number
 from mod_star.views.pictures import try_to_draw
 from mod_star.views.plots import plot_curves
@@ -155,17 +153,12 @@ class TrainingSession:
 
     def _first_state(self, shapes: TrainState, batches: grain.DatasetIterator) -> tuple[TrainState, float]:
         """The state to go on from, `batches` set to its place, and the time in training steps that went before."""
-        inputs, run, mesh = self._inputs, self._run, self._inputs.mesh
-        decoder, total = inputs.decoder, inputs.plan.steps
-
-        def first(base: dict[str, Any] | None) -> TrainState:
-            return init_state(decoder, run, total, initial_params(decoder, run, inputs.tokenizer, base))
-
+        inputs, mesh = self._inputs, self._inputs.mesh
         if self._resume_step is None:
-            places = None if mesh is None else shardings(mesh, shapes)
-            with use_mesh(mesh):
-                make = jax.jit(first, donate_argnums=0, out_shardings=places)
-                return make(None if self._base is None else self._base.params), 0.0
+            base = None if self._base is None else self._base.params
+            steps = inputs.plan.steps
+            lowered = lower_first_state(inputs.decoder, self._run, inputs.tokenizer, steps, shapes, mesh, base=base)
+            return lowered.compile()(base), 0.0
         state, saved = checkpoints.restore_state(
             self._checkpoints, self._resume_step, shapes, batches, mesh, self._data
         )

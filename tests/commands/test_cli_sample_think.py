@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from fork_server import succeed
@@ -89,8 +90,13 @@ def test_by_the_decider_it_thinks_where_a_gain_is_expected(run: Path, tmp_path: 
     prompt = begin(loaded.tokenizer, PROMPT)
     tokens = np.asarray([*prompt, *record["tokens"]], np.int32)
     slots = causal_slots(loaded.config.routing, loaded.config.model.context)
-    output: Any = loaded.decoder.apply({"params": loaded.params}, tokens, mode="causal", slots=slots)
-    gains = np.asarray(expected_gain(loaded.params["thinking"]["decider"], output.hidden))[len(prompt) - 1 : -1]
+
+    @jax.jit
+    def gains_of(params: Any) -> jax.Array:
+        output: Any = loaded.decoder.apply({"params": params}, tokens, mode="causal", slots=slots)
+        return expected_gain(params["thinking"]["decider"], output.hidden)
+
+    gains = np.asarray(gains_of(loaded.params))[len(prompt) - 1 : -1]
     thought = [thought is not None for thought in record["thoughts"]]
     assert thought == list(gains > calibration.threshold) and len({*thought}) == 2, gains
 

@@ -74,7 +74,8 @@ def test_base_predictions_are_those_of_the_network(loaded: LoadedRun, thoughts: 
 @pytest.mark.slow
 def test_thoughts_are_those_of_generating_the_same_text(loaded: LoadedRun) -> None:
     generator = make_generator(loaded.decoder, loaded.params, thinking=loaded.config.thinking)
-    prompt, new = [256, *b"The "], 30
+    prompt = [256, *b"The "]
+    new = TOKENS - len(prompt)  # as many tokens as `thoughts` has compiled for
     (result,) = generator.generate([prompt], GenerationConfig(new, Sampling(1.0), seed=0, think=Think("always")))
 
     class Echo:

@@ -24,7 +24,7 @@ from mod_star.decoding.rankings import DELTA, LOG_PROB, MEASURED, Ranking, make_
 from mod_star.errors import InputError
 
 
-@pytest.mark.parametrize("vocabulary", [50, 7])
+@pytest.mark.parametrize("vocabulary", [50, 7, 20_001])
 def test_a_tokens_confidence_is_that_of_numpy(vocabulary: int) -> None:
     logits = 5 * np.random.default_rng(1).standard_normal((6, vocabulary)).astype(np.float32)
     logits[0] = 3.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from rich.console import Console
 from experiments.cot_decoding_qwen import year_parity
 from experiments.cot_decoding_qwen.report import REPORT
 from experiments.cot_decoding_qwen.run import STUDY, Options
-from experiments.support.path_report import cot, filtered, methods, overview, read, report, weighed
+from experiments.support.path_report import cell, cot, filtered, methods, overview, read, report, weighed
 from experiments.support.paths import Turn, ask_missing, turns
 from experiments.support.small_records import ROW, small, whole
 from experiments.support.tables import read_cell, read_tables
 from mod_star.errors import InputError
 from mod_star.evaluation.branch_records import branches_of
+from mod_star.evaluation.intervals import accuracy
 from mod_star.evaluation.records import Record, open_records
 
 FOLDER = Path(__file__).parents[2] / "experiments/cot_decoding_qwen"
@@ -129,15 +129,18 @@ def test_year_parity(tmp_path: Path) -> None:
         list(turns(STUDY, Options(data=tmp_path, only=("year parity",))))
 
 
-def test_the_stored_records_give_the_table_of_the_readme() -> None:
-    """Which has one as soon as every task has twenty questions under every prompt."""
+def test_the_stored_records_give_the_tables_of_the_readme() -> None:
+    """One for each prompt that was asked, with as many questions of each task."""
     marks, records = read(FOLDER / "records", REPORT)
-    (_, *columns), rows = overview(marks, REPORT)
-    tables = read_tables((FOLDER / "README.md").read_text(encoding="utf-8"))
-    asked = Counter((each["task"], each["prompt"]) for each in records)
-    wanted = [(part.task, wording) for part in STUDY.parts for wording in STUDY.wordings]
-    expected = {name: dict(zip(columns, map(read_cell, cells), strict=True)) for name, *cells in rows}
-    enough = all(asked[each] >= 20 for each in wanted)
-    assert [table for table in tables if "greedy" in table] == ([expected] if enough else [])
+    prompts = [prompt for prompt in STUDY.wordings if any(prompt == other for _, other in marks)]
+    tables = [each for each in read_tables((FOLDER / "README.md").read_text(encoding="utf-8")) if "greedy" in each]
+    for prompt, table in zip(prompts, tables, strict=True):
+        parts = {f"{title} (n = {len(part['greedy'])})": part for title, part in REPORT.columns(marks, prompt).items()}
+        assert len({len(part["greedy"]) for title, part in parts.items() if "all" not in title}) == 1
+        assert len(table) >= 10
+        for name, cells in table.items():
+            assert cells == {
+                title: read_cell(cell(accuracy([mark > 0 for mark in part[name]]))) for title, part in parts.items()
+            }, name
     assert len({each["id"] for each in records}) == len(records) > 0
     assert sum("texts" in each for each in records) <= 20

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.upcycle_kept import distil
-from experiments.upcycle_kept.arms import Options, arms, config_of
+from experiments.upcycle_kept.arms import RECIPES, Options, arms, config_of
 from mod_star.config import DataConfig, ModelConfig, RoutingConfig, RunConfig
 from mod_star.flops import forward_flops
 from mod_star.model import Decoder
@@ -32,6 +32,16 @@ def test_all_arms_cost_their_share_where_a_layout_can() -> None:
             assert run is not None and (run.routing.every, run.routing.first) == (every, 2)
             assert forward_flops(run.model, run.routing, 256).total / whole == pytest.approx(share, abs=0.004)
         assert config_of(DENSE, arm, 0.5) is None
+
+
+def test_every_recipe_starts_from_an_arm_that_has_what_it_trains() -> None:
+    starts = {arm.name: arm for arm in arms(Options(), DataConfig())}
+    for recipe in RECIPES.values():
+        if recipe.start is not None:
+            skipping = starts[recipe.start].skipping
+            assert ("adapter" in recipe.trainable) <= (skipping.adapter_rank > 0)
+            assert recipe.stages == (not starts[recipe.start].fitted)
+    assert Options().best in RECIPES
 
 
 def test_the_loss_is_that_of_the_next_token_plus_the_divergence(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fault_runs import differences, fresh_seed, newest, options, records, result
+from fault_runs import complaints, differences, fresh_seed, newest, options, records, result
 from fork_server import Server, shared_server, straight_run
 
 from mod_star.runs.checkpoints import saved_steps
@@ -67,11 +67,6 @@ def server() -> Server:
 @pytest.fixture(scope="module")
 def uninterrupted(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return straight_run(server, tmp_path_factory.mktemp("runs") / "straight", RUN)
-
-
-def complaints(err: str) -> list[str]:
-    """Lines of standard error, but for Orbax's remarks on saves that took long and on half-deleted checkpoints."""
-    return [line for line in err.splitlines() if not line.startswith("WARNING:absl:")]
 
 
 def unfinished(run: Path) -> set[int]:

@@ -70,6 +70,11 @@ def dense_params(random_params: Callable[..., Any]) -> Any:
     return random_params(DENSE.model, DENSE.routing)
 
 
+@pytest.fixture(scope="module")
+def dense_logits(dense_params: Any, tiny_batch: dict[str, jax.Array]) -> np.ndarray:
+    return logits(DENSE, dense_params, tiny_batch, "top_k")
+
+
 def logits(run: RunConfig, params: Any, batch: dict[str, jax.Array], mode: Any) -> np.ndarray:
     """float32 BxSxV; zeros at pads, which no other token sees."""
     decoder = Decoder(run.model, run.routing)
@@ -88,11 +93,10 @@ def logits(run: RunConfig, params: Any, batch: dict[str, jax.Array], mode: Any) 
 )
 @pytest.mark.slow
 def test_at_capacity_1_the_logits_are_the_dense_models(
-    every: int, skipping: Skipping, dense_params: Any, tiny_batch: dict[str, jax.Array]
+    every: int, skipping: Skipping, dense_params: Any, dense_logits: np.ndarray, tiny_batch: dict[str, jax.Array]
 ) -> None:
     run = upcycled_config(DENSE, 0.25, every, skipping)
-    params = upcycled_params(dense_params, run)
-    expected = logits(DENSE, dense_params, tiny_batch, "top_k")
+    params, expected = upcycled_params(dense_params, run), dense_logits
     # Attention to keys in two sets, the kept ones and the block's own, adds them up in another order.
     atol = 2e-5 if skipping.keep_key_values else 0
     for mode in ("top_k", "causal"):

@@ -21,6 +21,7 @@ import pyarrow
 import pytest
 from bucket_server import Bucket, bucket_server
 from etils import epath
+from fault_runs import options
 from fork_server import succeed
 from pyarrow import parquet
 
@@ -278,17 +279,17 @@ def test_a_start_that_was_killed_on_its_way_there_is_made_again(
     here: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "own.py").write_text("from mod_star.parts import Parts\nparts = Parts()\n")
-    options = [*OPTIONS, "--train.steps", "1", "--parts", f"{tmp_path}/own.py:parts"]
+    given = [*options(steps=1), "--parts", f"{tmp_path}/own.py:parts"]
     here.write("runs/started/parts.py", b"of another start")
     here.write("runs/started/tokenizer/of_another_start.json", b"")
     with pytest.raises(SystemExit, match="0"):
-        main(["train", "gs://bucket/runs/started", *options])
+        main(["train", "gs://bucket/runs/started", *given])
     found = files_of(here, "runs/started/")
     assert found["parts.py"] == (tmp_path / "own.py").read_bytes()
     assert "summary.json" in found and "tokenizer/of_another_start.json" not in found
     capsys.readouterr()
     with pytest.raises(SystemExit, match="0"):
-        main(["train", "gs://bucket/runs/started", *options])
+        main(["train", "gs://bucket/runs/started", *given])
     assert "gs://bucket/runs/started: is complete already" in capsys.readouterr().out
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import chex
-import grain
 import jax
 import jax.numpy as jnp
 import pytest
+from untrained_runs import write_run
 
 from mod_star import presets
 from mod_star.config import RunConfig
@@ -51,17 +51,8 @@ def make_base(path: Path, run: RunConfig | None = None, tokenizer: str = "bytes"
     """A run of one dense block with random parameters, and `extra` beside them, as checkpoint 7; nothing is trained."""
     run = run or with_fields(presets.dense(presets.tiny()), "model", width=8, heads=1, layers=1, context=16)
     run = with_fields(with_fields(run, "data", tokenizer=tokenizer), "model", vocab_size=320)
-    with run_dir.created(path, run, load_tokenizer(tokenizer)):
-        pass
-    decoder = Decoder(run.model, run.routing)
-    params = init_params(decoder, 5) | extra
-    writer = CheckpointWriter(path / "checkpoints", 3)
-    state = init_state(decoder, run, 9, params)
-    writer.save(
-        replace(state, step=state.step + 7), iter(grain.MapDataset.range(9).to_iter_dataset()), {"seconds": 0.0}
-    )
-    writer.close()
-    return path
+    params = jax.jit(lambda: init_params(Decoder(run.model, run.routing), 5))() | extra
+    return write_run(path, run, load_tokenizer(tokenizer), params, 7)
 
 
 @pytest.fixture(scope="module")

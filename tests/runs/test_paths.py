@@ -10,7 +10,8 @@ from pathlib import Path
 
 import chex
 import pytest
-from fork_server import Finished, shared_server, succeed
+from fault_runs import options
+from fork_server import SAME_STEPS, Finished, shared_server, succeed
 
 from mod_star.data.sources import read_sources
 from mod_star.errors import InputError
@@ -19,9 +20,8 @@ from mod_star.runs.buckets import working_copy
 from mod_star.runs.directory import load_run
 from mod_star.runs.plain_paths import plain_path
 
-FEW = "--preset tiny --model.width 16 --model.layers 1 --model.heads 2 --model.mlp-width 24 --routing.every 0"
-OPTIONS = [*FEW.split(), "--train.steps", "4", "--train.batch-size", "2", "--train.eval-batches", "1"]
-TERM_AT_2 = """import signal
+OPTIONS = options(steps=4)
+TERM_AT_2 = f"""{SAME_STEPS}import signal
 from mod_star.training import loop
 record = loop.TrainingLoop._record
 def recorded(self, unread):

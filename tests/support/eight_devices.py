@@ -42,25 +42,37 @@ from mod_star.training.state import TrainState
 
 AUTO = Think("auto", 0.2)
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
-THINKING = ("quiet_star", "gathered")
+TRAINED = {
+    "dense": ("data", "fsdp"), "routed": ("tensor", "mixed"), "quiet_star": ("mixed",), "accumulated": ("mixed",),
+    "experts": ("mixed",), "gathered": ("fsdp",),
+}  # fmt: skip
+"""Kinds, and the meshes that each trains on besides a single device."""
+THINKING = ("quiet_star", "gathered", "sampled")
 
 
 def make_run(kind: str) -> RunConfig:
-    """One group of blocks; every dimension is a multiple of 8. No clipping: the first moments are gradients."""
+    """A full and a routed block; every dimension is a multiple of 8. No clipping: the first moments are gradients.
+
+    Accumulation and experts are as they are in full blocks alone, scoring thoughts in a routed one: quicker to compile.
+    """
     run = RunConfig(
         model=ModelConfig(vocab_size=64, width=16, layers=2, heads=8, head_dim=2, mlp_width=32, context=24),
-        routing=RoutingConfig(capacity=0.25, predictor_width=8) if kind != "dense" else RoutingConfig(every=0),
+        routing=RoutingConfig(every=0, capacity=0.25, predictor_width=8),
         optimizer=OptimizerConfig(learning_rate=0.01, schedule="constant", warmup_steps=0, clip=0.0),
         train=TrainConfig(batch_size=8, loss_chunk=10),
         thinking=ThinkingConfig(thought_length=3, n_true=2, n_thoughts=2, chunk=12),
     )
+    if kind in ("routed", "sampled"):
+        run = replace(run, routing=replace(run.routing, every=2))
+    if kind == "quiet_star":  # as wide as vectors, which stay whole, may count
+        run = replace(run, model=replace(run.model, layers=1, mlp_width=64), routing=replace(run.routing, every=1))
     if kind == "experts":
         return replace(run, model=replace(run.model, experts=4, experts_null=1, experts_balance="bias"))
     if kind == "accumulated":
         return replace(run, train=replace(run.train, batch_size=16, accumulation=2))
     if kind == "gathered":  # two groups: what a single one needs is the same for all tokens, and put together once
         model, thinking = replace(run.model, layers=4), replace(run.thinking, gather="step", thought_length=6)
-        run = replace(run, model=model, thinking=thinking, routing=RoutingConfig(every=0))
+        run = replace(run, model=model, thinking=thinking)
     return replace(run, train=replace(run.train, objective="quiet_star")) if kind in THINKING else run
 
 
@@ -99,14 +111,14 @@ def train(kind: str, name: str, out: Path) -> None:
         by_token = replace(run, thinking=replace(run.thinking, gather="token"))
         other = lower_train_step(decoder, by_token, 100, shapes, mesh).compile()
         found["put_together"] = [put_together_bytes(each) for each in (program, other)]
-    if kind == "routed":
+    if kind == "routed" and name in ("one", "mixed"):
 
         def selected(params: Any, batch: Any) -> Any:
             return forward(decoder, params, batch, None, "top_k").trace.selected  # type: ignore[union-attr]
 
         with use_mesh(mesh):
             found["selected"] = np.asarray(jax.jit(selected)(state.params, batch)).tolist()
-    if kind in ("dense", "routed") and name in ("one", "tensor"):
+    if name == "tensor":
         found["eval_program"] = lower_eval_step(decoder, run, shapes.params, mesh).compile().as_text()
     (out / f"{kind}-{name}.json").write_text(json.dumps(found))
     after, metrics = program(state, batch)
@@ -123,8 +135,8 @@ def put_together_bytes(program: Any) -> float:
 
 def sample(name: str, out: Path) -> None:
     """Tokens and log-probabilities of four prompts: without thoughts, with one before every token, and before some."""
-    run = make_run("quiet_star")
-    decoder, params = Decoder(run.model, run.routing), make_state(run, "quiet_star").params
+    run = make_run("sampled")
+    decoder, params = Decoder(run.model, run.routing), make_state(run, "sampled").params
     mesh = None if name == "one" else make_mesh(MeshConfig(*MESHES[name]))
     if mesh is not None:
         params = place(params, shardings(mesh, params))
@@ -167,12 +179,9 @@ def attention(out: Path) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    for kind in ("dense", "routed", "accumulated", "quiet_star", "gathered", "experts"):
-        for name in {"routed": [*MESHES], "accumulated": ["mixed"], "experts": ["mixed"], "gathered": ["fsdp"]}.get(
-            kind, ["tensor", "mixed"]
-        ):
+    for kind, meshes in TRAINED.items():
+        for name in ("one", *meshes):
             train(kind, name, folder)
-        train(kind, "one", folder)
     for name in ("one", "mixed"):
         sample(name, folder)
     attention(folder)

@@ -27,13 +27,13 @@ from mod_star.evaluation.score_batch import THOUGHT_ROWS, ScoreNumbers, TextBatc
 from mod_star.model import Decoder
 
 MIXED = (2, 2, 2)
-WAYS: dict[str, tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]] = {
-    "choice": (("--protocol", "choice"), ((1, 8, 1), MIXED)),
-    "expected-thinking": (("--protocol", "expected", "--think", "always"), (MIXED,)),
-    "cot": (("--decoding", "cot", "--branches", "3", "--new-tokens", "12"), (MIXED,)),
-    "beam": (("--decoding", "beam", "--branches", "2", "--new-tokens", "6"), (MIXED,)),
+WAYS: dict[str, tuple[str, ...]] = {
+    "choice": ("--protocol", "choice"),
+    "expected-thinking": ("--protocol", "expected", "--think", "always"),
+    "cot": ("--decoding", "cot", "--branches", "3", "--new-tokens", "12"),
+    "beam": ("--decoding", "beam", "--branches", "2", "--new-tokens", "6"),
 }
-"""Options, and the meshes besides a single device."""
+"""Options; each on a single device, and on all axes at once."""
 COUNT = 10
 """Questions: a full batch and one that is filled up."""
 
@@ -44,11 +44,11 @@ def evaluate(run: Path, out: Path) -> None:
     data.write_text("\n".join(json.dumps({"q": f"{n}{'!' * n}?", "a": ("no", "yes")[n % 2]}) for n in range(COUNT)))
     words: list[str | Path] = ["--data", data, "--question", "{q}", "--answer", "{a}", "--kind", "choice"]
     words += ["--choices", "yes", "no"]
-    for way, (options, meshes) in WAYS.items():
-        for mesh in ((1, 1, 1), *meshes):
+    for way, options in WAYS.items():
+        for mesh in ((1, 1, 1), MIXED):
             sizes = [f"--mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
             command(run, *words, *options, *sizes, "--out", out / f"{way}-{'x'.join(map(str, mesh))}")
-    command(run, *words, *WAYS["choice"][0], "--out", out / "choice-1x8x1")  # done already, whatever the mesh
+    command(run, *words, *WAYS["choice"], "--out", out / "choice-2x2x2")  # done already, whatever the mesh
     for number, sizes in enumerate((["--mesh.data", "3"], ["--mesh.fsdp", "16"], ["--mesh.tensor", "4"])):
         command(run, *words, *sizes, "--out", out / f"bad-{number}", expected=2)
 
@@ -81,8 +81,8 @@ def adapter(run: Path, mesh: tuple[int, int, int]) -> dict[str, Any]:
 
 def program(name: str, think: Think) -> dict[str, float]:
     """FLOPs and bytes, on each device, of a batch of eight texts that is scored at all its places."""
-    run = make_run("quiet_star")
-    decoder, params = Decoder(run.model, run.routing), make_state(run, "quiet_star").params
+    run = make_run("sampled")
+    decoder, params = Decoder(run.model, run.routing), make_state(run, "sampled").params
     B, S = 8, 24
     inputs: Any = (np.zeros((B, S), np.int32), np.full(B, S, np.int32))
     mesh = None if name == "one" else make_mesh(MeshConfig(*MESHES[name]))
@@ -117,6 +117,6 @@ if __name__ == "__main__":
         HarnessModel(str(run), batch_size=6, mesh_data=2, mesh_fsdp=2, mesh_tensor=2)
     except InputError as error:
         print(f"error: {error}", flush=True)
-    plain = {name: program(name, Think()) for name in ("one", *MESHES)}
+    plain = {name: program(name, Think()) for name in ("one", "fsdp", "tensor", "mixed")}
     thinking = {name: program(name, Think("always")) for name in ("one", "mixed")}
     (out / "programs.json").write_text(json.dumps({"plain": plain, "thinking": thinking}))

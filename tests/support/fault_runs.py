@@ -34,6 +34,11 @@ def fresh_seed() -> int:
     return int(os.environ.get("MOD_STAR_FAULT_SEED") or secrets.randbelow(1_000_000))
 
 
+def complaints(err: str) -> list[str]:
+    """Lines of standard error, but for Orbax's remarks on saves that took long and on half-deleted checkpoints."""
+    return [line for line in err.splitlines() if not line.startswith("WARNING:absl:")]
+
+
 def newest(run: Path) -> int:
     """Step of the newest checkpoint, which must be whole; 0 if there is none."""
     steps = saved_steps(run / "checkpoints")

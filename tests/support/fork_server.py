@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+SAME_STEPS = "# What comes first changes nothing that a training step computes.\n"
+"""In `before` of a command, which then shares its steps although `before` changes something of ours."""
 TIMEOUT = 120.0
 """Seconds after which a command hangs, for all we know."""
 
@@ -125,7 +127,8 @@ class Server:
 
         Args:
           argv: what follows `mod-star`.
-          before: Python code that the process runs first, such as what makes a fault; `os` is imported.
+          before: Python code that the process runs first, such as what makes a fault; `os` is imported. If it has to
+            do with matplotlib, curves are drawn, see quick_pictures.py.
           environment: variables of its own. JAX, which the server has imported, doesn't read them any more.
         """
         self._started += 1
@@ -202,6 +205,8 @@ def _serve() -> None:
 
     import matplotlib.backends.backend_agg
     import matplotlib.pyplot  # noqa: F401
+    import one_mlir_context
+    import quick_pictures  # noqa: F401
     import shared_steps  # noqa: F401
 
     import mod_star.cli
@@ -214,6 +219,7 @@ def _serve() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)  # as in conftest.py
+    one_mlir_context.keep_contexts()
     libc = ctypes.CDLL(None, use_errno=True)
     living: set[int] = set()
     for line in sys.stdin:
@@ -255,11 +261,16 @@ def _become(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     faulthandler.register(signal.SIGUSR1)  # writes where all threads are
     programs = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if programs and not re.search("jax|mod_star|optax", request["before"]):  # nothing changes what a step computes
+    before = request["before"]
+    if programs and (SAME_STEPS in before or not re.search("jax|mod_star|optax", before)):
         from shared_steps import share_steps
 
         share_steps(Path(programs) / "steps")
-    exec(request["before"], {"os": os})
+    if "matplotlib" not in before:
+        from quick_pictures import draw_quickly
+
+        draw_quickly()
+    exec(before, {"os": os})
 
 
 def _end_of(pid: int) -> tuple[int | None, float]:

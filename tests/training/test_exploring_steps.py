@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mod_star.config import ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, TrainConfig
+from mod_star.config import DataConfig, ModelConfig, OptimizerConfig, RoutingConfig, RunConfig, TrainConfig
 from mod_star.model import Decoder
 from mod_star.training.state import init_state
 from mod_star.training.step import make_train_step
@@ -36,7 +36,13 @@ def test_what_a_step_draws_follows_from_its_number_and_the_runs_key() -> None:
         "segment_ids": ones, "weights": ones.astype(jnp.float32),
     }  # fmt: skip
     start = jax.eval_shape(lambda: init_state(DECODER, RUN, 3))
-    lowered = [jax.jit(make_train_step(DECODER, RUN, steps)).lower(start, batch) for steps in (3, 300)]
+    few = replace(RUN.train, steps=300, seed=5, log_every=3, eval_every=1, eval_batches=2, checkpoint_every=4)
+    few = replace(few, keep_checkpoints=8, max_skipped=9)
+    longer = replace(RUN, data=DataConfig(pack=False, seed=3), init_from="elsewhere", train=few)
+    lowered = [
+        jax.jit(make_train_step(DECODER, run, steps)).lower(start, batch) for run, steps in ((RUN, 3), (longer, 300))
+    ]
+    # Other data and another seed neither: tests share steps by that, see shared_steps.py.
     assert lowered[0].as_text() == lowered[1].as_text(), "made longer, a run goes on as the same"
     step: Any = lowered[0].compile()
     state = jax.jit(lambda: init_state(DECODER, RUN, 3))()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +113,40 @@ def test_too_few_steps_for_the_stages(tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
 
 
+@dataclass(frozen=True)
+class Straight:
+    """A run that nothing interrupted."""
+
+    path: Path
+    summary: TrainSummary
+    traced: list[float]
+    """Capacity of each training step that was traced."""
+    out: str
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainSummary]:
-    path = tmp_path_factory.mktemp("runs") / "straight"
-    return path, train(make_run(keep_checkpoints=9), path, quiet=True)
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    traced: list[float] = []
+
+    def counting(decoder: Decoder, run: RunConfig, total_steps: int, *others: Any) -> Any:
+        step = make_train_step(decoder, run, total_steps, *others)
+
+        def train_step(state: Any, batch: Any) -> Any:
+            traced.append(decoder.routing.capacity)
+            return step(state, batch)
+
+        return train_step
+
+    path, out = tmp_path_factory.mktemp("runs") / "straight", io.StringIO()
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(out):
+        patched.setattr(compiled, "make_train_step", counting)
+        summary = train(make_run(keep_checkpoints=9), path)
+    return Straight(path, summary, traced, out.getvalue())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(straight: Straight) -> tuple[Path, TrainSummary]:
+    return straight.path, straight.summary
 
 
 def load_state(path: Path, step: int = STEPS) -> Any:
@@ -154,27 +186,12 @@ def test_every_step_is_computed_at_its_capacity(uninterrupted: tuple[Path, Train
 
 
 @pytest.mark.slow
-def test_one_program_per_stage_and_a_line_about_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "run"
-    traced: list[float] = []
-
-    def counting(decoder: Decoder, run: RunConfig, total_steps: int, *others: Any) -> Any:
-        step = make_train_step(decoder, run, total_steps, *others)
-
-        def train_step(state: Any, batch: Any) -> Any:
-            traced.append(decoder.routing.capacity)
-            return step(state, batch)
-
-        return train_step
-
-    monkeypatch.setattr(compiled, "make_train_step", counting)
-    summary = train(make_run(log_every=100, eval_every=0, checkpoint_every=0), path)
-    out = capsys.readouterr().out
-    assert traced == [1.0, 0.5, 0.25]
-    said = re.findall(r"^steps (\d) to (\d) at capacity (\S+): compiled in \d+\.\d s$", out, re.MULTILINE)
+def test_one_program_per_stage_and_a_line_about_it(straight: Straight, tmp_path: Path) -> None:
+    assert straight.traced == [1.0, 0.5, 0.25]
+    said = re.findall(r"^steps (\d) to (\d) at capacity (\S+): compiled in \d+\.\d s$", straight.out, re.MULTILINE)
     assert said == [("1", "2", "1"), ("3", "4", "0.5"), ("5", "8", "0.25")]
+    path = tmp_path / "run"
+    summary = train(make_run(log_every=100, eval_every=0, checkpoint_every=0), path, quiet=True)
     # The last step of a stage is recorded, so that all steps between two records cost the same.
     assert [r["step"] for r in read_metrics(path) if "loss" in r] == [2, 4, 8]
     assert summary.steps == STEPS and summary.evaluation["capacity"] == 0.25

@@ -98,7 +98,6 @@ def make_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tuple[jax.Array
     and `routing.explore` fall by.
     """
     require_agreement(decoder, run)
-    routing = run.routing
 
     def loss(
         params: dict[str, Any],
@@ -108,20 +107,37 @@ def make_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tuple[jax.Array
         valid: jax.Array,
         step: jax.Array | int = 0,
     ) -> tuple[jax.Array, Metrics]:
-        output = forward(decoder, params, batch, key, "top_k", exploration=exploration_left(routing, step))
+        output = forward(decoder, params, batch, key, "top_k", exploration=exploration_left(run.routing, step))
         nll = cross_entropy(
             output.hidden, head_matrix(params), batch["targets"], batch["weights"], run.train.loss_chunk
         )
-        sums = {"nll": nll} | expert_sums(output.load, batch["segment_ids"] > 0, run.model)
-        total = nll / targets + balance_term(sums, valid, run.model)
-        if output.trace is not None:
-            sums |= routing_sums(output.trace, batch["segment_ids"] > 0, decoder.parts.auxiliary_loss_of(routing))
-            if "trains_rule" in sums:
-                layers = output.trace.selected.shape[1]
-                total += routing.auxiliary_weight * sums["trains_rule"] / (valid * layers)
-        return total, sums
+        others, sums = other_losses(decoder, run, output, batch, valid)
+        return nll / targets + others, {"nll": nll} | sums
 
     return loss
+
+
+def other_losses(
+    decoder: Decoder, run: RunConfig, output: Output, batch: Batch, valid: jax.Array
+) -> tuple[jax.Array, Metrics]:
+    """What `make_loss` adds to the loss of the next token, for the causal rule and experts, and its sums.
+
+    Args:
+      decoder: what computed `output`.
+      run: its configuration.
+      output: of the batch or a portion of it, routed by top-k.
+      batch: that batch or portion.
+      valid: tokens of the whole batch without padding.
+    """
+    routing = run.routing
+    sums = expert_sums(output.load, batch["segment_ids"] > 0, run.model)
+    total = balance_term(sums, valid, run.model)
+    if output.trace is not None:
+        sums |= routing_sums(output.trace, batch["segment_ids"] > 0, decoder.parts.auxiliary_loss_of(routing))
+        if "trains_rule" in sums:
+            layers = output.trace.selected.shape[1]
+            total += routing.auxiliary_weight * sums["trains_rule"] / (valid * layers)
+    return total, sums
 
 
 def next_token(decoder: Decoder, run: RunConfig) -> Objective:
