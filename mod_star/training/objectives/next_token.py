@@ -119,7 +119,7 @@ def make_loss(decoder: Decoder, run: RunConfig) -> Callable[..., tuple[jax.Array
 
 def other_losses(
     decoder: Decoder, run: RunConfig, output: Output, batch: Batch, valid: jax.Array
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[jax.Array | float, Metrics]:
     """What `make_loss` adds to the loss of the next token, for the causal rule and experts, and its sums.
 
     Args:
