@@ -1,5 +1,7 @@
 """The benchmark of lengths: what its ratios are ratios of. What it measures needs a quiet machine."""
 
+from dataclasses import replace
+
 import pytest
 
 from experiments.benchmarks import lengths
@@ -7,8 +9,8 @@ from mod_star.config import ModelConfig, RoutingConfig
 
 
 def test_every_length_is_divided_by_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = {"vocab_size": 64, "width": 16, "heads": 2, "layers": 1, "mlp_width": 32}
-    monkeypatch.setattr(lengths, "model", lambda S: ModelConfig(context=S, **tiny))
+    tiny = ModelConfig(vocab_size=64, width=16, heads=2, layers=1, mlp_width=32)
+    monkeypatch.setattr(lengths, "model", lambda S: replace(tiny, context=S))
     monkeypatch.setattr(lengths, "ARMS", {"dense": RoutingConfig(every=0)})
     figures = lengths.measure(64, (16, 64), rounds=1)
     for kind in ("bytes", "flops", "seconds"):
