@@ -16,46 +16,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
 from experiments.benchmarks.mod import ARMS, model
 from experiments.support.timing import in_turns
+from experiments.support.training_steps import compiled_step
 from mod_star.config import RunConfig, TrainConfig
 from mod_star.errors import require
 from mod_star.flops import training_step_flops
-from mod_star.model import Decoder
-from mod_star.training.state import init_state
-from mod_star.training.step import make_train_step
 from mod_star.views.terminal import result_table
 
 
-def compiled_step(run: RunConfig) -> tuple[Callable[[], Any], float]:
-    """A function that does one training step, and the bytes that XLA allots to it."""
-    decoder = Decoder(run.model, run.routing)
-    B, S = run.train.batch_size, run.model.context
-    state = jax.jit(lambda: init_state(decoder, run, 100))()
-    tokens_BxT = jax.random.randint(jax.random.key(1), (B, S + 1), 0, run.model.vocab_size)
-    batch = {
-        "tokens": tokens_BxT[:, :-1],
-        "targets": tokens_BxT[:, 1:],
-        "positions": jnp.broadcast_to(jnp.arange(S), (B, S)),
-        "segment_ids": jnp.ones((B, S), jnp.int32),
-        "weights": jnp.ones((B, S)),
-    }
-    step = jax.jit(make_train_step(decoder, run, 100), donate_argnums=0).lower(state, batch).compile()
-    memory: Any = step.memory_analysis()
+def held_bytes(program: Any) -> float:
+    """The bytes that XLA allots to a compiled step."""
+    memory = program.memory_analysis()
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    held = memory.argument_size_in_bytes + output + memory.temp_size_in_bytes
-
-    def train_once() -> Any:
-        nonlocal state
-        state, metrics = step(state, batch)
-        return metrics
-
-    return train_once, float(held)
+    return float(memory.argument_size_in_bytes + output + memory.temp_size_in_bytes)
 
 
 def measure(tokens: int, lengths: tuple[int, ...], rounds: int) -> dict[str, float]:
@@ -65,7 +42,8 @@ def measure(tokens: int, lengths: tuple[int, ...], rounds: int) -> dict[str, flo
     for arm, routing in ARMS.items():
         for S in lengths:
             run = RunConfig(model=model(S), routing=routing, train=TrainConfig(batch_size=tokens // S))
-            steps[f"{arm}_s{S}"], figures[f"{arm}_bytes_s{S}"] = compiled_step(run)
+            steps[f"{arm}_s{S}"], program = compiled_step(run)
+            figures[f"{arm}_bytes_s{S}"] = held_bytes(program)
             figures[f"{arm}_flops_s{S}"] = training_step_flops(run)
     seconds = in_turns(steps, rounds)
     figures |= {name.replace("_s", "_seconds_s"): value for name, value in seconds.items()}

@@ -20,17 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import jax
-import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
 from experiments.support.timing import in_turns
+from experiments.support.training_steps import compiled_step
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, TrainConfig
 from mod_star.errors import InputError
-from mod_star.model import Decoder
-from mod_star.training.state import init_state
-from mod_star.training.step import make_train_step
 from mod_star.views.terminal import result_table
 
 SHAPES = {"s256": (256, 8, 7), "s1024": (1024, 4, 5)}
@@ -71,24 +67,7 @@ def our_step(routing: RoutingConfig, context: int, batch: int) -> Any:
     """A function that does one training step, compiled."""
     model = ModelConfig(vocab_size=4096, width=512, heads=8, layers=8, mlp_width=1408, context=context)
     run = RunConfig(model=model, routing=routing, train=TrainConfig(batch_size=batch))
-    decoder = Decoder(model, routing)
-    state = jax.jit(lambda: init_state(decoder, run, 100))()
-    tokens = jax.random.randint(jax.random.key(1), (batch, context + 1), 0, model.vocab_size)
-    data = {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "positions": jnp.broadcast_to(jnp.arange(context, dtype=jnp.int32), (batch, context)),
-        "segment_ids": jnp.ones((batch, context), jnp.int32),
-        "weights": jnp.ones((batch, context)),
-    }
-    step = jax.jit(make_train_step(decoder, run, 100), donate_argnums=0).lower(state, data).compile()
-
-    def train_once() -> Any:
-        nonlocal state
-        state, metrics = step(state, data)
-        return metrics
-
-    return train_once
+    return compiled_step(run)[0]
 
 
 def measure(python: str) -> dict[str, float]:
