@@ -117,18 +117,19 @@ def gradient(
                 score = product("pme,pne->pmn", keys, query)
                 weight = jnp.where(seen, jnp.exp(score - log_sums[i][:, None]), 0.0)
                 of_score = weight * (product("pme,pne->pmn", values, grad) - deltas[i][:, None])
+                of_score = of_score.astype(dtype)
                 of_values += product("pmn,pne->pme", weight.astype(dtype), grad)
-                of_keys += product("pmn,pne->pme", of_score.astype(dtype), query)
-                turned = jnp.swapaxes(of_score.astype(dtype), 1, 2)
-                return of_keys, of_values, of_queries.at[i].add(product("pnm,pme->pne", turned, keys))
+                of_keys += product("pmn,pne->pme", of_score, query)
+                return of_keys, of_values, of_queries.at[i].add(product("pem,pmn->pen", turned_keys, of_score))
 
-            zeros = jnp.zeros(keys.shape, jnp.float32)
+            turned_keys, zeros = jnp.swapaxes(keys, 1, 2), jnp.zeros(keys.shape, jnp.float32)
             of_keys, of_values, of_queries = jax.lax.fori_loop(*_span(visible_I), add, (zeros, zeros, of_queries))
             return of_queries, (of_keys, of_values)
 
         blocks = (own.keys, own.values, (own.key_ids, own.positions), own.visible.T)
-        of_queries, of_memory = jax.lax.scan(keys_block, jnp.zeros(own.query.shape, jnp.float32), blocks)
-        return of_queries, *of_memory
+        turned_zeros = jnp.zeros(jnp.swapaxes(own.query, 2, 3).shape, jnp.float32)
+        of_queries, of_memory = jax.lax.scan(keys_block, turned_zeros, blocks)
+        return jnp.swapaxes(of_queries, 2, 3), *of_memory
 
     arrays = rows(log_sum[..., None])[..., 0], rows(delta[..., None])[..., 0], rows(grad.astype(dtype))
     of_queries, *of_memory = jax.lax.map(heads, (cut, *arrays))
