@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -18,6 +19,10 @@ if sys.dont_write_bytecode:
     sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = os.path.abspath(sys.pycache_prefix)
     sys.dont_write_bytecode = False
     os.environ["PYTHONDONTWRITEBYTECODE"] = ""
+
+# A shell has what it starts in the background ignore Ctrl-C. Tests, and the commands that they start, are to heed it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Programs are compiled once for all tests, those in subprocesses and in other workers of pytest-xdist included: workers
 # inherit the environment of the process that starts them.
