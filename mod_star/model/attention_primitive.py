@@ -280,7 +280,9 @@ def _gradient(
     *operands: jax.Array, count: int, precision: Any, mesh: AbstractMesh | None, way: Way | None
 ) -> list[jax.Array]:
     queries, memories, (result, log_sum, grad, log_sum_grad) = _unpacked(operands, count)
-    delta = jnp.sum(result.astype(jnp.float32) * grad.astype(jnp.float32), -1) - log_sum_grad
+    # As a product: XLA:CPU takes 40 times as long for a sum of products whose axes are five, one of size 1 among them.
+    along = functools.partial(jnp.einsum, "bkgne,bkgne->bkgn", precision="highest")
+    delta = along(result.astype(jnp.float32), grad.astype(jnp.float32)) - log_sum_grad
     place = Place(mesh, precision, operands[0].dtype if count == 1 else jnp.float32)
     of_query, of_memories = jnp.zeros((), place.dtype), []
     for memory in memories:
