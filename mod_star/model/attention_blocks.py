@@ -2,11 +2,11 @@
 
 A block of scores is 128 x 128 for two heads. Products of that size keep little more than one core busy, see
 docs/results/speed_training.md; larger blocks would compute more scores that nobody sees. Memory grows with the number
-of tokens, not with its square. Blocks that no query can see are skipped: a block knows the first and
-last (document, position) in it, so that causal attention computes half the scores, and packed documents or a sliding
-window fewer still. Softmax is summed up block by block (Milakov and Gimelshein 2018; Dao et al. 2022). The gradient
-computes the scores again, with the block of keys in the outer loop: as k·q', so that none of the three products that
-follow needs turned scores. The one for the queries has keys turned once for all blocks of queries.
+of tokens, not with its square. Blocks that no query can see are skipped: a block knows the first and last (document,
+position) in it, so that causal attention computes half the scores, and packed documents or a sliding window fewer
+still. Softmax is summed up block by block (Milakov and Gimelshein 2018; Dao et al. 2022). The gradient computes the
+scores again, with the block of keys in the outer loop: as k·q', so that none of the three products that follow needs
+turned scores. The one for the queries has keys turned once for all blocks of queries.
 
 Axes: as in `attention_whole`; L key heads of all rows, P of them at a time, I blocks of queries, J blocks of keys.
 """

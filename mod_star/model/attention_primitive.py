@@ -281,8 +281,8 @@ def _gradient(
 ) -> list[jax.Array]:
     queries, memories, (result, log_sum, grad, log_sum_grad) = _unpacked(operands, count)
     # As a product: XLA:CPU takes 40 times as long for a sum of products whose axes are five, one of size 1 among them.
-    along = functools.partial(jnp.einsum, "bkgne,bkgne->bkgn", precision="highest")
-    delta = along(result.astype(jnp.float32), grad.astype(jnp.float32)) - log_sum_grad
+    wide = result.astype(jnp.float32), grad.astype(jnp.float32)
+    delta = jnp.einsum("bkgne,bkgne->bkgn", *wide, precision="highest") - log_sum_grad
     place = Place(mesh, precision, operands[0].dtype if count == 1 else jnp.float32)
     of_query, of_memories = jnp.zeros((), place.dtype), []
     for memory in memories:
