@@ -59,7 +59,7 @@ class Options:
     model: Path = Path("runs/smollm2")
     """The dense model: a run, or what mod-star import reads (a GGUF file, a Hugging Face directory)."""
     data: Path = Path("data")
-    """Directory with gsm8k_train.jsonl."""
+    """Directory with gsm8k_train.jsonl; for likelihoods also gsm8k_test.jsonl and csqa_dev.jsonl."""
     out: Path = Path("runs/upcycle_kept")
     """Where runs, tables and plot are kept."""
     shares: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6)
@@ -88,8 +88,12 @@ class Options:
     """Tokens that a measurement of decoding generates."""
     rounds: int = 5
     """Rounds of measuring decoding, the models in turns."""
-    parts: tuple[Literal["untrained", "trained", "decoding"], ...] = ("untrained", "trained", "decoding")
-    """What to measure. Decoding is that of trained arms."""
+    questions: int = 200
+    """Questions of each task whose answers' likelihood is measured."""
+    parts: tuple[Literal["untrained", "trained", "likelihood", "decoding"], ...] = (
+        "untrained", "trained", "likelihood", "decoding",
+    )  # fmt: skip
+    """What to measure. Likelihood and decoding are those of trained arms, and of the dense model before."""
     seed: int = 0
     """Seed of the data's order and split, and of the predictors."""
     report: bool = False

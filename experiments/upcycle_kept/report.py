@@ -10,6 +10,7 @@ from rich.console import Console
 
 from experiments.support.reporting import Table, show_tables
 from mod_star.errors import InputError
+from mod_star.evaluation.intervals import Estimate
 from mod_star.views.pictures import as_shipped, save_figure
 from mod_star.views.plots import COLOURS, DPI, GREY, INK, PALE
 
@@ -49,6 +50,8 @@ def report(options: Options) -> None:
     tables = [untrained_table(results.get("untrained", {}))]
     if "trained" in results:
         tables.append(trained_table(results["trained"]))
+    if "likelihood" in results:
+        tables.append(likelihood_table(results["likelihood"]))
     if "decoding" in results:
         tables.append(decoding_table(results["decoding"]))
     show_tables(tables, options.out / "results.md", Console(highlight=False))
@@ -81,6 +84,20 @@ def trained_table(measured: dict[str, Any]) -> Table:
         ])  # fmt: skip
     columns = ["", "forward FLOPs", "trained", "top-k", "causal", "causal less dense", "CPU minutes"]
     return "After training, held-out nats per token", columns, rows
+
+
+def likelihood_table(measured: dict[str, Any]) -> Table:
+    """What models think of right answers."""
+    rows = [
+        [name, str(Estimate(**each["csqa"])), f"{each['csqa']['n']}", _interval(each["gsm8k"]), f"{each['gsm8k']['n']}"]
+        for name, each in measured.items()
+    ]
+    columns = ["", "CSQA, likeliest choice", "questions", "GSM8K, nats of the answer", "questions"]
+    return "Likelihood of right answers", columns, rows
+
+
+def _interval(of: dict[str, float]) -> str:
+    return f"{of['value']:.2f} ({of['low']:.2f} to {of['high']:.2f})"
 
 
 def decoding_table(measured: dict[str, Any]) -> Table:

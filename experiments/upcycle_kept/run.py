@@ -3,9 +3,10 @@
     python -m experiments.upcycle_kept --model SmolLM2-135M-Instruct.gguf    # measures what is missing, then reports
     python -m experiments.upcycle_kept --report                              # reports on what there is
 
-First without any training: routed blocks, routers fitted in closed form, kept keys and values, and an adapter, at equal
-forward FLOPs. Then the last of these is trained in several ways for as many tokens as the dense model. Decoding speed
-is measured in turns. `--out` holds results.json and the runs. README.md beside this file has what was measured.
+First without any training: routed blocks, routers fitted in closed form, kept keys and values, and an adapter, at
+equal forward FLOPs. Then the last of these is trained in several ways for as many tokens as the dense model. Then
+what the trained models think of right answers. Decoding speed is measured in turns. `--out` holds results.json and
+the runs. README.md beside this file has what was measured.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import tyro
 
 from experiments.support.reporting import write_aside
 from experiments.upcycle_kept.arms import RECIPES, TEMPLATE, Arm, Options, Recipe, arms, config_of
-from experiments.upcycle_kept.report import report
+from experiments.upcycle_kept.likelihoods import likelihoods
+from experiments.upcycle_kept.report import AT, report
 from mod_star.atomic_files import write_atomically
 from mod_star.commands import keep_compiled_programs
 from mod_star.config import DataConfig, LoraConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -186,6 +188,17 @@ class Experiment:
         measured = {name: summary[name] for name in ("tokens", "flops", "seconds", "trained_parameters")}
         return last | measured | {"cpu_seconds": time.process_time() - began, "share": self.cost(run)}
 
+    def measure_likelihood(self) -> None:
+        """Of right answers, of the dense model before training and of all trained arms that there are."""
+        self.once("likelihood", "dense before training", functools.partial(self._likelihood, self.path))
+        for name in self.results.get("trained", {}):
+            arm, _, share = name.partition(AT)
+            path = self.run_of(arm, float(share.rstrip("%")) / 100 if share else self.options.trained_share)
+            self.once("likelihood", name, functools.partial(self._likelihood, path))
+
+    def _likelihood(self, path: Path) -> dict[str, Any]:
+        return likelihoods(load_run(path).model, self.options.data, self.options.questions)
+
     def measure_decoding(self) -> None:
         """Tokens per second of one row, of the dense model and of the best trained arm at each share, in turns."""
         for share in sorted(self.options.shares, reverse=True):
@@ -229,6 +242,8 @@ def main() -> None:
                 experiment.measure_untrained()
             if "trained" in options.parts:
                 experiment.measure_trained()
+            if "likelihood" in options.parts:
+                experiment.measure_likelihood()
             if "decoding" in options.parts:
                 experiment.measure_decoding()
         report(options)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy_decoder import decode, float64, one_document
 
 from experiments.upcycle_kept import distil
 from experiments.upcycle_kept.arms import RECIPES, Options, arms, config_of
+from experiments.upcycle_kept.likelihoods import likelihoods
 from mod_star.config import DataConfig, ModelConfig, RoutingConfig, RunConfig
 from mod_star.flops import forward_flops
+from mod_star.loaded_model import Model
 from mod_star.model import Decoder
+from mod_star.tokenization import ByteTokenizer
 from mod_star.training.objectives import forward, next_token
 
 DENSE = RunConfig(
@@ -75,3 +81,43 @@ def test_the_loss_is_that_of_the_next_token_plus_the_divergence(
         expected += np.sum(p * np.log(p / q))
     assert float(kl) == pytest.approx(expected, rel=1e-4) and expected > 1
     assert float(total) == pytest.approx(float(alone + kl / targets), rel=1e-5)
+
+
+def test_likelihoods_are_those_of_the_right_answers(tmp_path: Path, random_params: Callable[..., Any]) -> None:
+    """Against the whole text in float64. The question of 200 bytes does not fit, and does not count."""
+    numbers = [("1 and 2?", "3"), ("4 and 8?", "12"), ("x" * 200, "7")]
+    (tmp_path / "gsm8k_test.jsonl").write_text(
+        "".join(json.dumps({"question": asked, "answer": f"It is.\n#### {gold}"}) + "\n" for asked, gold in numbers)
+    )
+    texts = ("bank", "a long old road", "sea")
+    choices = [{"label": label, "text": text} for label, text in zip("ABC", texts, strict=True)]
+    asked = [("q1", "Where?", "B"), ("q2", "Whence?", "A")]
+    (tmp_path / "csqa_dev.jsonl").write_text(
+        "".join(
+            json.dumps({"id": name, "question": {"stem": stem, "choices": choices}, "answerKey": gold}) + "\n"
+            for name, stem, gold in asked
+        )
+    )
+    config, routing = ModelConfig(vocab_size=258, width=16, layers=1, heads=2, mlp_width=24), RoutingConfig(every=0)
+    config = replace(config, context=96)
+    params = random_params(config, routing)
+    model = Model(Decoder(config, routing), params, ByteTokenizer())
+    found = likelihoods(model, tmp_path, questions=9)
+
+    def log_prob(before: str, after: str) -> float:
+        ids = np.array([256, *(before + after).encode()])
+        reference = float64(params)
+        hidden = decode(reference, one_document(ids), config, routing, mode="causal", most=len(ids))[0]
+        logits = hidden @ reference["embedding"].T
+        logits -= logits.max(-1, keepdims=True)
+        log_probs = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[:-1]
+        return float(sum(row[byte] for row, byte in list(zip(log_probs, ids[1:], strict=True))[-len(after.encode()) :]))
+
+    expected = [-log_prob(f"Q: {asked}\nA: ", f"{gold}\n") for asked, gold in numbers[:2]]
+    assert found["gsm8k"]["value"] == pytest.approx(np.mean(expected), rel=1e-4) and found["gsm8k"]["n"] == 2
+    listed = "".join(f"\n({label}) {text}" for label, text in zip("ABC", texts, strict=True))
+    right = 0
+    for _, stem, gold in asked:
+        scores = [log_prob(f"Q: {stem}{listed}\nA:", f" {text}") / len(f" {text}".strip()) for text in texts]
+        right += "ABC"[int(np.argmax(scores))] == gold
+    assert found["csqa"]["value"] == right / 2 and found["csqa"]["n"] == 2
