@@ -7,7 +7,7 @@ SCRIPTS := tpu_setup.sh .ci/run
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup .venv demo check test tpu .tpu lint types format docs lock clean
+.PHONY: help setup .venv demo check test nightly tpu .tpu lint types format docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,10 +18,13 @@ demo: .venv ## train a Mixture-of-Depths model beside its dense twin, and show b
 	$(BIN)/python -m experiments.demo
 
 check: lint types ## what is quick: lint, and the tests that are not marked slow (under 3 minutes on 2 cores)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not nightly"
 
-test: .venv ## all tests
-	$(PYTEST)
+test: .venv ## the tests, but those that only repeat at length what others show
+	$(PYTEST) -m "not nightly"
+
+nightly: .venv ## the tests that make test leaves out
+	$(PYTEST) -m nightly
 
 tpu: .tpu ## compile programs for a TPU that is not there, and look at them (the compiler goes into .tpu, 700 MB)
 	JAX_PLATFORMS=cpu PYTHONPATH=.tpu $(BIN)/python -m pytest -q -n 0 tests/experiments/test_tpu.py \

@@ -43,7 +43,7 @@ def test_integrated_trains_goes_on_and_samples(tmp_path: Path) -> None:
     assert biases[3] == biases[4]  # null experts count with their mean share
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_staged_trains(tmp_path: Path) -> None:
     succeed("train", tmp_path / "run", *SMALL, *STAGED, "--train.eval-every", "0", "--train.steps", "2")
     logged = next(record for record in read_metrics(tmp_path / "run") if "loss" in record)

@@ -153,7 +153,7 @@ def test_a_run_to_start_from_gives_the_defaults(
         assert re.fullmatch(r"error: [^\n]+\n", found.stderr) and message in found.stderr, found.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_starting_from_a_run_that_is_gone_later(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

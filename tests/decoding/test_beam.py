@@ -73,7 +73,9 @@ def subjects() -> dict[str, Subject]:
     return {kind: Subject(kind) for kind in ("routed", "thinking")}
 
 
-@pytest.mark.parametrize(("kind", "penalty"), [("routed", 0.0), ("routed", 1.0), ("thinking", 0.6)])
+@pytest.mark.parametrize(
+    ("kind", "penalty"), [("routed", 0.0), ("routed", 1.0), pytest.param("thinking", 0.6, marks=pytest.mark.nightly)]
+)
 @pytest.mark.slow
 def test_it_is_the_naive_search(subjects: dict[str, Subject], kind: str, penalty: float) -> None:
     subject = subjects[kind]

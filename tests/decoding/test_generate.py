@@ -81,7 +81,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+NIGHTLY = ("stochastic", "one in three")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly) if name in NIGHTLY else name for name in VARIANTS]
+)
 @pytest.mark.slow
 def test_every_kind_of_routing_decodes_as_it_is_taught(name: str) -> None:
     model = VARIANTS[name]

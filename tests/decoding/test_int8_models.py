@@ -31,7 +31,7 @@ def widened(params: Any) -> Any:
 @pytest.mark.parametrize(
     ("routing", "sizes", "prompts"),
     [
-        ({"every": 0}, {"tie_embeddings": False}, [[4, 5], [6, 7, 8, 9], [3]]),
+        pytest.param({"every": 0}, {"tie_embeddings": False}, [[4, 5], [6, 7, 8, 9], [3]], marks=pytest.mark.nightly),
         ({"every": 2}, {"width": 64}, [[1, 2, 3]]),
     ],
     ids=["dense", "mod"],

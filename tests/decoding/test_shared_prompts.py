@@ -81,7 +81,7 @@ def test_sampled_branches_are_rows_of_their_own(generator: Generator) -> None:
     assert len({tuple(result.tokens) for result in together[:BRANCHES]}) == BRANCHES
 
 
-@pytest.mark.parametrize("when", ["always", "auto"])
+@pytest.mark.parametrize("when", [pytest.param("always", marks=pytest.mark.nightly), "auto"])
 @pytest.mark.slow
 def test_branches_of_a_thinking_model_think(when: Any) -> None:
     model = Model({"every": 0 if when == "always" else 1, "headroom": 1.0}, layers=1)

@@ -200,7 +200,7 @@ def test_never_is_what_a_model_without_thinking_generates(thinker: Thinker) -> N
     assert found == thinker.model.generator().generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_thoughts_that_weigh_nothing_change_nothing_not_even_what_is_drawn() -> None:
     thinker = Thinker(0, layers=1)
     mixing = thinker.params["thinking"]["mixing"]

@@ -26,21 +26,30 @@ from mod_star.presets import tiny
 # parallelism, which also cuts up the vocabulary, and all axes at once are for a model with a full and a routed block.
 # All axes at once show that scored thoughts, accumulation and experts stay what they are.
 CASES = [("dense", "data"), ("dense", "fsdp"), ("routed", "tensor"), ("routed", "mixed"), ("quiet_star", "mixed")]
-OTHERS = [("accumulated", "mixed"), ("experts", "mixed"), ("gathered", "fsdp")]
+OTHERS = [("accumulated", "mixed"), ("experts", "mixed")]
 # Bounds of the shares of arguments and of temporaries. Arguments are parameters, their two moments, and the batch;
 # vectors stay whole, and at width 16 they count. Temporaries are activations and gradients.
 SHARES = {"data": (1.0, 0.25), "fsdp": (0.16, 0.25), "tensor": (0.3, 0.4), "mixed": (0.31, 0.25)}
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def found_on_eight(out: Path, part: str) -> Path:
     """Directory with what `eight_devices.py` found."""
-    out = tmp_path_factory.mktemp("eight")
     path = os.pathsep.join([str(TESTS), str(TESTS / "support"), str(TESTS.parent)])
-    command = [sys.executable, str(TESTS / "support" / "eight_devices.py"), str(out)]
+    command = [sys.executable, str(TESTS / "support" / "eight_devices.py"), str(out), part]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path, "JAX_NUM_CPU_DEVICES": "8"})
     return out
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return found_on_eight(tmp_path_factory.mktemp("eight"), "quick")
+
+
+@pytest.fixture(scope="module")
+def eight_nightly(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of what takes longest: parameters that are put together once, and sampling."""
+    return found_on_eight(tmp_path_factory.mktemp("eight-nightly"), "nightly")
 
 
 def load(eight: Path, kind: str, mesh: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -58,10 +67,10 @@ def test_the_kernels_of_tpus_equal_one_device(eight: Path) -> None:
 
 
 @pytest.mark.parametrize("program", ["decode", "auto"])
-@pytest.mark.slow
-def test_a_decode_step_sends_no_cache(eight: Path, program: str) -> None:
+@pytest.mark.nightly
+def test_a_decode_step_sends_no_cache(eight_nightly: Path, program: str) -> None:
     """Keys and values have four dimensions, with the heads; nothing else of a step has. Of rows that think, too."""
-    text = (eight / f"{program}-mixed.txt").read_text()
+    text = (eight_nightly / f"{program}-mixed.txt").read_text()
     sent = re.findall(r"= (\(?[^=]*?\)?) (?:all-[a-z]+|collective-permute|reduce-scatter)(?:-start)?\(", text)
     assert sent and "while(" in text, "rows are pooled, and something is sent"
     sizes = [tuple(map(int, dims.split(","))) for kinds in sent for dims in re.findall(r"\[([\d,]+)\]", kinds)]
@@ -71,6 +80,15 @@ def test_a_decode_step_sends_no_cache(eight: Path, program: str) -> None:
 @pytest.mark.parametrize(("kind", "mesh"), [*CASES, *OTHERS])
 @pytest.mark.slow
 def test_losses_and_gradients_equal_one_device(eight: Path, kind: str, mesh: str) -> None:
+    check_equal(eight, kind, mesh)
+
+
+@pytest.mark.nightly
+def test_a_step_that_puts_parameters_together_once_equals_one_device(eight_nightly: Path) -> None:
+    check_equal(eight_nightly, "gathered", "fsdp")
+
+
+def check_equal(eight: Path, kind: str, mesh: str) -> None:
     (one, _), (many, _) = load(eight, kind, "one"), load(eight, kind, mesh)
     assert one.keys() == many.keys()
     for name, expected in one.items():
@@ -81,11 +99,11 @@ def test_losses_and_gradients_equal_one_device(eight: Path, kind: str, mesh: str
     assert min(largest) > 1e-7 and max(largest) > 1e-3, "every parameter has a gradient to compare"
 
 
-@pytest.mark.slow
-def test_parameters_are_put_together_once_for_all_tokens_of_thoughts(eight: Path) -> None:
+@pytest.mark.nightly
+def test_parameters_are_put_together_once_for_all_tokens_of_thoughts(eight_nightly: Path) -> None:
     """Where `thinking.gather` says so; a thought has six tokens. The text and the scoring of thoughts put them
     together too."""
-    by_step, by_token = load(eight, "gathered", "fsdp")[1]["put_together"]
+    by_step, by_token = load(eight_nightly, "gathered", "fsdp")[1]["put_together"]
     assert 0 < by_step < 0.8 * by_token
 
 
@@ -97,9 +115,9 @@ def test_routing_selects_the_same_tokens(eight: Path) -> None:
     assert 0 < np.mean(one["selected"]) < 0.3
 
 
-@pytest.mark.slow
-def test_sampling_equals_one_device(eight: Path) -> None:
-    one, many = (json.loads((eight / f"sample-{mesh}.json").read_text()) for mesh in ("one", "mixed"))
+@pytest.mark.nightly
+def test_sampling_equals_one_device(eight_nightly: Path) -> None:
+    one, many = (json.loads((eight_nightly / f"sample-{mesh}.json").read_text()) for mesh in ("one", "mixed"))
     for way in ("plain", "thinking", "auto"):
         for expected, found in zip(one[way], many[way], strict=True):
             assert found["tokens"] == expected["tokens"] and found["overflow"] == expected["overflow"]

@@ -20,7 +20,14 @@ def test_there_are_blocks_to_run() -> None:
     assert {page.name for page in PAGES if blocks(page)} >= {"README.md", "extend.md", "first_model.md"}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=[pytest.mark.nightly] if page.stem == "quiet_star" else [])
+        for page in PAGES
+        if blocks(page)
+    ],
+)
 @pytest.mark.slow
 def test_the_blocks_of_a_page_run_one_after_the_other(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -37,7 +44,7 @@ def test_the_blocks_of_a_page_run_one_after_the_other(
         assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_parts_of_the_how_to_train_and_sample_through_the_cli(tmp_path: Path) -> None:
     source = next(block for block in blocks(ROOT / "docs/how-to/extend.md") if block.startswith("# my_parts.py"))
     (tmp_path / "my_parts.py").write_text(source)
@@ -53,7 +60,7 @@ def test_the_parts_of_the_how_to_train_and_sample_through_the_cli(tmp_path: Path
     assert len(json.loads(done.out)["routed_fraction"]) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_objective_and_the_reward_of_the_how_to_train_go_on_and_sample_through_the_cli(tmp_path: Path) -> None:
     tiny = ["--preset", "tiny", "--train.log-every", "1", "--model.context", "32", "--model.width", "16", "--quiet"]
     tiny += ["--optimizer.schedule", "constant", "--optimizer.warmup-steps", "0", "--train.batch-size", "2"]

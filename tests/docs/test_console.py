@@ -167,8 +167,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if lines_to_run(page) and page.name not in ("README.md", "extend.md")],
-    ids=lambda page: page.stem,
+    [
+        pytest.param(page, id=page.stem, marks=[pytest.mark.nightly] if page.parent.name == "how-to" else [])
+        for page in PAGES
+        if lines_to_run(page) and page.name not in ("README.md", "extend.md")
+    ],
 )
 def test_commands_of_a_page_run_one_after_the_other(page: Path, home: Path, tmp_path: Path) -> None:
     """But those that README has already, be it with fewer options; `extend.md` is test_blocks.py's."""

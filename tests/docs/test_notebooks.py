@@ -25,7 +25,7 @@ def test_notebooks_are_those_of_the_tutorials() -> None:
         assert blocks and [cell.source for cell in content.cells if cell.cell_type == "code"] == blocks
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     content = nbformat.read(ROOT / "docs/notebooks/first_model.ipynb", as_version=4)

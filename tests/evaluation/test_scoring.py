@@ -160,7 +160,9 @@ def test_texts_that_begin_alike_share_a_pass(model: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "when"), [("routed", "never"), ("routed", "auto"), ("dense", "always")], indirect=["model"]
+    ("model", "when"),
+    [("routed", "never"), ("routed", "auto"), pytest.param("dense", "always", marks=pytest.mark.nightly)],
+    indirect=["model"],
 )
 @pytest.mark.slow
 def test_generated_tokens_get_the_log_probs_that_generation_reports(model: Model, when: Any) -> None:

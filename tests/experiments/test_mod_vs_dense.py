@@ -52,7 +52,7 @@ def data(tmp_path: Path) -> Path:
     return directory
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_three_arms_and_their_tables(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     argv = ["mod_vs_dense", "--data", str(data), "--out", str(out), "--flops", "4e8", "--seeds", "1"]

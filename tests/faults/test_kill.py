@@ -77,7 +77,7 @@ def unfinished(run: Path) -> set[int]:
         return {entry.inode() for entry in entries if "tmp" in entry.name}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_stopped_at_random_moments(
     server: Server, uninterrupted: Path, tmp_path: Path, record_property: Record
 ) -> None:

@@ -68,7 +68,7 @@ def test_a_lock_that_is_refused_as_fcntl_may(server: Server, tmp_path: Path, mon
             assert is_locked(tmp_path) is locked
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_no_home(server: Server, straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     finished = server.run("train", str(run), *RUN, before=NO_HOME)
@@ -95,7 +95,7 @@ def test_where_home_and_caches_are(monkeypatch: pytest.MonkeyPatch) -> None:
         assert home() is cache_root() is None
 
 
-@pytest.mark.parametrize("words", [[], ["-O"]], ids=["asserts", "-O"])
+@pytest.mark.parametrize("words", [[], pytest.param(["-O"], marks=pytest.mark.nightly)], ids=["asserts", "-O"])
 @pytest.mark.slow
 def test_a_platform_that_is_not_there(trained_run: Path, tmp_path: Path, words: list[str]) -> None:
     routes, train = ["routes", str(trained_run), "--text", "a"], ["train", str(tmp_path / "run"), *RUN]

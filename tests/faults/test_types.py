@@ -27,7 +27,7 @@ from mod_star.training.state import init_state
 STRICT = "import jax; jax.config.update('jax_enable_x64', True); jax.config.update('jax_debug_nans', True)"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_training_to_think_and_thinking_work_where_jax_is_strict(thinking_run: Path, tmp_path: Path) -> None:
     model = "--preset tiny --model.width 16 --model.layers 1 --model.heads 2 --model.mlp-width 16 --routing.every 1"
     fields = "--train.objective quiet_star --train.steps 2 --train.batch-size 2 --train.log-every 1 --model.context 24"

@@ -277,7 +277,7 @@ def test_scan_and_rematerialisation_change_neither_value_nor_gradient(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), result, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_without_jit_it_is_the_same(routed_run: RunConfig, tiny_batch: Batch, random_params: RandomParams) -> None:
     """For debugging, in Python from the outermost loop to the single operation: unscanned, one sequence."""
     model = replace(routed_run.model, scan=False)

@@ -36,7 +36,7 @@ def stopped_at_2(run: Path, before: str = "") -> Finished:
     return shared_server().run("train", str(run), *OPTIONS, before=TERM_AT_2 + before)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_whose_path_is_a_pattern_goes_all_the_way(tmp_path: Path) -> None:
     plain, odd = tmp_path / "plain", tmp_path / "a[1] *?" / "b\\c"
     for run in (plain, odd):

@@ -51,7 +51,10 @@ class Model:
         self.config = ModelConfig(vocab_size=VOCAB, context=CONTEXT, **(sizes | model))
         self.routing = RoutingConfig(**({"capacity": 0.25, "predictor_width": 8} | routing))
         self.decoder = Decoder(self.config, self.routing, parts)
-        self.params = random_params(self.config, self.routing, parts)
+
+    @cached_property
+    def params(self) -> Any:
+        return random_params(self.config, self.routing, self.decoder.parts)
 
     def generator(self, end_ids: tuple[int, ...] = (), tokenizer: Tokenizer = BYTES) -> Generator:
         return make_generator(self.decoder, self.params, end_ids, tokenizer=tokenizer, routing_key=ROUTING_KEY)

@@ -1,4 +1,4 @@
-"""Runs steps and sampling on meshes of eight CPU devices and writes what came out: `eight_devices.py OUT`.
+"""Runs steps and sampling on meshes of eight CPU devices and writes what came out: `eight_devices.py OUT PART`.
 
 A process of its own, with JAX_NUM_CPU_DEVICES=8: the number of devices is fixed once JAX begins.
 """
@@ -44,9 +44,11 @@ AUTO = Think("auto", 0.2)
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
 TRAINED = {
     "dense": ("data", "fsdp"), "routed": ("tensor", "mixed"), "quiet_star": ("mixed",), "accumulated": ("mixed",),
-    "experts": ("mixed",), "gathered": ("fsdp",),
+    "experts": ("mixed",),
 }  # fmt: skip
 """Kinds, and the meshes that each trains on besides a single device."""
+NIGHTLY = {"gathered": ("fsdp",)}
+"""The same for what takes longest."""
 THINKING = ("quiet_star", "gathered", "sampled")
 
 
@@ -178,10 +180,12 @@ def attention(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    for kind, meshes in TRAINED.items():
+    folder, nightly = Path(sys.argv[1]), sys.argv[2] == "nightly"
+    for kind, meshes in (NIGHTLY if nightly else TRAINED).items():
         for name in ("one", *meshes):
             train(kind, name, folder)
-    for name in ("one", "mixed"):
-        sample(name, folder)
-    attention(folder)
+    if nightly:
+        for name in ("one", "mixed"):
+            sample(name, folder)
+    else:
+        attention(folder)

@@ -1,4 +1,4 @@
-"""Evaluates a thinking run on meshes of eight CPU devices and on one: `evaluate_on_eight.py RUN OUT`.
+"""Evaluates a thinking run on meshes of eight CPU devices and on one: `evaluate_on_eight.py RUN OUT PART`.
 
 A process of its own, as `eight_devices.py`. OUT gets the directories of the evaluations, what the harness's adapter
 says, and what programs for a batch of texts take on each mesh.
@@ -31,26 +31,36 @@ WAYS: dict[str, tuple[str, ...]] = {
     "choice": ("--protocol", "choice"),
     "expected-thinking": ("--protocol", "expected", "--think", "always"),
     "cot": ("--decoding", "cot", "--branches", "3", "--new-tokens", "12"),
-    "beam": ("--decoding", "beam", "--branches", "2", "--new-tokens", "6"),
 }
 """Options; each on a single device, and on all axes at once."""
+NIGHTLY: dict[str, tuple[str, ...]] = {"beam": ("--decoding", "beam", "--branches", "2", "--new-tokens", "6")}
+"""The same for what takes longest."""
 COUNT = 10
 """Questions: a full batch and one that is filled up."""
 
 
-def evaluate(run: Path, out: Path) -> None:
-    """Everything in `WAYS`, through the command."""
+def evaluate(run: Path, out: Path, ways: dict[str, tuple[str, ...]]) -> list[str | Path]:
+    """Everything in `ways`, through the command; returns what all of its calls have in common."""
     data = out / "words.jsonl"
     data.write_text("\n".join(json.dumps({"q": f"{n}{'!' * n}?", "a": ("no", "yes")[n % 2]}) for n in range(COUNT)))
     words: list[str | Path] = ["--data", data, "--question", "{q}", "--answer", "{a}", "--kind", "choice"]
     words += ["--choices", "yes", "no"]
-    for way, options in WAYS.items():
+    for way, options in ways.items():
         for mesh in ((1, 1, 1), MIXED):
             sizes = [f"--mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
             command(run, *words, *options, *sizes, "--out", out / f"{way}-{'x'.join(map(str, mesh))}")
-    command(run, *words, *WAYS["choice"], "--out", out / "choice-2x2x2")  # done already, whatever the mesh
+    return words
+
+
+def check_meshes(run: Path, out: Path, words: list[str | Path]) -> None:
+    """An evaluation that is done already, whatever the mesh, and meshes that don't fit."""
+    command(run, *words, *WAYS["choice"], "--out", out / "choice-2x2x2")
     for number, sizes in enumerate((["--mesh.data", "3"], ["--mesh.fsdp", "16"], ["--mesh.tensor", "4"])):
         command(run, *words, *sizes, "--out", out / f"bad-{number}", expected=2)
+    try:
+        HarnessModel(str(run), batch_size=6, mesh_data=2, mesh_fsdp=2, mesh_tensor=2)
+    except InputError as error:
+        print(f"error: {error}", flush=True)
 
 
 def command(*argv: str | Path, expected: int = 0) -> None:
@@ -109,14 +119,13 @@ def program(name: str, think: Think) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run, out = map(Path, sys.argv[1:])
-    evaluate(run, out)
-    for name, mesh in (("one", (1, 1, 1)), ("mixed", MIXED)):
-        (out / f"harness-{name}.json").write_text(json.dumps(adapter(run, mesh)))
-    try:
-        HarnessModel(str(run), batch_size=6, mesh_data=2, mesh_fsdp=2, mesh_tensor=2)
-    except InputError as error:
-        print(f"error: {error}", flush=True)
-    plain = {name: program(name, Think()) for name in ("one", "fsdp", "tensor", "mixed")}
-    thinking = {name: program(name, Think("always")) for name in ("one", "mixed")}
-    (out / "programs.json").write_text(json.dumps({"plain": plain, "thinking": thinking}))
+    run, out = map(Path, sys.argv[1:3])
+    if sys.argv[3] == "nightly":
+        evaluate(run, out, NIGHTLY)
+        for name, mesh in (("one", (1, 1, 1)), ("mixed", MIXED)):
+            (out / f"harness-{name}.json").write_text(json.dumps(adapter(run, mesh)))
+        programs = {"thinking": {name: program(name, Think("always")) for name in ("one", "mixed")}}
+    else:
+        check_meshes(run, out, evaluate(run, out, WAYS))
+        programs = {"plain": {name: program(name, Think()) for name in ("one", "fsdp", "tensor", "mixed")}}
+    (out / "programs.json").write_text(json.dumps(programs))

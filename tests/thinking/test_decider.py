@@ -56,7 +56,7 @@ def test_its_error_is_the_formulas_and_its_gradient_goes_to_the_decider_alone() 
     assert not any(np.abs(leaf).max() for leaf in grads[1:])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_learns_the_same_with_a_decider(make_batch: Any) -> None:
     """Its loss is more by the mean squared error; the other gradients are the same, bit for bit."""
     decoder, batch = Decoder(MODEL, RUN.routing), make_batch([[6], [6]], 6, 256)

@@ -55,7 +55,11 @@ def make_case(routing: RoutingConfig, thinking: ThinkingConfig, random_params: A
     return thinker, Thought(tokens, jnp.zeros(shape), jnp.zeros(shape), decided)
 
 
-@pytest.fixture(scope="module", params=[(DENSE, PAPER, 5), (ROUTED, UNBIASED, 100)], ids=["dense paper", "routed loo"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param((DENSE, PAPER, 5), id="dense paper", marks=pytest.mark.nightly),
+            pytest.param((ROUTED, UNBIASED, 100), id="routed loo")],
+)  # fmt: skip
 def case(request: pytest.FixtureRequest, random_params: Any, make_batch: Any) -> tuple[Thinker, Thought, int]:
     """Model, thoughts, and the chunk of the loss; chunks of places are 2 of 3 and all."""
     routing, thinking, chunk = request.param

@@ -170,7 +170,7 @@ def constant(params: Any, base_NxD: Any, thought_NxD: Any) -> Any:
 CONSTANT = Parts(mixing=Part(constant_init, constant))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_mixing_of_ones_own_trains_and_generates() -> None:
     """As the built-in head does that always says the same weight."""
     own, ours = make_thinker(CONSTANT), make_thinker(Parts())

@@ -122,7 +122,7 @@ def test_its_expectation_is_the_gradient_of_the_expected_likelihood(toy: Thinker
     assert np.abs(biased - exact / 2).max() > 0.05 * scale and np.abs(biased - exact).max() > 0.05 * scale
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_with_the_talk_loss_its_expectation_is_the_gradient_of_the_expected_talk_loss(
     toy: Thinker, policy: Any, estimate: Any
 ) -> None:

@@ -104,7 +104,7 @@ def test_steps_are_computed_at_what_they_draw_and_evaluated_at_all(trained: Path
     chex.assert_trees_all_equal(load_run(tmp_path / "run").params, load_run(trained).params)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_single_budget_is_a_capacity(tmp_path: Path) -> None:
     with_budget = train(make_run((0.25,)), tmp_path / "budget", quiet=True).evaluation
     without = train(make_run(()), tmp_path / "capacity", quiet=True).evaluation
