@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,20 @@ from mod_star.config_checks import field_ranges
 REFERENCE = Path(__file__).parents[1] / "reference"
 DEVICES = {"mesh": MeshConfig, "processes": ProcessesConfig}
 """Groups of fields that are not a run's."""
+
+HELP_OF_ALL = """
+import contextlib, io, json, sys
+from mod_star.cli import main
+texts = {}
+for name in sys.argv[1:]:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # frames are drawn in its characters
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main([name, "--help"])
+    out.flush()
+    texts[name] = out.buffer.getvalue().decode()
+print(json.dumps(texts))
+"""
+"""Prints what commands print with `--help`, by name."""
 
 
 def field_help(kind: type) -> dict[str, str]:
@@ -90,26 +105,18 @@ def commands_page() -> str:
     """What `mod-star COMMAND --help` prints, command by command."""
     lines = ["# Command line", "", "What `mod-star COMMAND --help` prints. Exit codes: 0 done; 1 training failed, or"]
     lines += ["something that is needed is not available now; 2 bad input; 130 Ctrl-C; 143 SIGTERM.", ""]
-    for name, summary in COMMANDS.items():
-        if name == "harness":  # its help is lm_eval's, which is an optional package
-            continue
-        output = subprocess.run(
-            [sys.executable, "-m", "mod_star", name, "--help"],
-            env=os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        lines += [
-            f"## mod-star {name}",
-            "",
-            f"{summary[0].upper()}{summary[1:]}.",
-            "",
-            "```text",
-            output.rstrip(),
-            "```",
-            "",
-        ]
+    names = [name for name in COMMANDS if name != "harness"]  # its help is lm_eval's, which is an optional package
+    # One process for all of them: most of the time of each would be its imports.
+    done = subprocess.run(
+        [sys.executable, "-c", HELP_OF_ALL, *names],
+        env=os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name, text in json.loads(done.stdout).items():
+        summary = f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}."
+        lines += [f"## mod-star {name}", "", summary, "", "```text", text.rstrip(), "```", ""]
     return "\n".join(lines) + "\n"
 
 
