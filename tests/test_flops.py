@@ -82,7 +82,11 @@ def test_forward_agrees_with_the_compiled_program_within_5_percent(routing: Rout
 
 @pytest.mark.parametrize(
     ("remat", "routing"),
-    [("none", DENSE), ("none", MOD), pytest.param("dots", MOD, marks=pytest.mark.nightly), ("full", MOD)],
+    [
+        ("none", DENSE),
+        *(pytest.param(each, MOD, marks=pytest.mark.nightly) for each in ("none", "dots")),
+        ("full", MOD),
+    ],
 )
 @pytest.mark.slow
 def test_training_agrees_with_the_compiled_program_within_5_percent(remat: Any, routing: RoutingConfig) -> None:

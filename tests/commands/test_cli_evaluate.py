@@ -212,7 +212,7 @@ def test_defaults_that_belong_to_the_template_and_the_context_are_told(
     assert re.fullmatch(r"<<\d>>\n#### \d", subject.prompts.examples[0].solution), "as published"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_confidences_are_counted_and_early_stops_replayed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained_run: Path, data: Path, tmp_path: Path
 ) -> None:

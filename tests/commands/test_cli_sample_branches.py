@@ -155,7 +155,7 @@ def test_cot_in_a_process(trained_run: Path) -> None:
             assert len(each["gaps"]) == len(each["tokens"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_samples_and_beams(capsys: pytest.CaptureFixture[str], trained_run: Path) -> None:
     prompt = ("--prompt", "The", "--new-tokens", "10", "--json")
     record = json.loads(sample(capsys, trained_run, *prompt, "--decoding", "self-consistency", "--branches", "3")[0])

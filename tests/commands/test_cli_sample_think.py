@@ -79,6 +79,7 @@ def test_json_has_thoughts_weights_and_entropies(auto: tuple[Any, str], run: Pat
             assert record["thought_texts"][i] == spelled
 
 
+@pytest.mark.nightly
 def test_by_the_decider_it_thinks_where_a_gain_is_expected(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

@@ -71,7 +71,7 @@ def test_base_predictions_are_those_of_the_network(loaded: LoadedRun, thoughts: 
     assert len(thoughts.tokens) == TOKENS and thoughts.tokens[:2] == ["<bos>", "T"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_thoughts_are_those_of_generating_the_same_text(loaded: LoadedRun) -> None:
     generator = make_generator(loaded.decoder, loaded.params, thinking=loaded.config.thinking)
     prompt = [256, *b"The "]

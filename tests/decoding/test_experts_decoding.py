@@ -22,7 +22,9 @@ INTEGRATED: tuple[dict[str, Any], dict[str, Any]] = (
 )
 
 
-@pytest.mark.parametrize("kind", [STAGED, INTEGRATED], ids=["staged", "integrated"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(STAGED, marks=pytest.mark.nightly), INTEGRATED], ids=["staged", "integrated"]
+)
 @pytest.mark.slow
 def test_decoding_is_the_full_forward_pass(kind: Any) -> None:
     model = Model(kind[0], **kind[1])

@@ -76,7 +76,7 @@ def test_unknown_weights_are_refused(trained_run: Path, capsys: pytest.CaptureFi
     assert "unknown option --weights" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_commands_take_int8(trained_run: Path, tmp_path: Path) -> None:
     options = ("--prompt", "The", "--temperature", "0", "--new-tokens", "12", "--json")
     row = json.loads(succeed("sample", trained_run, *options, "--weights", "int8").out)

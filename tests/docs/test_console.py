@@ -31,6 +31,8 @@ BLOCK = re.compile(
 )
 REASONS = re.compile(r"(the network|a TPU|a TPU's compiler|a GPU|a bucket|a pretrained model) is needed|"
                      r"eight devices are needed|it takes (minutes|hours)")  # fmt: skip
+OFTEN = ("mixture_of_depths", "cot_decoding", "first_model")
+"""Pages whose commands are run at every change, as README's are; the others' every night."""
 SMALL_MODEL = ("--model.width", "16", "--model.heads", "2")
 SMALL_TRAINING = ("--model.context", "64", "--train.batch-size", "2", "--train.eval-batches", "1", "--quiet")
 
@@ -168,7 +170,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, id=page.stem, marks=[pytest.mark.nightly] if page.parent.name == "how-to" else [])
+        pytest.param(page, id=page.stem, marks=[] if page.stem in OFTEN else [pytest.mark.nightly])
         for page in PAGES
         if lines_to_run(page) and page.name not in ("README.md", "extend.md")
     ],

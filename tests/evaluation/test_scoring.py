@@ -206,7 +206,7 @@ def test_a_thought_before_each_token_is_the_naive_loop(model: Model) -> None:
         assert np.min(np.abs(np.subtract(scored.log_probs, without.log_probs))) > 1e-3, "thoughts must matter"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_stochastic_routing_is_that_of_generation() -> None:
     model = Model(RoutingConfig(every=2, capacity=0.5, selection="stochastic"))
     generator = make_generator(model.decoder, model.params, routing_key=ROUTING_KEY)

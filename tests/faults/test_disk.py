@@ -84,7 +84,7 @@ def test_files_that_may_not_grow(server: Server, uninterrupted: Path, tmp_path: 
     require_intact(run, uninterrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_other_commands_on_a_full_disk(server: Server, trained_run: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """One line, and nothing half-made is left; what an evaluation has is kept."""
     full = "import resource, sys; limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))"

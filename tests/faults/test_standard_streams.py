@@ -61,7 +61,7 @@ def test_a_training_needs_no_streams_at_all(server: Server, uninterrupted: Path,
     assert differences(result(run), result(uninterrupted)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_other_commands_end(server: Server, trained_run: Path, data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     asking = (
         "--question", "{q}", "--answer", "{a}", "--kind", "number", "--new-tokens", "2", "--out", tmp_path / "out",

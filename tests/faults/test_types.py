@@ -46,7 +46,7 @@ def test_training_to_think_and_thinking_work_where_jax_is_strict(thinking_run: P
     assert found["log_probs"] == pytest.approx(expected["log_probs"], abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_no_program_computes_in_64_bits_because_jax_could(tiny_run: RunConfig) -> None:
     """But for scalars of Optax: its bias corrections and the learning rate."""
     thinking = ThinkingConfig(thought_length=2, n_true=2, chunk=8, think_fraction=0.5)

@@ -177,6 +177,7 @@ def test_operations_are_those_of_the_experts_that_compute_at_balance() -> None:
     assert CONFIG.expert_width == 3 and replace(CONFIG, mlp_width=7).expert_width == 4  # half of 6, and of 7
 
 
+@pytest.mark.nightly
 def test_experts_as_a_part_of_ones_own_are_the_ones_of_the_configuration() -> None:
     """The same door: what `model.experts` builds can be given as `Parts.feed_forward`."""
     own = Parts(feed_forward=Part(lambda key, _: experts_init(key, CONFIG), lambda p, x: experts(p, x, CONFIG)))

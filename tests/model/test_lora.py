@@ -156,7 +156,7 @@ def test_stacked_and_unstacked_adapters_and_the_merged_model_give_the_same_logit
             use(params)
 
 
-@pytest.mark.parametrize("objective", ["next_token", pytest.param("quiet_star", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("objective", ["next_token", pytest.param("quiet_star", marks=pytest.mark.nightly)])
 def test_the_loss_and_its_gradient_are_those_of_explicit_sums(
     routed_run: RunConfig, random_params: RandomParams, tiny_batch: dict[str, jax.Array], objective: Any
 ) -> None:

@@ -120,7 +120,7 @@ def test_at_capacity_1_the_router_learns_from_every_token(dense_params: Any, tin
     assert (np.abs(routed["predictor"]["output"]).max(-1) > 0).all()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_it_generates_what_the_dense_model_does(dense_params: Any) -> None:
     run = at_capacity_1(upcycled_config(DENSE, 0.125))
     prompts = [[1, 2, 3], [5, 4, 3, 2, 1, 0, 7], [28]]

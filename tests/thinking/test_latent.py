@@ -118,7 +118,7 @@ def test_value_and_gradient_equal_a_naive_loop_that_jax_differentiates() -> None
     assert 0 < share.mean() < 1, "some tokens are routed"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_generated_is_scored_the_same() -> None:
     """Token by token, routed, with a thought before each: the log-probabilities that scoring gives of the same text."""
     thinker = make_thinker(ROUTED, "expected")

@@ -333,7 +333,7 @@ def test_all_positions_think_in_order_or_as_many_as_the_share_says(make_batch: A
         assert len(chosen) == (3 if thinking is whole else 2), "of four positions"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_budget_does_not_change_what_is_thought_at_a_place(random_params: Any, make_batch: Any) -> None:
     def think(thinking: ThinkingConfig) -> tuple[Places, Thought]:
         thinker, _ = make_case(ROUTED, thinking, random_params, make_batch)

@@ -70,7 +70,7 @@ def left_behind(path: Path) -> tuple[list[dict[str, Any]], str]:
     return metrics, (path / "thoughts.jsonl").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_interrupted_and_resumed_equals_uninterrupted(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
