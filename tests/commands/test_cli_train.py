@@ -208,7 +208,7 @@ def test_bad_input_is_one_line_and_writes_nothing(capsys: pytest.CaptureFixture[
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_sigterm_and_the_same_command_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = options(**{"steps": 300, "log-every": 20, "eval-every": 100, "checkpoint-every": 200})
     words = {name: ["train", str(tmp_path / name), *given] for name in ("straight", "stopped")}
