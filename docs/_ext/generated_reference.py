@@ -29,8 +29,12 @@ from mod_star.cli import main
 texts = {}
 for name in sys.argv[1:]:
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # frames are drawn in its characters
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        main([name, "--help"])
+    with contextlib.redirect_stdout(out):
+        try:
+            main([name, "--help"])
+        except SystemExit as end:
+            if end.code:
+                raise
     out.flush()
     texts[name] = out.buffer.getvalue().decode()
 print(json.dumps(texts))
