@@ -95,6 +95,7 @@ def test_frozen_parameters_have_no_gradient_and_no_state_and_the_others_are_trai
     assert products["some"] <= products["all"] - 8
 
 
+@pytest.mark.nightly
 def test_a_run_goes_on_bit_for_bit_and_says_how_much_it_trains(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

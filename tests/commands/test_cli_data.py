@@ -39,7 +39,7 @@ def chats(path: Path) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_learns_answers(tmp_path: Path) -> None:
     source = chats(tmp_path / "chats.jsonl-00001-of-00002.zst")
     tokenizer = write_chat_tokenizer(tmp_path / "model", CHATML) / "tokenizer.json"

@@ -42,7 +42,7 @@ def records_of(out: Path) -> dict[str, Any]:
     return {line["id"]: line for line in lines}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_interrupted_evaluation_goes_on_to_the_same_records(trained_run: Path, data: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = succeed("evaluate", trained_run, "--data", data, *OPTIONS, "--out", whole)
@@ -87,7 +87,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_records(trained_run: Path
     assert strip(parts / "results.json") == strip(whole / "results.json")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_likelihood_protocols_and_thinking(
     thinking_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +152,7 @@ def evaluate(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
 NUMBERS = ("--question", "{q}", "--answer", "{a}", "--kind", "number")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_beams_end_at_stop_strings_and_are_ranked_by_their_mean(
     trained_run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ INTEGRATED = (
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_integrated_trains_goes_on_and_samples(tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = ("train", run, *SMALL, *INTEGRATED, "--train.eval-every", "4")

@@ -72,7 +72,7 @@ def test_several_prompts_stand_one_under_the_other_and_end_at_a_stop_string(trai
     assert done.out == f"{texts[0]}\n\n{texts[1]}\n"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_older_checkpoint_and_more_headroom_without_a_prompt(trained_run: Path) -> None:
     done = succeed("sample", trained_run, "--step", "6", "--headroom", "4", "--json")
     row = json.loads(done.out)

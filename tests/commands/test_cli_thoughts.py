@@ -57,7 +57,7 @@ def numbers(values: Floats) -> np.ndarray[Any, Any]:
     return np.array(values, float)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_base_predictions_are_those_of_the_network(loaded: LoadedRun, thoughts: TextThoughts) -> None:
     ids = jnp.array([256, *TEXT.encode()])
     slots = causal_slots(loaded.config.routing, loaded.config.model.context)
@@ -105,7 +105,7 @@ def test_nothing_stands_behind_the_first_token(thoughts: TextThoughts) -> None:
     assert np.abs(thoughts.gains[1:]).max() > 0.01, "thoughts must matter for the tests to show anything"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_draws_follow_the_seed(loaded: LoadedRun) -> None:
     first, again, other = (thoughts_of(loaded, TEXT, 1.0, seed).thought_tokens for seed in (1, 1, 2))
     assert first == again != other

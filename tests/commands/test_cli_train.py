@@ -113,7 +113,7 @@ def test_underscores_hyphens_and_presets(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert run.optimizer == tiny.optimizer
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_to_start_from_gives_the_defaults(
     trained_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -41,7 +41,7 @@ def test_a_whole_run(run: Path) -> None:
     assert re.findall(r"^ +(\d+) +[\d.]+kB +whole *$", finished.out, re.M) == ["6", "12"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_optimizers_state_matters_to_training_alone(run: Path) -> None:
     checkpoint = run / "checkpoints" / "12"
     path = damage(checkpoint, "training")

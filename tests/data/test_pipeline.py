@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from chat_tokenizers import CHATML, INST, chat_tokenizer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from some_nightly import some_nightly
 
 from mod_star.config import DataConfig
 from mod_star.data import held_out_batches, merge_states, prefetch_to_device, train_batches
@@ -217,7 +218,7 @@ def test_batches_do_not_depend_on_who_makes_which_rows(config: DataConfig) -> No
         assert_equal([expected, expected, expected], [next(one), step(four), step(parts)])
 
 
-@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("pack", some_nightly([True, False], False))
 @pytest.mark.slow
 def test_restored_equals_continued_from_anywhere(config: DataConfig, pack: bool) -> None:
     # Sequences shorter and longer than documents; every state goes through JSON, as in a checkpoint.
@@ -306,7 +307,7 @@ def test_prefetch_follows_a_sharding_and_ends(config: DataConfig) -> None:
     assert_equal(batches, list(held_out))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_program_imports_no_framework_and_may_leave_in_the_middle() -> None:
     code = """
 import sys

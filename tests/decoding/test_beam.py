@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from decoding_models import VOCAB, make_prompts
+from some_nightly import some_nightly
 from symbols import END_IDS, SYMBOLS, Subject, SymbolTokenizer
 
 from mod_star.decoding import GenerationConfig, Think
@@ -74,7 +75,8 @@ def subjects() -> dict[str, Subject]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "penalty"), [("routed", 0.0), ("routed", 1.0), pytest.param("thinking", 0.6, marks=pytest.mark.nightly)]
+    ("kind", "penalty"),
+    some_nightly([("routed", 0.0), ("routed", 1.0), ("thinking", 0.6)], ("routed", 1.0), ("thinking", 0.6)),
 )
 @pytest.mark.slow
 def test_it_is_the_naive_search(subjects: dict[str, Subject], kind: str, penalty: float) -> None:
@@ -92,7 +94,7 @@ def test_it_is_the_naive_search(subjects: dict[str, Subject], kind: str, penalty
     assert any(ends) if penalty == 0.0 else not all(ends)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_beams_as_wide_as_the_vocabulary_find_the_best_of_all_texts(subjects: dict[str, Subject]) -> None:
     subject, prompt, going_on = subjects["routed"], PROMPTS[1], range(len(SYMBOLS))
     first = subject.log_p(prompt)
@@ -108,7 +110,7 @@ def test_beams_as_wide_as_the_vocabulary_find_the_best_of_all_texts(subjects: di
     check(found, best(every, VOCAB))
 
 
-@pytest.mark.parametrize("penalty", [0.0, 1.0])
+@pytest.mark.parametrize("penalty", some_nightly([0.0, 1.0], 0.0))
 @pytest.mark.slow
 def test_a_stop_string_ends_a_text_and_its_score(subjects: dict[str, Subject], penalty: float) -> None:
     subject = subjects["routed"]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoding_models import Model, lowered_advance, make_prompts
+from some_nightly import some_nightly
 
 from mod_star.decoding import GenerationConfig, Sampling
 from mod_star.decoding.caches import Cache, FullCache, full_cache, in_bits, in_values, routed_cache
@@ -55,7 +56,7 @@ def test_what_is_written_to_bits_is_what_is_read(kind: str, dtype: str) -> None:
     assert read[0].keys_KxMxE.dtype == dtype
 
 
-@pytest.mark.parametrize("prompts", [1, 2])
+@pytest.mark.parametrize("prompts", some_nightly([1, 2], 1))
 def test_the_loop_of_new_tokens_updates_no_bfloat16_cache(prompts: int) -> None:
     generator = Model({}, layers=2, dtype="bfloat16").generator()
     state = jax.eval_shape(lambda: generator.start(make_prompts((5, 7))[:prompts], GenerationConfig(6)))

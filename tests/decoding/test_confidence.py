@@ -64,7 +64,7 @@ def test_the_confidences_of_a_path(tokens: int, size: int) -> None:
         ConfidenceConfig(0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_nothing_is_computed_unless_it_is_asked_for() -> None:
     generator = Model({"every": 0}).generator()
     programs = {}

@@ -154,7 +154,7 @@ def test_it_is_the_naive_loop(subject: Subject, results: list[Branches]) -> None
 
 
 @pytest.mark.parametrize("subject", ["routed"], indirect=True)
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_small_batches_give_the_same(subject: Subject, results: list[Branches]) -> None:
     config, asked = GenerationConfig(NEW, branches=K, rows=K), ConfidenceConfig(GROUP, QUESTION)
     rows = cot_decode(subject.generator, PROMPTS, config, NUMBER, encoded=ENCODED, confidence=asked)
@@ -185,7 +185,7 @@ def test_the_branched_token_can_be_left_out_of_delta(subject: Subject, results: 
 
 
 @pytest.mark.parametrize("subject", ["routed"], indirect=True)
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_continuation_is_what_the_model_says_after_each_whole_branch(
     subject: Subject, results: list[Branches], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from decoding_models import make_prompts
+from some_nightly import some_nightly
 from symbols import SYMBOLS, Subject, SymbolTokenizer
 
 from mod_star.decoding import Completion, GenerationConfig, Sampling
@@ -88,39 +89,59 @@ class Parity(LastNumber):
         return str(int(super().spell(answer)[-1]) % 2)
 
 
-@pytest.mark.slow
-def test_the_real_thing_is_the_replay_of_whole_samples() -> None:
-    """Temperature 1.5 on a dense model of random weights; the same draws, whoever stops beside a sample."""
-    subject, tokenizer = Subject("dense"), SymbolTokenizer()
+MEASURED = ConfidenceConfig(2)
+CONFIG = GenerationConfig(12, Sampling(1.5), branches=8, seed=4, burst=2)
+"""Of a dense model of random weights."""
+
+
+def asked(subject: Subject, config: GenerationConfig, rule: EarlyStop | None = None) -> list[Branches]:
     encoded = [[token % len(SYMBOLS) for token in prompt] for prompt in make_prompts((3, 9, 1))]
-    prompts = [tokenizer.decode(ids) for ids in encoded]
-    config = GenerationConfig(12, Sampling(1.5), branches=8, seed=2, burst=2)
-    measured, finder = ConfidenceConfig(2), Parity()
-    whole = self_consistency(subject.generator, prompts, config, finder, confidence=measured, encoded=encoded)
+    prompts = [SymbolTokenizer().decode(ids) for ids in encoded]
+    return self_consistency(
+        subject.generator, prompts, config, Parity(), confidence=MEASURED, early_stop=rule, encoded=encoded
+    )
+
+
+@pytest.fixture(scope="module")
+def sampled() -> tuple[Subject, list[Branches]]:
+    """A model, and whole samples of it."""
+    subject = Subject("dense")
+    return subject, asked(subject, CONFIG)
+
+
+UNTIL_UNSURE, UNTIL_DECIDED = EarlyStop(3, 0.5), EarlyStop(0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "rows"),
+    some_nightly([(UNTIL_UNSURE, None), (UNTIL_UNSURE, 8), (UNTIL_DECIDED, None)], (UNTIL_UNSURE, 8)),
+)
+@pytest.mark.slow
+def test_the_real_thing_is_the_replay_of_whole_samples(
+    rule: EarlyStop, rows: int | None, sampled: tuple[Subject, list[Branches]]
+) -> None:
+    """The same draws, whoever stops beside a sample."""
+    subject, whole = sampled
+    early = asked(subject, replace(CONFIG, rows=rows), rule)
     seen = Counter[str | None]()
-    for rule in (EarlyStop(3, 0.5), EarlyStop(0)):
-        for rows in (None, 8) if rule == EarlyStop(3, 0.5) else (None,):
-            early = self_consistency(
-                subject.generator, prompts, replace(config, rows=rows), finder, confidence=measured,
-                early_stop=rule, encoded=encoded,
-            )  # fmt: skip
-            for all_of, stopped in zip(whole, early, strict=True):
-                expected = replay(all_of, rule, finder, 2, burst=2)
-                whys = [each.dropped for each in expected.branches.branches]
-                assert expected.all_tokens == sum(len(each.completion.tokens) for each in all_of.branches)
-                assert [each.dropped for each in stopped.branches] == whys
-                assert sum(len(each.completion.tokens) for each in stopped.branches) == expected.tokens
-                assert stopped.majority_answer() == expected.branches.majority_answer()
-                if rule == EarlyStop(0):
-                    assert stopped.majority_answer() == all_of.majority_answer(), "decided is decided"
-                for each, before in zip(stopped.branches, all_of.branches, strict=True):
-                    tokens = each.completion.tokens
-                    assert tokens == before.completion.tokens[: len(tokens)]
-                    np.testing.assert_allclose(
-                        each.completion.confidences, before.completion.confidences[: len(tokens)], atol=1e-4
-                    )
-                    seen[each.dropped] += 1
-    assert seen[UNSURE] > 5 and seen[DECIDED] > 0, f"the test shows less than it should: {seen}"
+    for all_of, stopped in zip(whole, early, strict=True):
+        expected = replay(all_of, rule, Parity(), 2, burst=2)
+        whys = [each.dropped for each in expected.branches.branches]
+        assert expected.all_tokens == sum(len(each.completion.tokens) for each in all_of.branches)
+        assert [each.dropped for each in stopped.branches] == whys
+        assert sum(len(each.completion.tokens) for each in stopped.branches) == expected.tokens
+        assert stopped.majority_answer() == expected.branches.majority_answer()
+        if rule == UNTIL_DECIDED:
+            assert stopped.majority_answer() == all_of.majority_answer(), "decided is decided"
+        for each, before in zip(stopped.branches, all_of.branches, strict=True):
+            tokens = each.completion.tokens
+            assert tokens == before.completion.tokens[: len(tokens)]
+            np.testing.assert_allclose(
+                each.completion.confidences, before.completion.confidences[: len(tokens)], atol=1e-4
+            )
+            seen[each.dropped] += 1
+    enough = seen[DECIDED] > 0 if rule == UNTIL_DECIDED else seen[UNSURE] > 2
+    assert enough, f"the test shows less than it should: {seen}"
 
 
 def test_what_is_replayed_costs_what_was_generated_up_to_there() -> None:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from decoding_models import CONTEXT, Model, draw_naively, log_softmax, make_prompts, program_counts, restrict_naively
+from some_nightly import some_nightly
 
 from mod_star.decoding import Generated, GenerationConfig, Sampling, generate
 from mod_star.decoding.caches import RoutedCache
@@ -81,12 +82,7 @@ VARIANTS = {
 }
 
 
-NIGHTLY = ("stochastic", "one in three")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.nightly) if name in NIGHTLY else name for name in VARIANTS]
-)
+@pytest.mark.parametrize("name", some_nightly(VARIANTS, "stochastic", "every block", "thresholds", "one in three"))
 @pytest.mark.slow
 def test_every_kind_of_routing_decodes_as_it_is_taught(name: str) -> None:
     model = VARIANTS[name]

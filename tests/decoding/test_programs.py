@@ -64,7 +64,7 @@ def test_few_rows_have_room_for_prompts_of_many_lengths() -> None:
     assert [coarse(n, 5, 2000) for n in (64, 300)] == [64, 300]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_prompts_and_outputs_of_many_lengths_share_programs(params: dict[str, Any]) -> None:
     before = program_counts()
     one = generator(params)
@@ -107,7 +107,7 @@ def test_numbers_of_sampling_are_data(params: dict[str, Any]) -> None:
     same(alone[0], one.generate(PROMPTS[:1], GenerationConfig(5, GREEDY))[0])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_collections_branches_and_beams_share_programs(params: dict[str, Any]) -> None:
     one, branching = generator(params), Sampling(0, branch=True)
     before = program_counts()

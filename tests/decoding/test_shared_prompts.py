@@ -81,8 +81,8 @@ def test_sampled_branches_are_rows_of_their_own(generator: Generator) -> None:
     assert len({tuple(result.tokens) for result in together[:BRANCHES]}) == BRANCHES
 
 
-@pytest.mark.parametrize("when", [pytest.param("always", marks=pytest.mark.nightly), "auto"])
-@pytest.mark.slow
+@pytest.mark.parametrize("when", ["always", "auto"])
+@pytest.mark.nightly
 def test_branches_of_a_thinking_model_think(when: Any) -> None:
     model = Model({"every": 0 if when == "always" else 1, "headroom": 1.0}, layers=1)
     run = RunConfig(model=model.config, routing=model.routing)

@@ -130,7 +130,7 @@ def test_auto_thinks_where_the_entropy_is_above_the_threshold_and_nowhere_else(
     assert min(counts) < max(counts), "rows that are not in step"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_row_alone_thinks_as_in_a_batch(thinker: Thinker, auto: Think, sometimes: list[Generated]) -> None:
     same(
         thinker.generator.generate(PROMPTS[:1], GenerationConfig(NEW, SAMPLED, seed=SEED, think=auto))[0], sometimes[0]
@@ -154,7 +154,7 @@ def test_bursts_change_nothing(thinker: Thinker, auto: Think, always: list[Gener
     assert thinking_rows >= {2, 3}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_latent_thoughts_at_their_own_pace() -> None:
     thinker = Thinker(0, ThinkingConfig(thought_length=2, n_true=2, kind="latent", policy_weight=0.0, n_thoughts=1), 1)
     config = GenerationConfig(NEW, SAMPLED, seed=SEED, think=Think("auto", 3.0))

@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from on_eight import run_on_eight
 
-TESTS = Path(__file__).parents[1]
-WAYS = ("choice", "expected-thinking", "cot")
+NIGHTLY = ("expected-thinking", "cot", "beam")
 
 
 @pytest.fixture(scope="module")
 def eight(thinking_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    return found_on_eight(thinking_run, tmp_path_factory.mktemp("eight"), "quick")
+    """Directory with what `evaluate_on_eight.py` found, and what it said."""
+    out = tmp_path_factory.mktemp("eight")
+    return out, run_on_eight("evaluate_on_eight.py", thinking_run, out, "quick")
 
 
 @pytest.fixture(scope="module")
 def eight_nightly(thinking_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of what takes longest: beams, the harness's adapter, and the program of texts with thoughts."""
-    return found_on_eight(thinking_run, tmp_path_factory.mktemp("eight-nightly"), "nightly")[0]
-
-
-def found_on_eight(run: Path, out: Path, part: str) -> tuple[Path, str]:
-    """Directory with what `evaluate_on_eight.py` found, and what it said on stdout and stderr."""
-    path = os.pathsep.join([str(TESTS), str(TESTS / "support"), str(TESTS.parent)])
-    command = [sys.executable, str(TESTS / "support" / "evaluate_on_eight.py"), str(run), str(out), part]
-    environment = os.environ | {"PYTHONPATH": path, "JAX_NUM_CPU_DEVICES": "8"}
-    done = subprocess.run(
-        command, env=environment, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert done.returncode == 0, done.stdout
-    return out, done.stdout
+    """Of what takes longest: thoughts, branches, beams, the harness's adapter, and what programs take."""
+    out = tmp_path_factory.mktemp("eight-nightly")
+    run_on_eight("evaluate_on_eight.py", thinking_run, out, "nightly")
+    return out
 
 
 def records_of(path: Path) -> dict[str, Any]:
@@ -58,15 +47,15 @@ def assert_same(found: Any, expected: Any) -> None:
         assert found == (pytest.approx(expected, rel=1e-5, abs=1e-5) if isinstance(expected, float) else expected)
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.slow
-def test_records_equal_one_device(eight: tuple[Path, str], way: str) -> None:
-    check_records(eight[0], way)
+def test_records_equal_one_device(eight: tuple[Path, str]) -> None:
+    check_records(eight[0], "choice")
 
 
+@pytest.mark.parametrize("way", NIGHTLY)
 @pytest.mark.nightly
-def test_records_of_beams_equal_one_device(eight_nightly: Path) -> None:
-    check_records(eight_nightly, "beam")
+def test_records_of_every_decoding_equal_one_device(eight_nightly: Path, way: str) -> None:
+    check_records(eight_nightly, way)
 
 
 def check_records(eight: Path, way: str) -> None:
@@ -111,9 +100,9 @@ def shares(eight: Path, way: str) -> dict[str, dict[str, float]]:
     return {mesh: {name: of[name] / found["one"][name] for name in of} for mesh, of in found.items()}
 
 
-@pytest.mark.slow
-def test_every_device_does_its_share(eight: tuple[Path, str]) -> None:
-    share = shares(eight[0], "plain")
+@pytest.mark.nightly
+def test_every_device_does_its_share(eight_nightly: Path) -> None:
+    share = shares(eight_nightly, "plain")
     for mesh in ("fsdp", "mixed"):  # an eighth, and what can't be shared
         assert share[mesh]["flops"] < 0.16 and share[mesh]["temp_bytes"] < 0.25
     assert share["tensor"]["flops"] < 0.25 and share["tensor"]["temp_bytes"] < 0.25

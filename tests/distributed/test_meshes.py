@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from on_eight import run_on_eight
 
 from mod_star.config import MeshConfig, RunConfig
 from mod_star.distributed.sharding import make_mesh, require_fits, rows_of_process, spec_of
@@ -25,31 +23,28 @@ from mod_star.presets import tiny
 # Data and fsdp move whole rows and whole parameters, whatever blocks do with them: a dense model shows it. Tensor
 # parallelism, which also cuts up the vocabulary, and all axes at once are for a model with a full and a routed block.
 # All axes at once show that scored thoughts, accumulation and experts stay what they are.
-CASES = [("dense", "data"), ("dense", "fsdp"), ("routed", "tensor"), ("routed", "mixed"), ("quiet_star", "mixed")]
-OTHERS = [("accumulated", "mixed"), ("experts", "mixed")]
+QUICK = [("dense", "fsdp"), ("routed", "tensor"), ("routed", "mixed")]
+NIGHTLY = [("dense", "data"), ("quiet_star", "mixed")]
+OTHERS = [("gathered", "fsdp"), ("accumulated", "mixed"), ("experts", "mixed")]
 # Bounds of the shares of arguments and of temporaries. Arguments are parameters, their two moments, and the batch;
 # vectors stay whole, and at width 16 they count. Temporaries are activations and gradients.
 SHARES = {"data": (1.0, 0.25), "fsdp": (0.16, 0.25), "tensor": (0.3, 0.4), "mixed": (0.31, 0.25)}
-TESTS = Path(__file__).parents[1]
-
-
-def found_on_eight(out: Path, part: str) -> Path:
-    """Directory with what `eight_devices.py` found."""
-    path = os.pathsep.join([str(TESTS), str(TESTS / "support"), str(TESTS.parent)])
-    command = [sys.executable, str(TESTS / "support" / "eight_devices.py"), str(out), part]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path, "JAX_NUM_CPU_DEVICES": "8"})
-    return out
 
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return found_on_eight(tmp_path_factory.mktemp("eight"), "quick")
+    """Directory with what `eight_devices.py` found."""
+    out = tmp_path_factory.mktemp("eight")
+    run_on_eight("eight_devices.py", out, "quick")
+    return out
 
 
 @pytest.fixture(scope="module")
 def eight_nightly(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of what takes longest: parameters that are put together once, and sampling."""
-    return found_on_eight(tmp_path_factory.mktemp("eight-nightly"), "nightly")
+    """Of what takes longest: thoughts, accumulation, experts, and sampling."""
+    out = tmp_path_factory.mktemp("eight-nightly")
+    run_on_eight("eight_devices.py", out, "nightly")
+    return out
 
 
 def load(eight: Path, kind: str, mesh: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -77,15 +72,17 @@ def test_a_decode_step_sends_no_cache(eight_nightly: Path, program: str) -> None
     assert all(len(size) < 4 for size in sizes), sizes
 
 
-@pytest.mark.parametrize(("kind", "mesh"), [*CASES, *OTHERS])
+@pytest.mark.parametrize(("kind", "mesh"), QUICK)
 @pytest.mark.slow
 def test_losses_and_gradients_equal_one_device(eight: Path, kind: str, mesh: str) -> None:
     check_equal(eight, kind, mesh)
 
 
+@pytest.mark.parametrize(("kind", "mesh"), [*NIGHTLY, *OTHERS])
 @pytest.mark.nightly
-def test_a_step_that_puts_parameters_together_once_equals_one_device(eight_nightly: Path) -> None:
-    check_equal(eight_nightly, "gathered", "fsdp")
+def test_more_losses_and_gradients_equal_one_device(eight_nightly: Path, kind: str, mesh: str) -> None:
+    """With parameters that are put together once, too."""
+    check_equal(eight_nightly, kind, mesh)
 
 
 def check_equal(eight: Path, kind: str, mesh: str) -> None:
@@ -125,9 +122,19 @@ def test_sampling_equals_one_device(eight_nightly: Path) -> None:
     assert one["plain"] != one["thinking"] != one["auto"] != one["plain"]
 
 
-@pytest.mark.parametrize(("kind", "mesh"), CASES)
+@pytest.mark.parametrize(("kind", "mesh"), QUICK)
 @pytest.mark.slow
 def test_memory_falls_with_the_mesh(eight: Path, kind: str, mesh: str) -> None:
+    check_memory(eight, kind, mesh)
+
+
+@pytest.mark.parametrize(("kind", "mesh"), NIGHTLY)
+@pytest.mark.nightly
+def test_memory_falls_with_more_meshes(eight_nightly: Path, kind: str, mesh: str) -> None:
+    check_memory(eight_nightly, kind, mesh)
+
+
+def check_memory(eight: Path, kind: str, mesh: str) -> None:
     one, many = (load(eight, kind, name)[1] for name in ("one", mesh))
     arguments, temporaries = (many[name] / one[name] for name in ("argument_bytes", "temp_bytes"))
     assert arguments < SHARES[mesh][0] and temporaries < SHARES[mesh][1]

@@ -73,11 +73,9 @@ def saved_data(path: Path) -> Any:
     return json.loads(state)
 
 
-@pytest.mark.slow
-def test_killed_stopped_and_resumed_by_another_number_of_processes(tmp_path: Path) -> None:
-    path, reference = tmp_path / "run", tmp_path / "reference"
-    train(make_run(), reference, quiet=True)
-
+@pytest.mark.nightly
+def test_when_one_process_is_killed_the_other_ends_with_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "run"
     first, second = start(path)
     wait_for(path / "checkpoints" / "10", [first, second])
     second.send(signal.SIGKILL)
@@ -91,19 +89,30 @@ def test_killed_stopped_and_resumed_by_another_number_of_processes(tmp_path: Pat
         assert "error: another process is gone (" in out and "; the last good checkpoint is " in out, out
         assert "Traceback" not in out
     second.wait()
+    goes_on_by_two_and_by_one(path, tmp_path / "reference")
 
+
+@pytest.mark.slow
+def test_stopped_and_resumed_by_another_number_of_processes(tmp_path: Path) -> None:
+    goes_on_by_two_and_by_one(tmp_path / "run", tmp_path / "reference")
+
+
+def goes_on_by_two_and_by_one(path: Path, reference: Path) -> None:
+    """Two processes begin the run, or go on with it, and are told to stop; one, with one device, comes to the end."""
+    train(make_run(), reference, quiet=True)
+    saved = max((int(each.name) for each in path.glob("checkpoints/*") if each.name.isdecimal()), default=0)
     first, second = start(path)
-    saved = max(int(entry.name) for entry in (path / "checkpoints").iterdir() if entry.name.isdecimal())
     wait_for(path / "checkpoints" / str(saved + 10), [first, second])
     second.send(signal.SIGTERM)
     codes, outs = zip(*(output_of(process) for process in (first, second)), strict=True)
     assert codes == (143, 143), outs
     (step,) = {out.partition("SIGTERM: stopped after step ")[2].split(" ")[0] for out in outs}
     assert saved + 10 <= int(step) < STEPS
-    assert f"goes on from step {saved}" in outs[0] and "goes on" not in outs[1].partition("SIGTERM")[0]
+    assert saved == 0 or f"goes on from step {saved}" in outs[0]
+    assert "goes on" not in outs[1].partition("SIGTERM")[0]
     assert load_run(path).step == int(step)
 
-    summary = train(make_run(), path, quiet=True)  # by one process, with one device
+    summary = train(make_run(), path, quiet=True)
     assert summary.steps == STEPS
     found, expected = ([r for r in read_metrics(run) if "loss" in r] for run in (path, reference))
     assert [record["step"] for record in found] == list(range(1, STEPS + 1))

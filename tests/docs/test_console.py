@@ -31,7 +31,7 @@ BLOCK = re.compile(
 )
 REASONS = re.compile(r"(the network|a TPU|a TPU's compiler|a GPU|a bucket|a pretrained model) is needed|"
                      r"eight devices are needed|it takes (minutes|hours)")  # fmt: skip
-OFTEN = ("cot_decoding", "first_model")
+OFTEN = ("first_model",)
 """Pages whose commands are run at every change, as README's are; the others' every night."""
 SMALL_MODEL = ("--model.width", "16", "--model.heads", "2")
 SMALL_TRAINING = ("--model.context", "64", "--train.batch-size", "2", "--train.eval-batches", "1", "--quiet")

@@ -179,7 +179,7 @@ def test_a_blank_of_its_own_is_given_in_sentence_piece_too(naive: Naive) -> None
     assert 0 < record["scores"]["expected probability"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_decoding_answers_as_it_does_alone(naive: Naive, monkeypatch: pytest.MonkeyPatch) -> None:
     subject, generator = naive.subject, naive.generator
     monkeypatch.setattr(Subject, "generator", lambda _: generator)  # compile once

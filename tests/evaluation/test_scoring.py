@@ -12,6 +12,7 @@ import pytest
 from conftest import AS_SHIPPED, random_params
 from decoding_models import make_generator, make_model
 from numpy_decoder import decode, float64, one_document
+from some_nightly import some_nightly
 from thinking_models import thinking_params
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig
@@ -161,7 +162,9 @@ def test_texts_that_begin_alike_share_a_pass(model: Model) -> None:
 
 @pytest.mark.parametrize(
     ("model", "when"),
-    [("routed", "never"), ("routed", "auto"), pytest.param("dense", "always", marks=pytest.mark.nightly)],
+    some_nightly(
+        [("routed", "never"), ("routed", "auto"), ("dense", "always")], ("routed", "auto"), ("dense", "always")
+    ),
     indirect=["model"],
 )
 @pytest.mark.slow
@@ -224,7 +227,7 @@ def test_stochastic_routing_is_that_of_generation() -> None:
 
 
 @pytest.mark.parametrize("model", ["dense"], indirect=True)
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_drawn_thoughts_depend_on_the_text_and_the_seed_alone(model: Model) -> None:
     think = Think("always", temperature=1.0)
     first, second = ([5, 6, 7], [1, 2]), (list(range(20)), [3, 4, 5])

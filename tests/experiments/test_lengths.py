@@ -8,6 +8,7 @@ from experiments.benchmarks import lengths
 from mod_star.config import ModelConfig, RoutingConfig
 
 
+@pytest.mark.nightly
 def test_every_length_is_divided_by_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = ModelConfig(vocab_size=64, width=16, heads=2, layers=1, mlp_width=32)
     monkeypatch.setattr(lengths, "model", lambda S: replace(tiny, context=S))

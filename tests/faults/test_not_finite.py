@@ -85,7 +85,7 @@ def test_skipped_and_counted(server: Server, words: list[str], breaking: list[se
         assert bool(same) == (after == STEPS and bad[-1]), "a good step moves all parameters, a bad one none"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_stops_if_it_goes_on(server: Server, words: list[str], breaking: list[set[int]], tmp_path: Path) -> None:
     run = tmp_path / "run"
     streaks = list(itertools.accumulate(breaking, lambda length, kinds: length + 1 if kinds else 0, initial=0))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fault_runs import complaints, differences, newest, options, result
 from fork_server import Server, shared_server, straight_run
+from some_nightly import some_nightly
 
 from mod_star.runs.checkpoints import saved_steps
 
@@ -38,7 +39,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("fault", [UNREAD, FULL], ids=["unread", "full"])
+@pytest.mark.parametrize(
+    "fault", [pytest.param(UNREAD, id="unread"), pytest.param(FULL, id="full", marks=pytest.mark.nightly)]
+)
 @pytest.mark.slow
 def test_a_training_goes_on_when_its_output_cannot_be_written(
     server: Server, uninterrupted: Path, tmp_path: Path, fault: str
@@ -50,7 +53,9 @@ def test_a_training_goes_on_when_its_output_cannot_be_written(
     assert differences(result(run), result(uninterrupted)) == []
 
 
-@pytest.mark.parametrize("fault", [UNREAD, CLOSED], ids=["unread", "closed"])
+@pytest.mark.parametrize(
+    "fault", [pytest.param(UNREAD, id="unread", marks=pytest.mark.nightly), pytest.param(CLOSED, id="closed")]
+)
 @pytest.mark.slow
 def test_a_training_needs_no_streams_at_all(server: Server, uninterrupted: Path, tmp_path: Path, fault: str) -> None:
     """Nor does what libraries write to standard error get into the run's files."""
@@ -94,7 +99,7 @@ def test_standard_error_is_expendable(server: Server, trained_run: Path) -> None
     assert finished.code == 0 and finished.out.startswith("a")
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+@pytest.mark.parametrize("encoding", some_nightly(["latin-1", "ascii"], "ascii"))
 @pytest.mark.slow
 def test_characters_that_the_encoding_lacks(
     server: Server, trained_run: Path, data: Path, tmp_path: Path, encoding: str

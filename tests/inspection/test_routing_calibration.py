@@ -149,7 +149,7 @@ def test_a_model_gets_the_thresholds_of_its_capacity_or_it_is_said_why_not(loade
             asked(run)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_commands_choose_thresholds_and_decide_by_them(trained_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained_run, run)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from plain_attention import plain_attention
+from some_nightly import some_nightly
 
 from mod_star.model import attention_blocks, attention_whole
 from mod_star.model.attention import KeyValues, attend
@@ -64,7 +65,7 @@ def sees_something(args: tuple[Any, ...], window: int | None) -> jax.Array:
     return jnp.any(seen, -1)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some_nightly(CASES, "one document", "odd number of heads"))
 @pytest.mark.slow
 def test_values_and_gradients_are_those_of_the_plain_formula(case: str) -> None:
     tokens, K, G, documents, window = CASES[case]

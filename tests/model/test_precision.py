@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import make_batch, random_params
 from decoding_models import make_generator
+from some_nightly import some_nightly
 from thinking_models import thinking_params
 
 from mod_star.config import ModelConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
@@ -157,17 +158,23 @@ class Programs:
         return of(score_batch, self.decoder, thinking, think, 2, self.params, groups, batch, numbers)
 
 
+EVERY = [name for name in vars(Programs) if not name.startswith("_")]
+QUICK = ("forward", "next_token_training", "thought_training", "decoding")
+
+
+@pytest.mark.parametrize("name", some_nightly(EVERY, *(name for name in EVERY if name not in QUICK)))
 @pytest.mark.slow
-def test_every_product_of_float32_operands_asks_for_the_highest_precision() -> None:
-    every = [name for name in vars(Programs) if not name.startswith("_") and name != "run"]
-    assert len(every) == 11
-    model = Programs(RUN)
-    for name in every:
-        found = getattr(model, name)()
-        assert found and {(each.dtype, each.precision) for each in found} == {("f32", "HIGHEST")}, name
-    on_gpus = Programs(RUN, platform="cuda")
-    for found in (on_gpus.next_token_training(), on_gpus.decoding()):
-        assert {(each.dtype, each.precision) for each in found} == {("f32", "HIGHEST")}
+def test_every_product_of_float32_operands_asks_for_the_highest_precision(name: str) -> None:
+    assert len(EVERY) == 11 and set(QUICK) <= {*EVERY}
+    found = getattr(Programs(RUN), name)()
+    assert found and {(each.dtype, each.precision) for each in found} == {("f32", "HIGHEST")}
+
+
+@pytest.mark.parametrize("name", ["next_token_training", "decoding"])
+@pytest.mark.nightly
+def test_every_product_for_a_gpu_asks_for_the_highest_precision_too(name: str) -> None:
+    found = getattr(Programs(RUN, platform="cuda"), name)()
+    assert {(each.dtype, each.precision) for each in found} == {("f32", "HIGHEST")}
 
 
 @pytest.mark.slow

@@ -179,7 +179,7 @@ print((kilobytes("VmHWM") - now) * 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_peak_memory_is_little_more_than_the_model(tmp_path: Path) -> None:
     """Reading, building and writing the checkpoint, beyond what a tiny import leaves in use."""
     small = write_model(tmp_path / "s", CONFIGS["llama"])
@@ -214,6 +214,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert not (tmp_path / "long").exists()
 
 
+@pytest.mark.nightly
 def test_the_model_card_says_what_the_run_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Through the commands; the hub's own reader of cards takes the front matter apart."""
 

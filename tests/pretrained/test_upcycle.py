@@ -88,7 +88,11 @@ def logits(run: RunConfig, params: Any, batch: dict[str, jax.Array], mode: Any) 
 
 @pytest.mark.parametrize(
     ("every", "skipping"),
-    [(1, NO_SKIPPING), (2, NO_SKIPPING), (2, Skipping(keep_key_values=True, adapter_rank=3))],
+    [
+        pytest.param(1, NO_SKIPPING, marks=pytest.mark.nightly),
+        pytest.param(2, NO_SKIPPING, marks=pytest.mark.nightly),
+        (2, Skipping(keep_key_values=True, adapter_rank=3)),
+    ],
     ids=["all", "half", "kept"],
 )
 @pytest.mark.slow
@@ -138,7 +142,7 @@ def test_it_generates_what_the_dense_model_does(dense_params: Any) -> None:
 
 
 @pytest.mark.parametrize("thinker", ["dense"], indirect=True)
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_thinking_model_goes_on_thinking(thinker: Thinker, thought_of: Any, scored: Any) -> None:
     run = upcycled_config(thinker.run, 0.25)
     params = upcycled_params(thinker.params, run)

@@ -70,12 +70,10 @@ def without_speed(metrics: bytes) -> str:
     return re.sub(r', "tokens_per_second": [^,}]+', "", metrics.decode())
 
 
-@pytest.mark.slow
-def test_a_run_in_a_bucket_is_the_run_of_a_directory_on_any_machine(
-    served: tuple[Bucket, dict[str, str]], here: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def train_here_and_there(served: tuple[Bucket, dict[str, str]], tmp_path: Path) -> tuple[tuple[str, ...], str, Path]:
+    """A run in the bucket, trained by another machine: the command's words, what it printed; and one of a directory."""
     bucket, environment = served
+    bucket.objects = {}
     texts = {f"{name}.txt": f"It was the {name} of times.\n" * 300 for name in ("best", "worst", "age")}
     (tmp_path / "data").mkdir()
     for name, text in texts.items():
@@ -84,9 +82,17 @@ def test_a_run_in_a_bucket_is_the_run_of_a_directory_on_any_machine(
     local = tmp_path / "run"
     with pytest.raises(SystemExit, match="0"):
         main(["train", str(local), *OPTIONS, "--data.source", f"{tmp_path}/data/*.txt"])
-    train_there = ("train", RUN, *OPTIONS, "--data.source", "gs://bucket/data/*.txt")
+    there = ("train", RUN, *OPTIONS, "--data.source", "gs://bucket/data/*.txt")
+    return there, command(*there, machine=tmp_path / "a", environment=environment), local
 
-    out = command(*train_there, machine=tmp_path / "a", environment=environment)
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+def test_a_run_in_a_bucket_is_the_run_of_a_directory(
+    served: tuple[Bucket, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bucket = served[0]
+    _, out, local = train_here_and_there(served, tmp_path)
     assert f"{RUN} starts" in out and f"curves: {RUN}/curves.png" in out
     found = files_of(bucket, "runs/mine/")
     assert {"config.json", "metrics.jsonl", "summary.json", "curves.png"} <= found.keys()
@@ -97,7 +103,38 @@ def test_a_run_in_a_bucket_is_the_run_of_a_directory_on_any_machine(
     assert arrived.step == 6
     chex.assert_trees_all_equal(arrived.params, expected.params)
 
-    # Another machine goes back a few steps, and comes to the same end.
+    # A save that was killed is no checkpoint.
+    ended = dict(bucket.objects)
+    del bucket.objects["runs/mine/checkpoints/6/commit_success.txt"]
+    assert load_run(RUN).step == 4
+    bucket.objects = ended
+
+    # What lies in the bucket is a run of a directory, too.
+    copy = tmp_path / "copy"
+    for name, data in files_of(bucket, "runs/mine/").items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(data)
+    chex.assert_trees_all_equal(load_run(copy).params, expected.params)
+
+    # A bucket that can't be reached any more: one line.
+    bucket.broken = True
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="1"):
+        main(["sample", RUN, "--prompt", "It"])
+    bucket.broken = False
+    assert re.fullmatch(rf"error: {RUN}: [^\n]*no access[^\n]*\n", err := capsys.readouterr().err), err
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("here")
+def test_a_run_in_a_bucket_goes_back_and_on_by_another_machine(
+    served: tuple[Bucket, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, environment = served
+    train_there, _, local = train_here_and_there(served, tmp_path)
+    found, expected = files_of(bucket, "runs/mine/"), load_run(local)
+
+    # It goes back a few steps, and comes to the same end.
     out = command(*train_there, "--resume-from", "2", machine=tmp_path / "b", environment=environment)
     assert f"{RUN} goes on from step 2" in out
     again = files_of(bucket, "runs/mine/")
@@ -113,31 +150,10 @@ def test_a_run_in_a_bucket_is_the_run_of_a_directory_on_any_machine(
     assert "runs/mine/summary.json" in ended and "runs/mine/summary.json" not in bucket.objects
     bucket.objects = ended
 
-    # A save that was killed is no checkpoint.
-    ended = dict(bucket.objects)
-    del bucket.objects["runs/mine/checkpoints/6/commit_success.txt"]
-    assert load_run(RUN).step == 4
-    bucket.objects = ended
-
-    # What lies in the bucket is a run of a directory, too.
-    copy = tmp_path / "copy"
-    for name, data in files_of(bucket, "runs/mine/").items():
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        (copy / name).write_bytes(data)
-    chex.assert_trees_all_equal(load_run(copy).params, expected.params)
-
     # What a command writes beside a run is brought back.
     with pytest.raises(SystemExit, match="0"):
         main(["routes", RUN, "--text", "It was"])
     assert files_of(bucket, "runs/mine/")["routes.png"].startswith(b"\x89PNG")
-
-    # A bucket that can't be reached any more: one line.
-    bucket.broken = True
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="1"):
-        main(["sample", RUN, "--prompt", "It"])
-    bucket.broken = False
-    assert re.fullmatch(rf"error: {RUN}: [^\n]*no access[^\n]*\n", err := capsys.readouterr().err), err
 
 
 def test_a_working_copy_is_what_the_bucket_holds(here: Bucket, tmp_path: Path) -> None:

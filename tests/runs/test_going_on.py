@@ -97,7 +97,7 @@ def test_changed_data_is_told_and_refused_unless_accepted(texts_run: Path, tmp_p
     assert read_data(tmp_path / "older") == stored["sources"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_refuses_and_goes_on_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_texts(tmp_path / "texts.jsonl", 20)
     few = "--preset tiny --model.width 16 --model.layers 1 --model.heads 2 --model.mlp-width 24 --model.context 32"

@@ -120,7 +120,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: Calla
     monkeypatch.setattr(owner, name, stops)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_interrupted_and_resumed_without_the_other_run(
     base: Path,
     uninterrupted: tuple[Path, TrainSummary],

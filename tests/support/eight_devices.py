@@ -42,12 +42,12 @@ from mod_star.training.state import TrainState
 
 AUTO = Think("auto", 0.2)
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
-TRAINED = {
-    "dense": ("data", "fsdp"), "routed": ("tensor", "mixed"), "quiet_star": ("mixed",), "accumulated": ("mixed",),
+QUICK = {"dense": ("fsdp",), "routed": ("tensor", "mixed")}
+"""Kinds, and the meshes that each trains on besides a single device."""
+NIGHTLY = {
+    "dense": ("data",), "quiet_star": ("mixed",), "gathered": ("fsdp",), "accumulated": ("mixed",),
     "experts": ("mixed",),
 }  # fmt: skip
-"""Kinds, and the meshes that each trains on besides a single device."""
-NIGHTLY = {"gathered": ("fsdp",)}
 """The same for what takes longest."""
 THINKING = ("quiet_star", "gathered", "sampled")
 
@@ -181,7 +181,7 @@ def attention(out: Path) -> None:
 
 if __name__ == "__main__":
     folder, nightly = Path(sys.argv[1]), sys.argv[2] == "nightly"
-    for kind, meshes in (NIGHTLY if nightly else TRAINED).items():
+    for kind, meshes in (NIGHTLY if nightly else QUICK).items():
         for name in ("one", *meshes):
             train(kind, name, folder)
     if nightly:

@@ -27,13 +27,13 @@ from mod_star.evaluation.score_batch import THOUGHT_ROWS, ScoreNumbers, TextBatc
 from mod_star.model import Decoder
 
 MIXED = (2, 2, 2)
-WAYS: dict[str, tuple[str, ...]] = {
-    "choice": ("--protocol", "choice"),
+QUICK: dict[str, tuple[str, ...]] = {"choice": ("--protocol", "choice")}
+"""Options; each on a single device, and on all axes at once."""
+NIGHTLY: dict[str, tuple[str, ...]] = {
     "expected-thinking": ("--protocol", "expected", "--think", "always"),
     "cot": ("--decoding", "cot", "--branches", "3", "--new-tokens", "12"),
+    "beam": ("--decoding", "beam", "--branches", "2", "--new-tokens", "6"),
 }
-"""Options; each on a single device, and on all axes at once."""
-NIGHTLY: dict[str, tuple[str, ...]] = {"beam": ("--decoding", "beam", "--branches", "2", "--new-tokens", "6")}
 """The same for what takes longest."""
 COUNT = 10
 """Questions: a full batch and one that is filled up."""
@@ -54,7 +54,7 @@ def evaluate(run: Path, out: Path, ways: dict[str, tuple[str, ...]]) -> list[str
 
 def check_meshes(run: Path, out: Path, words: list[str | Path]) -> None:
     """An evaluation that is done already, whatever the mesh, and meshes that don't fit."""
-    command(run, *words, *WAYS["choice"], "--out", out / "choice-2x2x2")
+    command(run, *words, *QUICK["choice"], "--out", out / "choice-2x2x2")
     for number, sizes in enumerate((["--mesh.data", "3"], ["--mesh.fsdp", "16"], ["--mesh.tensor", "4"])):
         command(run, *words, *sizes, "--out", out / f"bad-{number}", expected=2)
     try:
@@ -124,8 +124,11 @@ if __name__ == "__main__":
         evaluate(run, out, NIGHTLY)
         for name, mesh in (("one", (1, 1, 1)), ("mixed", MIXED)):
             (out / f"harness-{name}.json").write_text(json.dumps(adapter(run, mesh)))
-        programs = {"thinking": {name: program(name, Think("always")) for name in ("one", "mixed")}}
+        plain, thinking = ("one", "fsdp", "tensor", "mixed"), ("one", "mixed")
+        programs = {
+            "plain": {name: program(name, Think()) for name in plain},
+            "thinking": {name: program(name, Think("always")) for name in thinking},
+        }
+        (out / "programs.json").write_text(json.dumps(programs))
     else:
-        check_meshes(run, out, evaluate(run, out, WAYS))
-        programs = {"plain": {name: program(name, Think()) for name in ("one", "fsdp", "tensor", "mixed")}}
-    (out / "programs.json").write_text(json.dumps(programs))
+        check_meshes(run, out, evaluate(run, out, QUICK))

@@ -48,12 +48,12 @@ def compiled(**changed: Any) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        pytest.param("thought_length", 16, marks=pytest.mark.nightly),
-        pytest.param("n_thoughts", 4, marks=pytest.mark.nightly),
+        ("thought_length", 16),
+        ("n_thoughts", 4),
         ("think_fraction", 1.0),
     ],
 )
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_twice_the_thoughts_their_length_or_their_places_take_at_most_twice_the_memory(field: str, value: Any) -> None:
     assert compiled(**{field: value})[0] < 1.15 * 2 * compiled()[0]
 

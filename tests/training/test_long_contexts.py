@@ -64,10 +64,8 @@ def test_no_program_has_an_array_of_all_pairs_of_tokens(program: str, platform: 
     assert max(sizes(text, r"tensor<((?:\d+x)+)")) < LONG**2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "program", ["training", *(pytest.param(each, marks=pytest.mark.nightly) for each in ("scoring", "prefill"))]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("program", ["training", "scoring", "prefill"])
 def test_temporaries_grow_as_the_tokens_do(program: str) -> None:
     """From 1,024 to 16,384 tokens: 16 times as many. All pairs of tokens would be 256 times as many."""
     short, long = (

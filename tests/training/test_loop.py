@@ -166,7 +166,7 @@ def test_a_diverging_run_stops(tmp_path: Path) -> None:
     assert f"last good checkpoint is {tmp_path}/run/checkpoints/{last}." in str(stopped.value)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_profile_of_some_steps(uninterrupted: tuple[Path, TrainSummary], tmp_path: Path) -> None:
     path = tmp_path / "run"
     train(make_run(), path, profile=range(3, 5), quiet=True)

@@ -163,7 +163,7 @@ def test_portions_of_a_batch_add_up_to_it_and_the_loss_is_made_of_the_metrics(
     np.testing.assert_allclose(np.sum(metrics["gain_by_decile"] * in_decile) / 48, metrics["gain"], rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_held_out_loss_thinks_where_training_would(greedy: tuple[RunConfig, Any], make_batch: Any) -> None:
     run, params = greedy
     decoder, batch = Decoder(run.model, run.routing), make_batch([[24], [10, 9]], 24, 29)

@@ -356,7 +356,7 @@ def test_thoughts_get_shorter_stage_by_stage() -> None:
         require_extendable(run, more, 26, redraw=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_curriculum_down_to_no_thoughts_resumes_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

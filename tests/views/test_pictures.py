@@ -36,7 +36,7 @@ def drawn(words: str, folder: Path, **environment: str) -> subprocess.CompletedP
 @pytest.mark.parametrize(
     "environment",
     [
-        {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+        pytest.param({"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, marks=pytest.mark.nightly),
         {"MPLBACKEND": "nonsense", "MPLCONFIGDIR": "/dev/null/nowhere"},
     ],
 )
