@@ -250,7 +250,7 @@ def test_threshold_selection_equals_a_loop_and_decides_alike_without_the_future(
     np.testing.assert_array_equal(causal.hidden, output.hidden)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_causal_rule_of_ones_own_has_its_parameters_is_trained_by_ones_own_loss_and_counted(
     tiny_run: RunConfig, tiny_batch: dict[str, jax.Array], random_state: Callable[..., TrainState]
 ) -> None:

@@ -120,6 +120,7 @@ def test_likelihood_protocols_and_thinking(
     assert f"note: {overflow} times a token passed by because all slots of a batch were taken" in shown.err
 
 
+@pytest.mark.nightly
 def test_another_calibration_is_another_evaluation(
     thinking_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

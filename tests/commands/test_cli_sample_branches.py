@@ -139,7 +139,7 @@ def test_any_words_are_found_by_a_continuation(
     assert asked.args[2].new_tokens == 64 - 10 - 6 - 32, "the default leaves room for what comes after"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_cot_in_a_process(trained_run: Path) -> None:
     """The real thing; a model of 12 steps says nothing, so all that can be asked of it is to be asked right."""
     options = ["--decoding", "cot", "--branches", "3", "--new-tokens", "12", "--stop", "e", "--json"]

@@ -97,7 +97,7 @@ def test_thoughts_are_those_of_generating_the_same_text(loaded: LoadedRun) -> No
     np.testing.assert_allclose(numbers(found.weights)[len(prompt) :], np.array(result.mixing_weights, float), atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_nothing_stands_behind_the_first_token(thoughts: TextThoughts) -> None:
     assert (thoughts.thoughts[0], thoughts.thought_tokens[0]) == ("", [])
     assert thoughts.talk_log_probs[0] is thoughts.weights[0] is None

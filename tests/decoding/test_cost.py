@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import AS_SHIPPED
 from decoding_models import Model, lowered_advance, make_prompts
+from some_nightly import some_nightly
 
 from mod_star.config import ModelConfig, RoutingConfig
 from mod_star.decoding import GenerationConfig, Sampling, programs
@@ -120,7 +121,7 @@ def test_chunks_are_sized_by_the_capacity_in_force() -> None:
     assert rows_at_once(2, routed_share(decoder.routing, decoder.config.context)) == 2
 
 
-@pytest.mark.parametrize("every", [0, 2])
+@pytest.mark.parametrize("every", some_nightly([0, 2], 0))
 @pytest.mark.slow
 def test_each_routed_block_is_a_branch_of_the_compiled_step(every: int) -> None:
     generator = Model({"every": every}, layers=4).generator()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from decoding_models import CONTEXT, VOCAB, make_prompts
 from sentence_piece import sentence_piece
+from some_nightly import some_nightly
 from symbols import END_IDS, SYMBOLS, Subject, SymbolTokenizer
 
 from mod_star.decoding import Generated, GenerationConfig, Sampling, Think
@@ -99,7 +100,7 @@ def naive_branches(subject: Subject, prompt: list[int], branches: int, new_token
     return made
 
 
-@pytest.fixture(scope="module", params=["dense", "routed", "thinking"])
+@pytest.fixture(scope="module", params=some_nightly(["dense", "routed", "thinking"], "dense", "thinking"))
 def subject(request: pytest.FixtureRequest) -> Subject:
     return Subject(request.param)
 

@@ -114,7 +114,9 @@ UNTIL_UNSURE, UNTIL_DECIDED = EarlyStop(3, 0.5), EarlyStop(0)
 
 @pytest.mark.parametrize(
     ("rule", "rows"),
-    some_nightly([(UNTIL_UNSURE, None), (UNTIL_UNSURE, 8), (UNTIL_DECIDED, None)], (UNTIL_UNSURE, 8)),
+    some_nightly(
+        [(UNTIL_UNSURE, None), (UNTIL_UNSURE, 8), (UNTIL_DECIDED, None)], (UNTIL_UNSURE, 8), (UNTIL_DECIDED, None)
+    ),
 )
 @pytest.mark.slow
 def test_the_real_thing_is_the_replay_of_whole_samples(

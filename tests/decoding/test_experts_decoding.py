@@ -47,6 +47,7 @@ def operations(experts: int) -> float:
     return float(analysis["flops"])
 
 
+@pytest.mark.nightly
 def test_a_single_row_pays_for_its_active_experts_alone() -> None:
     """Each loop runs once for each choice that is no null expert, and what it costs does not grow with the experts."""
     for chosen, blocks in (([5, 2], 2), ([0, 8], 1), ([8, 9], 0)):  # of 8 experts and 2 null ones

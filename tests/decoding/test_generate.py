@@ -57,7 +57,7 @@ def check(model: Model, prompt: list[int], result: Generated, sampling: Sampling
     assert result.overflow == teacher.overflow_LxS.sum()
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", some_nightly([GREEDY, SAMPLED], GREEDY), ids=["greedy", "sampled"])
 @pytest.mark.slow
 def test_decoding_is_teacher_forced_causal_routing(
     mod: Model, generator: generate.Generator, sampling: Sampling
@@ -82,7 +82,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", some_nightly(VARIANTS, "stochastic", "every block", "thresholds", "one in three"))
+@pytest.mark.parametrize(
+    "name", some_nightly(VARIANTS, "router decides", "stochastic", "every block", "thresholds", "one in three")
+)
 @pytest.mark.slow
 def test_every_kind_of_routing_decodes_as_it_is_taught(name: str) -> None:
     model = VARIANTS[name]
@@ -106,7 +108,7 @@ def test_a_row_alone_keeps_the_keys_of_tokens_that_pass_by() -> None:
     assert 0 < result.routed_fraction[0] < 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_bfloat16_stays_close() -> None:
     model = Model({}, dtype="bfloat16")
     for prompt, result in zip(PROMPTS, model.generator().generate(PROMPTS, GenerationConfig(NEW, GREEDY)), strict=True):
@@ -198,7 +200,7 @@ def test_a_stream_ends_rows_when_told(generator: generate.Generator, greedy: lis
     assert len(bursts) == 1, "nothing is generated for nobody"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_context_can_be_filled_to_the_last_token() -> None:
     model = VARIANTS["router decides"]
     generator = model.generator()

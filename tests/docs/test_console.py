@@ -31,8 +31,6 @@ BLOCK = re.compile(
 )
 REASONS = re.compile(r"(the network|a TPU|a TPU's compiler|a GPU|a bucket|a pretrained model) is needed|"
                      r"eight devices are needed|it takes (minutes|hours)")  # fmt: skip
-OFTEN = ("first_model",)
-"""Pages whose commands are run at every change, as README's are; the others' every night."""
 SMALL_MODEL = ("--model.width", "16", "--model.heads", "2")
 SMALL_TRAINING = ("--model.context", "64", "--train.batch-size", "2", "--train.eval-batches", "1", "--quiet")
 
@@ -166,14 +164,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return there
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, id=page.stem, marks=[] if page.stem in OFTEN else [pytest.mark.nightly])
-        for page in PAGES
-        if lines_to_run(page) and page.name not in ("README.md", "extend.md")
-    ],
+    [page for page in PAGES if lines_to_run(page) and page.name not in ("README.md", "extend.md")],
+    ids=lambda page: page.stem,
 )
 def test_commands_of_a_page_run_one_after_the_other(page: Path, home: Path, tmp_path: Path) -> None:
     """But those that README has already, be it with fewer options; `extend.md` is test_blocks.py's."""

@@ -46,7 +46,7 @@ from mod_star.planning.hlo import parse
 from mod_star.planning.memory import share_bytes
 
 device = devices_of(parse_topology("v5e:1x1"))[0]
-model = ModelConfig(vocab_size=512, width=256, layers=2, heads=2, mlp_width=512, context=512, dtype="bfloat16")
+model = ModelConfig(vocab_size=512, width=256, layers=2, heads=2, mlp_width=512, context=256, dtype="bfloat16")
 dense, mod = (run_of(model, arm, 4) for arm in ("dense", "mod"))
 quiet = run_of(replace(model, context=128), "dense", 2)
 quiet = replace(

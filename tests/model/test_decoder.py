@@ -267,7 +267,7 @@ def scanned(
     return params, jax.jit(partial(loss_and_gradient, model, routing))(params, tiny_batch)
 
 
-@pytest.mark.parametrize("variant", some_nightly(VARIANTS, "unscanned", "remat dots"))
+@pytest.mark.parametrize("variant", some_nightly(VARIANTS, "unscanned", "remat dots", "remat full"))
 @pytest.mark.slow
 def test_scan_and_rematerialisation_change_neither_value_nor_gradient(
     variant: str, model: ModelConfig, routing: RoutingConfig, tiny_batch: Batch, scanned: tuple[Any, Any]

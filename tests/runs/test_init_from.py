@@ -157,7 +157,7 @@ def test_interrupted_and_resumed_without_the_other_run(
         train(replace(run, init_from=None), path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_before_its_first_checkpoint(
     base: Path, uninterrupted: tuple[Path, TrainSummary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,7 +115,7 @@ def test_a_continuous_thought_equals_the_naive_loop_and_has_nothing_to_reinforce
     jax.tree.map(np.testing.assert_array_equal, silent[4], grads)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_only_tokens_that_are_drawn_have_log_probabilities() -> None:
     """A token where the prediction is uncertain, else a pause: scored as they were sampled."""
     sampled = THOUGHT_INPUTS["sampled"]

@@ -58,7 +58,7 @@ def test_twice_the_thoughts_their_length_or_their_places_take_at_most_twice_the_
     assert compiled(**{field: value})[0] < 1.15 * 2 * compiled()[0]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_neither_attention_nor_logits_of_all_thought_tokens_exist() -> None:
     """The largest array is the logits of one token of every thought at once."""
     assert place_count(ThinkingConfig(**FIELDS | {"think_fraction": 1.0}), S) == S - 1
