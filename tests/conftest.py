@@ -55,6 +55,7 @@ import pytest
 from one_mlir_context import keep_contexts
 from quick_pictures import draw_quickly
 from shared_steps import LOWER, program_key, sharing
+from some_nightly import some_nightly
 from thinking_models import Thinker, scores, thinking_params, thinks
 from untrained_runs import write_thinking_run
 
@@ -264,7 +265,7 @@ def thinking_run(trained_run: Path, made_once: Callable[..., Path]) -> Path:
     return made_once("thinking", lambda path: write_thinking_run(path, run))
 
 
-@pytest.fixture(scope="session", params=["dense", "routed"])
+@pytest.fixture(scope="session", params=some_nightly(["dense", "routed"], "dense"))
 def thinker(request: pytest.FixtureRequest, tiny_run: RunConfig, random_params: Any, make_batch: Any) -> Thinker:
     """Two sequences of 24: documents of 13, 7 and 4 pads; one of 24. Routed blocks have room for whatever they want."""
     routing = RoutingConfig(every=0) if request.param == "dense" else replace(tiny_run.routing, headroom=4.0)

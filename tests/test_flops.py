@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import AS_SHIPPED
+from some_nightly import some_nightly
 
 from mod_star.config import LoraConfig, ModelConfig, RoutingConfig, RunConfig, ThinkingConfig, TrainConfig
 from mod_star.errors import InputError
@@ -96,7 +97,7 @@ def test_training_agrees_with_the_compiled_program_within_5_percent(remat: Any, 
     assert ours == pytest.approx(compiled_flops(model, routing, DEFAULT_PARTS, training=True), rel=0.05)
 
 
-@pytest.mark.parametrize(("routing", "layers"), [(DENSE, 1), (MOD, 2)], ids=["dense", "mod"])
+@pytest.mark.parametrize(("routing", "layers"), some_nightly([(DENSE, 1), (MOD, 2)], (MOD, 2)), ids=["dense", "mod"])
 @pytest.mark.slow
 def test_rematerialisation_of_a_full_block_does_not_repeat_its_last_product(
     routing: RoutingConfig, layers: int
@@ -361,8 +362,8 @@ def test_a_step_that_thinks_is_sampling_and_scoring_and_grows_with_them() -> Non
 @pytest.mark.parametrize(
     "patterns",
     [
-        ("routed/block", "embedding"),
-        ("predictor",),
+        pytest.param(("routed/block", "embedding"), marks=pytest.mark.nightly),
+        pytest.param(("predictor",), marks=pytest.mark.nightly),
         pytest.param((), id="lora"),
     ],
 )

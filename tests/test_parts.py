@@ -181,8 +181,8 @@ def documented(name: str) -> str:
     return str(block)
 
 
-@pytest.mark.parametrize("name", [pytest.param("norm_router.py", marks=pytest.mark.nightly), "threshold.py"])
-@pytest.mark.slow
+@pytest.mark.parametrize("name", ["norm_router.py", "threshold.py"])
+@pytest.mark.nightly
 def test_documented_routing_of_ones_own_trains_and_samples_by_the_command_line(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(documented(name))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoding_models import CONTEXT, Model, lowered_advance, make_prompts
+from some_nightly import some_nightly
 
 from mod_star.decoding import GenerationConfig, Generator, Sampling
 from mod_star.decoding.caches import RoutedCache
@@ -36,7 +37,9 @@ def step(model: Model, generator: Generator, state: Any, tokens_B: Any) -> tuple
     return np.asarray(hidden), caches[0]
 
 
-@pytest.mark.parametrize("branches", [1, 6, ROWS], ids=["each with a cache of its own", "of two prompts", "of one"])
+@pytest.mark.parametrize(
+    "branches", some_nightly([1, 6, ROWS], 1, ROWS), ids=["each with a cache of its own", "of two prompts", "of one"]
+)
 @pytest.mark.slow
 def test_the_rows_with_the_lowest_scores_pass_by(models: dict[str, Model], branches: int) -> None:
     """The others are what they are in a loop as long as it takes."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import AS_SHIPPED
 from decoding_models import CONTEXT, VOCAB, Model, log_softmax, lowered_advance, make_generator, make_prompts
+from some_nightly import some_nightly
 from thinking_models import thinking_params
 
 from mod_star.config import RunConfig, ThinkingConfig
@@ -26,7 +27,7 @@ PROMPTS = make_prompts((4, 17, 9))
 BRANCHING, SAMPLED = Sampling(0, branch=True), Sampling(3.0)
 
 
-@pytest.fixture(scope="module", params=["dense", "routed"])
+@pytest.fixture(scope="module", params=some_nightly(["dense", "routed"], "dense"))
 def model(request: pytest.FixtureRequest) -> Model:
     routing: dict[str, Any] = {"every": 0} if request.param == "dense" else {"headroom": 1.0, "capacity": 0.15}
     if request.param == "kept":
@@ -50,7 +51,7 @@ def same(one: Generated, other: Generated) -> None:
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=3e-5)
 
 
-@pytest.mark.parametrize("model", ["dense", "routed", "kept"], indirect=True)
+@pytest.mark.parametrize("model", some_nightly(["dense", "routed", "kept"], "dense", "kept"), indirect=True)
 @pytest.mark.slow
 def test_branches_are_greedy_after_the_most_probable_first_tokens(model: Model, branched: list[Generated]) -> None:
     overflow = 0

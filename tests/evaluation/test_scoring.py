@@ -93,7 +93,7 @@ def log_softmax(logits: Any) -> Any:
     return logits - np.log(np.sum(np.exp(logits), -1, keepdims=True))
 
 
-@pytest.fixture(scope="module", params=list(ROUTINGS))
+@pytest.fixture(scope="module", params=some_nightly(ROUTINGS, "dense"))
 def model(request: pytest.FixtureRequest) -> Model:
     return Model(ROUTINGS[request.param])
 

@@ -107,10 +107,8 @@ def test_scoring_repeats_log_probs_and_routing_of_sampling(
     assert np.mean(trace.selected[filled][..., :T] != decided) > 0.2
 
 
-@pytest.mark.parametrize(
-    ("fields", "capacity", "slots"), [((8, 4), 0.125, 3), pytest.param((16, 9), 0.5, 20, marks=pytest.mark.nightly)]
-)
-@pytest.mark.slow
+@pytest.mark.parametrize(("fields", "capacity", "slots"), [((8, 4), 0.125, 3), ((16, 9), 0.5, 20)])
+@pytest.mark.nightly
 def test_a_thought_has_as_many_slots_in_evaluation_and_generation_as_in_training(
     fields: tuple[int, int], capacity: float, slots: int, routed_run: RunConfig, random_params: Any, make_batch: Any,
     monkeypatch: pytest.MonkeyPatch,

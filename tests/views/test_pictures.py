@@ -36,11 +36,11 @@ def drawn(words: str, folder: Path, **environment: str) -> subprocess.CompletedP
 @pytest.mark.parametrize(
     "environment",
     [
-        pytest.param({"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, marks=pytest.mark.nightly),
+        {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
         {"MPLBACKEND": "nonsense", "MPLCONFIGDIR": "/dev/null/nowhere"},
     ],
 )
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_environment_has_no_say(environment: dict[str, str], tmp_path: Path) -> None:
     # Read where it stands: a backend that isn't there, and text by a program that isn't.
     (tmp_path / "matplotlibrc").write_text("backend: nonsense\ntext.usetex: True\nfont.family: Nowhere Sans\n")
