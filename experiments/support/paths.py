@@ -208,10 +208,10 @@ def ask_missing(
     Returns:
       Whether all questions have a record.
     """
-    total = sum(len(turn.items) for turn in todo)
+    wanted = {turn.id_of(item) for turn in todo for item in turn.items}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        line = bar.add_task("questions", total=total)
+        line = bar.add_task("questions", total=len(wanted))
         for turn in todo:
             name = f"{turn.part.task}, {turn.wording}"
             if any(turn.id_of(item) not in records.by_id for item in turn.items):
@@ -223,7 +223,8 @@ def ask_missing(
                             record = small(record, sum(map(with_texts, records.by_id.values())) < texts)
                         records.add(record)
                 if not console.is_terminal:
-                    print(f"{time.strftime('%H:%M:%S')} {name}: {len(records.by_id)} of {total}", flush=True)
+                    done = len(wanted & records.by_id.keys())
+                    print(f"{time.strftime('%H:%M:%S')} {name}: {done} of {len(wanted)}", flush=True)
             bar.update(line, advance=len(turn.items), description=name)
     return True
 

@@ -89,7 +89,7 @@ def test_report_on_small_records(tmp_path: Path) -> None:
     assert (tmp_path / "tables/cot_decoding_qwen.png").stat().st_size > 10_000
 
 
-def test_asking_ends_in_time_and_goes_on(tmp_path: Path) -> None:
+def test_asking_ends_in_time_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     year_parity.write_questions(tmp_path)
     for name, question, answer in (
         ("multiarith.json", "sQuestion", "lSolutions"),
@@ -114,6 +114,12 @@ def test_asking_ends_in_time_and_goes_on(tmp_path: Path) -> None:
         assert ask_missing(todo, records, answered, 3, CONSOLE, time.monotonic() + 1000)
         assert len(records.by_id) == 16
         assert sum("texts" in each for each in records.by_id.values()) == 3
+        assert ": 16 of 16\n" in capsys.readouterr().out
+    # What is counted is what this command asks, whatever else has been asked before.
+    with open_records(out, {}) as records:
+        other = list(turns(STUDY, Options(data=tmp_path, limit=2, only=("coin_flip, chat",))))
+        assert ask_missing(other, records, answered, 3, CONSOLE, None)
+    assert " coin_flip, chat: 2 of 2\n" in capsys.readouterr().out
     assert (out / "records.jsonl").read_text().startswith(first)
 
 
