@@ -287,8 +287,8 @@ def _recomputed(block: Callable[..., Any], config: ModelConfig) -> Callable[...,
     """A block of which the backward pass recomputes what `model.remat` says.
 
     Block by block, not group by group: at no time are the weights of two blocks put together on a device. A barrier
-    keeps the compiler from beginning the next block's backward pass early: in a scan nothing else would need it, but a
-    TPU's program takes less memory and, by XLA's estimate, less time (docs/results/plans.md).
+    keeps the compiler from computing two blocks' backward passes at a time. Without it a scan would be right, too, but
+    a TPU's program takes more memory and, by XLA's estimate, more time (docs/results/plans.md).
     """
     if config.remat == "none":
         return block
