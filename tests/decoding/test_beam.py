@@ -129,6 +129,7 @@ def test_a_stop_string_ends_a_text_and_its_score(subjects: dict[str, Subject], p
     assert whys[False, True] and len(whys) > 1, whys
 
 
+@pytest.mark.nightly
 def test_with_stop_strings_it_still_finds_the_best_of_all_texts(subjects: dict[str, Subject]) -> None:
     subject, prompt, going_on = subjects["routed"], [token % len(SYMBOLS) for token in PROMPTS[1]], range(len(SYMBOLS))
     first = subject.log_p(prompt)

@@ -168,7 +168,7 @@ def test_small_batches_give_the_same(subject: Subject, results: list[Branches]) 
 
 
 @pytest.mark.parametrize("subject", ["dense"], indirect=True)
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_branched_token_can_be_left_out_of_delta(subject: Subject, results: list[Branches]) -> None:
     skipped = cot_decode(
         subject.generator, PROMPTS, GenerationConfig(NEW, branches=K), NUMBER, encoded=ENCODED, skip_first=True

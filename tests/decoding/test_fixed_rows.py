@@ -68,7 +68,7 @@ def test_the_rows_with_the_lowest_scores_pass_by(models: dict[str, Model], branc
     assert np.abs(fixed - free)[~same].max(1).min() > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_gpu_asks_its_host_about_no_routed_block() -> None:
     """Of programs lowered for CUDA: the loop over tokens is the only one. Branches go by the platform alone."""
     kinds: dict[str, dict[str, Any]] = {
@@ -86,7 +86,7 @@ def test_a_gpu_asks_its_host_about_no_routed_block() -> None:
     assert asked == {"dense": 1, "fixed": 1, "all": 1 + 3}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_generating_tells_what_passed_by(models: dict[str, Model]) -> None:
     generate = functools.partial(Generator.generate, prompts=PROMPTS, config=GenerationConfig(8, Sampling(1.0)))
     passed = {kind: sum(r.overflow for r in generate(model.generator())) for kind, model in models.items()}

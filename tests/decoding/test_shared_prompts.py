@@ -71,7 +71,7 @@ def test_branches_are_greedy_after_the_most_probable_first_tokens(model: Model, 
 
 
 @pytest.mark.parametrize("model", ["routed"], indirect=True)
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_sampled_branches_are_rows_of_their_own(generator: Generator) -> None:
     together = generator.generate(PROMPTS, GenerationConfig(NEW, SAMPLED, seed=SEED, branches=BRANCHES))
     apart = generator.generate(

@@ -119,7 +119,7 @@ def test_characters_that_the_encoding_lacks(
     assert asked.code == 0 and "0.0 - " in asked.out, asked
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_terminal_that_closes(server: Server, uninterrupted: Path, tmp_path: Path) -> None:
     """It saves before it goes, though nobody can be told; nohup keeps it going."""
     words = options(steps=2000, checkpoint_every=2, eval_every=0)

@@ -47,7 +47,7 @@ def straight(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return straight_run(server, tmp_path_factory.mktemp("runs") / "straight", RUN)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_file_system_without_locks(server: Server, straight: Path, tmp_path: Path) -> None:
     run, number = tmp_path / "run", errno.EOPNOTSUPP
     finished = server.run("train", str(run), *RUN, before=NO_LOCKS.format(number=number))

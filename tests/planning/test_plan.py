@@ -141,7 +141,7 @@ def run_of(plan: dict[str, Any]) -> RunConfig:
     return from_dict(plan["config"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_shows_tables() -> None:
     shown = call("plan", "--topology", "cpu:1", "tiny", *SMALL, "--batch", "2")
     assert "tiny on cpu:1: 1 x CPU, mesh data 1 x fsdp 1 x tensor 1" in shown

@@ -194,7 +194,7 @@ def dense_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dense(tmp_path_factory.mktemp("dense") / "dense")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_and_training_after_it(dense_run: Path, tmp_path: Path) -> None:
     path = tmp_path / "upcycled"
     done = succeed("upcycle", dense_run, path, "--capacity", "0.5", environment={"COLUMNS": "100"})

@@ -73,7 +73,7 @@ def with_matrix(thinker: Thinker) -> Thinker:
     return replace(thinker, params={**thinker.params, "thinking": thinking})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_continuous_thought_equals_the_naive_loop_and_has_nothing_to_reinforce() -> None:
     """One thought of hidden states, read back: step by step by the plain decoder over everything before it."""
     thinker = with_matrix(make_thinker(Parts(thought=CONTINUOUS)))
@@ -195,7 +195,7 @@ def test_a_mixing_of_ones_own_trains_and_generates() -> None:
     assert own_flops < ours_flops / 100
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_places_of_ones_own_are_those_with_the_highest_scores() -> None:
     def late(batch: Any, hidden_BxCxD: Any, head_VxD: Any, key: Any, chunk: int) -> Any:
         assert batch["tokens"].shape == hidden_BxCxD.shape[:2] == (2, 15)

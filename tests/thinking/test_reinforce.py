@@ -98,7 +98,7 @@ def flat(tree: Any) -> Any:
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_its_expectation_is_the_gradient_of_the_expected_likelihood(toy: Thinker, policy: Any, estimate: Any) -> None:
     estimated, likelihoods = estimate()
     of_thought = np.zeros((2, V))

@@ -244,7 +244,7 @@ def language_model(state: TrainState) -> dict[str, np.ndarray]:
     return {name: leaf for name, leaf in flat(state.params).items() if "predictor" not in name}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_predictor_costs_the_language_model_nothing_to_the_bit(trained: Callable[..., Trained]) -> None:
     light, heavy = (trained(AS_SHIPPED, routing={"auxiliary_weight": weight}).state for weight in (0.01, 1.0))
     assert_same_bits(language_model(light), language_model(heavy))
@@ -365,7 +365,7 @@ def largest_float_array(text: str) -> int:
     return max(int(np.prod([int(d) for d in dims.split(",")])) for dims in shapes)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_logits_of_all_tokens_never_exist(tiny_run: RunConfig) -> None:
     """At S 2,048, batch 8, V 49,152; compiled only. Width and depth don't matter to it and are tiny."""
     B, S, V = 8, 2048, 49_152

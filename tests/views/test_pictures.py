@@ -83,7 +83,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path, capsys: pytest
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_training_keeps_its_results_where_no_picture_can_be(trained_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run[red]"
     shutil.copytree(trained_run, run)
