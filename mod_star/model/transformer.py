@@ -288,7 +288,7 @@ def _recomputed(block: Callable[..., Any], config: ModelConfig) -> Callable[...,
 
     Block by block, not group by group: at no time are the weights of two blocks put together on a device. A barrier
     keeps the compiler from computing two blocks' backward passes at a time. Without it a scan would be right, too, but
-    a TPU's program takes more memory and, by XLA's estimate, more time (docs/results/plans.md).
+    a Mixture-of-Depths program for a v5e takes more memory (docs/results/plans.md, also for where it takes less).
     """
     if config.remat == "none":
         return block

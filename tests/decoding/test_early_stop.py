@@ -142,7 +142,7 @@ def test_the_real_thing_is_the_replay_of_whole_samples(
                 each.completion.confidences, before.completion.confidences[: len(tokens)], atol=1e-4
             )
             seen[each.dropped] += 1
-    enough = seen[DECIDED] > 0 if rule == UNTIL_DECIDED else seen[UNSURE] > 2
+    enough = seen[DECIDED] > 0 if rule == UNTIL_DECIDED else seen[UNSURE] >= 5
     assert enough, f"the test shows less than it should: {seen}"
 
 

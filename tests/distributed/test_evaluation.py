@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluate_on_eight import NIGHTLY
 from on_eight import run_on_eight
-
-NIGHTLY = ("expected-thinking", "cot", "beam")
 
 
 @pytest.fixture(scope="module")

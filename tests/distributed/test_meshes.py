@@ -9,11 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import eight_devices
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from on_eight import run_on_eight
+from some_nightly import some_nightly
 
 from mod_star.config import MeshConfig, RunConfig
 from mod_star.distributed.sharding import make_mesh, require_fits, rows_of_process, spec_of
@@ -23,9 +25,12 @@ from mod_star.presets import tiny
 # Data and fsdp move whole rows and whole parameters, whatever blocks do with them: a dense model shows it. Tensor
 # parallelism, which also cuts up the vocabulary, and all axes at once are for a model with a full and a routed block.
 # All axes at once show that scored thoughts, accumulation and experts stay what they are.
-QUICK = [("dense", "fsdp"), ("routed", "tensor"), ("routed", "mixed")]
-NIGHTLY = [("dense", "data"), ("quiet_star", "mixed")]
-OTHERS = [("gathered", "fsdp"), ("accumulated", "mixed"), ("experts", "mixed")]
+QUICK, NIGHTLY = (
+    [(kind, mesh) for kind, meshes in trained.items() for mesh in meshes]
+    for trained in (eight_devices.QUICK, eight_devices.NIGHTLY)
+)
+CASES = [*QUICK, *NIGHTLY]
+IN_MEMORY = [case for case in CASES if case[0] in ("dense", "routed", "quiet_star")]
 # Bounds of the shares of arguments and of temporaries. Arguments are parameters, their two moments, and the batch;
 # vectors stay whole, and at width 16 they count. Temporaries are activations and gradients.
 SHARES = {"data": (1.0, 0.25), "fsdp": (0.16, 0.25), "tensor": (0.3, 0.4), "mixed": (0.31, 0.25)}
@@ -45,6 +50,13 @@ def eight_nightly(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("eight-nightly")
     run_on_eight("eight_devices.py", out, "nightly")
     return out
+
+
+@pytest.fixture
+def folder(kind: str, mesh: str, request: pytest.FixtureRequest) -> Path:
+    """Of the two, the directory that has this case."""
+    found: Path = request.getfixturevalue("eight_nightly" if (kind, mesh) in NIGHTLY else "eight")
+    return found
 
 
 def load(eight: Path, kind: str, mesh: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -72,21 +84,10 @@ def test_a_decode_step_sends_no_cache(eight_nightly: Path, program: str) -> None
     assert all(len(size) < 4 for size in sizes), sizes
 
 
-@pytest.mark.parametrize(("kind", "mesh"), QUICK)
+@pytest.mark.parametrize(("kind", "mesh"), some_nightly(CASES, *NIGHTLY))
 @pytest.mark.slow
-def test_losses_and_gradients_equal_one_device(eight: Path, kind: str, mesh: str) -> None:
-    check_equal(eight, kind, mesh)
-
-
-@pytest.mark.parametrize(("kind", "mesh"), [*NIGHTLY, *OTHERS])
-@pytest.mark.nightly
-def test_more_losses_and_gradients_equal_one_device(eight_nightly: Path, kind: str, mesh: str) -> None:
-    """With parameters that are put together once, too."""
-    check_equal(eight_nightly, kind, mesh)
-
-
-def check_equal(eight: Path, kind: str, mesh: str) -> None:
-    (one, _), (many, _) = load(eight, kind, "one"), load(eight, kind, mesh)
+def test_losses_and_gradients_equal_one_device(folder: Path, kind: str, mesh: str) -> None:
+    (one, _), (many, _) = load(folder, kind, "one"), load(folder, kind, mesh)
     assert one.keys() == many.keys()
     for name, expected in one.items():
         # Two thoughts that say the same have the same reward, but for rounding: which is "positive" is left to chance.
@@ -122,20 +123,10 @@ def test_sampling_equals_one_device(eight_nightly: Path) -> None:
     assert one["plain"] != one["thinking"] != one["auto"] != one["plain"]
 
 
-@pytest.mark.parametrize(("kind", "mesh"), QUICK)
+@pytest.mark.parametrize(("kind", "mesh"), some_nightly(IN_MEMORY, *(case for case in IN_MEMORY if case in NIGHTLY)))
 @pytest.mark.slow
-def test_memory_falls_with_the_mesh(eight: Path, kind: str, mesh: str) -> None:
-    check_memory(eight, kind, mesh)
-
-
-@pytest.mark.parametrize(("kind", "mesh"), NIGHTLY)
-@pytest.mark.nightly
-def test_memory_falls_with_more_meshes(eight_nightly: Path, kind: str, mesh: str) -> None:
-    check_memory(eight_nightly, kind, mesh)
-
-
-def check_memory(eight: Path, kind: str, mesh: str) -> None:
-    one, many = (load(eight, kind, name)[1] for name in ("one", mesh))
+def test_memory_falls_with_the_mesh(folder: Path, kind: str, mesh: str) -> None:
+    one, many = (load(folder, kind, name)[1] for name in ("one", mesh))
     arguments, temporaries = (many[name] / one[name] for name in ("argument_bytes", "temp_bytes"))
     assert arguments < SHARES[mesh][0] and temporaries < SHARES[mesh][1]
     assert mesh != "data" or arguments > 0.9, "copies, on purpose"

@@ -39,9 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "fault", [pytest.param(UNREAD, id="unread"), pytest.param(FULL, id="full", marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("fault", some_nightly([UNREAD, FULL], FULL), ids=["unread", "full"])
 @pytest.mark.slow
 def test_a_training_goes_on_when_its_output_cannot_be_written(
     server: Server, uninterrupted: Path, tmp_path: Path, fault: str
@@ -53,9 +51,7 @@ def test_a_training_goes_on_when_its_output_cannot_be_written(
     assert differences(result(run), result(uninterrupted)) == []
 
 
-@pytest.mark.parametrize(
-    "fault", [pytest.param(UNREAD, id="unread", marks=pytest.mark.nightly), pytest.param(CLOSED, id="closed")]
-)
+@pytest.mark.parametrize("fault", some_nightly([UNREAD, CLOSED], UNREAD), ids=["unread", "closed"])
 @pytest.mark.slow
 def test_a_training_needs_no_streams_at_all(server: Server, uninterrupted: Path, tmp_path: Path, fault: str) -> None:
     """Nor does what libraries write to standard error get into the run's files."""

@@ -12,6 +12,7 @@ import jax
 import pytest
 from fault_runs import differences, options, result
 from fork_server import Server, shared_server, straight_run
+from some_nightly import some_nightly
 
 from mod_star.distributed.sharding import all_devices
 from mod_star.errors import UnavailableError
@@ -95,7 +96,7 @@ def test_where_home_and_caches_are(monkeypatch: pytest.MonkeyPatch) -> None:
         assert home() is cache_root() is None
 
 
-@pytest.mark.parametrize("words", [[], pytest.param(["-O"], marks=pytest.mark.nightly)], ids=["asserts", "-O"])
+@pytest.mark.parametrize("words", some_nightly([[], ["-O"]], ["-O"]), ids=["asserts", "-O"])
 @pytest.mark.slow
 def test_a_platform_that_is_not_there(trained_run: Path, tmp_path: Path, words: list[str]) -> None:
     routes, train = ["routes", str(trained_run), "--text", "a"], ["train", str(tmp_path / "run"), *RUN]

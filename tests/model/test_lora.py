@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_nightly import some_nightly
 
 from mod_star import presets
 from mod_star.cli import main
@@ -156,7 +157,7 @@ def test_stacked_and_unstacked_adapters_and_the_merged_model_give_the_same_logit
             use(params)
 
 
-@pytest.mark.parametrize("objective", ["next_token", pytest.param("quiet_star", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("objective", some_nightly(["next_token", "quiet_star"], "quiet_star"))
 def test_the_loss_and_its_gradient_are_those_of_explicit_sums(
     routed_run: RunConfig, random_params: RandomParams, tiny_batch: dict[str, jax.Array], objective: Any
 ) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from decoding_models import make_generator
 from fork_server import succeed
+from some_nightly import some_nightly
 from thinking_models import Thinker, scores
 
 from mod_star import presets
@@ -88,11 +89,11 @@ def logits(run: RunConfig, params: Any, batch: dict[str, jax.Array], mode: Any) 
 
 @pytest.mark.parametrize(
     ("every", "skipping"),
-    [
-        pytest.param(1, NO_SKIPPING, marks=pytest.mark.nightly),
-        pytest.param(2, NO_SKIPPING, marks=pytest.mark.nightly),
-        (2, Skipping(keep_key_values=True, adapter_rank=3)),
-    ],
+    some_nightly(
+        [(1, NO_SKIPPING), (2, NO_SKIPPING), (2, Skipping(keep_key_values=True, adapter_rank=3))],
+        (1, NO_SKIPPING),
+        (2, NO_SKIPPING),
+    ),
     ids=["all", "half", "kept"],
 )
 @pytest.mark.slow

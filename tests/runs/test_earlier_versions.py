@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from fork_server import succeed
+from some_nightly import some_nightly
 
 from mod_star.errors import InputError
 from mod_star.runs.checkpoints import saved_steps
@@ -53,7 +54,7 @@ def test_parameters_are_the_same_bits_and_sample_the_same_text(name: str, tmp_pa
     np.testing.assert_allclose(json.loads(said)["log_probs"], expected["sample"]["log_probs"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["routed", pytest.param("thinking", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("name", some_nightly(["routed", "thinking"], "thinking"))
 @pytest.mark.slow
 def test_training_goes_on_to_where_it_came_then(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = unpacked(name, tmp_path)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from some_nightly import some_nightly
 from thinking_models import Thinker, scores, thinking_params, thinks
 
 from mod_star.config import RoutingConfig, RunConfig, ThinkingConfig
@@ -95,7 +96,7 @@ def test_a_thought_changes_what_comes_after_itself_alone(
             assert np.all(getattr(after, name)[own] != getattr(talk, name)[own])
 
 
-@pytest.mark.parametrize("every", [pytest.param(0, marks=pytest.mark.nightly), 2], ids=["dense", "routed"])
+@pytest.mark.parametrize("every", some_nightly([0, 2], 0), ids=["dense", "routed"])
 @pytest.mark.slow
 def test_no_gradient_reaches_a_later_embedding_or_another_document(
     every: int, tiny_run: RunConfig, random_params: Any, make_batch: Any

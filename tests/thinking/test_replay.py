@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoding_models import make_generator
+from some_nightly import some_nightly
 from thinking_models import Thinker, thinking_params
 
 from mod_star.config import RunConfig, ThinkingConfig
@@ -67,7 +68,7 @@ def score(thinker: Thinker, params: Any, places: Places, thoughts: Thought) -> t
     return jnp.take_along_axis(log_p, thoughts.tokens_T[..., None], -1)[..., 0], scored.trace
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("dtype", some_nightly(["float32", "bfloat16"], "bfloat16"))
 @pytest.mark.slow
 def test_scoring_repeats_log_probs_and_routing_of_sampling(
     dtype: Any, tiny_run: RunConfig, random_params: Any, make_batch: Any
